@@ -1,0 +1,226 @@
+//! The one error type of the crate: every variant says what, where, expected and got.
+
+use std::path::{Path, PathBuf};
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. Nothing a user hands in makes the crate panic; it ends up here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be opened, read or mapped.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+
+    /// A file was read but its content is not what its format promises.
+    #[error("{}: {message}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where.
+        message: String,
+    },
+
+    /// A field of a configuration has an impossible value.
+    #[error("config field {field}: expected {expected}, got {got}")]
+    Config {
+        /// The field, spelled as in its file.
+        field: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What was found.
+        got: String,
+    },
+
+    /// The checkpoint asks for something that this crate does not compute.
+    #[error("unsupported {what}: {got}")]
+    Unsupported {
+        /// The kind of thing, e.g. `rope scaling`.
+        what: String,
+        /// What the checkpoint asks for, e.g. `yarn`.
+        got: String,
+    },
+
+    /// The model needs a tensor that the checkpoint does not hold.
+    #[error("weight {name} is missing from {place}")]
+    MissingWeight {
+        /// The tensor, spelled as in the checkpoint.
+        name: String,
+        /// The file, folder or other source that was searched.
+        place: String,
+    },
+
+    /// A tensor has another shape than the configuration asks for.
+    #[error("weight {name} in {place}: expected shape {expected:?}, got {got:?}")]
+    WeightShape {
+        /// The tensor, spelled as in the checkpoint.
+        name: String,
+        /// The file it is in.
+        place: String,
+        /// The shape by the configuration.
+        expected: Vec<usize>,
+        /// The shape that is stored.
+        got: Vec<usize>,
+    },
+
+    /// A tensor is stored in a type that cannot hold a weight.
+    #[error("weight {name} in {place}: expected {expected}, got {got}")]
+    WeightDType {
+        /// The tensor, spelled as in the checkpoint.
+        name: String,
+        /// The file it is in.
+        place: String,
+        /// The types that would have been accepted.
+        expected: &'static str,
+        /// The type that is stored.
+        got: String,
+    },
+
+    /// A tensor holds a NaN or an infinity.
+    #[error("weight {name} in {place}: expected finite values, got {got} at element {index}")]
+    WeightValue {
+        /// The tensor, spelled as in the checkpoint.
+        name: String,
+        /// The file it is in.
+        place: String,
+        /// Row-major index of the first such value.
+        index: usize,
+        /// The value.
+        got: f32,
+    },
+
+    /// The checkpoint holds a tensor of the model that the configuration leaves unused.
+    #[error("weight {name} in {place} belongs to the model but is not used: {reason}")]
+    UnusedWeight {
+        /// The tensor, spelled as in the checkpoint.
+        name: String,
+        /// The file it is in.
+        place: String,
+        /// Why the configuration leaves it unused.
+        reason: String,
+    },
+
+    /// The tokenizer failed, or does not fit the model.
+    #[error("tokenizer: {message}")]
+    Tokenizer {
+        /// What is wrong.
+        message: String,
+    },
+
+    /// The chat template is missing, does not parse, or raised an exception.
+    #[error("chat template: {message}")]
+    Template {
+        /// What is wrong; the template's own words if it raised an exception.
+        message: String,
+    },
+
+    /// Text was handed in, or asked for, but the checkpoint came without a tokenizer.
+    #[error("no tokenizer in this checkpoint: {needed_for} needs one; hand in token ids instead")]
+    NoTokenizer {
+        /// What needs it.
+        needed_for: &'static str,
+    },
+
+    /// A parameter is outside its range.
+    #[error("parameter {name}: expected {expected}, got {got}")]
+    Parameter {
+        /// The parameter.
+        name: &'static str,
+        /// Its range.
+        expected: String,
+        /// The value handed in.
+        got: String,
+    },
+
+    /// There is no token to start from.
+    #[error("the prompt is empty: at least one token is needed")]
+    EmptyPrompt,
+
+    /// A token id is not a row of the embedding table.
+    #[error(
+        "token id {id} at position {position}: expected less than the vocabulary of {vocab_size}"
+    )]
+    TokenOutOfRange {
+        /// Index into the tokens.
+        position: usize,
+        /// The id.
+        id: u32,
+        /// Rows of the embedding table.
+        vocab_size: usize,
+    },
+
+    /// More positions were asked for than the cache, or the model, has room for.
+    #[error("context full: room for {capacity} positions, {requested} requested")]
+    ContextFull {
+        /// The positions there is room for.
+        capacity: usize,
+        /// The positions needed.
+        requested: usize,
+    },
+
+    /// The cache of a sliding window was asked to return to keys it has let go of.
+    #[error(
+        "cannot truncate the cache to {length}: under the sliding window nothing before position {oldest} is kept; reset it instead"
+    )]
+    CacheRolled {
+        /// The length asked for.
+        length: usize,
+        /// The oldest position still held.
+        oldest: usize,
+    },
+
+    /// A forward pass produced a NaN or an infinity.
+    #[error("{what} are not finite at position {position}")]
+    NotFinite {
+        /// What was computed, e.g. `logits`.
+        what: &'static str,
+        /// Position in the sequence.
+        position: usize,
+    },
+
+    /// candle failed: a device, or memory.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// Wraps what the operating system said about `path`.
+    pub(crate) fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { path, source }
+    }
+
+    /// The content of `path` is wrong in the way `message` says.
+    pub(crate) fn malformed(path: impl AsRef<Path>, message: impl ToString) -> Self {
+        Self::Malformed { path: path.as_ref().to_path_buf(), message: message.to_string() }
+    }
+
+    /// A configuration field that cannot be.
+    pub(crate) fn config(
+        field: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> Self {
+        Self::Config { field: field.into(), expected: expected.into(), got: got.to_string() }
+    }
+
+    /// Something this crate does not compute.
+    pub(crate) fn unsupported(what: impl Into<String>, got: impl ToString) -> Self {
+        Self::Unsupported { what: what.into(), got: got.to_string() }
+    }
+
+    /// A parameter outside its range.
+    pub(crate) fn parameter(
+        name: &'static str,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> Self {
+        Self::Parameter { name, expected: expected.into(), got: got.to_string() }
+    }
+}

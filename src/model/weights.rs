@@ -1,0 +1,48 @@
+//! The seam between a model and whatever holds its tensors.
+
+use std::collections::HashMap;
+
+use candle_core::Tensor;
+
+use super::linear::Linear;
+use crate::error::{Error, Result};
+
+/// Where a [`Transformer`](super::Transformer) takes its weights from.
+///
+/// Names are those of a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`) and
+/// rows of `q_proj` and `k_proj` stand in Hugging Face order (the two halves of a head one after
+/// the other), whatever the source's own spelling and order.
+pub trait Weights {
+    /// The tensor called `name`, checked to have `shape`.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`], [`Error::WeightShape`], or whatever the source meets on the way.
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
+
+    /// The projection called `name`: `(out_features, in_features)`.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
+        Ok(Linear::dense(self.tensor(name, &[out_features, in_features])?))
+    }
+}
+
+/// Tensors in memory: tests, training, weights made by hand.
+impl Weights for HashMap<String, Tensor> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let place = || "memory".to_string();
+        let tensor = self
+            .get(name)
+            .ok_or_else(|| Error::MissingWeight { name: name.to_string(), place: place() })?;
+        if tensor.dims() != shape {
+            return Err(Error::WeightShape {
+                name: name.to_string(),
+                place: place(),
+                expected: shape.to_vec(),
+                got: tensor.dims().to_vec(),
+            });
+        }
+        Ok(tensor.clone())
+    }
+}

@@ -1,16 +1,94 @@
-//! A projection without bias, dense or quantised.
+//! A projection without bias. Its weight is dense or quantised; nobody else needs to know which.
 
-use candle_core::Tensor;
+use std::sync::Arc;
 
-/// `y = x Wᵀ`.
+use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::{DType, Module, Tensor};
+
+use super::kernels;
+use crate::error::Result;
+
+/// Up to this many rows of input, reading the weight costs more than the arithmetic, and the
+/// row-by-row kernel beats a blocked matrix product.
+const FEW_ROWS: usize = 4;
+
+/// Elements of a half-precision weight that are widened at a time: 16 MiB of `f32`.
+const WIDEN_AT_ONCE: usize = 1 << 22;
+
+/// `y = x Wᵀ`, with `W` of shape `(out_features, in_features)`.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Weight,
+}
+
+#[derive(Clone, Debug)]
+enum Weight {
+    /// Row-major on its device, in the input's type or, on the CPU, in a narrower one.
+    Dense(Tensor),
+    /// Blocks of a GGUF type, multiplied without being unpacked.
+    Quantized(QMatMul),
 }
 
 impl Linear {
-    /// A dense projection; `weight` is `(out_features, in_features)`.
+    /// A projection by a dense `weight` of shape `(out_features, in_features)`.
+    #[must_use]
     pub fn dense(weight: Tensor) -> Self {
-        Self { weight }
+        Self { weight: Weight::Dense(weight) }
     }
+
+    /// A projection by a quantised `weight` of shape `(out_features, in_features)`.
+    ///
+    /// # Errors
+    /// When candle cannot prepare that type.
+    pub fn quantized(weight: Arc<QTensor>) -> Result<Self> {
+        Ok(Self { weight: Weight::Quantized(QMatMul::from_arc(weight)?) })
+    }
+
+    /// `(…, in_features) -> (…, out_features)`, in the type of `xs`.
+    ///
+    /// # Errors
+    /// When the last dimension of `xs` is not `in_features`, or a device fails.
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Dense(weight) => dense(xs, weight),
+            Weight::Quantized(weight) => Ok(weight.forward(&xs.contiguous()?)?),
+        }
+    }
+}
+
+fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (out_features, in_features) = weight.dims2()?;
+    let mut shape = xs.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = out_features;
+    }
+    let xs = xs.reshape(((), in_features))?; // (rows, in)
+    let tracked = xs.track_op() || weight.track_op();
+    let on_cpu = xs.device().is_cpu() && xs.dtype() == DType::F32;
+
+    let ys = if on_cpu && !tracked && xs.dim(0)? <= FEW_ROWS {
+        kernels::matvec(&xs, weight)?
+    } else if xs.dtype() == weight.dtype() {
+        xs.matmul(&weight.t()?)?
+    } else if tracked {
+        xs.matmul(&weight.to_dtype(xs.dtype())?.t()?)?
+    } else {
+        widening_matmul(&xs, weight)?
+    };
+    Ok(ys.reshape(shape)?)
+}
+
+/// `x Wᵀ` for a weight kept in a narrower type than `x`, widened a block of rows at a time so that
+/// the whole weight never stands in memory twice.
+fn widening_matmul(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (out_features, in_features) = weight.dims2()?;
+    let step = (WIDEN_AT_ONCE / in_features).max(1);
+    let blocks = (0..out_features)
+        .step_by(step)
+        .map(|start| {
+            let rows = weight.narrow(0, start, step.min(out_features - start))?;
+            xs.matmul(&kernels::widen(&rows, xs.dtype())?.t()?)
+        })
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&blocks, 1)?)
 }

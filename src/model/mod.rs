@@ -1,7 +1,281 @@
-//! The blocks.
+//! The transformer: one set of blocks that runs causally or in both directions.
+//!
+//! [`Transformer`] holds weights and nothing else, so one copy serves any number of conversations
+//! and threads; what a conversation remembers is a [`KvCache`], handed in by `&mut`. Which tokens
+//! see which is said by the [`Pass`], a required argument: there is no default mask.
+//!
+//! ```
+//! # use std::collections::HashMap;
+//! # use candle_core::{DType, Device, Tensor};
+//! use hybrid_attention::{Config, model::{Layout, Pass, Transformer}};
+//! # fn random_weights(config: &Config) -> candle_core::Result<HashMap<String, Tensor>> {
+//! #     config.weights().map(|(name, shape)| {
+//! #         Ok((name, Tensor::randn(0f32, 0.1, shape, &Device::Cpu)?))
+//! #     }).collect()
+//! # }
+//! # fn main() -> hybrid_attention::Result<()> {
+//! let config = Config::from_json(r#"{
+//!     "model_type": "mistral", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+//!     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2
+//! }"#)?;
+//! let transformer = Transformer::new(&config, &mut random_weights(&config)?)?;
+//! let tokens = Tensor::new(&[[1u32, 5, 9]], &Device::Cpu)?;
+//! let layout = Layout::dense(1, 3);
+//!
+//! let xs = transformer.embed(&tokens)?;                                   // (1, 3, 16)
+//! let thought = transformer.forward(&xs, 0..2, Pass::Bidirectional(&layout))?;
+//!
+//! let mut cache = transformer.new_cache(&layout, 64)?;
+//! let h = transformer.forward(&xs, 0..2, Pass::Cached(&mut cache))?;
+//! let logits = transformer.logits(&h)?;                                   // (1, 3, 32)
+//! # assert_eq!((thought.dims3()?, logits.dims3()?, cache.len()), ((1, 3, 16), (1, 3, 32), 3));
+//! # Ok(())
+//! # }
+//! ```
 
+mod attention;
+mod block;
+mod kernels;
+mod kv_cache;
+mod layout;
 mod linear;
+mod mask;
+mod mlp;
+mod ops;
+mod rope;
 mod weights;
 
-pub use linear::Linear;
-pub use weights::Weights;
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+
+use self::block::{Block, RmsNorm};
+use self::rope::{Rope, Rotation};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+pub use self::kv_cache::KvCache;
+pub use self::layout::Layout;
+pub use self::linear::Linear;
+pub use self::mask::{Mask, Sight};
+pub use self::weights::Weights;
+
+/// Who sees whom in a forward pass, and what is remembered of it.
+#[derive(Debug)]
+pub enum Pass<'a> {
+    /// Every token sees itself and what came before it in this very pass. Nothing is remembered.
+    Causal(&'a Layout),
+    /// Causal, going on after what the cache holds; the new tokens are added to it. New tokens
+    /// are taken up in chunks, so a long prompt needs no more memory than a short one.
+    Cached(&'a mut KvCache),
+    /// A thought pass: inside each context segment every token sees every other; plain tokens
+    /// stay causal. Nothing is remembered.
+    Bidirectional(&'a Layout),
+}
+
+/// The weights of a Mistral, and the forward passes over them.
+///
+/// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices
+/// it has the type of the weights.
+#[derive(Debug)]
+pub struct Transformer {
+    config: Config,
+    embed_tokens: Tensor,
+    layers: Vec<Block>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rope: Rope,
+    dtype: DType,
+    device: Device,
+}
+
+/// What all blocks of one pass share.
+#[derive(Debug)]
+struct View {
+    rotation: Rotation,
+    mask: Mask,
+}
+
+impl Transformer {
+    /// Builds the blocks from `weights`, on the device and in the type they are handed over.
+    ///
+    /// # Errors
+    /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
+    pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
+        config.validate()?;
+        let table = (config.vocab_size, config.hidden_size);
+        let embed_tokens = weights.tensor("model.embed_tokens.weight", &[table.0, table.1])?;
+        let device = embed_tokens.device().clone();
+        let dtype = if device.is_cpu() { DType::F32 } else { embed_tokens.dtype() };
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| Block::new(config, index, dtype, weights))
+            .collect::<Result<_>>()?;
+        let norm = RmsNorm::new(config, "model.norm.weight", dtype, weights)?;
+        let lm_head = if config.tie_word_embeddings {
+            Linear::dense(embed_tokens.clone())
+        } else {
+            weights.linear("lm_head.weight", table.0, table.1)?
+        };
+        let rope = Rope::new(config, dtype, &device)?;
+        let config = config.clone();
+        Ok(Self { config, embed_tokens, layers, norm, lm_head, rope, dtype, device })
+    }
+
+    /// The shapes it was built with.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The device it computes on.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The type of the residual stream and of the logits.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The whole stack as a layer range: `0..num_hidden_layers`.
+    #[must_use]
+    pub fn all_layers(&self) -> Range<usize> {
+        0..self.layers.len()
+    }
+
+    /// Rows of the embedding table: `(batch, seq)` of `u32` to `(batch, seq, hidden)`.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for an id that is not in the vocabulary.
+    pub fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, seq) = tokens.dims2()?;
+        let ids = tokens.flatten_all()?.to_vec1::<u32>()?;
+        let vocab_size = self.config.vocab_size;
+        if let Some(position) = ids.iter().position(|&id| id as usize >= vocab_size) {
+            return Err(Error::TokenOutOfRange { position, id: ids[position], vocab_size });
+        }
+        let ids = Tensor::new(ids, &self.device)?;
+        let rows = self.embed_tokens.index_select(&ids, 0)?.to_dtype(self.dtype)?;
+        Ok(rows.reshape((batch, seq, self.config.hidden_size))?)
+    }
+
+    /// Runs `layers` over the residual stream `xs` and gives the stream that leaves them, both
+    /// `(batch, seq, hidden)`. What enters layer 0 is [`Transformer::embed`]; what leaves the last
+    /// layer goes to [`Transformer::logits`].
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] when the cache, or the model, has no room for `seq` more positions;
+    /// [`Error::Parameter`] when `layers` or the batch of `xs` does not fit.
+    pub fn forward(&self, xs: &Tensor, layers: Range<usize>, pass: Pass<'_>) -> Result<Tensor> {
+        let (batch, seq, _) = xs.dims3()?;
+        if layers.start > layers.end || layers.end > self.layers.len() {
+            let expected = format!("a range within 0..{}", self.layers.len());
+            return Err(Error::parameter("layers", expected, format!("{layers:?}")));
+        }
+        if seq == 0 {
+            return Err(Error::EmptyPrompt);
+        }
+        match pass {
+            Pass::Causal(layout) => self.uncached(xs, layers, layout, Sight::Causal),
+            Pass::Bidirectional(layout) => self.uncached(xs, layers, layout, Sight::Bidirectional),
+            Pass::Cached(cache) => {
+                check_batch(cache.layout().batch(), batch)?;
+                let chunks = (0..seq).step_by(kv_cache::CHUNK).map(|start| {
+                    let chunk = xs.narrow(1, start, kv_cache::CHUNK.min(seq - start))?;
+                    self.cached(&chunk, layers.clone(), cache)
+                });
+                match chunks.collect::<Result<Vec<_>>>()?.as_slice() {
+                    [only] => Ok(only.clone()),
+                    chunks => Ok(Tensor::cat(chunks, 1)?),
+                }
+            }
+        }
+    }
+
+    fn uncached(
+        &self,
+        xs: &Tensor,
+        layers: Range<usize>,
+        layout: &Layout,
+        sight: Sight,
+    ) -> Result<Tensor> {
+        let (batch, seq, _) = xs.dims3()?;
+        check_batch(layout.batch(), batch)?;
+        if layout.seq() != seq {
+            let expected = format!("the sequence of {} slots it describes", layout.seq());
+            return Err(Error::parameter("layout", expected, seq));
+        }
+        self.check_context(seq)?;
+        let view = View {
+            rotation: self.rope.at(0, seq, &layout.starts())?,
+            mask: Mask::new(layout, sight, 0..seq, 0, self.config.sliding_window),
+        };
+        self.layers[layers].iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, None))
+    }
+
+    fn cached(&self, xs: &Tensor, layers: Range<usize>, cache: &mut KvCache) -> Result<Tensor> {
+        let seq = xs.dim(1)?;
+        let past = cache.position(&layers)?;
+        self.check_context(past + seq)?;
+        cache.reserve(&layers, seq)?;
+        let new = past..past + seq;
+        let first = cache.first(&layers);
+        let layout = cache.layout();
+        let view = View {
+            rotation: self.rope.at(past, seq, &layout.starts())?,
+            mask: Mask::new(layout, Sight::Causal, new, first, self.config.sliding_window),
+        };
+        let mut xs = xs.clone();
+        for (index, block) in layers.clone().zip(&self.layers[layers]) {
+            xs = block.forward(&xs, &view, cache.layer(index))?;
+        }
+        Ok(xs)
+    }
+
+    /// The final norm of the stream that leaves the last layer: what transformers calls the last
+    /// hidden state. `(batch, seq, hidden)` in and out.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn norm(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.norm.forward(hidden)
+    }
+
+    /// Scores of every vocabulary entry as the next token, from the stream that leaves the last
+    /// layer: `(batch, seq, hidden) -> (batch, seq, vocab)`. Hand in only the positions you need;
+    /// over a large vocabulary this is the dearest layer of all.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(&self.norm(hidden)?)
+    }
+
+    /// An empty cache for `layout`'s batch with room for `capacity` positions per row, padding
+    /// included. Only where each row begins matters here, not how long it is.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a capacity of zero or beyond memory, [`Error::ContextFull`] for one
+    /// beyond the model's `max_position_embeddings`.
+    pub fn new_cache(&self, layout: &Layout, capacity: usize) -> Result<KvCache> {
+        self.check_context(capacity)?;
+        KvCache::new(&self.config, layout, capacity, self.dtype, &self.device)
+    }
+
+    fn check_context(&self, requested: usize) -> Result<()> {
+        let capacity = self.config.max_position_embeddings;
+        if requested > capacity {
+            return Err(Error::ContextFull { capacity, requested });
+        }
+        Ok(())
+    }
+}
+
+fn check_batch(expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::parameter("batch", format!("the {expected} rows the pass was made for"), got))
+}

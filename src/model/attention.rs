@@ -1,0 +1,175 @@
+//! Grouped-query attention: project, rotate, remember, attend (Ainslie et al. 2023).
+
+use candle_core::{D, Tensor};
+
+use super::View;
+use super::kernels::MaskedSoftmax;
+use super::kv_cache::LayerCache;
+use super::linear::Linear;
+use super::mask::Mask;
+use super::ops;
+use super::weights::Weights;
+use crate::config::Config;
+use crate::error::Result;
+
+/// The attention of one block.
+#[derive(Debug)]
+pub(super) struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    pub(super) fn new(config: &Config, prefix: &str, weights: &mut impl Weights) -> Result<Self> {
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let mut linear =
+            |name: &str, out, input| weights.linear(&format!("{prefix}.{name}.weight"), out, input);
+        Ok(Self {
+            q_proj: linear("q_proj", heads * head_dim, hidden)?,
+            k_proj: linear("k_proj", kv_heads * head_dim, hidden)?,
+            v_proj: linear("v_proj", kv_heads * head_dim, hidden)?,
+            o_proj: linear("o_proj", hidden, heads * head_dim)?,
+            heads,
+            kv_heads,
+            head_dim,
+        })
+    }
+
+    /// `(batch, seq, hidden) -> (batch, seq, hidden)`. With a cache, what is seen begins before
+    /// `xs`, and `xs` is remembered.
+    pub(super) fn forward(
+        &self,
+        xs: &Tensor,
+        view: &View,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        let (batch, seq, _) = xs.dims3()?;
+        let split = |xs: Tensor, heads: usize| -> Result<Tensor> {
+            let xs = xs.reshape((batch, seq, heads, self.head_dim))?;
+            Ok(xs.transpose(1, 2)?.contiguous()?) // (batch, heads, seq, head_dim)
+        };
+        let q = view.rotation.apply(&split(self.q_proj.forward(xs)?, self.heads)?)?;
+        let k = view.rotation.apply(&split(self.k_proj.forward(xs)?, self.kv_heads)?)?;
+        let v = split(self.v_proj.forward(xs)?, self.kv_heads)?;
+        let (k, v) = match cache {
+            Some(cache) => cache.append(&k, &v)?, // (batch, kv_heads, past + seq, head_dim)
+            None => (k, v),
+        };
+        let ys = attend(&q, &k, &v, &view.mask)?.transpose(1, 2)?; // (batch, seq, heads, head_dim)
+        self.o_proj.forward(&ys.reshape((batch, seq, self.heads * self.head_dim))?)
+    }
+}
+
+/// Queries that are scored at a time, at most.
+const QUERIES_AT_ONCE: usize = 128;
+
+/// Scores that stand in memory at a time, about: 8 MiB of `f32`.
+const SCORES_AT_ONCE: usize = 1 << 21;
+
+/// `softmax(q kᵀ / sqrt(head_dim) + mask) v`, for every pass of the crate.
+///
+/// `q` is `(batch, heads, queries, head_dim)`, `k` and `v` are `(batch, kv_heads, keys, head_dim)`
+/// and stay as they are: the `heads / kv_heads` query heads of a group are laid one below the
+/// other and scored against their one key head. Queries go block by block, each against the keys
+/// that some query of the block sees, so a long prompt never has all its scores in memory and a
+/// causal one never computes the half that is masked away. Returns the shape of `q`.
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
+    let (batch, heads, queries, head_dim) = q.dims4()?;
+    let kv_heads = k.dim(1)?;
+    let group = heads / kv_heads;
+    let q = (q * (1.0 / (head_dim as f64).sqrt()))?;
+
+    let step = (SCORES_AT_ONCE / (batch * heads * mask.keys()).max(1)).clamp(1, QUERIES_AT_ONCE);
+    let mut blocks = Vec::with_capacity(queries.div_ceil(step));
+    for start in (0..queries).step_by(step) {
+        let block = start..queries.min(start + step);
+        let seen = mask.keys_of(&block);
+        let (rows, keys) = (block.len(), seen.len());
+        let k = k.narrow(2, seen.start, keys)?;
+        let v = v.narrow(2, seen.start, keys)?;
+        let q = q.narrow(2, start, rows)?.reshape((batch, kv_heads, group * rows, head_dim))?;
+
+        let scores = q.matmul(&k.t()?)?.reshape((batch, heads, rows, keys))?;
+        let probabilities = if ops::kernels_apply(&scores) {
+            let (queries, keys) = (block, seen);
+            scores.inplace_op1(&MaskedSoftmax { mask, queries, keys, heads })?;
+            scores
+        } else {
+            match mask.bias(&block, &seen, scores.dtype(), scores.device())? {
+                Some(bias) => ops::softmax(&scores.broadcast_add(&bias)?)?,
+                None => ops::softmax(&scores)?,
+            }
+        };
+        let ys = probabilities.reshape((batch, kv_heads, group * rows, keys))?.matmul(&v)?;
+        blocks.push(ys.reshape((batch, heads, rows, head_dim))?);
+    }
+    match <[Tensor; 1]>::try_from(blocks) {
+        Ok([only]) => Ok(only),
+        Err(blocks) => Ok(Tensor::cat(&blocks, D::Minus2)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Layout, Sight};
+    use candle_core::{Device, Var};
+    use proptest::prelude::*;
+
+    /// The definition: every score, every mask entry, one softmax.
+    fn naive(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let group = q.dim(1)? / k.dim(1)?;
+        let head_of: Vec<u32> = (0..q.dim(1)?).map(|head| (head / group) as u32).collect();
+        let head_of = Tensor::new(head_of, q.device())?;
+        let (k, v) = (k.index_select(&head_of, 1)?, v.index_select(&head_of, 1)?);
+        let scores = (q.matmul(&k.t()?.contiguous()?)? / (q.dim(3)? as f64).sqrt())?;
+        let all = (0..mask.queries(), 0..mask.keys());
+        let scores = match mask.bias(&all.0, &all.1, scores.dtype(), scores.device())? {
+            Some(bias) => scores.broadcast_add(&bias)?,
+            None => scores,
+        };
+        Ok(candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v.contiguous()?)?)
+    }
+
+    fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+        Ok((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The blocked kernel, the blocked differentiable form and the definition agree.
+        #[test]
+        fn blocked_attention_is_the_definition(
+            batch in 1usize..3, kv_heads in 1usize..3, group in 1usize..4, head_dim in 1usize..9,
+            past in 0usize..5, queries in 1usize..300, window in prop::option::of(1usize..40),
+            bidirectional: bool, pad in 0usize..4,
+        ) {
+            let run = || -> Result<(f32, f32)> {
+                let device = Device::Cpu;
+                let total = past + queries;
+                let lengths: Vec<usize> = (0..batch).map(|row| total - pad.min(total) * row).collect();
+                let layout = Layout::ragged(&lengths);
+                let sight = if bidirectional { Sight::Bidirectional } else { Sight::Causal };
+                let mask = Mask::new(&layout, sight, past..total, 0, window);
+                let random = |heads, len| Tensor::randn(0f32, 1.0, (batch, heads, len, head_dim), &device);
+                let q = random(kv_heads * group, queries)?;
+                let (k, v) = (random(kv_heads, total)?, random(kv_heads, total)?);
+                let expected = naive(&q, &k, &v, &mask)?;
+                let fused = attend(&q, &k, &v, &mask)?;
+                let tracked = Var::from_tensor(&q)?;
+                let differentiable = attend(tracked.as_tensor(), &k, &v, &mask)?;
+                Ok((largest_difference(&fused, &expected)?, largest_difference(&differentiable, &expected)?))
+            };
+            let (fused, differentiable) = run().map_err(|e| TestCaseError::fail(e.to_string()))?;
+            prop_assert!(fused < 1e-5, "fused differs by {fused}");
+            prop_assert!(differentiable < 1e-5, "differentiable differs by {differentiable}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! One pre-norm transformer block.
+
+use candle_core::{DType, Tensor};
+
+use super::View;
+use super::attention::Attention;
+use super::kv_cache::LayerCache;
+use super::mlp::Mlp;
+use super::ops;
+use super::weights::Weights;
+use crate::config::Config;
+use crate::error::Result;
+
+/// Attention, then MLP, each behind its norm and added to the residual stream.
+#[derive(Debug)]
+pub(super) struct Block {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Block {
+    pub(super) fn new(
+        config: &Config,
+        index: usize,
+        dtype: DType,
+        weights: &mut impl Weights,
+    ) -> Result<Self> {
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let after = name("post_attention_layernorm.weight");
+        Ok(Self {
+            input_layernorm: RmsNorm::new(config, &name("input_layernorm.weight"), dtype, weights)?,
+            self_attn: Attention::new(config, &name("self_attn"), weights)?,
+            post_attention_layernorm: RmsNorm::new(config, &after, dtype, weights)?,
+            mlp: Mlp::new(config, &name("mlp"), weights)?,
+        })
+    }
+
+    /// `(batch, seq, hidden) -> (batch, seq, hidden)`: the residual stream in and out.
+    pub(super) fn forward(
+        &self,
+        xs: &Tensor,
+        view: &View,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        let xs = (xs + self.self_attn.forward(&self.input_layernorm.forward(xs)?, view, cache)?)?;
+        let ys = self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?;
+        Ok((xs + ys)?)
+    }
+}
+
+/// Root-mean-square norm with a learned scale.
+#[derive(Debug)]
+pub(super) struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    pub(super) fn new(
+        config: &Config,
+        name: &str,
+        dtype: DType,
+        weights: &mut impl Weights,
+    ) -> Result<Self> {
+        let weight = weights.tensor(name, &[config.hidden_size])?.to_dtype(dtype)?;
+        Ok(Self { weight, eps: config.rms_norm_eps })
+    }
+
+    pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(xs, &self.weight, self.eps)
+    }
+}

@@ -1,0 +1,93 @@
+//! Dot products of a few input rows with every row of a weight.
+
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::ROWS_PER_TASK;
+
+/// A stored weight element that becomes an `f32` on its way into a register.
+pub(super) trait Element: Copy + Send + Sync {
+    /// `Σ x[i]·w[i]`.
+    fn dot<S: Simd>(simd: S, x: &[f32], w: &[Self]) -> f32;
+}
+
+/// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)` and `w` of `(out, len)`.
+pub(super) fn columns<T: Element>(x: &[f32], w: &[T], len: usize, columns: &mut [f32]) {
+    if len == 0 || x.is_empty() {
+        return;
+    }
+    let rows = x.len() / len;
+    let arch = Arch::new();
+    columns
+        .par_chunks_mut(ROWS_PER_TASK * rows)
+        .zip(w.par_chunks(ROWS_PER_TASK * len))
+        .for_each(|(columns, w)| arch.dispatch(Task { x, w, len, columns }));
+}
+
+struct Task<'a, T> {
+    x: &'a [f32],
+    w: &'a [T],
+    len: usize,
+    columns: &'a mut [f32],
+}
+
+impl<T: Element> WithSimd for Task<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let rows = self.x.len() / self.len;
+        for (column, w) in self.columns.chunks_exact_mut(rows).zip(self.w.chunks_exact(self.len)) {
+            for (y, x) in column.iter_mut().zip(self.x.chunks_exact(self.len)) {
+                *y = T::dot(simd, x, w);
+            }
+        }
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
+        let (x, x_tail) = S::as_simd_f32s(x);
+        let (w, w_tail) = S::as_simd_f32s(w);
+        // Four sums at once: one alone would wait for its own previous addition.
+        let mut sums = [simd.splat_f32s(0.0); 4];
+        let (x4, x_rest) = x.as_chunks::<4>();
+        let (w4, w_rest) = w.as_chunks::<4>();
+        for (x, w) in x4.iter().zip(w4) {
+            for lane in 0..4 {
+                sums[lane] = simd.mul_add_e_f32s(x[lane], w[lane], sums[lane]);
+            }
+        }
+        for (&x, &w) in x_rest.iter().zip(w_rest) {
+            sums[0] = simd.mul_add_e_f32s(x, w, sums[0]);
+        }
+        let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+        let tail: f32 = x_tail.iter().zip(w_tail).map(|(x, w)| x * w).sum();
+        simd.reduce_sum_f32s(sum) + tail
+    }
+}
+
+/// Half-precision weights are widened into a buffer that stays in the first-level cache.
+macro_rules! half_element {
+    ($half:ty) => {
+        impl Element for $half {
+            #[inline(always)]
+            fn dot<S: Simd>(simd: S, x: &[f32], w: &[$half]) -> f32 {
+                const RUN: usize = 512;
+                let mut wide = [0f32; RUN];
+                let mut sum = 0.0;
+                for (x, w) in x.chunks(RUN).zip(w.chunks(RUN)) {
+                    let wide = &mut wide[..w.len()];
+                    w.convert_to_f32_slice(wide);
+                    sum += f32::dot(simd, x, wide);
+                }
+                sum
+            }
+        }
+    };
+}
+
+half_element!(bf16);
+half_element!(f16);

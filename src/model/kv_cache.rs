@@ -1,0 +1,206 @@
+//! What a conversation remembers: the keys and values of its tokens, layer by layer.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::layout::Layout;
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Tokens that run through the blocks at a time when a cache takes them up.
+pub(super) const CHUNK: usize = 512;
+
+/// The keys and values of one conversation, or of one batch of them side by side.
+///
+/// Room for `capacity` positions is set aside at once. Under a sliding window only the last
+/// `window - 1` positions matter to what comes next, so a cache holds those and one chunk of new
+/// ones, however long the text; older ones are let go of.
+///
+/// ```text
+/// window 4, room for 3 + 2 slots:
+///   after 5 tokens   [0 1 2 3 4]   first = 0
+///   token 5 comes    [2 3 4]       the last window - 1 move to the front, first = 2
+///                    [2 3 4 5 _]   and the new one goes behind them
+/// ```
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<LayerCache>,
+    capacity: usize,
+    layout: Layout,
+}
+
+/// One layer's part of a [`KvCache`].
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    /// `(batch, kv_heads, slots, head_dim)`, of which `len - first` slots are filled.
+    keys: Tensor,
+    values: Tensor,
+    /// The position that slot 0 holds.
+    first: usize,
+    /// The position that the next token takes.
+    len: usize,
+    window: Option<usize>,
+}
+
+impl KvCache {
+    pub(super) fn new(
+        config: &Config,
+        layout: &Layout,
+        capacity: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        if capacity == 0 {
+            return Err(Error::parameter("capacity", "at least one position", capacity));
+        }
+        let window = config.sliding_window;
+        let slots = window.map_or(capacity, |w| capacity.min((w - 1).saturating_add(CHUNK)));
+        let shape = (layout.batch(), config.num_key_value_heads, slots, config.head_dim);
+        let bytes = [shape.0, shape.1, shape.2, shape.3, dtype.size_in_bytes()];
+        let room = bytes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+        if room.is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(Error::parameter("capacity", "a cache that fits memory", capacity));
+        }
+        let layer = |_| {
+            let zeros = || Tensor::zeros(shape, dtype, device);
+            Ok(LayerCache { keys: zeros()?, values: zeros()?, first: 0, len: 0, window })
+        };
+        let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
+        Ok(Self { layers, capacity, layout: layout.clone() })
+    }
+
+    /// Positions taken up so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.layers.iter().map(|layer| layer.len).min().unwrap_or(0)
+    }
+
+    /// Whether nothing has been taken up yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Positions there is room for, in all.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Positions whose keys and values are set aside at a time: `capacity`, or less under a
+    /// sliding window.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.keys.dims().get(2).copied().unwrap_or(0))
+    }
+
+    /// The rows of this cache and where each begins.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Forgets everything; the room stays.
+    pub fn reset(&mut self) {
+        for layer in &mut self.layers {
+            (layer.first, layer.len) = (0, 0);
+        }
+    }
+
+    /// Forgets all but the first `length` positions; longer than the text is no change.
+    ///
+    /// # Errors
+    /// [`Error::CacheRolled`] when a sliding window has let go of positions that the next token
+    /// would have to see; the cache is then unchanged.
+    pub fn truncate(&mut self, length: usize) -> Result<()> {
+        for layer in &self.layers {
+            // The next token sees positions oldest..length, and itself.
+            let oldest = layer.window.map_or(0, |window| (length + 1).saturating_sub(window));
+            if length < layer.len && oldest < length && oldest < layer.first {
+                return Err(Error::CacheRolled { length, oldest: layer.first });
+            }
+        }
+        for layer in &mut self.layers {
+            layer.len = layer.len.min(length);
+            layer.first = layer.first.min(layer.len);
+        }
+        Ok(())
+    }
+
+    /// The position at which `layers` go on, which must be one for all of them.
+    pub(super) fn position(&self, layers: &Range<usize>) -> Result<usize> {
+        let layers = self.layers.get(layers.clone()).unwrap_or(&[]);
+        let Some(first) = layers.first() else { return Ok(self.len()) };
+        if layers.iter().any(|layer| layer.len != first.len) {
+            return Err(Error::parameter(
+                "cache",
+                "the same length in every layer of the pass",
+                "layers of different length; an earlier pass failed half-way: reset or truncate it",
+            ));
+        }
+        Ok(first.len)
+    }
+
+    /// Makes room for `new` more positions in `layers`, letting go of what no window will see.
+    pub(super) fn reserve(&mut self, layers: &Range<usize>, new: usize) -> Result<()> {
+        let requested = self.position(layers)?.saturating_add(new);
+        if requested > self.capacity {
+            return Err(Error::ContextFull { capacity: self.capacity, requested });
+        }
+        for layer in self.layers.get_mut(layers.clone()).unwrap_or(&mut []) {
+            layer.reserve(new)?;
+        }
+        Ok(())
+    }
+
+    /// The position that slot 0 of `layers` holds.
+    pub(super) fn first(&self, layers: &Range<usize>) -> usize {
+        self.layers.get(layers.start).map_or(0, |layer| layer.first)
+    }
+
+    pub(super) fn layer(&mut self, index: usize) -> Option<&mut LayerCache> {
+        self.layers.get_mut(index)
+    }
+}
+
+impl LayerCache {
+    fn reserve(&mut self, new: usize) -> Result<()> {
+        let slots = self.keys.dim(2)?;
+        let held = self.len - self.first;
+        if held + new <= slots {
+            return Ok(());
+        }
+        let keep = self.window.map_or(held, |window| held.min(window - 1));
+        if keep + new > slots {
+            return Err(Error::ContextFull { capacity: slots, requested: keep + new });
+        }
+        if keep > 0 {
+            for tensor in [&self.keys, &self.values] {
+                // A copy, because source and destination may overlap.
+                let recent = tensor.narrow(2, held - keep, keep)?.force_contiguous()?;
+                tensor.slice_set(&recent, 2, 0)?;
+            }
+        }
+        self.first = self.len - keep;
+        Ok(())
+    }
+
+    /// Takes up the keys and values of new tokens, `(batch, kv_heads, new, head_dim)`, and gives
+    /// those of all tokens held, these included. [`KvCache::reserve`] has made the room.
+    pub(super) fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        let held = self.len - self.first;
+        let new = keys.dim(2)?;
+        let put = |all: &Tensor, new_rows: &Tensor| -> Result<Tensor> {
+            all.slice_set(&new_rows.detach().contiguous()?, 2, held)?;
+            if new_rows.track_op() {
+                // What is read back from the cache carries no gradient; the new rows must.
+                return Ok(Tensor::cat(&[&all.narrow(2, 0, held)?, new_rows], 2)?);
+            }
+            Ok(all.narrow(2, 0, held + new)?)
+        };
+        let pair = (put(&self.keys, keys)?, put(&self.values, values)?);
+        self.len += new;
+        Ok(pair)
+    }
+}

@@ -1,0 +1,35 @@
+//! The gated feed-forward half of a block (SwiGLU, Shazeer 2020).
+
+use candle_core::Tensor;
+
+use super::linear::Linear;
+use super::weights::Weights;
+use crate::config::Config;
+use crate::error::Result;
+
+/// `down(silu(gate(x)) · up(x))`
+#[derive(Debug)]
+pub(super) struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    pub(super) fn new(config: &Config, prefix: &str, weights: &mut impl Weights) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let mut linear =
+            |name: &str, out, input| weights.linear(&format!("{prefix}.{name}.weight"), out, input);
+        Ok(Self {
+            gate_proj: linear("gate_proj", inner, hidden)?,
+            up_proj: linear("up_proj", inner, hidden)?,
+            down_proj: linear("down_proj", hidden, inner)?,
+        })
+    }
+
+    /// `(batch, seq, hidden) -> (batch, seq, hidden)`
+    pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let gate = self.gate_proj.forward(xs)?.silu()?; // (batch, seq, intermediate)
+        self.down_proj.forward(&(gate * self.up_proj.forward(xs)?)?)
+    }
+}

@@ -1,0 +1,49 @@
+//! The few operations that candle has twice: a fused form that silently cuts the gradient graph,
+//! and a differentiable one. The fused form is taken only where nothing tracks a gradient.
+
+use candle_core::{D, DType, Tensor};
+use candle_nn::ops;
+
+use crate::error::Result;
+
+/// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in `f32`
+/// (Zhang & Sennrich 2019; `MistralRMSNorm` of transformers).
+pub(super) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if xs.track_op() || weight.track_op() {
+        return Ok(ops::rms_norm_slow(xs, weight, eps as f32)?);
+    }
+    Ok(ops::rms_norm(&xs.contiguous()?, weight, eps as f32)?)
+}
+
+/// Rotates the two halves of each head by the angles of its position (Su et al. 2021, in the
+/// order of transformers' `rotate_half`).
+///
+/// `xs` is `(batch, heads, seq, head_dim)`; `cos` and `sin` are `(seq, head_dim / 2)`, or
+/// `(batch, seq, head_dim / 2)` where rows stand at different positions.
+pub(super) fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if !xs.track_op() {
+        return Ok(candle_nn::rotary_emb::rope(&xs.contiguous()?, cos, sin)?);
+    }
+    let (cos, sin) = match cos.rank() {
+        3 => (cos.unsqueeze(1)?, sin.unsqueeze(1)?), // (batch, 1, seq, half)
+        _ => (cos.clone(), sin.clone()),
+    };
+    let half = xs.dim(D::Minus1)? / 2;
+    let (x1, x2) = (xs.narrow(D::Minus1, 0, half)?, xs.narrow(D::Minus1, half, half)?);
+    let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
+    let y2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
+    Ok(Tensor::cat(&[y1, y2], D::Minus1)?)
+}
+
+/// Softmax over the last dimension.
+pub(super) fn softmax(xs: &Tensor) -> Result<Tensor> {
+    if xs.track_op() {
+        return Ok(ops::softmax(xs, D::Minus1)?);
+    }
+    Ok(ops::softmax_last_dim(&xs.contiguous()?)?)
+}
+
+/// Whether `xs` can be handed to this crate's CPU kernels: `f32`, on the CPU, no gradient wanted.
+pub(super) fn kernels_apply(xs: &Tensor) -> bool {
+    xs.device().is_cpu() && xs.dtype() == DType::F32 && !xs.track_op()
+}

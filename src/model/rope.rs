@@ -1,0 +1,108 @@
+//! Rotary position embeddings: tables that grow with the longest position asked for.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::ops;
+use crate::config::Config;
+use crate::error::Result;
+
+/// Cosines and sines of `position · theta^(-2i / head_dim)`, shared by all layers.
+#[derive(Debug)]
+pub(super) struct Rope {
+    /// `theta^(-2i / head_dim)` for `i` in `0..head_dim / 2`.
+    inv_freq: Vec<f32>,
+    dtype: DType,
+    device: Device,
+    /// Tables for the positions seen so far; replaced by longer ones when a longer text comes.
+    tables: RwLock<Arc<Tables>>,
+}
+
+#[derive(Debug)]
+struct Tables {
+    positions: usize,
+    /// `(positions, head_dim / 2)`
+    cos: Tensor,
+    /// `(positions, head_dim / 2)`
+    sin: Tensor,
+}
+
+/// The rotation of one forward pass: the rows of the tables for its positions.
+#[derive(Debug)]
+pub(super) struct Rotation {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotation {
+    /// Rotates `(batch, heads, seq, head_dim)`.
+    pub(super) fn apply(&self, xs: &Tensor) -> Result<Tensor> {
+        ops::rope(xs, &self.cos, &self.sin)
+    }
+}
+
+impl Rope {
+    /// The first tables are this long; most prompts need no second ones.
+    const FIRST: usize = 1024;
+
+    pub(super) fn new(config: &Config, dtype: DType, device: &Device) -> Result<Self> {
+        // In f32 throughout, as transformers computes it: far positions then round alike.
+        let dim = config.head_dim as f32;
+        let frequency = |i: usize| {
+            let exponent = (2 * i) as f32 / dim;
+            1.0 / (config.rope_theta.powf(f64::from(exponent)) as f32)
+        };
+        let inv_freq: Vec<f32> = (0..config.head_dim / 2).map(frequency).collect();
+        let first = Self::FIRST.min(config.max_position_embeddings).max(1);
+        let tables = RwLock::new(Arc::new(Tables::new(&inv_freq, first, dtype, device)?));
+        Ok(Self { inv_freq, dtype, device: device.clone(), tables })
+    }
+
+    /// The rotation of `seq` slots from slot `first` on, in rows whose text begins at `starts`.
+    pub(super) fn at(&self, first: usize, seq: usize, starts: &[usize]) -> Result<Rotation> {
+        let tables = self.tables(first + seq)?;
+        if starts.iter().all(|&start| start == 0) {
+            let rows = |table: &Tensor| table.narrow(0, first, seq);
+            return Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? });
+        }
+        // A padded row counts its positions from its own first token; padding stands at 0.
+        let slots = first..first + seq;
+        let positions: Vec<u32> = starts
+            .iter()
+            .flat_map(|&start| slots.clone().map(move |slot| slot.saturating_sub(start) as u32))
+            .collect();
+        let positions = Tensor::new(positions, &self.device)?;
+        let rows = |table: &Tensor| {
+            table.index_select(&positions, 0)?.reshape((starts.len(), seq, self.inv_freq.len()))
+        };
+        Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? })
+    }
+
+    fn tables(&self, positions: usize) -> Result<Arc<Tables>> {
+        // A poisoned lock only means that another thread panicked: the tables inside are whole.
+        let current = self.tables.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if current.positions >= positions {
+            return Ok(current);
+        }
+        let longer = positions.next_power_of_two();
+        let grown = Arc::new(Tables::new(&self.inv_freq, longer, self.dtype, &self.device)?);
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        if tables.positions < longer {
+            *tables = Arc::clone(&grown);
+        }
+        Ok(grown)
+    }
+}
+
+impl Tables {
+    fn new(inv_freq: &[f32], positions: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let angle = |position: usize| inv_freq.iter().map(move |freq| position as f32 * freq);
+        let table = |function: fn(f32) -> f32| -> Result<Tensor> {
+            let values: Vec<f32> = (0..positions).flat_map(angle).map(function).collect();
+            let shape = (positions, inv_freq.len());
+            Ok(Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?)
+        };
+        Ok(Self { positions, cos: table(f32::cos)?, sin: table(f32::sin)? })
+    }
+}

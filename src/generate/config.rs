@@ -1,0 +1,259 @@
+//! How to generate: every knob with its unit, range, default and what zero means.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::thought::Thinking;
+
+/// How far the work before the first token has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Progress {
+    /// This many of the thought passes are done.
+    Think {
+        /// Passes done.
+        done: usize,
+        /// Passes in all.
+        total: usize,
+    },
+    /// This many of the prompt's tokens are in the cache.
+    Prefill {
+        /// Tokens done.
+        done: usize,
+        /// Tokens in all.
+        total: usize,
+    },
+}
+
+/// How to generate. The default is greedy, without thinking, at most 128 tokens.
+///
+/// Values are checked when generation starts; one outside its range is an
+/// [`Error::Parameter`] that names it.
+///
+/// ```
+/// use hybrid_attention::{GenerationConfig, Thinking};
+///
+/// let config = GenerationConfig::default()
+///     .thinking(Thinking::passes(2).span(14..18))
+///     .temperature(0.7).top_p(0.9).seed(42)
+///     .max_tokens(256).stop("\n\n");
+/// # let _ = config;
+/// ```
+#[derive(Clone)]
+pub struct GenerationConfig {
+    pub(super) thinking: Thinking,
+    pub(super) max_tokens: usize,
+    pub(super) temperature: f64,
+    pub(super) top_k: usize,
+    pub(super) top_p: f64,
+    pub(super) min_p: f64,
+    pub(super) repetition_penalty: f64,
+    pub(super) frequency_penalty: f64,
+    pub(super) presence_penalty: f64,
+    pub(super) seed: Option<u64>,
+    pub(super) stop: Vec<String>,
+    pub(super) stop_ids: Vec<u32>,
+    pub(super) eos_ids: Option<Vec<u32>>,
+    pub(super) top_logprobs: usize,
+    pub(super) prompt_logprobs: bool,
+    pub(super) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self {
+            thinking: Thinking::none(),
+            max_tokens: 128,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            seed: None,
+            stop: Vec::new(),
+            stop_ids: Vec::new(),
+            eos_ids: None,
+            top_logprobs: 0,
+            prompt_logprobs: false,
+            progress: None,
+        }
+    }
+}
+
+impl GenerationConfig {
+    /// How to think about the prompt first. Default: not at all.
+    #[must_use]
+    pub fn thinking(mut self, thinking: Thinking) -> Self {
+        self.thinking = thinking;
+        self
+    }
+
+    /// The most tokens to generate. Default 128. 0 generates none, for the sake of
+    /// [`prompt_logprobs`](Self::prompt_logprobs). The model's context is a limit of its own.
+    #[must_use]
+    pub fn max_tokens(mut self, max_tokens: usize) -> Self {
+        self.max_tokens = max_tokens;
+        self
+    }
+
+    /// What the logits are divided by before sampling, at least 0. Default 0: always the likeliest
+    /// token (the lowest id among equals).
+    #[must_use]
+    pub fn temperature(mut self, temperature: f64) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Samples among the `top_k` likeliest tokens (Fan et al. 2018). Default 0: among all.
+    #[must_use]
+    pub fn top_k(mut self, top_k: usize) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Samples among the fewest likeliest tokens that together hold at least this probability, in
+    /// `(0, 1]` (Holtzman et al. 2020). Default 1: among all.
+    #[must_use]
+    pub fn top_p(mut self, top_p: f64) -> Self {
+        self.top_p = top_p;
+        self
+    }
+
+    /// Samples among tokens at least this share as likely as the likeliest, in `[0, 1]` (Nguyen et
+    /// al. 2024). Default 0: among all.
+    #[must_use]
+    pub fn min_p(mut self, min_p: f64) -> Self {
+        self.min_p = min_p;
+        self
+    }
+
+    /// Divides positive logits of tokens already in the text, prompt included, by this, and
+    /// multiplies negative ones by it; above 0 (Keskar et al. 2019). Default 1: no change.
+    #[must_use]
+    pub fn repetition_penalty(mut self, penalty: f64) -> Self {
+        self.repetition_penalty = penalty;
+        self
+    }
+
+    /// Subtracts this from a token's logit for each time it was generated, in `[-2, 2]`. Default
+    /// 0: no change. The prompt does not count, as in the OpenAI API.
+    #[must_use]
+    pub fn frequency_penalty(mut self, penalty: f64) -> Self {
+        self.frequency_penalty = penalty;
+        self
+    }
+
+    /// Subtracts this from a token's logit once it was generated, in `[-2, 2]`. Default 0: no
+    /// change. The prompt does not count, as in the OpenAI API.
+    #[must_use]
+    pub fn presence_penalty(mut self, penalty: f64) -> Self {
+        self.presence_penalty = penalty;
+        self
+    }
+
+    /// The seed of the sampler: the same seed gives the same tokens, on every platform. Default:
+    /// a new one each time. Greedy generation needs none.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Ends the answer before this text; may be called several times. Default: none.
+    #[must_use]
+    pub fn stop(mut self, text: impl Into<String>) -> Self {
+        self.stop.push(text.into());
+        self
+    }
+
+    /// Ends the answer at this token, as if it were an end-of-sequence token; may be called several
+    /// times. Default: none.
+    #[must_use]
+    pub fn stop_id(mut self, id: u32) -> Self {
+        self.stop_ids.push(id);
+        self
+    }
+
+    /// The end-of-sequence tokens, instead of the checkpoint's own. An empty list lets generation
+    /// run on to [`max_tokens`](Self::max_tokens).
+    #[must_use]
+    pub fn eos_ids(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        self.eos_ids = Some(ids.into_iter().collect());
+        self
+    }
+
+    /// Gives with every token the `n` likeliest tokens at its place and their log-probabilities,
+    /// before penalties and temperature. Default 0. The token's own is always given.
+    #[must_use]
+    pub fn top_logprobs(mut self, n: usize) -> Self {
+        self.top_logprobs = n;
+        self
+    }
+
+    /// Gives the log-probability of each prompt token after those before it. Default off. After
+    /// thinking these are no probabilities in the usual sense: the thoughts have seen the token.
+    #[must_use]
+    pub fn prompt_logprobs(mut self, wanted: bool) -> Self {
+        self.prompt_logprobs = wanted;
+        self
+    }
+
+    /// Called while the work before the first token goes on.
+    #[must_use]
+    pub fn on_progress(mut self, call: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        self.progress = Some(Arc::new(call));
+        self
+    }
+
+    pub(super) fn report(&self, progress: Progress) {
+        if let Some(call) = &self.progress {
+            call(progress);
+        }
+    }
+
+    /// Checks every value that does not depend on the model.
+    pub(super) fn validate(&self) -> Result<()> {
+        let check = |name, value: f64, ok: bool, expected: &str| match ok && value.is_finite() {
+            true => Ok(()),
+            false => Err(Error::parameter(name, expected, value)),
+        };
+        let penalty = -2.0..=2.0;
+        let (frequency, presence) = (self.frequency_penalty, self.presence_penalty);
+        check("temperature", self.temperature, self.temperature >= 0.0, "at least 0")?;
+        check("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "within (0, 1]")?;
+        check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "within [0, 1]")?;
+        let repetition = self.repetition_penalty;
+        check("repetition_penalty", repetition, repetition > 0.0, "above 0")?;
+        check("frequency_penalty", frequency, penalty.contains(&frequency), "within [-2, 2]")?;
+        check("presence_penalty", presence, penalty.contains(&presence), "within [-2, 2]")?;
+        if self.stop.iter().any(String::is_empty) {
+            return Err(Error::parameter("stop", "a text that is not empty", "\"\""));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for GenerationConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GenerationConfig")
+            .field("thinking", &self.thinking)
+            .field("max_tokens", &self.max_tokens)
+            .field("temperature", &self.temperature)
+            .field("top_k", &self.top_k)
+            .field("top_p", &self.top_p)
+            .field("min_p", &self.min_p)
+            .field("repetition_penalty", &self.repetition_penalty)
+            .field("frequency_penalty", &self.frequency_penalty)
+            .field("presence_penalty", &self.presence_penalty)
+            .field("seed", &self.seed)
+            .field("stop", &self.stop)
+            .field("stop_ids", &self.stop_ids)
+            .field("eos_ids", &self.eos_ids)
+            .field("top_logprobs", &self.top_logprobs)
+            .field("prompt_logprobs", &self.prompt_logprobs)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,177 @@
+//! From logits to the next token.
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::config::GenerationConfig;
+use crate::error::{Error, Result};
+
+/// Draws tokens as a [`GenerationConfig`] says, in the order of transformers' logits processors:
+/// penalties, temperature, top-k, top-p, min-p.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    config: GenerationConfig,
+    rng: ChaCha8Rng,
+    /// Tokens of the prompt and of the answer so far: how often each was generated.
+    seen: HashMap<u32, usize>,
+}
+
+impl Sampler {
+    /// A sampler for an answer to `prompt`.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a value outside its range.
+    pub fn new(config: &GenerationConfig, prompt: &[u32]) -> Result<Self> {
+        config.validate()?;
+        let rng = match config.seed {
+            Some(seed) => ChaCha8Rng::seed_from_u64(seed),
+            None => ChaCha8Rng::from_os_rng(),
+        };
+        let seen = prompt.iter().map(|&id| (id, 0)).collect();
+        Ok(Self { config: config.clone(), rng, seen })
+    }
+
+    /// Draws the next token from one position's logits and remembers it for the penalties.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] when no token has a finite logit, or one is NaN.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        let mut candidates = self.distribution(logits)?;
+        let id = match candidates.as_slice() {
+            [(only, _)] => *only,
+            _ => {
+                // Ids in order, so that a draw does not depend on how candidates were selected.
+                candidates.sort_unstable_by_key(|&(id, _)| id);
+                let mut left = self.rng.random::<f64>();
+                let drawn = candidates.iter().find(|(_, probability)| {
+                    left -= probability;
+                    left < 0.0
+                });
+                // Rounding can leave a crumb: it belongs to the last candidate.
+                drawn.or(candidates.last()).map_or(0, |&(id, _)| id)
+            }
+        };
+        *self.seen.entry(id).or_insert(0) += 1;
+        Ok(id)
+    }
+
+    /// The tokens that [`sample`](Self::sample) would draw from and their probabilities, which sum
+    /// to 1, likeliest first.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn distribution(&self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
+        let config = &self.config;
+        let mut logits: Vec<f64> = logits.iter().copied().map(f64::from).collect();
+        self.penalise(&mut logits);
+
+        let mut candidates: Vec<(u32, f64)> =
+            logits.into_iter().enumerate().map(|(id, logit)| (id as u32, logit)).collect();
+        let best = candidates.iter().copied().reduce(|best, next| match likelier(&next, &best) {
+            Ordering::Less => next,
+            _ => best,
+        });
+        let finite = candidates.iter().all(|(_, logit)| !logit.is_nan() && *logit < f64::INFINITY);
+        let Some((best, max)) = best.filter(|(_, max)| finite && max.is_finite()) else {
+            return Err(Error::NotFinite { what: "logits", position: self.generated() });
+        };
+        if config.temperature == 0.0 {
+            return Ok(vec![(best, 1.0)]);
+        }
+        if config.top_k > 0 && config.top_k < candidates.len() {
+            candidates.select_nth_unstable_by(config.top_k - 1, likelier);
+            candidates.truncate(config.top_k);
+        }
+        // Relative to the likeliest; a tiny temperature leaves it alone at 1.
+        for (_, weight) in &mut candidates {
+            *weight = ((*weight - max) / config.temperature).exp();
+        }
+        candidates.sort_unstable_by(likelier);
+        if config.top_p < 1.0 {
+            let mut needed = config.top_p * total(&candidates);
+            let enough = candidates.iter().position(|(_, weight)| {
+                needed -= weight;
+                needed <= 0.0
+            });
+            candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
+        }
+        if config.min_p > 0.0 {
+            candidates.retain(|(_, weight)| *weight >= config.min_p);
+        }
+        let total = total(&candidates);
+        for (_, weight) in &mut candidates {
+            *weight /= total;
+        }
+        Ok(candidates)
+    }
+
+    fn penalise(&self, logits: &mut [f64]) {
+        let config = &self.config;
+        for (&id, &count) in &self.seen {
+            let Some(logit) = logits.get_mut(id as usize) else { continue };
+            match *logit > 0.0 {
+                true => *logit /= config.repetition_penalty,
+                false => *logit *= config.repetition_penalty,
+            }
+            *logit -= config.frequency_penalty * count as f64;
+            if count > 0 {
+                *logit -= config.presence_penalty;
+            }
+        }
+    }
+
+    fn generated(&self) -> usize {
+        self.seen.values().sum()
+    }
+}
+
+/// Likelier first; the lower id among equals.
+fn likelier(a: &(u32, f64), b: &(u32, f64)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+fn total(candidates: &[(u32, f64)]) -> f64 {
+    candidates.iter().map(|(_, weight)| weight).sum()
+}
+
+/// Log-probabilities of the model itself, before penalties and temperature.
+#[derive(Debug)]
+pub(super) struct LogProbs<'a> {
+    logits: &'a [f32],
+    /// `log Σ exp(logit)`
+    log_sum: f64,
+}
+
+impl<'a> LogProbs<'a> {
+    pub(super) fn new(logits: &'a [f32], position: usize) -> Result<Self> {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
+        let log_sum = f64::from(max) + sum.ln();
+        if !log_sum.is_finite() {
+            return Err(Error::NotFinite { what: "logits", position });
+        }
+        Ok(Self { logits, log_sum })
+    }
+
+    pub(super) fn of(&self, id: u32) -> f32 {
+        let logit = self.logits.get(id as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        (f64::from(logit) - self.log_sum) as f32
+    }
+
+    /// The `n` likeliest tokens, likeliest first.
+    pub(super) fn top(&self, n: usize) -> Vec<(u32, f32)> {
+        if n == 0 {
+            return Vec::new();
+        }
+        let mut ids: Vec<(u32, f64)> = (0u32..).zip(self.logits.iter().copied().map(f64::from)).collect();
+        if n < ids.len() {
+            ids.select_nth_unstable_by(n - 1, likelier);
+            ids.truncate(n);
+        }
+        ids.sort_unstable_by(likelier);
+        ids.into_iter().map(|(id, _)| (id, self.of(id))).collect()
+    }
+}

@@ -2,5 +2,7 @@
 
 mod error;
 pub mod model;
+mod tokenizer;
 
 pub use error::{Error, Result};
+pub use tokenizer::{DecodeStream, Message, Tokenizer};

@@ -3,6 +3,8 @@
 mod config;
 mod error;
 pub mod model;
+mod tokenizer;
 
 pub use config::Config;
 pub use error::{Error, Result};
+pub use tokenizer::{DecodeStream, Message, Tokenizer};

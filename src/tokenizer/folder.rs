@@ -1,0 +1,113 @@
+//! The tokenizer files of a Hugging Face checkpoint.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::{Surroundings, Tokenizer, parse};
+use crate::error::{Error, Result};
+
+/// What `tokenizer_config.json` and `special_tokens_map.json` say; both name tokens alike.
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    bos_token: Option<Token>,
+    eos_token: Option<Token>,
+    unk_token: Option<Token>,
+    pad_token: Option<Token>,
+    chat_template: Option<Templates>,
+}
+
+/// `"<s>"`, or an added token with its flags spelled out.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Token {
+    Text(String),
+    Added { content: String },
+}
+
+/// One template, or several of which `default` is for plain chat.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+/// `chat_template.json`.
+#[derive(Deserialize)]
+struct TemplateFile {
+    chat_template: Templates,
+}
+
+pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
+    let path = folder.join("tokenizer.json");
+    let Some(bytes) = read_if_present(&path)? else { return Ok(None) };
+    let config_path = folder.join("tokenizer_config.json");
+    let config: TokenizerConfig = parse_if_present(&config_path)?.unwrap_or_default();
+    let map: TokenizerConfig =
+        parse_if_present(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
+
+    let jinja = folder.join("chat_template.jinja");
+    let chat_template = if let Some(bytes) = read_if_present(&jinja)? {
+        Some(String::from_utf8(bytes).map_err(|error| Error::malformed(&jinja, error))?)
+    } else if let Some(file) = parse_if_present(&folder.join("chat_template.json"))? {
+        let TemplateFile { chat_template } = file;
+        chat_template.default()
+    } else {
+        config.chat_template.and_then(Templates::default)
+    };
+    let token = |config: Option<Token>, map: Option<Token>| config.or(map).map(Token::text);
+    let around = Surroundings {
+        bos_token: token(config.bos_token, map.bos_token),
+        eos_token: token(config.eos_token, map.eos_token),
+        unk_token: token(config.unk_token, map.unk_token),
+        pad_token: token(config.pad_token, map.pad_token),
+        chat_template,
+    };
+    // Nothing below reads a file, so the message needs the one that it is about.
+    let in_file = |error| match error {
+        Error::Tokenizer { message } => Error::malformed(&path, message),
+        other => other,
+    };
+    let inner = parse(&bytes).map_err(in_file)?;
+    Tokenizer::new(inner, around).map(Some).map_err(in_file)
+}
+
+impl Token {
+    fn text(self) -> String {
+        match self {
+            Self::Text(content) | Self::Added { content } => content,
+        }
+    }
+}
+
+impl Templates {
+    fn default(self) -> Option<String> {
+        match self {
+            Self::One(template) => Some(template),
+            Self::Named(list) => list.into_iter().find(|t| t.name == "default").map(|t| t.template),
+        }
+    }
+}
+
+fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path)(error)),
+    }
+}
+
+fn parse_if_present<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let Some(bytes) = read_if_present(path)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::malformed(path, error))
+}

@@ -1,0 +1,291 @@
+//! Text to token ids and back: encoding, chat templates, incremental decoding.
+//!
+//! The [`tokenizers`] crate splits and merges; this module adds what a checkpoint says around it
+//! (which token begins a text, how a chat is written) and a decoder that can stream.
+
+mod chat;
+mod decode;
+mod folder;
+mod gguf;
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use candle_core::quantized::gguf_file;
+
+use crate::error::{Error, Result};
+
+pub use chat::Message;
+pub use decode::DecodeStream;
+
+use chat::ChatTemplate;
+use decode::Detokenizer;
+
+/// Text to token ids and back, and the chat template of a checkpoint.
+///
+/// ```
+/// # fn main() -> hybrid_attention::Result<()> {
+/// use hybrid_attention::{Message, Tokenizer};
+///
+/// # let folder = std::path::Path::new("tests/fixtures/tokenizer/llama");
+/// if let Some(tokenizer) = Tokenizer::from_folder(folder)? {
+///     let ids = tokenizer.encode("the cat", true)?;
+///     assert_eq!(ids.first().copied(), tokenizer.bos_token_id());
+///     assert_eq!(tokenizer.decode(&ids, true), "the cat");
+///
+///     let chat = tokenizer.render_chat(&[Message::user("hello")], true)?;
+///     assert_eq!(chat, "<s>[INST] hello [/INST]");
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    detokenizer: Detokenizer,
+    vocab_size: usize,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    /// Whether encoding with special tokens puts BOS in front of a text by itself.
+    adds_bos: bool,
+    chat: Option<ChatTemplate>,
+}
+
+/// What a checkpoint says around its vocabulary: the text of the named tokens, and how it chats.
+#[derive(Debug, Default)]
+struct Surroundings {
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    unk_token: Option<String>,
+    pad_token: Option<String>,
+    chat_template: Option<String>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a Hugging Face checkpoint; `None` if the folder has none.
+    ///
+    /// The named tokens come from `tokenizer_config.json`, and those it leaves out from
+    /// `special_tokens_map.json`. The chat template is `chat_template.jinja`, else that of
+    /// `chat_template.json`, else that of `tokenizer_config.json` (the one called `default` if it
+    /// lists several). All these files are optional.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a file cannot be read, [`Error::Malformed`] if it is not what its name
+    /// promises or names a BOS or EOS token outside the vocabulary, [`Error::Unsupported`] if the
+    /// tokenizer decodes in a way that cannot be streamed.
+    pub fn from_folder(path: &Path) -> Result<Option<Self>> {
+        folder::read(path)
+    }
+
+    /// Builds the tokenizer that a GGUF file carries in its metadata; `None` without
+    /// `tokenizer.ggml.model`.
+    ///
+    /// Two kinds are read: `gpt2` (byte-level BPE, split as `tokenizer.ggml.pre` says: `default`,
+    /// `gpt-2`, `smollm`, `llama-bpe` or `tekken`) and `llama` (SentencePiece BPE). What the
+    /// metadata leaves out is as in llama.cpp.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the key that is missing, of another type or out of range;
+    /// [`Error::Unsupported`] the kind of vocabulary that this crate does not read.
+    pub fn from_gguf(metadata: &HashMap<String, gguf_file::Value>) -> Result<Option<Self>> {
+        gguf::read(metadata)
+    }
+
+    /// Reads the content of a `tokenizer.json`, which names no EOS token and no chat template.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if it does not parse, [`Error::Unsupported`] if it decodes in a way
+    /// that cannot be streamed.
+    pub fn from_bytes(tokenizer_json: &[u8]) -> Result<Self> {
+        Self::new(parse(tokenizer_json)?, Surroundings::default())
+    }
+
+    fn new(mut inner: tokenizers::Tokenizer, around: Surroundings) -> Result<Self> {
+        // A prompt is never cut or padded behind the caller's back, whatever the file says.
+        guard(|| inner.with_truncation(None).map(|_| ()))?;
+        inner.with_padding(None);
+
+        let highest = inner.get_vocab(true).into_values().max();
+        let id_of = |token: &Option<String>, name| match token {
+            None => Ok(None),
+            Some(text) => inner
+                .token_to_id(text)
+                .map(Some)
+                .ok_or_else(|| failed(format!("{name} {text:?} is not a token of the vocabulary"))),
+        };
+        let mut tokenizer = Self {
+            detokenizer: Detokenizer::new(inner.get_decoder())?,
+            vocab_size: highest.map_or(0, |id| id as usize + 1),
+            bos: id_of(&around.bos_token, "bos_token")?,
+            eos: id_of(&around.eos_token, "eos_token")?,
+            adds_bos: false,
+            chat: None,
+            inner,
+        };
+        // Without a configuration, BOS is the special token that stands before an empty text.
+        let first = tokenizer.encode_raw("", true)?.first().copied();
+        tokenizer.bos = tokenizer.bos.or(first.filter(|&id| tokenizer.is_special(id)));
+        tokenizer.adds_bos = first.is_some() && first == tokenizer.bos;
+        tokenizer.chat = around.chat_template.map(|source| {
+            let tokens = [
+                ("bos_token", around.bos_token),
+                ("eos_token", around.eos_token),
+                ("unk_token", around.unk_token),
+                ("pad_token", around.pad_token),
+            ];
+            ChatTemplate::new(&source, tokens)
+        });
+        Ok(tokenizer)
+    }
+
+    /// The highest token id plus one, added tokens included; 0 if there are no tokens.
+    ///
+    /// A model fits if its embedding table has at least as many rows.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The token that begins a text, if the checkpoint has one.
+    pub fn bos_token_id(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends an answer, if the checkpoint names one.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether `id` is a control token such as `</s>`: one that is no text of its own.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .get(&id)
+            .is_some_and(|t| t.special)
+    }
+
+    /// The token as the vocabulary spells it (`▁Paris`, `ĠParis`, `<0xE6>`), or `None` if there is
+    /// no such id. For text use [`decode`](Self::decode).
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Turns text into token ids. Special tokens spelled in `text` are parsed.
+    ///
+    /// With `add_special` the checkpoint's own rule says what is added around the text, usually
+    /// BOS in front. BOS then stands there at most once, also if the text spells it.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if a character has no token and the vocabulary has no unknown token,
+    /// or a pattern of the tokenizer gives up on the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let mut ids = self.encode_raw(text, add_special)?;
+        if add_special {
+            self.keep_one_bos(&mut ids);
+        }
+        Ok(ids)
+    }
+
+    /// Turns token ids into text: exactly the pieces of a [`DecodeStream`] with an empty prompt.
+    ///
+    /// With `skip_special` control tokens are left out, otherwise they are spelled. Bytes that are
+    /// not UTF-8 become U+FFFD. Ids without a token are no text, as an embedding table may have
+    /// more rows than its tokenizer has tokens.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let mut stream = DecodeStream::start(self, skip_special);
+        let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
+        text.push_str(&stream.finish());
+        text
+    }
+
+    /// Decodes token by token the text that follows `prompt`, without control tokens.
+    ///
+    /// ```
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// # let folder = std::path::Path::new("tests/fixtures/tokenizer/llama");
+    /// # let Some(tokenizer) = hybrid_attention::Tokenizer::from_folder(folder)? else { return Ok(()) };
+    /// let prompt = tokenizer.encode("the cat", true)?;
+    /// let answer = tokenizer.encode("sat", false)?;
+    /// let mut stream = tokenizer.decode_stream(&prompt);
+    /// let mut text: String = answer.iter().map(|&id| stream.push(id)).collect();
+    /// text.push_str(&stream.finish());
+    /// assert_eq!(text, " sat"); // a continuation keeps its space
+    /// # Ok(()) }
+    /// ```
+    pub fn decode_stream(&self, prompt: &[u32]) -> DecodeStream<'_> {
+        let mut stream = DecodeStream::start(self, true);
+        for &id in prompt {
+            stream.push(id);
+        }
+        stream
+    }
+
+    /// Whether the checkpoint says how to write a chat. The template may still turn out not to
+    /// parse, which [`render_chat`](Self::render_chat) reports.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat.is_some()
+    }
+
+    /// Writes a conversation as the checkpoint's chat template does, as `apply_chat_template` of
+    /// transformers would. With `add_generation_prompt` the text ends where the answer begins.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if there is no template, it does not parse, it asks for something that
+    /// does not exist, it does not come to an end, or it raises an exception: then the message is
+    /// the template's own.
+    pub fn render_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let template = self
+            .chat
+            .as_ref()
+            .ok_or_else(|| Error::Template { message: "the checkpoint has none".to_owned() })?;
+        template.render(messages, add_generation_prompt)
+    }
+
+    /// Token ids of a conversation: [`render_chat`](Self::render_chat), then
+    /// [`encode`](Self::encode) without additions, but for one BOS where the tokenizer adds BOS
+    /// and the template did not write it.
+    ///
+    /// # Errors
+    /// Those of [`render_chat`](Self::render_chat) and [`encode`](Self::encode).
+    pub fn encode_chat(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>> {
+        let text = self.render_chat(messages, add_generation_prompt)?;
+        let mut ids = self.encode_raw(&text, false)?;
+        if let (Some(bos), true) = (self.bos, self.adds_bos) {
+            ids.insert(0, bos);
+        }
+        self.keep_one_bos(&mut ids);
+        Ok(ids)
+    }
+
+    fn encode_raw(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = guard(|| self.inner.encode_fast(text, add_special))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    fn keep_one_bos(&self, ids: &mut Vec<u32>) {
+        let run = ids.iter().take_while(|&&id| Some(id) == self.bos).count();
+        ids.drain(..run.saturating_sub(1));
+    }
+}
+
+/// Parses a `tokenizer.json`.
+fn parse(tokenizer_json: &[u8]) -> Result<tokenizers::Tokenizer> {
+    guard(|| tokenizers::Tokenizer::from_bytes(tokenizer_json))
+}
+
+/// Runs code of the tokenizers crate, which panics on some malformed files (a merge longer than
+/// every token slices out of bounds), and turns either way of failing into an error.
+fn guard<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(failed),
+        Err(_) => Err(failed("the definition of the tokenizer contradicts itself")),
+    }
+}
+
+fn failed(message: impl ToString) -> Error {
+    Error::Tokenizer { message: message.to_string() }
+}

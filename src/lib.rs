@@ -2,6 +2,7 @@
 
 mod config;
 mod error;
+pub mod load;
 pub mod model;
 mod tokenizer;
 

@@ -1,0 +1,104 @@
+//! Typed access to the fields of a JSON object, with errors that name the field.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// The fields of one JSON object. Unless said otherwise, `null` counts as absent.
+#[derive(Clone, Debug)]
+pub(crate) struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// Parses `text`, the content of `file`.
+    pub(crate) fn parse(text: &str, file: &str) -> Result<Self> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(object)) => Ok(Self(object)),
+            Ok(other) => Err(Error::malformed(
+                file,
+                format!("expected a JSON object, got {}", brief(&other)),
+            )),
+            Err(error) => Err(Error::malformed(file, format!("not JSON: {error}"))),
+        }
+    }
+
+    /// Whether the key is there at all, be it `null`.
+    pub(crate) fn contains(&self, field: &str) -> bool {
+        self.0.contains_key(field)
+    }
+
+    pub(crate) fn get(&self, field: &str) -> Option<&Value> {
+        self.0.get(field).filter(|value| !value.is_null())
+    }
+
+    pub(crate) fn size(&self, field: &str) -> Result<Option<usize>> {
+        self.typed(field, "a non-negative integer", |value| value.as_u64()?.try_into().ok())
+    }
+
+    pub(crate) fn required_size(&self, field: &str) -> Result<usize> {
+        self.size(field)?.ok_or_else(|| Error::config(field, "a non-negative integer", "nothing"))
+    }
+
+    pub(crate) fn number(&self, field: &str) -> Result<Option<f64>> {
+        self.typed(field, "a number", Value::as_f64)
+    }
+
+    pub(crate) fn flag(&self, field: &str) -> Result<Option<bool>> {
+        self.typed(field, "true or false", Value::as_bool)
+    }
+
+    pub(crate) fn text(&self, field: &str) -> Result<Option<&str>> {
+        self.typed(field, "a string", Value::as_str)
+    }
+
+    pub(crate) fn list(&self, field: &str) -> Result<Option<&Vec<Value>>> {
+        self.typed(field, "a list", Value::as_array)
+    }
+
+    /// The object called `field`.
+    pub(crate) fn object(&self, field: &str) -> Result<Option<Self>> {
+        self.typed(field, "an object", |value| Some(Self(value.as_object()?.clone())))
+    }
+
+    pub(crate) fn token(&self, field: &str) -> Result<Option<u32>> {
+        self.typed(field, "a token id", token)
+    }
+
+    /// One token id, or a list of them; absent is no id.
+    pub(crate) fn tokens(&self, field: &str) -> Result<Vec<u32>> {
+        let ids = self.typed(field, "a token id or a list of them", |value| match value {
+            Value::Array(ids) => ids.iter().map(token).collect(),
+            id => token(id).map(|id| vec![id]),
+        })?;
+        Ok(ids.unwrap_or_default())
+    }
+
+    /// The names of the fields that hold objects.
+    pub(crate) fn nested(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(|(_, value)| value.is_object()).map(|(name, _)| name.as_str())
+    }
+
+    fn typed<'a, T>(
+        &'a self,
+        field: &str,
+        expected: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        self.get(field)
+            .map(|value| read(value).ok_or_else(|| Error::config(field, expected, brief(value))))
+            .transpose()
+    }
+}
+
+fn token(value: &Value) -> Option<u32> {
+    value.as_u64()?.try_into().ok()
+}
+
+/// `value` in the few words that an error message has room for.
+pub(crate) fn brief(value: &Value) -> String {
+    const ROOM: usize = 60;
+    let text = value.to_string();
+    match text.char_indices().nth(ROOM) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
+}

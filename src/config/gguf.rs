@@ -1,0 +1,192 @@
+//! The metadata of a GGUF file, as llama.cpp writes it.
+
+use std::collections::HashMap;
+
+use candle_core::quantized::gguf_file::Value;
+
+use super::{Config, head_dim, validate_as};
+use crate::error::{Error, Result};
+
+impl Config {
+    /// Reads the metadata of a GGUF file of `general.architecture` `llama` or `mistral`; llama.cpp
+    /// calls a Mistral `llama` too.
+    ///
+    /// `block_count`, `context_length`, `embedding_length`, `feed_forward_length`,
+    /// `attention.head_count` and `attention.layer_norm_rms_epsilon` must be given. Absent,
+    /// `attention.head_count_kv` is `attention.head_count`, `attention.key_length` is
+    /// `embedding_length / head_count`, `rope.freq_base` is 10000, `vocab_size` is the number of
+    /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
+    /// counts as an end of text. `tie_word_embeddings` is false: the metadata does not say, and
+    /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] and [`Error::Unsupported`] as [`Config::from_json`], with the names of
+    /// this file.
+    pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
+        let metadata = Metadata::new(metadata)?;
+        metadata.refuse_variants()?;
+
+        let hidden = metadata.required_size("embedding_length")?;
+        let heads = metadata.required_size("attention.head_count")?;
+        let head_dim = match metadata.size("attention.key_length")? {
+            Some(size) => size,
+            None => head_dim(
+                (&metadata.key("embedding_length"), hidden),
+                (&metadata.key("attention.head_count"), heads),
+            )?,
+        };
+        for name in ["attention.value_length", "rope.dimension_count"] {
+            if let Some(size) = metadata.size(name)?.filter(|size| *size != head_dim) {
+                let expected = format!("the head size of {head_dim}");
+                return Err(Error::config(metadata.key(name), expected, size));
+            }
+        }
+        let vocab_size = match (metadata.size("vocab_size")?, metadata.general(TOKENS)) {
+            (Some(size), _) => size,
+            (None, Some(Value::Array(tokens))) => tokens.len(),
+            _ => return Err(Error::config(metadata.key("vocab_size"), INTEGER, "nothing")),
+        };
+        let mut eos_token_ids = Vec::new();
+        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+            if let Some(id) = metadata.token(key)?.filter(|id| !eos_token_ids.contains(id)) {
+                eos_token_ids.push(id);
+            }
+        }
+        let config = Self {
+            vocab_size,
+            hidden_size: hidden,
+            intermediate_size: metadata.required_size("feed_forward_length")?,
+            num_hidden_layers: metadata.required_size("block_count")?,
+            num_attention_heads: heads,
+            num_key_value_heads: metadata.size("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            rms_norm_eps: metadata
+                .number(EPSILON)?
+                .ok_or_else(|| Error::config(metadata.key(EPSILON), "a number", "nothing"))?,
+            rope_theta: metadata.number("rope.freq_base")?.unwrap_or(10_000.0),
+            // llama.cpp reads 0 as none
+            sliding_window: metadata.size("attention.sliding_window")?.filter(|size| *size > 0),
+            max_position_embeddings: metadata.required_size("context_length")?,
+            tie_word_embeddings: false,
+            bos_token_id: metadata.token("tokenizer.ggml.bos_token_id")?,
+            eos_token_ids,
+        };
+        let names = [
+            ("vocab_size", "vocab_size"),
+            ("hidden_size", "embedding_length"),
+            ("intermediate_size", "feed_forward_length"),
+            ("num_hidden_layers", "block_count"),
+            ("num_attention_heads", "attention.head_count"),
+            ("num_key_value_heads", "attention.head_count_kv"),
+            ("head_dim", "attention.key_length"),
+            ("rms_norm_eps", EPSILON),
+            ("rope_theta", "rope.freq_base"),
+            ("sliding_window", "attention.sliding_window"),
+            ("max_position_embeddings", "context_length"),
+        ]
+        .map(|(ours, theirs)| (ours, metadata.key(theirs)));
+        let mut names: Vec<_> = names.iter().map(|(ours, key)| (*ours, key.as_str())).collect();
+        names.push(("bos_token_id", "tokenizer.ggml.bos_token_id"));
+        names.push(("eos_token_id", "tokenizer.ggml.eos_token_id"));
+        validate_as(config, &names)
+    }
+}
+
+const EPSILON: &str = "attention.layer_norm_rms_epsilon";
+const TOKENS: &str = "tokenizer.ggml.tokens";
+const INTEGER: &str = "a non-negative integer";
+
+/// Typed access to `{architecture}.{name}`, with errors that name the whole key.
+struct Metadata<'a> {
+    values: &'a HashMap<String, Value>,
+    architecture: &'a str,
+}
+
+impl<'a> Metadata<'a> {
+    fn new(values: &'a HashMap<String, Value>) -> Result<Self> {
+        let architecture = match values.get("general.architecture") {
+            Some(Value::String(architecture)) => architecture.as_str(),
+            other => return Err(mistyped("general.architecture", "a string", other)),
+        };
+        if !["llama", "mistral"].contains(&architecture) {
+            return Err(Error::unsupported("general.architecture", architecture));
+        }
+        Ok(Self { values, architecture })
+    }
+
+    fn refuse_variants(&self) -> Result<()> {
+        if let Some(experts) = self.size("expert_count")?.filter(|experts| *experts > 0) {
+            return Err(Error::unsupported(self.key("expert_count"), experts));
+        }
+        let scaling = self.key("rope.scaling.type");
+        match self.values.get(&scaling) {
+            None => Ok(()),
+            Some(Value::String(kind)) => match kind.as_str() {
+                "none" => Ok(()),
+                "linear" if self.number("rope.scaling.factor")?.is_none_or(|f| f == 1.0) => Ok(()),
+                other => Err(Error::unsupported("rope scaling", other)),
+            },
+            other => Err(mistyped(&scaling, "a string", other)),
+        }
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    fn general(&self, key: &str) -> Option<&'a Value> {
+        self.values.get(key)
+    }
+
+    fn size(&self, name: &str) -> Result<Option<usize>> {
+        let key = self.key(name);
+        let Some(value) = self.values.get(&key) else { return Ok(None) };
+        let size = integer(value).and_then(|size| size.try_into().ok());
+        size.map(Some).ok_or_else(|| mistyped(&key, INTEGER, Some(value)))
+    }
+
+    fn required_size(&self, name: &str) -> Result<usize> {
+        self.size(name)?.ok_or_else(|| Error::config(self.key(name), INTEGER, "nothing"))
+    }
+
+    fn number(&self, name: &str) -> Result<Option<f64>> {
+        let key = self.key(name);
+        match self.values.get(&key) {
+            None => Ok(None),
+            Some(Value::F32(number)) => Ok(Some(f64::from(*number))),
+            Some(Value::F64(number)) => Ok(Some(*number)),
+            other => Err(mistyped(&key, "a number", other)),
+        }
+    }
+
+    fn token(&self, key: &str) -> Result<Option<u32>> {
+        let Some(value) = self.values.get(key) else { return Ok(None) };
+        let id = integer(value).and_then(|id| id.try_into().ok());
+        id.map(Some).ok_or_else(|| mistyped(key, "a token id", Some(value)))
+    }
+}
+
+/// An unsigned or non-negative value of any integer type: writers do not agree on one.
+pub(crate) fn integer(value: &Value) -> Option<u64> {
+    match value {
+        Value::U8(n) => Some((*n).into()),
+        Value::U16(n) => Some((*n).into()),
+        Value::U32(n) => Some((*n).into()),
+        Value::U64(n) => Some(*n),
+        Value::I8(n) => (*n).try_into().ok(),
+        Value::I16(n) => (*n).try_into().ok(),
+        Value::I32(n) => (*n).try_into().ok(),
+        Value::I64(n) => (*n).try_into().ok(),
+        _ => None,
+    }
+}
+
+fn mistyped(key: &str, expected: &str, got: Option<&Value>) -> Error {
+    let got = match got {
+        None => "nothing".to_string(),
+        // an array may hold the whole vocabulary
+        Some(Value::Array(items)) => format!("an array of {}", items.len()),
+        Some(value) => format!("{value:?}"),
+    };
+    Error::config(key, expected, got)
+}

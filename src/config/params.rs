@@ -1,0 +1,68 @@
+//! `params.json`, as Mistral publishes it beside `consolidated.safetensors`.
+
+use super::fields::{Fields, brief};
+use super::{Config, head_dim, validate_as};
+use crate::error::{Error, Result};
+
+impl Config {
+    /// Reads the text of a `params.json`, the file beside `consolidated.safetensors`.
+    ///
+    /// `dim`, `n_layers`, `hidden_dim`, `n_heads`, `norm_eps` and `vocab_size` must be given. Absent,
+    /// `n_kv_heads` is `n_heads`, `head_dim` is `dim / n_heads`, `rope_theta` is 10000 and there is
+    /// no `sliding_window` (`mistral-inference`, `TransformerArgs`). `max_position_embeddings` or
+    /// `max_seq_len` is 32768, embeddings are untied; text begins with token 1 and ends with 2.
+    ///
+    /// # Errors
+    /// As [`Config::from_json`], with the names of this file.
+    pub fn from_params_json(text: &str) -> Result<Self> {
+        let fields = Fields::parse(text, "params.json")?;
+        for field in ["moe", "num_experts", "yarn", "quantization", "vision_encoder", "lora"] {
+            if let Some(value) = fields.get(field) {
+                return Err(Error::unsupported(field, brief(value)));
+            }
+        }
+        let hidden_size = fields.required_size("dim")?;
+        let num_attention_heads = fields.required_size("n_heads")?;
+        let head_dim = match fields.size("head_dim")? {
+            Some(size) => size,
+            None => head_dim(("dim", hidden_size), ("n_heads", num_attention_heads))?,
+        };
+        let positions = match fields.size("max_position_embeddings")? {
+            Some(positions) => Some(positions),
+            None => fields.size("max_seq_len")?,
+        };
+        let tied = match fields.flag("tied_embeddings")? {
+            Some(tied) => Some(tied),
+            None => fields.flag("tie_word_embeddings")?,
+        };
+        let config = Self {
+            vocab_size: fields.required_size("vocab_size")?,
+            hidden_size,
+            intermediate_size: fields.required_size("hidden_dim")?,
+            num_hidden_layers: fields.required_size("n_layers")?,
+            num_attention_heads,
+            num_key_value_heads: fields.size("n_kv_heads")?.unwrap_or(num_attention_heads),
+            head_dim,
+            rms_norm_eps: fields
+                .number("norm_eps")?
+                .ok_or_else(|| Error::config("norm_eps", "a number", "nothing"))?,
+            rope_theta: fields.number("rope_theta")?.unwrap_or(10_000.0),
+            sliding_window: fields.size("sliding_window")?,
+            max_position_embeddings: positions.unwrap_or(32_768),
+            tie_word_embeddings: tied.unwrap_or(false),
+            bos_token_id: Some(1),
+            eos_token_ids: vec![2],
+        };
+        validate_as(
+            config,
+            &[
+                ("hidden_size", "dim"),
+                ("intermediate_size", "hidden_dim"),
+                ("num_hidden_layers", "n_layers"),
+                ("num_attention_heads", "n_heads"),
+                ("num_key_value_heads", "n_kv_heads"),
+                ("rms_norm_eps", "norm_eps"),
+            ],
+        )
+    }
+}

@@ -1,0 +1,249 @@
+//! From stored bytes to a tensor of the wanted type, in one parallel pass.
+
+use std::borrow::Cow;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{CpuStorage, DType, Device, Tensor, WithDType};
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::names::Rows;
+use crate::error::{Error, Result};
+
+/// What a weight is stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stored {
+    F64,
+    F32,
+    F16,
+    BF16,
+    /// Quantised; the scales are part of the blocks.
+    Blocks(GgmlDType),
+}
+
+impl Stored {
+    /// The type that holds these values as they are: that of the file where candle's models compute
+    /// in it, else f32.
+    pub(super) fn dtype(self) -> DType {
+        match self {
+            Self::F64 | Self::F32 | Self::Blocks(_) => DType::F32,
+            Self::F16 => DType::F16,
+            Self::BF16 => DType::BF16,
+        }
+    }
+
+    /// Bytes of one row of `len` elements. Blocks do not span rows: the parser saw to it.
+    fn row_bytes(self, len: usize) -> usize {
+        match self {
+            Self::F64 => 8 * len,
+            Self::F32 => 4 * len,
+            Self::F16 | Self::BF16 => 2 * len,
+            Self::Blocks(blocks) => len / blocks.block_size() * blocks.type_size(),
+        }
+    }
+}
+
+/// A weight in a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Source<'a> {
+    /// Exactly the bytes of the weight. For blocks they are aligned to 4 bytes.
+    pub(super) bytes: &'a [u8],
+    pub(super) stored: Stored,
+    pub(super) shape: &'a [usize],
+    pub(super) rows: Rows,
+}
+
+/// Why a weight was not converted.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// The element at `index`, in the order of the file, is not finite; `stored` tells whether it
+    /// was so before it was converted.
+    NotFinite {
+        index: usize,
+        got: f32,
+        stored: bool,
+    },
+    Other(Error),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl Source<'_> {
+    /// The tensor in Hugging Face order, as `dtype`: f32, f16 or bf16.
+    pub(super) fn convert(&self, dtype: DType, device: &Device) -> Result<Tensor, Refusal> {
+        match dtype {
+            DType::F32 => self.fill::<f32>(device),
+            DType::F16 => self.fill::<f16>(device),
+            DType::BF16 => self.fill::<bf16>(device),
+            other => {
+                Err(Error::parameter("dtype", "f32, f16 or bf16", format!("{other:?}")).into())
+            }
+        }
+    }
+
+    fn fill<T: Float>(&self, device: &Device) -> Result<Tensor, Refusal> {
+        /// Elements that one task converts at least: enough to hide the cost of starting it.
+        const TASK: usize = 1 << 15;
+
+        // a vector is one row, a matrix as many as its first dimension says
+        let row_len = match self.shape {
+            [_, rest @ ..] if !rest.is_empty() => rest.iter().product(),
+            _ => self.shape.iter().product::<usize>(),
+        };
+        let row_bytes = self.stored.row_bytes(row_len).max(1);
+        debug_assert!(self.bytes.len().is_multiple_of(row_bytes));
+        let rows_per_task = TASK.div_ceil(row_len.max(1));
+        let mut data = T::zeros(self.shape.iter().product());
+        let first_bad = data
+            .par_chunks_mut((rows_per_task * row_len).max(1))
+            .enumerate()
+            .filter_map(|(task, chunk)| {
+                chunk
+                    .chunks_exact_mut(row_len.max(1))
+                    .enumerate()
+                    .filter_map(|(i, out)| {
+                        let row = self.rows.source(task * rows_per_task + i);
+                        let bytes = self.bytes.get(row * row_bytes..)?.get(..row_bytes)?;
+                        if T::read(self.stored, bytes, out) {
+                            return None;
+                        }
+                        let column = out.iter().position(|value| !value.is_finite())?;
+                        Some((row * row_len + column, *out.get(column)?, column, bytes))
+                    })
+                    .min_by_key(|(index, ..)| *index)
+            })
+            .min_by_key(|(index, ..)| *index);
+        if let Some((index, got, column, bytes)) = first_bad {
+            let mut row = vec![0f64; row_len];
+            read_f64(self.stored, bytes, &mut row);
+            let stored = row.get(column).is_none_or(|value| !value.is_finite());
+            return Err(Refusal::NotFinite { index, got: got.to_f32(), stored });
+        }
+        Tensor::from_vec(data, self.shape, device).map_err(|error| Refusal::Other(error.into()))
+    }
+}
+
+/// The element types of a tensor that weights are kept in.
+trait Float: WithDType + Send + Sync {
+    /// Memory that the kernel zeroes when it is first touched, so that filling it is the one pass.
+    fn zeros(len: usize) -> Vec<Self>;
+    /// Converts one row; false if a value of `out` is not finite.
+    fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool;
+    fn is_finite(self) -> bool;
+    fn to_f32(self) -> f32;
+}
+
+impl Float for f32 {
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0.0; len]
+    }
+
+    fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool {
+        read_f32(stored, bytes, out);
+        out.iter().fold(true, |finite, value| finite & value.is_finite())
+    }
+
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+/// Both halves are read alike: their own bits copied, all else through f32, a cache line's worth
+/// at a time.
+macro_rules! half_float {
+    ($half:ty, $same:pat) => {
+        impl Float for $half {
+            fn zeros(len: usize) -> Vec<Self> {
+                vec![0u16; len].reinterpret_into()
+            }
+
+            fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool {
+                if let $same = stored {
+                    copy(bytes, out, |bits| Self::from_bits(u16::from_le_bytes(bits)));
+                } else {
+                    through_f32(stored, bytes, out, |from, to| to.convert_from_f32_slice(from));
+                }
+                out.iter().fold(true, |finite, value| finite & value.is_finite())
+            }
+
+            fn is_finite(self) -> bool {
+                self.is_finite()
+            }
+
+            fn to_f32(self) -> f32 {
+                self.to_f32()
+            }
+        }
+    };
+}
+
+half_float!(f16, Stored::F16);
+half_float!(bf16, Stored::BF16);
+
+/// Elements of the buffers between two conversions; small enough for the stack and the first cache,
+/// and a multiple of every block.
+const BUFFER: usize = 1024;
+
+fn through_f32<T>(stored: Stored, bytes: &[u8], out: &mut [T], convert: impl Fn(&[f32], &mut [T])) {
+    let mut buffer = [0f32; BUFFER];
+    let buffer_bytes = stored.row_bytes(BUFFER);
+    for (bytes, out) in bytes.chunks(buffer_bytes).zip(out.chunks_mut(BUFFER)) {
+        let Some(buffer) = buffer.get_mut(..out.len()) else { return };
+        read_f32(stored, bytes, buffer);
+        convert(buffer, out);
+    }
+}
+
+fn read_f32(stored: Stored, bytes: &[u8], out: &mut [f32]) {
+    match stored {
+        Stored::F32 => copy(bytes, out, f32::from_le_bytes),
+        Stored::F64 => copy(bytes, out, |bytes| f64::from_le_bytes(bytes) as f32),
+        Stored::BF16 => copy(bytes, out, |bytes| bf16::from_bits(u16::from_le_bytes(bytes)).into()),
+        Stored::F16 => {
+            // half converts slices with the processor's own instruction, single values without
+            let mut buffer = [f16::ZERO; BUFFER];
+            for (bytes, out) in bytes.chunks(2 * BUFFER).zip(out.chunks_mut(BUFFER)) {
+                let Some(buffer) = buffer.get_mut(..out.len()) else { return };
+                copy(bytes, buffer, |bits| f16::from_bits(u16::from_le_bytes(bits)));
+                buffer.convert_to_f32_slice(out);
+            }
+        }
+        Stored::Blocks(blocks) => {
+            // candle asserts that `bytes` are whole blocks and aligned to them: the parser of GGUF
+            // makes rows whole blocks and tensors aligned to 8, and a block is a multiple of its
+            // own alignment, at most 4
+            let blocks = blocks.from_data(Cow::Borrowed(bytes));
+            match blocks.dequantize(out.len()) {
+                Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
+                // candle has no way to come here; should it find one, the caller refuses NaN
+                _ => out.fill(f32::NAN),
+            }
+        }
+    }
+}
+
+/// [`read_f32`] without the overflow that f32 adds to f64.
+fn read_f64(stored: Stored, bytes: &[u8], out: &mut [f64]) {
+    if stored == Stored::F64 {
+        return copy(bytes, out, f64::from_le_bytes);
+    }
+    let mut values = vec![0f32; out.len()];
+    read_f32(stored, bytes, &mut values);
+    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.into());
+}
+
+/// `out[i] = read(bytes of element i)`. The bytes need no alignment: safetensors promises none.
+fn copy<T, const N: usize>(bytes: &[u8], out: &mut [T], read: impl Fn([u8; N]) -> T) {
+    let (elements, _) = bytes.as_chunks::<N>();
+    out.iter_mut().zip(elements).for_each(|(out, bytes)| *out = read(*bytes));
+}

@@ -1,0 +1,157 @@
+//! How the three kinds of checkpoint spell a weight, and how they order its rows.
+
+/// Whose names, and whose order of rows, a checkpoint follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Naming {
+    /// `model.layers.0.self_attn.q_proj.weight`: `transformers`.
+    HuggingFace,
+    /// `layers.0.attention.wq.weight`: `consolidated.safetensors`, as Mistral publishes it.
+    Mistral,
+    /// `blk.0.attn_q.weight`: llama.cpp.
+    Gguf,
+}
+
+/// Hugging Face, Mistral, GGUF; each followed by `.weight`.
+type Row = [&'static str; 3];
+
+const TOP: [Row; 3] = [
+    ["model.embed_tokens", "tok_embeddings", "token_embd"],
+    ["model.norm", "norm", "output_norm"],
+    ["lm_head", "output", "output"],
+];
+
+/// What precedes the number of a layer.
+const LAYERS: Row = ["model.layers", "layers", "blk"];
+
+const LAYER: [Row; 9] = [
+    ["input_layernorm", "attention_norm", "attn_norm"],
+    ["self_attn.q_proj", "attention.wq", "attn_q"],
+    ["self_attn.k_proj", "attention.wk", "attn_k"],
+    ["self_attn.v_proj", "attention.wv", "attn_v"],
+    ["self_attn.o_proj", "attention.wo", "attn_output"],
+    ["post_attention_layernorm", "ffn_norm", "ffn_norm"],
+    ["mlp.gate_proj", "feed_forward.w1", "ffn_gate"],
+    ["mlp.up_proj", "feed_forward.w3", "ffn_up"],
+    ["mlp.down_proj", "feed_forward.w2", "ffn_down"],
+];
+
+impl Naming {
+    fn column(self, row: Row) -> &'static str {
+        let [hugging_face, mistral, gguf] = row;
+        match self {
+            Self::HuggingFace => hugging_face,
+            Self::Mistral => mistral,
+            Self::Gguf => gguf,
+        }
+    }
+
+    /// This checkpoint's spelling of a Hugging Face `name`; `name` itself if it is not one of ours.
+    pub(super) fn spell(self, name: &str) -> String {
+        self.translate(name).unwrap_or_else(|| name.to_string())
+    }
+
+    fn translate(self, name: &str) -> Option<String> {
+        let stem = name.strip_suffix(".weight")?;
+        if let Some((layer, rest)) = Self::HuggingFace.split_layer(stem) {
+            let row = LAYER.into_iter().find(|[ours, ..]| *ours == rest)?;
+            return Some(format!("{}.{layer}.{}.weight", self.column(LAYERS), self.column(row)));
+        }
+        let row = TOP.into_iter().find(|[ours, ..]| *ours == stem)?;
+        Some(format!("{}.weight", self.column(row)))
+    }
+
+    /// `model.layers.3.mlp.up_proj` is layer `3` and `mlp.up_proj`.
+    fn split_layer(self, name: &str) -> Option<(&str, &str)> {
+        let rest = name.strip_prefix(self.column(LAYERS))?.strip_prefix('.')?;
+        rest.split_once('.').filter(|(layer, _)| layer.bytes().all(|byte| byte.is_ascii_digit()))
+    }
+
+    /// The layer that `name`, spelled as in this checkpoint, belongs to.
+    pub(super) fn layer(self, name: &str) -> Option<usize> {
+        self.split_layer(name)?.0.parse().ok()
+    }
+
+    /// Whether `name`, spelled as in this checkpoint, stands where the model's own weights stand.
+    pub(super) fn is_ours(self, name: &str) -> bool {
+        let under = |prefix: &str| name.strip_prefix(prefix).is_some_and(|n| n.starts_with('.'));
+        match self {
+            Self::HuggingFace => under("model") || under("lm_head"),
+            Self::Mistral | Self::Gguf => {
+                under(self.column(LAYERS)) || TOP.into_iter().any(|row| under(self.column(row)))
+            }
+        }
+    }
+
+    /// How the rows of a weight, here by its Hugging Face name, are stored.
+    pub(super) fn rows(self, name: &str, head_dim: usize) -> Rows {
+        let rotated =
+            name.ends_with("self_attn.q_proj.weight") || name.ends_with("self_attn.k_proj.weight");
+        if rotated && self != Self::HuggingFace {
+            Rows::Interleaved { head_dim }
+        } else {
+            Rows::InOrder
+        }
+    }
+}
+
+/// How the rows of a stored matrix relate to those of the Hugging Face one.
+///
+/// RoPE turns pairs of a head's rows. Hugging Face keeps the first of every pair in the head's
+/// first half and the second in its second half; Mistral, and llama.cpp after it, keep the two side
+/// by side. With a `head_dim` of 6 the pairs are a, b, c and the rows of each head
+///
+/// ```text
+/// stored (interleaved)    a0 a1 b0 b1 c0 c1
+/// Hugging Face (halves)   a0 b0 c0 a1 b1 c1
+/// taken from stored row    0  2  4  1  3  5
+/// ```
+///
+/// Whole rows move, so this holds for quantised blocks too: no block spans two rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rows {
+    /// Row `i` is row `i`.
+    InOrder,
+    /// The two rows of a pair are neighbours.
+    Interleaved {
+        /// Rows of one head, even.
+        head_dim: usize,
+    },
+}
+
+impl Rows {
+    /// The stored row that becomes Hugging Face row `row`.
+    pub(super) fn source(self, row: usize) -> usize {
+        match self {
+            Self::InOrder => row,
+            Self::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let (second, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+                head * head_dim + 2 * pair + second
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worked_example() {
+        let rows = Rows::Interleaved { head_dim: 6 };
+        let order: Vec<_> = (0..12).map(|row| rows.source(row)).collect();
+        assert_eq!(order, [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]);
+    }
+
+    #[test]
+    fn names_are_translated() {
+        let name = "model.layers.11.mlp.gate_proj.weight";
+        assert_eq!(Naming::HuggingFace.spell(name), name);
+        assert_eq!(Naming::Mistral.spell(name), "layers.11.feed_forward.w1.weight");
+        assert_eq!(Naming::Gguf.spell(name), "blk.11.ffn_gate.weight");
+        assert_eq!(Naming::Gguf.spell("lm_head.weight"), "output.weight");
+        assert_eq!(Naming::Gguf.spell("score.weight"), "score.weight");
+        assert_eq!(Naming::Gguf.layer("blk.11.ffn_gate.weight"), Some(11));
+        assert!(Naming::Gguf.is_ours("output.bias") && !Naming::Gguf.is_ours("outputs.bias"));
+    }
+}

@@ -2,10 +2,21 @@
 
 mod config;
 mod error;
+pub mod generate;
+mod hybrid;
 pub mod load;
 pub mod model;
+mod pooling;
+pub mod refine;
+pub mod thought;
 mod tokenizer;
 
 pub use config::Config;
 pub use error::{Error, Result};
+pub use generate::{
+    Answer, Conversation, GenerationConfig, Prompt, StopReason, Token, TokenStream,
+};
+pub use hybrid::{EmbedConfig, HybridModel};
+pub use pooling::Pooling;
+pub use thought::Thinking;
 pub use tokenizer::{DecodeStream, Message, Tokenizer};

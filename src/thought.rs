@@ -15,7 +15,7 @@ use std::sync::Arc;
 use candle_core::{D, DType, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::{KvCache, Layout, Pass, Transformer};
+use crate::model::{Layout, Pass, Transformer};
 use crate::refine::{Interpolate, Refine, Step};
 
 /// How the decoder receives the thoughts.
@@ -126,8 +126,8 @@ impl Thinking {
         }
     }
 
-    /// Runs embeddings `(batch, seq, hidden)` causally up to the span: the first thoughts. Their
-    /// layers' part of the cache is filled.
+    /// Runs embeddings `(batch, seq, hidden)` up to the span: the first thoughts. `pass` is a
+    /// causal one; with a cache, those layers' part of it is filled.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
@@ -135,11 +135,11 @@ impl Thinking {
         &self,
         transformer: &Transformer,
         embeddings: &Tensor,
-        cache: &mut KvCache,
+        pass: Pass<'_>,
     ) -> Result<Tensor> {
         match self.resolved_span(transformer).start {
             0 => Ok(embeddings.clone()),
-            a => transformer.forward(embeddings, 0..a, Pass::Cached(cache)),
+            a => transformer.forward(embeddings, 0..a, pass),
         }
     }
 
@@ -181,8 +181,9 @@ impl Thinking {
         Ok(thoughts)
     }
 
-    /// Hands thoughts, or a chunk of them, to the decoder: fills the cache from layer `a` on and
-    /// gives the stream that leaves the last layer, `(batch, seq, hidden)`.
+    /// Hands thoughts, or a chunk of them, over: runs the layers from `a` on and gives the stream
+    /// that leaves the last, `(batch, seq, hidden)`. For decoding, `pass` is the causal one over
+    /// the cache that [`encode`](Self::encode) began to fill.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
@@ -190,13 +191,11 @@ impl Thinking {
         &self,
         transformer: &Transformer,
         z: &Tensor,
-        cache: &mut KvCache,
+        pass: Pass<'_>,
     ) -> Result<Tensor> {
         let a = self.resolved_span(transformer).start;
         match self.hand_off {
-            HandOff::Refined => {
-                transformer.forward(z, a..transformer.all_layers().end, Pass::Cached(cache))
-            }
+            HandOff::Refined => transformer.forward(z, a..transformer.all_layers().end, pass),
         }
     }
 }

@@ -208,6 +208,11 @@ impl GenerationConfig {
         self
     }
 
+    /// How to think about the prompt.
+    pub(crate) fn thinking_ref(&self) -> &Thinking {
+        &self.thinking
+    }
+
     pub(super) fn report(&self, progress: Progress) {
         if let Some(call) = &self.progress {
             call(progress);

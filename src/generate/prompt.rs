@@ -80,8 +80,12 @@ impl Prompt {
             match &part.content {
                 Content::Ids(new) => ids.extend_from_slice(new),
                 // Only the first part opens the sequence with BOS.
-                Content::Text(text) => ids.extend(needs("a text prompt")?.encode(text, start == 0)?),
-                Content::Chat(messages) => ids.extend(needs("a chat")?.encode_chat(messages, true)?),
+                Content::Text(text) => {
+                    ids.extend(needs("a text prompt")?.encode(text, start == 0)?)
+                }
+                Content::Chat(messages) => {
+                    ids.extend(needs("a chat")?.encode_chat(messages, true)?)
+                }
             }
             if part.thinks && ids.len() > start {
                 context.push(start..ids.len());

@@ -166,7 +166,8 @@ impl<'a> LogProbs<'a> {
         if n == 0 {
             return Vec::new();
         }
-        let mut ids: Vec<(u32, f64)> = (0u32..).zip(self.logits.iter().copied().map(f64::from)).collect();
+        let mut ids: Vec<(u32, f64)> =
+            (0u32..).zip(self.logits.iter().copied().map(f64::from)).collect();
         if n < ids.len() {
             ids.select_nth_unstable_by(n - 1, likelier);
             ids.truncate(n);

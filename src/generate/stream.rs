@@ -10,7 +10,7 @@ use super::prompt::{EncodedPrompt, Prompt};
 use super::sampler::{LogProbs, Sampler};
 use super::stop::{StopReason, StopStrings};
 use crate::error::{Error, Result};
-use crate::model::{KvCache, Layout, Transformer};
+use crate::model::{KvCache, Layout, Pass, Transformer};
 use crate::tokenizer::{DecodeStream, Tokenizer};
 
 /// Prompt tokens that go through the blocks between two reports of progress.
@@ -77,7 +77,8 @@ pub struct Seconds {
 #[derive(Debug)]
 pub struct Conversation {
     cache: KvCache,
-    /// The tokens whose plain, unrefined keys and values are in the cache.
+    /// The tokens whose plain keys and values are in the cache; none when what is there was
+    /// thought about, because it then depends on the whole of its prompt.
     ids: Vec<u32>,
 }
 
@@ -159,6 +160,7 @@ pub struct TokenStream<'a> {
     next: Next,
     generated: usize,
     stop: Option<StopReason>,
+    failed: bool,
     prompt_ids: Vec<u32>,
     prompt_logprobs: Option<Vec<Option<f32>>>,
     drift: Vec<f64>,
@@ -199,7 +201,7 @@ impl<'a> TokenStream<'a> {
             }
         };
         let read = Reading::new(transformer, config, conversation.get()).read(&prompt)?;
-        let detokenizer = source.tokenizer.map(|it| DecodeStream::new(it, &prompt.ids)).transpose()?;
+        let detokenizer = source.tokenizer.map(|it| it.decode_stream(&prompt.ids));
         Ok(Self {
             source,
             conversation,
@@ -210,6 +212,7 @@ impl<'a> TokenStream<'a> {
             next: Next::Logits(read.logits),
             generated: 0,
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
+            failed: false,
             prompt_ids: prompt.ids,
             prompt_logprobs: read.prompt_logprobs,
             drift: read.drift,
@@ -290,9 +293,9 @@ impl<'a> TokenStream<'a> {
         let mut text = String::new();
         let hidden = matches!(self.stop, Some(StopReason::Eos | StopReason::StopId));
         if let Some(detokenizer) = &mut self.detokenizer {
-            let mut piece = if hidden { String::new() } else { detokenizer.push(id)? };
+            let mut piece = if hidden { String::new() } else { detokenizer.push(id) };
             if self.stop.is_some() {
-                piece.push_str(&detokenizer.finish()?);
+                piece.push_str(&detokenizer.finish());
             }
             let (shown, met) = self.stop_strings.push(&piece);
             text = shown;
@@ -329,9 +332,9 @@ impl<'a> TokenStream<'a> {
         let conversation = self.conversation.get();
         let xs = transformer.embed(&Tensor::new(&[[id]], transformer.device())?)?;
         let layers = transformer.all_layers();
-        let pass = crate::model::Pass::Cached(&mut conversation.cache);
+        let pass = Pass::Cached(&mut conversation.cache);
         let h = transformer.forward(&xs, layers, pass)?; // (1, 1, hidden)
-        if !conversation.ids.is_empty() {
+        if self.config.thinking.is_none() {
             conversation.ids.push(id);
         }
         Ok(transformer.logits(&h)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
@@ -342,16 +345,13 @@ impl Iterator for TokenStream<'_> {
     type Item = Result<Token>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.stop.is_some() {
+        if self.stop.is_some() || self.failed {
             return None;
         }
         let start = Instant::now();
         let token = self.advance();
         self.seconds.decode += seconds_since(start);
-        if token.is_err() {
-            // Whatever went wrong would go wrong again.
-            self.stop = Some(StopReason::Context);
-        }
+        self.failed = token.is_err();
         Some(token)
     }
 }
@@ -406,7 +406,7 @@ impl<'a> Reading<'a> {
         };
 
         let cache = &mut conversation.cache;
-        let z = thinking.encode(transformer, &embeddings, cache)?;
+        let z = thinking.encode(transformer, &embeddings, Pass::Cached(cache))?;
         let thinking_from = Instant::now();
         let thoughts = thinking.think(transformer, z, &layout, |done, passes| {
             config.report(Progress::Think { done, total: passes });
@@ -418,7 +418,8 @@ impl<'a> Reading<'a> {
         config.report(Progress::Prefill { done: kept, total });
         for from in (0..new.len()).step_by(CHUNK) {
             let length = CHUNK.min(new.len() - from);
-            let h = thinking.hand_off(transformer, &thoughts.z.narrow(1, from, length)?, cache)?;
+            let z = thoughts.z.narrow(1, from, length)?;
+            let h = thinking.hand_off(transformer, &z, Pass::Cached(cache))?;
             scores.add(transformer, &h)?;
             last = Some(h.narrow(1, length - 1, 1)?);
             if thinking.is_none() {

@@ -1,0 +1,147 @@
+//! What the examples share: loading with a progress bar, and errors as a person wants to see them.
+
+#![allow(unreachable_pub, reason = "each example is its own crate")]
+
+use std::error::Error;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::refine::Interpolate;
+use hybrid_attention::{HybridModel, Thinking};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+
+pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Which model, and where it runs.
+#[derive(Args, Debug)]
+pub struct ModelArgs {
+    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+
+    /// The type weights are kept in [default: as stored; f32 for GGUF]
+    #[arg(long, value_enum)]
+    pub dtype: Option<KeptIn>,
+
+    /// The device to run on; other than cpu needs the feature of that name
+    #[arg(long, value_enum, default_value_t = RunOn::Cpu)]
+    pub device: RunOn,
+}
+
+/// A weight type on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum KeptIn {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// A device on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum RunOn {
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+impl ModelArgs {
+    /// Loads the model with a progress bar on standard error. Gives the seconds it took.
+    pub fn load(&self) -> Result<(HybridModel, f64)> {
+        let start = Instant::now();
+        let dtype = self.dtype.map(|dtype| match dtype {
+            KeptIn::F32 => DType::F32,
+            KeptIn::Bf16 => DType::BF16,
+            KeptIn::F16 => DType::F16,
+        });
+        let device = match self.device {
+            RunOn::Cpu => Device::Cpu,
+            RunOn::Cuda => Device::new_cuda(0)?,
+            RunOn::Metal => Device::new_metal(0)?,
+        };
+        let checkpoint = Checkpoint::open(&self.model)?;
+        let bar = bar(0, "{msg} [{bar:30}] {percent}%");
+        let model = HybridModel::from_checkpoint(&checkpoint, dtype, &device, |done, total| {
+            bar.set_length(total);
+            bar.set_message(format!("loading {}", HumanBytes(total)));
+            bar.set_position(done);
+        })?;
+        bar.finish_and_clear();
+        Ok((model, start.elapsed().as_secs_f64()))
+    }
+}
+
+/// How to think; by default not at all.
+#[derive(Args, Debug)]
+pub struct ThinkingArgs {
+    /// Bidirectional thought passes over the prompt; 0 is a plain Mistral
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub passes: usize,
+
+    /// The layers that a thought pass runs [default: all]
+    #[arg(long, value_name = "A..B", value_parser = parse_span)]
+    pub span: Option<Range<usize>>,
+
+    /// Share of the new state in z += w (h - z), in [0, 1] [default: one over the passes]
+    #[arg(long, value_name = "W")]
+    pub weight: Option<f64>,
+}
+
+impl ThinkingArgs {
+    pub fn thinking(&self) -> Thinking {
+        let refine = self.weight.map_or_else(Interpolate::damped, Interpolate::new);
+        let thinking = Thinking::passes(self.passes).refine(refine);
+        match &self.span {
+            Some(span) => thinking.span(span.clone()),
+            None => thinking,
+        }
+    }
+}
+
+/// `14..18`
+fn parse_span(text: &str) -> std::result::Result<Range<usize>, String> {
+    let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    ends.map(|(a, b)| a..b).ok_or_else(|| "expected two layer numbers like 14..18".to_string())
+}
+
+/// The content of a text file, which must be UTF-8.
+#[allow(dead_code, reason = "not every example reads files")]
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        format!("{}: not UTF-8 at byte {at}", path.display())
+    })?;
+    Ok(text)
+}
+
+/// A bar on standard error; silent when that is not a terminal.
+pub fn bar(length: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Runs an example's body; an error goes to standard error with all its causes, and the process
+/// fails.
+pub fn main(body: impl FnOnce() -> Result<()>) -> ExitCode {
+    match body() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut text = error.to_string();
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                let more = error.to_string();
+                if !text.contains(&more) {
+                    text = format!("{text}: {more}");
+                }
+                cause = error.source();
+            }
+            eprintln!("error: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Answers one prompt, with or without thinking about it first.
+//!
+//! ```text
+//! cargo run --release --example generate -- --model PATH --prompt "Once upon a time"
+//! ```
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod common;
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{ArgGroup, Parser};
+use hybrid_attention::generate::Progress;
+use hybrid_attention::{Answer, GenerationConfig, HybridModel, Message, Prompt};
+use serde_json::json;
+
+/// Answer one prompt, with or without thinking about it first.
+#[derive(Parser)]
+#[command(group(ArgGroup::new("input").required(true).args(["prompt", "prompt_file", "ids"])))]
+struct Cli {
+    #[command(flatten)]
+    model: common::ModelArgs,
+
+    /// The prompt
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+
+    /// A UTF-8 file that holds the prompt, taken as it is
+    #[arg(long, value_name = "F")]
+    prompt_file: Option<PathBuf>,
+
+    /// The prompt as token ids; needs no tokenizer
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', conflicts_with = "chat")]
+    ids: Option<Vec<u32>>,
+
+    /// Put the prompt into the model's chat template, as a user's message
+    #[arg(long)]
+    chat: bool,
+
+    /// A system message in front of it
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+
+    #[command(flatten)]
+    thinking: common::ThinkingArgs,
+
+    /// The most tokens to generate
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_tokens: usize,
+
+    /// Divides the logits before sampling; 0 takes the likeliest token [default: the model's own, else 0]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+
+    /// Sample among the K likeliest tokens; 0 among all
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+
+    /// Sample among the likeliest tokens that together hold this probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+
+    /// Sample among tokens at least this share as likely as the likeliest
+    #[arg(long, value_name = "P")]
+    min_p: Option<f64>,
+
+    /// Make tokens already in the text less likely; 1 changes nothing
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f64>,
+
+    /// The seed of the sampler [default: a new one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+
+    /// End the answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+
+    /// Also give the log-probability of each prompt token (with --json)
+    #[arg(long, requires = "json")]
+    prompt_logprobs: bool,
+
+    /// Print one JSON object instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+impl Cli {
+    fn prompt(&self) -> common::Result<Prompt> {
+        let text = match (&self.ids, &self.prompt, &self.prompt_file) {
+            (Some(ids), ..) => return Ok(ids.clone().into()),
+            (_, Some(text), _) => text.clone(),
+            (_, _, Some(path)) => common::read_text(path)?,
+            _ => return Err("no prompt: give --prompt, --prompt-file or --ids".into()),
+        };
+        if !self.chat {
+            return Ok(text.into());
+        }
+        let system = self.system.iter().map(Message::system);
+        let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
+        Ok(Prompt::chat(&messages))
+    }
+
+    fn config(&self, model: &HybridModel) -> GenerationConfig {
+        let mut config = model
+            .generation_config()
+            .thinking(self.thinking.thinking())
+            .max_tokens(self.max_tokens)
+            .prompt_logprobs(self.prompt_logprobs);
+        config = self.temperature.into_iter().fold(config, GenerationConfig::temperature);
+        config = self.top_k.into_iter().fold(config, GenerationConfig::top_k);
+        config = self.top_p.into_iter().fold(config, GenerationConfig::top_p);
+        config = self.min_p.into_iter().fold(config, GenerationConfig::min_p);
+        config =
+            self.repetition_penalty.into_iter().fold(config, GenerationConfig::repetition_penalty);
+        config = self.seed.into_iter().fold(config, GenerationConfig::seed);
+        self.stop.iter().fold(config, GenerationConfig::stop)
+    }
+}
+
+fn main() -> ExitCode {
+    common::main(|| run(&Cli::parse()))
+}
+
+fn run(cli: &Cli) -> common::Result<()> {
+    let prompt = cli.prompt()?;
+    let (model, load) = cli.model.load()?;
+
+    let bar = common::bar(0, "{msg} [{bar:30}] {pos}/{len}");
+    let in_reading = bar.clone();
+    let config = cli.config(&model).on_progress(move |progress| {
+        let (message, done, total) = match progress {
+            Progress::Think { done, total } => ("thinking", done, total),
+            Progress::Prefill { done, total } => ("reading", done, total),
+            _ => return,
+        };
+        in_reading.set_length(total as u64);
+        in_reading.set_message(message);
+        in_reading.set_position(done as u64);
+    });
+    let mut stream = model.stream(prompt, &config)?;
+    bar.finish_and_clear();
+
+    if cli.json {
+        let answer = stream.collect_answer()?;
+        println!("{}", report(&model, &answer, load));
+        return Ok(());
+    }
+    let mut count = 0;
+    for token in &mut stream {
+        print!("{}", token?.text);
+        stdout().flush()?;
+        count += 1;
+    }
+    println!();
+    let seconds = stream.seconds();
+    eprintln!(
+        "[{count} tokens, {:.1} a second; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",
+        count as f64 / seconds.decode.max(1e-9),
+        seconds.think,
+        seconds.prefill,
+    );
+    Ok(())
+}
+
+fn report(model: &HybridModel, answer: &Answer, load: f64) -> serde_json::Value {
+    let mut report = json!({
+        "prompt_ids": answer.prompt_ids,
+        "ids": answer.ids,
+        "text": model.tokenizer().map(|_| &answer.text),
+        "logprobs": answer.logprobs,
+        "stop": answer.stop,
+        "drift": answer.drift,
+        "seconds": {
+            "load": load,
+            "think": answer.seconds.think,
+            "prefill": answer.seconds.prefill,
+            "decode": answer.seconds.decode,
+        },
+    });
+    if let Some(logprobs) = &answer.prompt_logprobs {
+        report["prompt_logprobs"] = json!(logprobs);
+    }
+    report
+}

@@ -1,0 +1,357 @@
+//! The model as its user meets it: weights, tokenizer and defaults of one checkpoint together.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::generate::{Answer, Conversation, GenerationConfig, Prompt, Source, TokenStream};
+use crate::load::Checkpoint;
+use crate::model::{Layout, Pass, Sight, Transformer};
+use crate::pooling::{self, Pooling};
+use crate::thought::{Thinking, Thoughts};
+use crate::tokenizer::{Message, Tokenizer};
+
+/// A Mistral that can think before it answers.
+///
+/// It is `Send + Sync` and takes `&self` everywhere: one copy serves any number of threads, each
+/// answer having its own cache.
+///
+/// ```no_run
+/// use candle_core::{DType, Device};
+/// use hybrid_attention::{GenerationConfig, HybridModel};
+///
+/// # fn main() -> hybrid_attention::Result<()> {
+/// let model = HybridModel::from_folder("Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
+/// let answer = model.generate("Why is the sky blue?", &GenerationConfig::default())?;
+/// println!("{}", answer.text);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct HybridModel {
+    transformer: Transformer,
+    tokenizer: Option<Tokenizer>,
+    defaults: GenerationConfig,
+    eos_ids: Vec<u32>,
+}
+
+/// How [`HybridModel::embed`] makes one vector of a text.
+///
+/// The default reads each text once in both directions and averages its tokens' vectors.
+#[derive(Clone, Debug)]
+pub struct EmbedConfig {
+    pooling: Pooling,
+    sight: Sight,
+    normalize: bool,
+    thinking: Thinking,
+    batch_size: usize,
+}
+
+impl Default for EmbedConfig {
+    fn default() -> Self {
+        Self {
+            pooling: Pooling::Mean,
+            sight: Sight::Bidirectional,
+            normalize: true,
+            thinking: Thinking::none(),
+            batch_size: 8,
+        }
+    }
+}
+
+impl EmbedConfig {
+    /// How the tokens' vectors become one. Default [`Pooling::Mean`].
+    #[must_use]
+    pub fn pooling(mut self, pooling: Pooling) -> Self {
+        self.pooling = pooling;
+        self
+    }
+
+    /// Whether tokens see what comes after them. Default [`Sight::Bidirectional`].
+    #[must_use]
+    pub fn sight(mut self, sight: Sight) -> Self {
+        self.sight = sight;
+        self
+    }
+
+    /// Whether vectors are scaled to length 1. Default yes.
+    #[must_use]
+    pub fn normalize(mut self, normalize: bool) -> Self {
+        self.normalize = normalize;
+        self
+    }
+
+    /// How to think about a text before it is read. Default: not at all.
+    #[must_use]
+    pub fn thinking(mut self, thinking: Thinking) -> Self {
+        self.thinking = thinking;
+        self
+    }
+
+    /// Texts that run side by side, at least 1. Default 8.
+    #[must_use]
+    pub fn batch_size(mut self, batch_size: usize) -> Self {
+        self.batch_size = batch_size;
+        self
+    }
+}
+
+impl HybridModel {
+    /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its
+    /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
+    /// `tokenizer_config.json` and `generation_config.json` where there are any.
+    ///
+    /// `dtype` is the type the weights are kept in: `F32`, `BF16` or `F16`, or `None` for the one
+    /// they are stored in. On the CPU everything is computed in `f32` whatever they are kept in.
+    ///
+    /// # Errors
+    /// A folder that is not what it should be: see [`Checkpoint::open`],
+    /// [`CheckpointWeights::finish`](crate::load::CheckpointWeights::finish),
+    /// [`Tokenizer::from_folder`] and [`HybridModel::new`].
+    pub fn from_folder(
+        path: impl AsRef<Path>,
+        dtype: impl Into<Option<DType>>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::open(path, dtype, device)
+    }
+
+    /// Loads a GGUF file, its tokenizer and its chat template. Quantised weights are unpacked into
+    /// `dtype`; `None` is `F32`.
+    ///
+    /// # Errors
+    /// As [`HybridModel::from_folder`].
+    pub fn from_gguf(
+        path: impl AsRef<Path>,
+        dtype: impl Into<Option<DType>>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::open(path, dtype, device)
+    }
+
+    fn open(
+        path: impl AsRef<Path>,
+        dtype: impl Into<Option<DType>>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::from_checkpoint(&Checkpoint::open(path)?, dtype, device, |_, _| ())
+    }
+
+    /// Loads an opened checkpoint, telling `progress` how many of its bytes are read, of how many.
+    ///
+    /// # Errors
+    /// As [`HybridModel::from_folder`].
+    pub fn from_checkpoint(
+        checkpoint: &Checkpoint,
+        dtype: impl Into<Option<DType>>,
+        device: &Device,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Self> {
+        // What costs little and may fail comes before the weights.
+        let tokenizer = match checkpoint.gguf_metadata() {
+            Some(metadata) => Tokenizer::from_gguf(metadata)?,
+            None => Tokenizer::from_folder(checkpoint.path())?,
+        };
+        check_tokenizer(tokenizer.as_ref(), checkpoint.config())?;
+        let said = checkpoint.generation_defaults()?;
+
+        let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
+        let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
+        weights.finish()?;
+
+        let mut model = Self::new(transformer, tokenizer)?;
+        if !said.eos_token_ids.is_empty() {
+            model.eos_ids = said.eos_token_ids;
+        }
+        let mut defaults = GenerationConfig::default();
+        // transformers ignores the sampling values of a file that does not say `do_sample`.
+        if said.do_sample == Some(true) {
+            defaults = defaults
+                .temperature(said.temperature.unwrap_or(1.0))
+                .top_k(said.top_k.unwrap_or(50))
+                .top_p(said.top_p.unwrap_or(1.0))
+                .min_p(said.min_p.unwrap_or(0.0));
+        }
+        model.defaults = defaults.repetition_penalty(said.repetition_penalty.unwrap_or(1.0));
+        Ok(model)
+    }
+
+    /// Puts a model together from its parts. Without a tokenizer, prompts are token ids.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the tokenizer has more tokens than the model has embeddings.
+    pub fn new(transformer: Transformer, tokenizer: Option<Tokenizer>) -> Result<Self> {
+        check_tokenizer(tokenizer.as_ref(), transformer.config())?;
+        let eos = tokenizer.as_ref().and_then(Tokenizer::eos_token_id);
+        let eos_ids = match transformer.config().eos_token_ids.as_slice() {
+            [] => eos.into_iter().collect(),
+            ids => ids.to_vec(),
+        };
+        Ok(Self { transformer, tokenizer, defaults: GenerationConfig::default(), eos_ids })
+    }
+
+    /// The blocks, to be driven by hand.
+    #[must_use]
+    pub fn transformer(&self) -> &Transformer {
+        &self.transformer
+    }
+
+    /// The shapes of the model.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        self.transformer.config()
+    }
+
+    /// The tokenizer, if the checkpoint came with one.
+    #[must_use]
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The tokens that end an answer.
+    #[must_use]
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The checkpoint's own way to generate: [`GenerationConfig::default`] with what its
+    /// `generation_config.json` says. Thinking is off.
+    #[must_use]
+    pub fn generation_config(&self) -> GenerationConfig {
+        self.defaults.clone()
+    }
+
+    /// Thinks about a prompt as `config` says, and gives the refined thoughts,
+    /// `(1, seq, hidden)`, and how far each pass moved them. Without passes these are the
+    /// embeddings.
+    ///
+    /// # Errors
+    /// An empty prompt, one that is too long for the model, text without a tokenizer, or settings
+    /// outside their range.
+    pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
+        let prompt = prompt.into().encode(self.tokenizer())?;
+        let thinking = config.thinking_ref();
+        let layout = Layout::dense(1, prompt.ids.len()).with_context(0, &prompt.context)?;
+        let tokens = Tensor::new(prompt.ids, self.transformer.device())?.unsqueeze(0)?;
+        let embeddings = self.transformer.embed(&tokens)?;
+        let z = thinking.encode(&self.transformer, &embeddings, Pass::Causal(&layout))?;
+        thinking.think(&self.transformer, z, &layout, |_, _| ())
+    }
+
+    /// Answers a prompt: [`HybridModel::stream`], collected.
+    ///
+    /// # Errors
+    /// As [`HybridModel::stream`].
+    pub fn generate(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Answer> {
+        self.stream(prompt, config)?.collect_answer()
+    }
+
+    /// Answers a prompt token by token. Dropping the stream cancels it.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`]; [`Error::ContextFull`] for a prompt longer than the model's context;
+    /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer;
+    /// [`Error::Parameter`] for a setting outside its range.
+    pub fn stream(
+        &self,
+        prompt: impl Into<Prompt>,
+        config: &GenerationConfig,
+    ) -> Result<TokenStream<'_>> {
+        TokenStream::new(self.source(), &prompt.into(), config, None)
+    }
+
+    /// Answers the last message of a conversation.
+    ///
+    /// # Errors
+    /// As [`HybridModel::stream`], and [`Error::Template`] when the checkpoint has no chat template
+    /// or it refuses these messages.
+    pub fn chat(&self, messages: &[Message], config: &GenerationConfig) -> Result<Answer> {
+        self.generate(Prompt::chat(messages), config)
+    }
+
+    /// An empty conversation with room for `capacity` tokens, for
+    /// [`stream_in`](Self::stream_in).
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for no room at all, [`Error::ContextFull`] for more than the model's
+    /// context.
+    pub fn conversation(&self, capacity: usize) -> Result<Conversation> {
+        Conversation::new(&self.transformer, capacity)
+    }
+
+    /// As [`HybridModel::stream`], but in a conversation that goes on: as far as the prompt begins
+    /// like what is already there, it is not run again. Thinking looks at the whole prompt each
+    /// time, so with it nothing can be kept.
+    ///
+    /// # Errors
+    /// As [`HybridModel::stream`]; [`Error::ContextFull`] also for a prompt longer than the
+    /// conversation's room.
+    pub fn stream_in<'a>(
+        &'a self,
+        conversation: &'a mut Conversation,
+        prompt: impl Into<Prompt>,
+        config: &GenerationConfig,
+    ) -> Result<TokenStream<'a>> {
+        TokenStream::new(self.source(), &prompt.into(), config, Some(conversation))
+    }
+
+    /// One vector for each text: `(texts, hidden)`, in `f32`.
+    ///
+    /// # Errors
+    /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all.
+    pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
+        if config.batch_size == 0 {
+            return Err(Error::parameter("batch_size", "at least 1", 0));
+        }
+        let encode = |text: &T| Ok(Prompt::from(text.as_ref()).encode(self.tokenizer())?.ids);
+        let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
+        let batches = ids.chunks(config.batch_size).map(|ids| self.embed_batch(ids, config));
+        match batches.collect::<Result<Vec<_>>>()?.as_slice() {
+            [] => Err(Error::EmptyPrompt),
+            batches => Ok(Tensor::cat(batches, 0)?),
+        }
+    }
+
+    fn embed_batch(&self, texts: &[Vec<u32>], config: &EmbedConfig) -> Result<Tensor> {
+        let (transformer, thinking) = (&self.transformer, &config.thinking);
+        let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
+        let layout = Layout::ragged(&lengths);
+        // Any token will do for padding: it is never seen.
+        let pad = |ids: &Vec<u32>| [vec![0; layout.seq() - ids.len()], ids.clone()].concat();
+        let tokens: Vec<Vec<u32>> = texts.iter().map(pad).collect();
+        let embeddings = transformer.embed(&Tensor::new(tokens, transformer.device())?)?;
+
+        let z = thinking.encode(transformer, &embeddings, Pass::Causal(&layout))?;
+        let z = thinking.think(transformer, z, &layout, |_, _| ())?.z;
+        let pass = match config.sight {
+            Sight::Causal => Pass::Causal(&layout),
+            Sight::Bidirectional => Pass::Bidirectional(&layout),
+        };
+        let h = transformer.norm(&thinking.hand_off(transformer, &z, pass)?)?;
+        let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &layout)?;
+        if config.normalize { pooling::unit_length(&vectors) } else { Ok(vectors) }
+    }
+
+    fn source(&self) -> Source<'_> {
+        Source {
+            transformer: &self.transformer,
+            tokenizer: self.tokenizer(),
+            eos_ids: &self.eos_ids,
+        }
+    }
+}
+
+/// Ids that a tokenizer can give must be rows of the embedding table.
+fn check_tokenizer(tokenizer: Option<&Tokenizer>, config: &Config) -> Result<()> {
+    match tokenizer.map(Tokenizer::vocab_size) {
+        Some(tokens) if tokens > config.vocab_size => Err(Error::Tokenizer {
+            message: format!(
+                "expected at most the vocab_size of {} tokens, got {tokens}",
+                config.vocab_size
+            ),
+        }),
+        _ => Ok(()),
+    }
+}

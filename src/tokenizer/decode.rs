@@ -5,6 +5,7 @@
 //! token costs the same at any length.
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use tokenizers::DecoderWrapper;
 
 use super::Tokenizer;
@@ -53,7 +54,7 @@ enum Part {
 #[derive(Deserialize)]
 enum Pattern {
     String(String),
-    Regex(String),
+    Regex(IgnoredAny),
 }
 
 impl Detokenizer {

@@ -130,6 +130,7 @@ fn sentencepiece(metadata: &Metadata<'_>) -> Result<Tokenizer> {
 }
 
 /// Ids that hold where the metadata names none, and whether BOS is added where it does not say.
+#[derive(Clone, Copy)]
 struct NamedTokens {
     bos: Option<u32>,
     eos: Option<u32>,

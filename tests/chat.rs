@@ -73,9 +73,9 @@ fn the_date_is_local_and_a_bad_format_is_an_error() -> Result {
     let rendered = tokenizer.render_chat(&[], false)?;
     assert!(rendered == before || rendered == today(), "{rendered}");
 
-    let error = error_of("{{ strftime_now('%Q') }}")?;
+    let error = error_of("{{ strftime_now('%!') }}")?;
     assert!(
-        error.starts_with("chat template: invalid operation: strftime_now cannot write \"%Q\": "),
+        error.starts_with("chat template: invalid operation: strftime_now cannot write \"%!\": "),
         "{error}"
     );
     Ok(())

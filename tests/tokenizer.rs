@@ -235,6 +235,22 @@ fn each_pre_tokenizer_splits_its_own_way() -> Result {
     Ok(())
 }
 
+/// Patterns that backtrack must not give up on long runs, nor take quadratic time for them.
+#[test]
+fn long_runs_are_split_in_time() -> Result {
+    for pre in ["default", "smollm", "llama-bpe", "tekken"] {
+        let tokenizer = Tokenizer::from_gguf(&byte_level(pre))?.ok_or("no tokenizer")?;
+        for run in ["a", " ", "\n", "漢", "1", "!", "\r ", "aB"] {
+            let text = run.repeat(100_000);
+            let start = std::time::Instant::now();
+            let ids = tokenizer.encode(&text, false)?;
+            assert_eq!(tokenizer.decode(&ids, false), text);
+            assert!(start.elapsed().as_secs_f32() < 5.0, "{pre} {run:?} {:?}", start.elapsed());
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn no_vocabulary_is_no_error() -> Result {
     assert!(Tokenizer::from_gguf(&Metadata::new())?.is_none());

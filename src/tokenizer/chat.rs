@@ -138,6 +138,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 
 /// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it. The filter
 /// that comes with minijinja escapes what is special in HTML.
+#[allow(clippy::needless_pass_by_value, reason = "how minijinja hands over arguments")]
 fn to_json(
     value: &Value,
     positional: Rest<Value>,

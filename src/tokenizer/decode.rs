@@ -5,6 +5,7 @@
 //! token costs the same at any length.
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use tokenizers::DecoderWrapper;
 
 use super::Tokenizer;
@@ -53,7 +54,7 @@ enum Part {
 #[derive(Deserialize)]
 enum Pattern {
     String(String),
-    Regex(String),
+    Regex(IgnoredAny),
 }
 
 impl Detokenizer {
@@ -176,13 +177,15 @@ impl<'t> DecodeStream<'t> {
     fn take_complete(&mut self) -> String {
         let mut text = String::new();
         let bytes = std::mem::take(&mut self.pending);
-        for chunk in bytes.utf8_chunks() {
+        let mut chunks = bytes.utf8_chunks().peekable();
+        while let Some(chunk) = chunks.next() {
             text.push_str(chunk.valid());
             let invalid = chunk.invalid();
-            match std::str::from_utf8(invalid) {
-                // The end of the bytes, in the middle of a character.
-                Err(error) if error.error_len().is_none() => self.pending = invalid.to_vec(),
-                _ => self.replace_invalid(invalid.len(), &mut text),
+            let may_go_on = std::str::from_utf8(invalid).is_err_and(|e| e.error_len().is_none());
+            if may_go_on && chunks.peek().is_none() {
+                self.pending = invalid.to_vec();
+            } else {
+                self.replace_invalid(invalid.len(), &mut text);
             }
         }
         text

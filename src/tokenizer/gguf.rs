@@ -1,8 +1,7 @@
 //! Vocabularies in GGUF metadata, the keys `tokenizer.ggml.*`.
 //!
-//! Defaults and splitting patterns are llama.cpp's (`llama-vocab.cpp`), as its format it is.
+//! Defaults and splitting patterns are those of llama.cpp (`llama-vocab.cpp`), whose format it is.
 
-use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
@@ -26,8 +25,12 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 /// Llama 3's pattern.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Mistral Nemo's pattern.
+/// Mistral Nemo's pattern, as its `tokenizer.json` has it; llama.cpp approximates it.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Bytes of the longest token that merges are derived for, as the work grows with the square.
+/// SentencePiece trains tokens of 16 characters unless told otherwise.
+const LONGEST_MERGE: usize = 1024;
 
 /// What `tokenizer.ggml.token_type` says of a token.
 #[derive(Clone, Copy, PartialEq)]
@@ -72,7 +75,7 @@ fn byte_level(metadata: &Metadata<'_>) -> Result<Tokenizer> {
     let tokens = metadata.tokens()?;
     let merges = metadata.merges(&tokens)?.ok_or_else(|| missing("merges"))?;
     let model = guard(|| {
-        BPE::builder().vocab_and_merges(vocab(&tokens)?, merges).ignore_merges(whole_words).build()
+        BPE::builder().vocab_and_merges(vocab(&tokens), merges).ignore_merges(whole_words).build()
     })?;
 
     let mut splits = Vec::with_capacity(patterns.len() + 1);
@@ -101,10 +104,8 @@ fn sentencepiece(metadata: &Metadata<'_>) -> Result<Tokenizer> {
         ),
     };
     let ids = NamedTokens { bos: Some(1), eos: Some(2), unk: Some(0), add_bos: true };
-    let mut model = BPE::builder()
-        .vocab_and_merges(vocab(&tokens).map_err(failed)?, merges)
-        .byte_fallback(true)
-        .fuse_unk(true);
+    let mut model =
+        BPE::builder().vocab_and_merges(vocab(&tokens), merges).byte_fallback(true).fuse_unk(true);
     if let Some((_, unk)) = metadata.token("unknown_token_id", ids.unk, &tokens)? {
         model = model.unk_token(unk.to_owned());
     }
@@ -130,6 +131,7 @@ fn sentencepiece(metadata: &Metadata<'_>) -> Result<Tokenizer> {
 }
 
 /// Ids that hold where the metadata names none, and whether BOS is added where it does not say.
+#[derive(Clone, Copy)]
 struct NamedTokens {
     bos: Option<u32>,
     eos: Option<u32>,
@@ -160,16 +162,15 @@ fn finish(
     let mut template = vec!["$A"];
     let mut special = Vec::new();
     if metadata.bool("add_bos_token")?.unwrap_or(default.add_bos) {
-        let (id, text) = bos.ok_or_else(|| missing("bos_token_id"))?;
+        let (id, _) = bos.ok_or_else(|| missing("bos_token_id"))?;
         template.insert(0, "bos");
-        special.push(SpecialToken::new("bos".to_owned(), vec![id], vec![text.to_owned()]));
+        special.push(SpecialToken::from(("bos", id)));
     }
     if metadata.bool("add_eos_token")?.unwrap_or(false) {
-        let (id, text) = eos.ok_or_else(|| missing("eos_token_id"))?;
+        let (id, _) = eos.ok_or_else(|| missing("eos_token_id"))?;
         template.push("eos");
-        special.push(SpecialToken::new("eos".to_owned(), vec![id], vec![text.to_owned()]));
+        special.push(SpecialToken::from(("eos", id)));
     }
-    let special = special.into_iter().collect::<tokenizers::Result<Vec<_>>>().map_err(failed)?;
     let processor = TemplateProcessing::builder()
         .try_single(template)
         .map_err(failed)?
@@ -193,8 +194,8 @@ fn finish(
     Tokenizer::new(inner, around)
 }
 
-fn vocab(tokens: &[&str]) -> tokenizers::Result<Vocab> {
-    Ok(tokens.iter().map(|&token| token.to_owned()).zip(0..).collect())
+fn vocab(tokens: &[&str]) -> Vocab {
+    tokens.iter().map(|&token| token.to_owned()).zip(0..).collect()
 }
 
 /// The merges of a SentencePiece vocabulary, which stores none: each way to split a token into two
@@ -208,7 +209,7 @@ fn merges_by_score(tokens: &[&str], scores: &[f32], kinds: &[Kind]) -> Merges {
         tokens.iter().copied().enumerate().filter(text).map(|(id, token)| (token, id)).collect();
     let mut merges = Vec::with_capacity(2 * tokens.len());
     for (&token, &score) in tokens.iter().zip(scores) {
-        if !ids.contains_key(token) {
+        if token.len() > LONGEST_MERGE || !ids.contains_key(token) {
             continue;
         }
         let first = merges.len();
@@ -223,7 +224,7 @@ fn merges_by_score(tokens: &[&str], scores: &[f32], kinds: &[Kind]) -> Merges {
         }
     }
     // Stable, so that ties stay in the order of the vocabulary.
-    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(Reverse((a.1, a.2)).cmp(&Reverse((b.1, b.2)))));
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((b.1, b.2).cmp(&(a.1, a.2))));
     merges.into_iter().map(|(.., left, right)| (left.to_owned(), right.to_owned())).collect()
 }
 

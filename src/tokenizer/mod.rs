@@ -286,6 +286,6 @@ fn guard<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     }
 }
 
-fn failed(message: impl ToString) -> Error {
-    Error::Tokenizer { message: message.to_string() }
+fn failed(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::Tokenizer { message: reason.into().to_string() }
 }

@@ -81,10 +81,10 @@ impl Prompt {
                 Content::Ids(new) => ids.extend_from_slice(new),
                 // Only the first part opens the sequence with BOS.
                 Content::Text(text) => {
-                    ids.extend(needs("a text prompt")?.encode(text, start == 0)?)
+                    ids.extend(needs("a text prompt")?.encode(text, start == 0)?);
                 }
                 Content::Chat(messages) => {
-                    ids.extend(needs("a chat")?.encode_chat(messages, true)?)
+                    ids.extend(needs("a chat")?.encode_chat(messages, true)?);
                 }
             }
             if part.thinks && ids.len() > start {

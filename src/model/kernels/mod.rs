@@ -37,13 +37,13 @@ pub(crate) fn matvec(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let count = out_features * in_features;
     match w {
         CpuStorage::F32(w) => {
-            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns)
+            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns);
         }
         CpuStorage::BF16(w) => {
-            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns)
+            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns);
         }
         CpuStorage::F16(w) => {
-            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns)
+            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns);
         }
         _ => return Err(Error::UnsupportedDTypeForOp(weight.dtype(), "matvec")),
     }
@@ -60,10 +60,10 @@ pub(crate) fn widen(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     let mut wide = vec![0f32; count];
     match &*storage {
         Storage::Cpu(CpuStorage::BF16(narrow)) => {
-            widen_slice(within(narrow, layout, count)?, &mut wide)
+            widen_slice(within(narrow, layout, count)?, &mut wide);
         }
         Storage::Cpu(CpuStorage::F16(narrow)) => {
-            widen_slice(within(narrow, layout, count)?, &mut wide)
+            widen_slice(within(narrow, layout, count)?, &mut wide);
         }
         _ => return tensor.to_dtype(dtype),
     }

@@ -571,6 +571,7 @@ fn refused_in_gguf_metadata() -> Result {
         ),
         ("llama.expert_count", number(8), "unsupported llama.expert_count: 8"),
         ("llama.rope.scaling.type", text("yarn"), "unsupported rope scaling: yarn"),
+        ("llama.rope.scale_linear", Some(Value::F32(4.0)), "unsupported rope scaling: linear"),
         (
             "llama.rope.scaling.type",
             number(0),

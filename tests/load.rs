@@ -88,6 +88,18 @@ fn config_json_serves_consolidated_weights_too() -> Result {
 }
 
 #[test]
+fn params_json_serves_hugging_face_weights_too() -> Result {
+    let folder = tempfile::tempdir()?;
+    write_consolidated(folder.path(), &fixture_config("head_dim")?, &fixture_weights("head_dim")?)?;
+    fs::remove_file(folder.path().join("consolidated.safetensors"))?;
+    let file = "model.safetensors";
+    fs::copy(fixture("head_dim").join(file), folder.path().join(file))?;
+    let (config, tensors) = load(folder.path(), None)?;
+    assert_eq!(config, fixture_config("head_dim")?);
+    assert_all_identical(&tensors, &fixture_weights("head_dim")?)
+}
+
+#[test]
 fn hugging_face_files_are_taken_where_both_are() -> Result {
     let folder = tempfile::tempdir()?;
     write_consolidated(folder.path(), &fixture_config("head_dim")?, &fixture_weights("head_dim")?)?;
@@ -332,6 +344,7 @@ proptest! {
 
 /// The published SmolLM2-135M-Instruct in Q4_1, against candle's reader.
 #[test]
+#[allow(clippy::print_stderr, reason = "says that it is skipped")]
 fn smollm2_equals_candles_own_read() -> Result {
     let Some(path) = std::env::var_os("HYBRID_ATTENTION_SMOLLM2") else {
         eprintln!(

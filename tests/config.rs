@@ -5,7 +5,7 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
-use common::{Result, gguf_metadata};
+use common::{Result, gguf_metadata, logged};
 use hybrid_attention::Config;
 use serde_json::json;
 
@@ -232,6 +232,17 @@ fn defaults_of_transformers() -> Result {
     ] {
         assert_eq!(&Config::from_json(&format!("{{{text}, {sizes}}}"))?, expected, "{text}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_window_of_a_llama_is_ignored_with_a_warning() -> Result {
+    let text = edited(&[("model_type", json!("llama"))])?;
+    let events = logged(|| {
+        assert_eq!(Config::from_json(&text)?.sliding_window, None);
+        Ok(())
+    })?;
+    assert_eq!(events, ["WARN message=a llama has no sliding window: ignored sliding_window=4096"]);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use common::{
     FIXTURES, Result, assert_identical, fixture, fixture_config, fixture_weights, interleave,
-    write_consolidated, write_gguf,
+    logged, write_consolidated, write_gguf,
 };
 use half::{bf16, f16};
 use hybrid_attention::Config;
@@ -202,7 +202,14 @@ fn inert_and_foreign_tensors_are_no_error() -> Result {
     tensors.insert("score.weight".into(), ones);
     candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
     fs::copy(fixture("window").join("config.json"), folder.path().join("config.json"))?;
-    assert_all_identical(&load(folder.path(), None)?.1, &fixture_weights("window")?)
+    let events = logged(|| {
+        assert_all_identical(&load(folder.path(), None)?.1, &fixture_weights("window")?)
+    })?;
+    let file = folder.path().join("model.safetensors");
+    let expected = ["model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight"]
+        .map(|name| format!("WARN message=tensor not used name={name:?} file={file:?}"));
+    assert_eq!(events, expected);
+    Ok(())
 }
 
 #[test]

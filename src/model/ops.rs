@@ -4,6 +4,7 @@
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops;
 
+use super::kernels::SwiGlu;
 use crate::error::Result;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in `f32`
@@ -41,6 +42,15 @@ pub(super) fn softmax(xs: &Tensor) -> Result<Tensor> {
         return Ok(ops::softmax(xs, D::Minus1)?);
     }
     Ok(ops::softmax_last_dim(&xs.contiguous()?)?)
+}
+
+/// `silu(gate) · up`, element by element. `gate` must not be used any more: its memory may be.
+pub(super) fn swiglu(gate: Tensor, up: &Tensor) -> Result<Tensor> {
+    if kernels_apply(&gate) && kernels_apply(up) && gate.is_contiguous() && up.is_contiguous() {
+        gate.inplace_op2(up, &SwiGlu)?;
+        return Ok(gate);
+    }
+    Ok((gate.silu()? * up)?)
 }
 
 /// Whether `xs` can be handed to this crate's CPU kernels: `f32`, on the CPU, no gradient wanted.

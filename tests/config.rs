@@ -367,7 +367,7 @@ fn refused_in_config_json() -> Result {
         (
             "layer_types",
             layer_types("full_attention"),
-            r#"unsupported layer_types: "full_attention""#,
+            r#"unsupported layer_types: "sliding_attention" beside "full_attention""#,
         ),
         (
             "layer_types",

@@ -267,6 +267,7 @@ fn params_json() -> Result {
         num_key_value_heads: 4,
         head_dim: 16,
         rms_norm_eps: 0.0,
+        rope_theta: 1e6,
         sliding_window: None,
         max_position_embeddings: 99,
         tie_word_embeddings: true,

@@ -146,7 +146,7 @@ impl Checkpoint {
         } else {
             Config::from_json(&text)
         };
-        let config = config.map_err(|error| match error {
+        let mut config = config.map_err(|error| match error {
             Error::Malformed { message, .. } => Error::malformed(&folder.config, message),
             other => other,
         })?;
@@ -166,6 +166,10 @@ impl Checkpoint {
         }
         if let Some(index) = &folder.index {
             index.check(|name| tensors.get(name).map(|entry| entry.file.path.as_path()))?;
+        }
+        if folder.is_params && !tensors.contains_key(&folder.naming.spell("lm_head.weight")) {
+            // `params.json` has no settled way to say so: a head that is not there is tied.
+            config.tie_word_embeddings = true;
         }
         Ok(Self {
             path: path.to_path_buf(),

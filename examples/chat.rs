@@ -15,7 +15,9 @@ use std::io::{IsTerminal, Write, stdin, stdout};
 use std::process::ExitCode;
 
 use clap::Parser;
-use hybrid_attention::{Conversation, GenerationConfig, HybridModel, Message, StopReason};
+use hybrid_attention::{
+    Conversation, GenerationConfig, HybridModel, Message, StopReason, Tokenizer,
+};
 use indicatif::ProgressBar;
 
 /// Chat in the terminal: one message a line; /reset begins anew, /quit leaves.
@@ -49,8 +51,8 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let (model, load) = cli.model.load()?;
-    eprintln!("[loaded in {load:.1} s; /reset begins anew, /quit leaves]");
     let mut chat = Chat::new(cli, &model)?;
+    eprintln!("[loaded in {load:.1} s; /reset begins anew, /quit leaves]");
     let interactive = stdin().is_terminal();
     loop {
         if interactive {
@@ -71,6 +73,7 @@ fn run(cli: &Cli) -> common::Result<()> {
 
 struct Chat<'a> {
     model: &'a HybridModel,
+    tokenizer: &'a Tokenizer,
     config: GenerationConfig,
     bar: ProgressBar,
     conversation: Conversation,
@@ -83,6 +86,8 @@ struct Chat<'a> {
 
 impl<'a> Chat<'a> {
     fn new(cli: &Cli, model: &'a HybridModel) -> common::Result<Self> {
+        let tokenizer = model.tokenizer().filter(|tokenizer| tokenizer.has_chat_template());
+        let tokenizer = tokenizer.ok_or("the checkpoint has no chat template")?;
         let (bar, update) = common::reading_bar();
         let config = model
             .generation_config()
@@ -92,6 +97,7 @@ impl<'a> Chat<'a> {
         let context = cli.context.unwrap_or(model.config().max_position_embeddings.min(4096));
         Ok(Self {
             model,
+            tokenizer,
             config: cli.sampling.apply(config),
             bar,
             conversation: model.conversation(context)?,
@@ -111,7 +117,10 @@ impl<'a> Chat<'a> {
         self.turns.push(Message::user(message));
         let Some(prompt) = self.fitting_prompt()? else { return Ok(()) };
         let length = prompt.len();
-        let kept = self.conversation.ids().iter().zip(&prompt).take_while(|(a, b)| a == b).count();
+        // Logits come from the last token, so that one always runs.
+        let pairs =
+            self.conversation.ids().iter().zip(prompt.iter().take(length.saturating_sub(1)));
+        let kept = pairs.take_while(|(old, new)| old == new).count();
 
         self.bar.reset();
         let mut stream = self.model.stream_in(&mut self.conversation, prompt, &self.config)?;
@@ -141,32 +150,24 @@ impl<'a> Chat<'a> {
         Ok(())
     }
 
-    /// The whole chat as token ids. Where it leaves no room for an answer, the oldest question and
-    /// answer are forgotten first; `None` if the last message alone is too long.
+    /// The whole chat as token ids. Where it leaves no room for an answer, the oldest questions and
+    /// answers are forgotten; a message that is too long by itself is, and `None` comes back.
     fn fitting_prompt(&mut self) -> common::Result<Option<Vec<u32>>> {
-        let tokenizer =
-            self.model.tokenizer().ok_or("a chat needs a checkpoint with a tokenizer")?;
-        let mut forgotten = 0;
-        loop {
-            let messages: Vec<Message> = self.system.iter().chain(&self.turns).cloned().collect();
-            let prompt = tokenizer.encode_chat(&messages, true)?;
-            if prompt.len() + self.answer_room <= self.conversation.capacity() {
-                if forgotten > 0 {
-                    eprintln!("[the context is full: {forgotten} of the oldest turns forgotten]");
+        let context = self.conversation.capacity();
+        for old in (0..self.turns.len()).step_by(2) {
+            let turns = self.turns.iter().skip(old);
+            let messages: Vec<Message> = self.system.iter().chain(turns).cloned().collect();
+            let prompt = self.tokenizer.encode_chat(&messages, true)?;
+            if prompt.len() + self.answer_room <= context {
+                if old > 0 {
+                    eprintln!("[the context is full: forgot the oldest {old} messages]");
                 }
+                self.turns.drain(..old);
                 return Ok(Some(prompt));
             }
-            if self.turns.len() <= 2 {
-                eprintln!(
-                    "[{} tokens leave no room for an answer in a context of {}: message ignored]",
-                    prompt.len(),
-                    self.conversation.capacity(),
-                );
-                self.turns.clear();
-                return Ok(None);
-            }
-            self.turns.drain(..2);
-            forgotten += 1;
         }
+        eprintln!("[this message leaves no room for an answer in {context} tokens: ignored]");
+        self.turns.pop();
+        Ok(None)
     }
 }

@@ -4,7 +4,7 @@
 //! cargo run --release --example embed -- --model PATH "a cat" "a kitten" "a tax return"
 //! ```
 
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod common;
 

@@ -17,6 +17,8 @@ pub struct Sampler {
     rng: ChaCha8Rng,
     /// Tokens of the prompt and of the answer so far: how often each was generated.
     seen: HashMap<u32, usize>,
+    /// The position in the text of the token to come.
+    position: usize,
 }
 
 impl Sampler {
@@ -31,7 +33,7 @@ impl Sampler {
             None => ChaCha8Rng::from_os_rng(),
         };
         let seen = prompt.iter().map(|&id| (id, 0)).collect();
-        Ok(Self { config: config.clone(), rng, seen })
+        Ok(Self { config: config.clone(), rng, seen, position: prompt.len() })
     }
 
     /// Draws the next token from one position's logits and remembers it for the penalties.
@@ -55,6 +57,7 @@ impl Sampler {
             }
         };
         *self.seen.entry(id).or_insert(0) += 1;
+        self.position += 1;
         Ok(id)
     }
 
@@ -76,7 +79,7 @@ impl Sampler {
         });
         let finite = candidates.iter().all(|(_, logit)| !logit.is_nan() && *logit < f64::INFINITY);
         let Some((best, max)) = best.filter(|(_, max)| finite && max.is_finite()) else {
-            return Err(Error::NotFinite { what: "logits", position: self.generated() });
+            return Err(Error::NotFinite { what: "logits", position: self.position });
         };
         if config.temperature == 0.0 {
             return Ok(vec![(best, 1.0)]);
@@ -98,9 +101,8 @@ impl Sampler {
             });
             candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
         }
-        if config.min_p > 0.0 {
-            candidates.retain(|(_, weight)| *weight >= config.min_p);
-        }
+        // A token of no probability at all is none to draw from.
+        candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= config.min_p);
         let total = total(&candidates);
         for (_, weight) in &mut candidates {
             *weight /= total;
@@ -121,10 +123,6 @@ impl Sampler {
                 *logit -= config.presence_penalty;
             }
         }
-    }
-
-    fn generated(&self) -> usize {
-        self.seen.values().sum()
     }
 }
 

@@ -398,7 +398,12 @@ impl<'a> Reading<'a> {
         let kept = conversation.rewind(&prompt.ids);
         let new = prompt.ids.get(kept..).unwrap_or(&[]);
         let tokens = Tensor::new(new, transformer.device())?.unsqueeze(0)?;
-        let embeddings = transformer.embed(&tokens)?; // (1, new, hidden)
+        let embeddings = transformer.embed(&tokens).map_err(|error| match error {
+            Error::TokenOutOfRange { position, id, vocab_size } => {
+                Error::TokenOutOfRange { position: kept + position, id, vocab_size }
+            }
+            other => other,
+        })?; // (1, new, hidden)
         let layout = Layout::dense(1, new.len());
         let layout = match thinking.is_none() {
             true => layout,

@@ -116,12 +116,6 @@ impl<'a> Chat<'a> {
     fn answer(&mut self, message: &str) -> common::Result<()> {
         self.turns.push(Message::user(message));
         let Some(prompt) = self.fitting_prompt()? else { return Ok(()) };
-        let length = prompt.len();
-        // Logits come from the last token, so that one always runs.
-        let pairs =
-            self.conversation.ids().iter().zip(prompt.iter().take(length.saturating_sub(1)));
-        let kept = pairs.take_while(|(old, new)| old == new).count();
-
         self.bar.reset();
         let mut stream = self.model.stream_in(&mut self.conversation, prompt, &self.config)?;
         self.bar.finish_and_clear();
@@ -141,8 +135,10 @@ impl<'a> Chat<'a> {
         }
         let seconds = stream.seconds();
         eprintln!(
-            "[{count} tokens, {:.1} a second; {kept} of {length} prompt tokens known, the rest read in {:.1} s, thought {:.1} s]",
-            count as f64 / seconds.decode.max(1e-9),
+            "[{count} tokens, {:.1} a second; {} of {} prompt tokens known, the rest read in {:.1} s, thought {:.1} s]",
+            f64::from(count) / seconds.decode.max(1e-9),
+            stream.kept(),
+            stream.prompt_ids().len(),
             seconds.prefill,
             seconds.think,
         );

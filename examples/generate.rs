@@ -107,7 +107,9 @@ fn run(cli: &Cli) -> common::Result<()> {
     bar.finish_and_clear();
 
     if cli.json {
+        let spinner = common::spinner("generating");
         let answer = stream.collect_answer()?;
+        spinner.finish_and_clear();
         println!("{}", report(&model, &answer, load));
         return Ok(());
     }
@@ -121,7 +123,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     let seconds = stream.seconds();
     eprintln!(
         "[{count} tokens, {:.1} a second; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",
-        count as f64 / seconds.decode.max(1e-9),
+        f64::from(count) / seconds.decode.max(1e-9),
         seconds.think,
         seconds.prefill,
     );

@@ -62,7 +62,7 @@ impl Sampler {
     }
 
     /// The tokens that [`sample`](Self::sample) would draw from and their probabilities, which sum
-    /// to 1, likeliest first.
+    /// to 1, in no particular order.
     ///
     /// # Errors
     /// As [`sample`](Self::sample).
@@ -92,14 +92,9 @@ impl Sampler {
         for (_, weight) in &mut candidates {
             *weight = ((*weight - max) / config.temperature).exp();
         }
-        candidates.sort_unstable_by(likelier);
         if config.top_p < 1.0 {
-            let mut needed = config.top_p * total(&candidates);
-            let enough = candidates.iter().position(|(_, weight)| {
-                needed -= weight;
-                needed <= 0.0
-            });
-            candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
+            let needed = config.top_p * total(&candidates);
+            keep_likeliest(&mut candidates, needed);
         }
         // A token of no probability at all is none to draw from.
         candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= config.min_p);
@@ -123,6 +118,28 @@ impl Sampler {
                 *logit -= config.presence_penalty;
             }
         }
+    }
+}
+
+/// Cuts candidates down to the fewest that together weigh `needed`, likeliest first. A whole
+/// vocabulary is dear to sort and the first few are mostly enough, so only as many are sorted.
+fn keep_likeliest(candidates: &mut Vec<(u32, f64)>, needed: f64) {
+    let mut sorted = 128;
+    loop {
+        if sorted < candidates.len() {
+            candidates.select_nth_unstable_by(sorted, likelier);
+        }
+        let first = candidates.len().min(sorted);
+        candidates[..first].sort_unstable_by(likelier);
+        let mut left = needed;
+        let enough = candidates[..first].iter().position(|(_, weight)| {
+            left -= weight;
+            left <= 0.0
+        });
+        if enough.is_some() || first == candidates.len() {
+            return candidates.truncate(enough.map_or(first, |last| last + 1));
+        }
+        sorted *= 8;
     }
 }
 

@@ -232,6 +232,7 @@ impl HybridModel {
     /// outside their range.
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
         let prompt = prompt.into().encode(self.tokenizer())?;
+        self.transformer.check_context(prompt.ids.len())?;
         let thinking = config.thinking_ref();
         let layout = Layout::dense(1, prompt.ids.len()).with_context(0, &prompt.context)?;
         let tokens = Tensor::new(prompt.ids, self.transformer.device())?.unsqueeze(0)?;

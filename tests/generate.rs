@@ -809,3 +809,17 @@ fn a_prompt_begins_with_bos_once() -> Result {
     assert_eq!(model.generate([BOS, BOS, 5], &config)?.prompt_ids, [BOS, BOS, 5]);
     Ok(())
 }
+
+#[test]
+fn a_prompt_too_long_to_think_about_is_refused_even_without_passes() -> Result {
+    let model = shared()?;
+    let context = model.config().max_position_embeddings;
+    for passes in [0, 1] {
+        let config = GenerationConfig::default().thinking(Thinking::passes(passes));
+        let error = model.think(vec![1; context + 1], &config).err().ok_or("accepted")?;
+        let expected =
+            format!("context full: room for {context} positions, {} requested", context + 1);
+        assert_eq!(error.to_string(), expected);
+    }
+    Ok(())
+}

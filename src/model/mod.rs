@@ -264,7 +264,8 @@ impl Transformer {
         KvCache::new(&self.config, layout, capacity, self.dtype, &self.device)
     }
 
-    fn check_context(&self, requested: usize) -> Result<()> {
+    /// Refuses more positions than the model was trained for.
+    pub(crate) fn check_context(&self, requested: usize) -> Result<()> {
         let capacity = self.config.max_position_embeddings;
         if requested > capacity {
             return Err(Error::ContextFull { capacity, requested });

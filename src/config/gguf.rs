@@ -118,6 +118,10 @@ impl<'a> Metadata<'a> {
         if let Some(experts) = self.size("expert_count")?.filter(|experts| *experts > 0) {
             return Err(Error::unsupported(self.key("expert_count"), experts));
         }
+        // before it had types, llama.cpp knew linear scaling only
+        if self.number("rope.scale_linear")?.is_some_and(|factor| factor != 1.0) {
+            return Err(Error::unsupported("rope scaling", "linear"));
+        }
         let scaling = self.key("rope.scaling.type");
         match self.values.get(&scaling) {
             None => Ok(()),

@@ -118,8 +118,8 @@ impl Config {
     /// `lm_head.weight` is among them unless `tie_word_embeddings`.
     pub fn weights(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
         let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
-        let queries = self.num_attention_heads * self.head_dim;
-        let keys = self.num_key_value_heads * self.head_dim;
+        let queries = self.num_attention_heads.saturating_mul(self.head_dim);
+        let keys = self.num_key_value_heads.saturating_mul(self.head_dim);
         let block = [
             ("input_layernorm", vec![hidden]),
             ("self_attn.q_proj", vec![queries, hidden]),

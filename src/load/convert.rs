@@ -81,9 +81,7 @@ impl Source<'_> {
             DType::F32 => self.fill::<f32>(device),
             DType::F16 => self.fill::<f16>(device),
             DType::BF16 => self.fill::<bf16>(device),
-            other => {
-                Err(Error::parameter("dtype", "f32, f16 or bf16", format!("{other:?}")).into())
-            }
+            other => Err(Error::parameter("dtype", "f32, f16 or bf16", other.as_str()).into()),
         }
     }
 

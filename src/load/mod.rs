@@ -84,12 +84,16 @@ impl Checkpoint {
     /// promises or a file is missing, and what [`Config::from_json`] and its kin return.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        if std::fs::metadata(path).map_err(Error::io(path))?.is_dir() {
+        let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+        if metadata.is_dir() {
             return Self::open_folder(path);
         }
         let mut magic = Vec::new();
-        let file = File::open(path).map_err(Error::io(path))?;
-        file.take(gguf::MAGIC.len() as u64).read_to_end(&mut magic).map_err(Error::io(path))?;
+        // anything else, a pipe say, might never end
+        if metadata.is_file() {
+            let file = File::open(path).map_err(Error::io(path))?;
+            file.take(gguf::MAGIC.len() as u64).read_to_end(&mut magic).map_err(Error::io(path))?;
+        }
         if magic != gguf::MAGIC {
             let message = "neither a folder nor a GGUF file, which starts with GGUF";
             return Err(Error::malformed(path, message));
@@ -221,6 +225,7 @@ impl Checkpoint {
             used: BTreeSet::new(),
             progress: None,
             done: 0,
+            total: self.tensors.values().map(|entry| entry.range.len() as u64).sum(),
         }
     }
 
@@ -243,7 +248,9 @@ pub struct CheckpointWeights<'a> {
     /// By the names of the file.
     used: BTreeSet<&'a str>,
     progress: Option<Box<Progress<'a>>>,
+    /// Bytes of tensors that were taken, and of all that the files hold.
     done: u64,
+    total: u64,
 }
 
 type Progress<'a> = dyn FnMut(u64, u64) + 'a;
@@ -362,10 +369,9 @@ impl<'a> CheckpointWeights<'a> {
 
     /// `bytes` more are done, at most all of them.
     fn advance(&mut self, bytes: usize) {
-        let total = self.checkpoint.tensors.values().map(|entry| entry.range.len() as u64).sum();
-        self.done = self.done.saturating_add(bytes as u64).min(total);
+        self.done = self.done.saturating_add(bytes as u64).min(self.total);
         if let Some(report) = &mut self.progress {
-            report(self.done, total);
+            report(self.done, self.total);
         }
     }
 }

@@ -1,0 +1,58 @@
+//! What the fuzz targets do with their bytes: open them as a checkpoint, then take every weight.
+
+#![allow(dead_code, reason = "each fuzz target uses a part")]
+
+use std::fs;
+use std::io::Result as IoResult;
+
+use candle_core::{DType, Device};
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::model::Weights;
+use hybrid_attention::{Error, Result};
+
+/// `data` is a GGUF file.
+pub(crate) fn gguf(data: &[u8]) -> Result<()> {
+    take_all(&Checkpoint::from_gguf_bytes(data)?)
+}
+
+/// `data` is a digit that chooses the layout, then the files of a folder with a zero byte after
+/// each but the last: 0 `config.json` and `model.safetensors`; 1 `params.json` and
+/// `consolidated.safetensors`; 2 `config.json`, `generation_config.json`, the index and one shard.
+pub(crate) fn folder(data: &[u8]) -> Result<()> {
+    let names: &[&str] = match data.first() {
+        Some(b'0') => &["config.json", "model.safetensors"],
+        Some(b'1') => &["params.json", "consolidated.safetensors"],
+        Some(b'2') => &[
+            "config.json",
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "model-00001-of-00001.safetensors",
+        ],
+        _ => return Ok(()),
+    };
+    let parts = data[1..].splitn(names.len(), |byte| *byte == 0);
+    let write = || -> IoResult<_> {
+        let folder = tempfile::tempdir()?;
+        for (name, part) in names.iter().zip(parts) {
+            fs::write(folder.path().join(name), part)?;
+        }
+        Ok(folder)
+    };
+    let folder = write().map_err(|source| Error::Io { path: "temporary folder".into(), source })?;
+    let checkpoint = Checkpoint::open(folder.path())?;
+    checkpoint.generation_defaults()?;
+    take_all(&checkpoint)
+}
+
+/// Ends at the first weight that is missing, so a configuration that asks for a billion layers ends
+/// where the file does.
+fn take_all(checkpoint: &Checkpoint) -> Result<()> {
+    for dtype in [None, Some(DType::F32), Some(DType::BF16), Some(DType::F16)] {
+        let mut weights = checkpoint.weights(dtype, &Device::Cpu);
+        for (name, shape) in checkpoint.config().weights() {
+            weights.tensor(&name, &shape)?;
+        }
+        weights.finish()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,187 @@
+//! Checkpoints rewritten into other formats, by code that shares nothing with the loader.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use hybrid_attention::Config;
+
+/// Any error, so that tests can use `?`.
+pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// The checkpoints under `tests/fixtures`.
+pub(crate) const FIXTURES: [&str; 3] = ["window", "head_dim", "tied_sharded"];
+
+/// A folder under `tests/fixtures`.
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// The configuration of a fixture.
+pub(crate) fn fixture_config(name: &str) -> Result<Config> {
+    Ok(Config::from_json(&fs::read_to_string(fixture(name).join("config.json"))?)?)
+}
+
+/// Every tensor of a fixture, read by candle.
+pub(crate) fn fixture_weights(name: &str) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for entry in fs::read_dir(fixture(name))? {
+        let path = entry?.path();
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if file.starts_with("model") && file.ends_with(".safetensors") {
+            tensors.extend(candle_core::safetensors::load(&path, &Device::Cpu)?);
+        }
+    }
+    Ok(tensors)
+}
+
+/// `a0 b0 .. a1 b1 ..` to `a0 a1 b0 b1 ..`, for the rows of every head.
+pub(crate) fn interleave(tensor: &Tensor, head_dim: usize) -> Result<Tensor> {
+    let (rows, columns) = tensor.dims2()?;
+    let halves = tensor.reshape((rows / head_dim, 2, head_dim / 2, columns))?;
+    Ok(halves.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
+}
+
+/// Replaces the parts of Hugging Face names by `spelling`, and orders rows as Mistral and llama.cpp
+/// do.
+fn rename(
+    tensors: &BTreeMap<String, Tensor>,
+    head_dim: usize,
+    spelling: &[(&str, &str)],
+) -> Result<Vec<(String, Tensor)>> {
+    let mut renamed = Vec::new();
+    for (name, tensor) in tensors {
+        let rotated = name.contains("q_proj") || name.contains("k_proj");
+        let tensor = if rotated { interleave(tensor, head_dim)? } else { tensor.clone() };
+        let name =
+            spelling.iter().fold(name.clone(), |name, (ours, file)| name.replace(ours, file));
+        renamed.push((name, tensor));
+    }
+    Ok(renamed)
+}
+
+/// Writes `params.json` and `consolidated.safetensors`.
+pub(crate) fn write_consolidated(
+    folder: &Path,
+    config: &Config,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result {
+    let spelling = [
+        ("model.layers.", "layers."),
+        ("self_attn.q_proj", "attention.wq"),
+        ("self_attn.k_proj", "attention.wk"),
+        ("self_attn.v_proj", "attention.wv"),
+        ("self_attn.o_proj", "attention.wo"),
+        ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.down_proj", "feed_forward.w2"),
+        ("mlp.up_proj", "feed_forward.w3"),
+        ("input_layernorm", "attention_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("model.embed_tokens", "tok_embeddings"),
+        ("model.norm", "norm"),
+        ("lm_head", "output"),
+    ];
+    let params = serde_json::json!({
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "head_dim": config.head_dim,
+        "hidden_dim": config.intermediate_size,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_theta,
+        "sliding_window": config.sliding_window,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tied_embeddings": config.tie_word_embeddings,
+    });
+    fs::write(folder.join("params.json"), params.to_string())?;
+    let tensors: HashMap<_, _> = rename(tensors, config.head_dim, &spelling)?.into_iter().collect();
+    Ok(candle_core::safetensors::save(&tensors, folder.join("consolidated.safetensors"))?)
+}
+
+/// The metadata that llama.cpp would write for `config`.
+pub(crate) fn gguf_metadata(config: &Config) -> Vec<(String, Value)> {
+    let mut metadata = vec![("general.architecture".to_string(), Value::String("llama".into()))];
+    let mut size = |key: &str, size: usize| {
+        metadata.push((format!("llama.{key}"), Value::U32(size as u32)));
+    };
+    size("block_count", config.num_hidden_layers);
+    size("context_length", config.max_position_embeddings);
+    size("embedding_length", config.hidden_size);
+    size("feed_forward_length", config.intermediate_size);
+    size("attention.head_count", config.num_attention_heads);
+    size("attention.head_count_kv", config.num_key_value_heads);
+    size("attention.key_length", config.head_dim);
+    size("attention.value_length", config.head_dim);
+    size("rope.dimension_count", config.head_dim);
+    size("vocab_size", config.vocab_size);
+    if let Some(window) = config.sliding_window {
+        size("attention.sliding_window", window);
+    }
+    let mut number = |key: &str, number: f64| {
+        metadata.push((format!("llama.{key}"), Value::F32(number as f32)));
+    };
+    number("rope.freq_base", config.rope_theta);
+    number("attention.layer_norm_rms_epsilon", config.rms_norm_eps);
+    if let Some(id) = config.bos_token_id {
+        metadata.push(("tokenizer.ggml.bos_token_id".into(), Value::U32(id)));
+    }
+    for id in config.eos_token_ids.iter().take(1) {
+        metadata.push(("tokenizer.ggml.eos_token_id".into(), Value::U32(*id)));
+    }
+    metadata
+}
+
+/// Writes a GGUF file: matrices whose rows are whole blocks as `dtype`, all else as f32.
+pub(crate) fn write_gguf(
+    path: &Path,
+    config: &Config,
+    tensors: &BTreeMap<String, Tensor>,
+    dtype: GgmlDType,
+) -> Result {
+    let spelling = [
+        ("model.layers.", "blk."),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.down_proj", "ffn_down"),
+        ("mlp.up_proj", "ffn_up"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+    ];
+    let mut quantized = Vec::new();
+    for (name, tensor) in rename(tensors, config.head_dim, &spelling)? {
+        let blocks = tensor.rank() == 2 && tensor.dim(1)? % dtype.block_size() == 0;
+        let dtype = if blocks { dtype } else { GgmlDType::F32 };
+        quantized.push((name, QTensor::quantize(&tensor, dtype)?));
+    }
+    let metadata = gguf_metadata(config);
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<_> = quantized.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    Ok(gguf_file::write(&mut fs::File::create(path)?, &metadata, &tensors)?)
+}
+
+/// Fails unless both hold the same type, shape and bits.
+pub(crate) fn assert_identical(name: &str, left: &Tensor, right: &Tensor) -> Result {
+    assert_eq!(left.dtype(), right.dtype(), "{name}");
+    assert_eq!(left.dims(), right.dims(), "{name}");
+    let bits = |tensor: &Tensor| -> Result<Vec<u32>> {
+        let values = tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(values.into_iter().map(f32::to_bits).collect())
+    };
+    let (left, right) = (bits(left)?, bits(right)?);
+    let differing = left.iter().zip(&right).position(|(a, b)| a != b);
+    assert_eq!(differing, None, "{name}: first differing element");
+    Ok(())
+}

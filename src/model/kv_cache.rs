@@ -130,7 +130,10 @@ impl KvCache {
 
     /// The position at which `layers` go on, which must be one for all of them.
     pub(super) fn position(&self, layers: &Range<usize>) -> Result<usize> {
-        let layers = self.layers.get(layers.clone()).unwrap_or(&[]);
+        let Some(layers) = self.layers.get(layers.clone()) else {
+            let expected = format!("one of at least {} layers", layers.end);
+            return Err(Error::parameter("cache", expected, self.layers.len()));
+        };
         let Some(first) = layers.first() else { return Ok(self.len()) };
         if layers.iter().any(|layer| layer.len != first.len) {
             return Err(Error::parameter(
@@ -142,12 +145,18 @@ impl KvCache {
         Ok(first.len)
     }
 
-    /// Makes room for `new` more positions in `layers`, letting go of what no window will see.
-    pub(super) fn reserve(&mut self, layers: &Range<usize>, new: usize) -> Result<()> {
+    /// Refuses `new` more positions in `layers` where there is no room for all of them.
+    pub(super) fn check_room(&self, layers: &Range<usize>, new: usize) -> Result<()> {
         let requested = self.position(layers)?.saturating_add(new);
         if requested > self.capacity {
             return Err(Error::ContextFull { capacity: self.capacity, requested });
         }
+        Ok(())
+    }
+
+    /// Makes room for `new` more positions in `layers`, letting go of what no window will see.
+    pub(super) fn reserve(&mut self, layers: &Range<usize>, new: usize) -> Result<()> {
+        self.check_room(layers, new)?;
         for layer in self.layers.get_mut(layers.clone()).unwrap_or(&mut []) {
             layer.reserve(new)?;
         }

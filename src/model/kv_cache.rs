@@ -118,7 +118,7 @@ impl KvCache {
         for layer in &self.layers {
             // The next token sees positions oldest..length, and itself.
             let oldest =
-                layer.window.map_or(0, |window| (length + 1).saturating_sub(window));
+                layer.window.map_or(0, |window| length.saturating_add(1).saturating_sub(window));
             if length < layer.len && oldest < length && oldest < layer.first {
                 return Err(Error::CacheRolled { length, oldest: layer.first });
             }

@@ -98,7 +98,7 @@ fn of_new_tokens_through_a_cache() -> Result {
 #[test]
 fn of_the_inputs_through_thought_and_hand_off() -> Result {
     let model = tiny::transformer(&tiny::config(), 13)?;
-    let layout = Layout::dense(1, 6).with_context(0, &[0..4])?;
+    let layout = Layout::dense(1, 6).with_context(0, &[0..3, 3..4])?;
     let xs = inputs(model.config(), &layout)?;
     let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
     check("thoughts", &xs, |xs| {

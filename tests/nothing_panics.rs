@@ -8,7 +8,8 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
 use hybrid_attention::{
-    Config, GenerationConfig, HybridModel, Message, Pooling, Prompt, Thinking, Tokenizer,
+    Config, GenerationConfig, HybridModel, Message, Pooling, Prompt, Thinking, TokenStream,
+    Tokenizer,
 };
 use proptest::prelude::*;
 
@@ -311,7 +312,7 @@ proptest! {
             if let Ok(mut conversation) = model.conversation(n[3]) {
                 for _ in 0..2 {
                     let stream = model.stream_in(&mut conversation, ids.clone(), &how);
-                    let _ = stream.and_then(|stream| stream.collect_answer());
+                    let _ = stream.and_then(TokenStream::collect_answer);
                 }
             }
             Ok(())

@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::thread::ScopedJoinHandle;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
@@ -544,7 +545,7 @@ fn weights_are_shared_between_threads() -> Result {
     let alone = (0..4).map(ask).collect::<std::result::Result<Vec<_>, _>>()?;
     let together = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|seed| scope.spawn(move || ask(seed))).collect();
-        threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
+        threads.into_iter().map(ScopedJoinHandle::join).collect::<Vec<_>>()
     });
     for (alone, together) in alone.into_iter().zip(together) {
         let together = together.map_err(|_| "a thread panicked")??;

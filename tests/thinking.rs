@@ -28,7 +28,7 @@ fn think(
 
 /// Padded rows, segments, plain tokens.
 fn layout() -> Result<Layout> {
-    Ok(Layout::ragged(&[7, 4]).with_context(0, &[1..3, 4..6])?.with_context(1, &[1..4])?)
+    Ok(Layout::ragged(&[7, 4]).with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 2..4])?)
 }
 
 fn thoughts(config: &Config, layout: &Layout, seed: u64) -> Result<Tensor> {

@@ -1,4 +1,4 @@
-//! A Mistral that thinks both ways before it speaks.
+#![doc = include_str!("../README.md")]
 
 mod config;
 mod error;

@@ -170,11 +170,13 @@ fn folders() -> Result {
     let config = config.as_bytes();
     assert_eq!(
         folder_of(&[("config.json", config), ("pytorch_model.bin", b"")])?,
-        "folder: the weights are in pytorch_model.bin: only safetensors and GGUF are read"
+        "folder: no safetensors in this folder, but pytorch_model.bin: \
+         only safetensors and GGUF are read"
     );
     assert_eq!(
         folder_of(&[("params.json", b"{}"), ("consolidated.00.pth", b"")])?,
-        "folder: the weights are in consolidated.00.pth: only safetensors and GGUF are read"
+        "folder: no safetensors in this folder, but consolidated.00.pth: \
+         only safetensors and GGUF are read"
     );
     assert_eq!(
         folder_of(&[("config.json", config), ("Mistral.Q4_K_M.gguf", b"GGUF")])?,

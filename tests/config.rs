@@ -5,7 +5,7 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
-use common::{Result, gguf_metadata};
+use common::{Result, gguf_metadata, logged};
 use hybrid_attention::Config;
 use serde_json::json;
 
@@ -236,6 +236,17 @@ fn defaults_of_transformers() -> Result {
 }
 
 #[test]
+fn the_window_of_a_llama_is_ignored_with_a_warning() -> Result {
+    let text = edited(&[("model_type", json!("llama"))])?;
+    let events = logged(|| {
+        assert_eq!(Config::from_json(&text)?.sliding_window, None);
+        Ok(())
+    })?;
+    assert_eq!(events, ["WARN message=a llama has no sliding window: ignored sliding_window=4096"]);
+    Ok(())
+}
+
+#[test]
 fn params_json() -> Result {
     let v01 = r#"{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32,
         "n_kv_heads": 8, "norm_eps": 1e-05, "sliding_window": 4096, "vocab_size": 32000}"#;
@@ -256,6 +267,7 @@ fn params_json() -> Result {
         num_key_value_heads: 4,
         head_dim: 16,
         rms_norm_eps: 0.0,
+        rope_theta: 1e6,
         sliding_window: None,
         max_position_embeddings: 99,
         tie_word_embeddings: true,
@@ -356,7 +368,7 @@ fn refused_in_config_json() -> Result {
         (
             "layer_types",
             layer_types("full_attention"),
-            r#"unsupported layer_types: "full_attention""#,
+            r#"unsupported layer_types: "sliding_attention" beside "full_attention""#,
         ),
         (
             "layer_types",

@@ -4,22 +4,22 @@ mod common;
 #[path = "common/hostile.rs"]
 mod hostile;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use common::{Result, write_consolidated, write_gguf};
 use hybrid_attention::Config;
 
-fn corpus(target: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target)
+fn committed() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus")
 }
 
-fn run_seeds(target: &str, run: fn(&[u8]) -> hybrid_attention::Result<()>) -> Result {
+fn run_seeds(corpus: &Path, run: fn(&[u8]) -> hybrid_attention::Result<()>) -> Result {
     let mut seeds = 0;
-    for entry in fs::read_dir(corpus(target))? {
+    for entry in fs::read_dir(corpus)? {
         let path = entry?.path();
         let seed = fs::read(&path)?;
         run(&seed).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -34,12 +34,12 @@ fn run_seeds(target: &str, run: fn(&[u8]) -> hybrid_attention::Result<()>) -> Re
 
 #[test]
 fn gguf_seeds_load() -> Result {
-    run_seeds("gguf", hostile::gguf)
+    run_seeds(&committed().join("gguf"), hostile::gguf)
 }
 
 #[test]
 fn folder_seeds_load() -> Result {
-    run_seeds("folder", hostile::folder)
+    run_seeds(&committed().join("folder"), hostile::folder)
 }
 
 /// A model of a few KB with `hidden` a multiple of the blocks it is to be stored in.
@@ -67,17 +67,37 @@ fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
     Ok((config, tensors))
 }
 
+/// What is written here is what was committed, but for the random weights. To write that anew, set
+/// `HYBRID_ATTENTION_CORPUS` to `tests/fuzz/corpus`.
 #[test]
-#[ignore = "writes tests/fuzz/corpus anew"]
-fn write_corpus() -> Result {
+fn seeds_can_be_written_anew() -> Result {
+    let temporary = tempfile::tempdir()?;
+    let chosen = std::env::var_os("HYBRID_ATTENTION_CORPUS").map(PathBuf::from);
+    let folder = chosen.as_deref().unwrap_or(temporary.path());
+    for target in ["gguf", "folder"] {
+        fs::create_dir_all(folder.join(target))?;
+    }
+    write_corpus(folder)?;
+    run_seeds(&folder.join("gguf"), hostile::gguf)?;
+    run_seeds(&folder.join("folder"), hostile::folder)?;
+    for target in ["gguf", "folder"] {
+        let names = |corpus: &Path| -> std::io::Result<BTreeSet<_>> {
+            fs::read_dir(corpus.join(target))?.map(|entry| Ok(entry?.file_name())).collect()
+        };
+        assert_eq!(names(folder)?, names(&committed())?);
+    }
+    Ok(())
+}
+
+fn write_corpus(corpus: &Path) -> Result {
     let (config, tensors) = tiny(32)?;
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q5_1, GgmlDType::Q8_0] {
-        let path = corpus("gguf").join(format!("{dtype:?}").to_lowercase());
+        let path = corpus.join("gguf").join(format!("{dtype:?}").to_lowercase());
         write_gguf(&path, &config, &tensors, dtype)?;
     }
     let (config, tensors) = tiny(4)?;
     for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16] {
-        let path = corpus("gguf").join(format!("{dtype:?}").to_lowercase());
+        let path = corpus.join("gguf").join(format!("{dtype:?}").to_lowercase());
         write_gguf(&path, &config, &tensors, dtype)?;
     }
 
@@ -87,7 +107,7 @@ fn write_corpus() -> Result {
     seed.extend(fs::read(folder.path().join("params.json"))?);
     seed.push(0);
     seed.extend(fs::read(folder.path().join("consolidated.safetensors"))?);
-    fs::write(corpus("folder").join("consolidated"), seed)?;
+    fs::write(corpus.join("folder").join("consolidated"), seed)?;
 
     let json = r#"{"model_type": "mistral", "vocab_size": 5, "hidden_size": 4, "intermediate_size": 4,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2,
@@ -104,14 +124,14 @@ fn write_corpus() -> Result {
         let weights = fs::read(&path)?;
         let mut seed = format!("0{json}\0").into_bytes();
         seed.extend(&weights);
-        fs::write(corpus("folder").join(name), seed)?;
+        fs::write(corpus.join("folder").join(name), seed)?;
         let index: BTreeMap<_, _> =
             stored.keys().map(|name| (name, "model-00001-of-00001.safetensors")).collect();
         let index = serde_json::json!({ "weight_map": index });
         let generation = r#"{"eos_token_id": [2, 3], "temperature": 0.5, "top_k": 4}"#;
         let mut seed = format!("2{json}\0{generation}\0{index}\0").into_bytes();
         seed.extend(&weights);
-        fs::write(corpus("folder").join(format!("shard_{name}")), seed)?;
+        fs::write(corpus.join("folder").join(format!("shard_{name}")), seed)?;
     }
     Ok(())
 }

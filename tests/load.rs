@@ -12,7 +12,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use common::{
     FIXTURES, Result, assert_identical, fixture, fixture_config, fixture_weights, interleave,
-    write_consolidated, write_gguf,
+    logged, write_consolidated, write_gguf,
 };
 use half::{bf16, f16};
 use hybrid_attention::Config;
@@ -183,6 +183,19 @@ fn k_quants_equal_candles_dequantize() -> Result {
 }
 
 #[test]
+fn a_head_that_consolidated_weights_leave_out_is_tied() -> Result {
+    let folder = tempfile::tempdir()?;
+    let config = fixture_config("tied_sharded")?;
+    write_consolidated(folder.path(), &config, &fixture_weights("tied_sharded")?)?;
+    let path = folder.path().join("params.json");
+    let mut params: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path)?)?;
+    params.as_object_mut().ok_or("params.json is no object")?.remove("tied_embeddings");
+    std::fs::write(path, params.to_string())?;
+    assert!(Checkpoint::open(folder.path())?.config().tie_word_embeddings);
+    Ok(())
+}
+
+#[test]
 fn a_copied_head_of_a_tied_model_is_no_error() -> Result {
     let folder = tempfile::tempdir()?;
     let (config, mut tensors) = (fixture_config("tied_sharded")?, fixture_weights("tied_sharded")?);
@@ -202,7 +215,14 @@ fn inert_and_foreign_tensors_are_no_error() -> Result {
     tensors.insert("score.weight".into(), ones);
     candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
     fs::copy(fixture("window").join("config.json"), folder.path().join("config.json"))?;
-    assert_all_identical(&load(folder.path(), None)?.1, &fixture_weights("window")?)
+    let events = logged(|| {
+        assert_all_identical(&load(folder.path(), None)?.1, &fixture_weights("window")?)
+    })?;
+    let file = folder.path().join("model.safetensors");
+    let expected = ["model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight"]
+        .map(|name| format!("WARN message=tensor not used name={name:?} file={file:?}"));
+    assert_eq!(events, expected);
+    Ok(())
 }
 
 #[test]

@@ -163,8 +163,12 @@ fn sliding_window(fields: &Fields, family: Family, layers: usize) -> Result<Opti
         if uniform("full_attention") {
             window = None;
         } else if !uniform("sliding_attention") {
-            let odd = kinds.iter().find(|kind| kinds.first() != Some(kind)).or(kinds.first());
-            return Err(Error::unsupported("layer_types", odd.map_or_else(String::new, brief)));
+            let first = kinds.first().map_or_else(String::new, brief);
+            let got = match kinds.iter().find(|kind| Some(*kind) != kinds.first()) {
+                Some(other) => format!("{first} beside {}", brief(other)),
+                None => first,
+            };
+            return Err(Error::unsupported("layer_types", got));
         } else if window.is_none() {
             let expected = "a size, as every layer is sliding_attention";
             return Err(Error::config("sliding_window", expected, "nothing"));

@@ -8,9 +8,10 @@ impl Config {
     /// Reads the text of a `params.json`, the file beside `consolidated.safetensors`.
     ///
     /// `dim`, `n_layers`, `hidden_dim`, `n_heads`, `norm_eps` and `vocab_size` must be given. Absent,
-    /// `n_kv_heads` is `n_heads`, `head_dim` is `dim / n_heads`, `rope_theta` is 10000 and there is
-    /// no `sliding_window` (`mistral-inference`, `TransformerArgs`). `max_position_embeddings` or
-    /// `max_seq_len` is 32768, embeddings are untied; text begins with token 1 and ends with 2.
+    /// `n_kv_heads` is `n_heads`, `head_dim` is `dim / n_heads`, there is no `sliding_window`, and
+    /// `rope_theta` is 10000 with such a window (v0.1) and 1000000 without (v0.2 and later), as in
+    /// `mistral-inference`. `max_position_embeddings` or `max_seq_len` is 32768, embeddings are
+    /// untied; text begins with token 1 and ends with 2.
     ///
     /// # Errors
     /// As [`Config::from_json`], with the names of this file.
@@ -31,6 +32,8 @@ impl Config {
             Some(positions) => Some(positions),
             None => fields.size("max_seq_len")?,
         };
+        let sliding_window = fields.size("sliding_window")?;
+        let theta = if sliding_window.is_some() { 10_000.0 } else { 1_000_000.0 };
         let tied = match fields.flag("tied_embeddings")? {
             Some(tied) => Some(tied),
             None => fields.flag("tie_word_embeddings")?,
@@ -46,8 +49,8 @@ impl Config {
             rms_norm_eps: fields
                 .number("norm_eps")?
                 .ok_or_else(|| Error::config("norm_eps", "a number", "nothing"))?,
-            rope_theta: fields.number("rope_theta")?.unwrap_or(10_000.0),
-            sliding_window: fields.size("sliding_window")?,
+            rope_theta: fields.number("rope_theta")?.unwrap_or(theta),
+            sliding_window,
             max_position_embeddings: positions.unwrap_or(32_768),
             tie_word_embeddings: tied.unwrap_or(false),
             bos_token_id: Some(1),

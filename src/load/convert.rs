@@ -89,41 +89,55 @@ impl Source<'_> {
         /// Elements that one task converts at least: enough to hide the cost of starting it.
         const TASK: usize = 1 << 15;
 
-        // a vector is one row, a matrix as many as its first dimension says
-        let row_len = match self.shape {
-            [_, rest @ ..] if !rest.is_empty() => rest.iter().product(),
-            _ => self.shape.iter().product::<usize>(),
-        };
-        let row_bytes = self.stored.row_bytes(row_len).max(1);
-        debug_assert!(self.bytes.len().is_multiple_of(row_bytes));
-        let rows_per_task = TASK.div_ceil(row_len.max(1));
+        let row_len = self.row_len();
+        let rows_per_task = TASK.div_ceil(row_len);
         let mut data = T::zeros(self.shape.iter().product());
-        let first_bad = data
-            .par_chunks_mut((rows_per_task * row_len).max(1))
+        let bad_row = data
+            .par_chunks_mut(rows_per_task * row_len)
             .enumerate()
-            .filter_map(|(task, chunk)| {
-                chunk
-                    .chunks_exact_mut(row_len.max(1))
-                    .enumerate()
-                    .filter_map(|(i, out)| {
-                        let row = self.rows.source(task * rows_per_task + i);
-                        let bytes = self.bytes.get(row * row_bytes..)?.get(..row_bytes)?;
-                        if T::read(self.stored, bytes, out) {
-                            return None;
-                        }
-                        let column = out.iter().position(|value| !value.is_finite())?;
-                        Some((row * row_len + column, *out.get(column)?, column, bytes))
-                    })
-                    .min_by_key(|(index, ..)| *index)
+            .filter_map(|(task, rows)| {
+                let rows = rows.chunks_exact_mut(row_len).enumerate();
+                let bad_rows = rows.filter_map(|(i, out)| {
+                    let row = self.rows.source(task * rows_per_task + i);
+                    (!T::read(self.stored, self.row(row), out)).then_some(row)
+                });
+                bad_rows.min()
             })
-            .min_by_key(|(index, ..)| *index);
-        if let Some((index, got, column, bytes)) = first_bad {
-            let mut row = vec![0f64; row_len];
-            read_f64(self.stored, bytes, &mut row);
-            let stored = row.get(column).is_none_or(|value| !value.is_finite());
-            return Err(Refusal::NotFinite { index, got: got.to_f32(), stored });
+            .min();
+        match bad_row {
+            Some(row) => Err(self.not_finite::<T>(row)),
+            None => Ok(Tensor::from_vec(data, self.shape, device).map_err(Error::from)?),
         }
-        Tensor::from_vec(data, self.shape, device).map_err(|error| Refusal::Other(error.into()))
+    }
+
+    /// A vector is one row; the rows of anything else are what its first dimension counts.
+    fn row_len(&self) -> usize {
+        let row = match self.shape {
+            [_, row @ ..] if !row.is_empty() => row,
+            vector => vector,
+        };
+        row.iter().product::<usize>().max(1)
+    }
+
+    /// The bytes of a stored row.
+    fn row(&self, row: usize) -> &[u8] {
+        let len = self.stored.row_bytes(self.row_len());
+        self.bytes.get(row * len..).and_then(|rest| rest.get(..len)).unwrap_or_default()
+    }
+
+    /// Reads a row again that `T::read` found fault with, to say where and what it is.
+    fn not_finite<T: Float>(&self, row: usize) -> Refusal {
+        let mut converted = T::zeros(self.row_len());
+        T::read(self.stored, self.row(row), &mut converted);
+        let mut stored = vec![0.0; self.row_len()];
+        read_f64(self.stored, self.row(row), &mut stored);
+        let converted = converted.into_iter().map(T::to_f64);
+        let mut elements = converted.zip(stored).enumerate();
+        let (column, (got, stored)) = elements
+            .find(|(_, (value, _))| !value.is_finite())
+            .unwrap_or((0, (f64::NAN, f64::NAN)));
+        let index = row * self.row_len() + column;
+        Refusal::NotFinite { index, got: got as f32, stored: !stored.is_finite() }
     }
 }
 
@@ -133,8 +147,6 @@ trait Float: WithDType + Send + Sync {
     fn zeros(len: usize) -> Vec<Self>;
     /// Converts one row; false if a value of `out` is not finite.
     fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool;
-    fn is_finite(self) -> bool;
-    fn to_f32(self) -> f32;
 }
 
 impl Float for f32 {
@@ -146,18 +158,9 @@ impl Float for f32 {
         read_f32(stored, bytes, out);
         out.iter().fold(true, |finite, value| finite & value.is_finite())
     }
-
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
-
-    fn to_f32(self) -> f32 {
-        self
-    }
 }
 
-/// Both halves are read alike: their own bits copied, all else through f32, a cache line's worth
-/// at a time.
+/// Both halves are read alike: their own bits copied, all else by way of f32.
 macro_rules! half_float {
     ($half:ty, $same:pat) => {
         impl Float for $half {
@@ -172,14 +175,6 @@ macro_rules! half_float {
                     through_f32(stored, bytes, out, |from, to| to.convert_from_f32_slice(from));
                 }
                 out.iter().fold(true, |finite, value| finite & value.is_finite())
-            }
-
-            fn is_finite(self) -> bool {
-                self.is_finite()
-            }
-
-            fn to_f32(self) -> f32 {
-                self.to_f32()
             }
         }
     };

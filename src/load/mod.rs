@@ -13,31 +13,34 @@
 //! ```
 
 mod convert;
+mod folder;
 mod generation_defaults;
 mod gguf;
 mod names;
 mod safetensors;
+mod weights;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ::safetensors::tensor::Dtype;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use memmap2::{Mmap, MmapMut};
 
-use self::convert::{Refusal, Source, Stored};
+use self::convert::Stored;
+use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
 use self::gguf::Gguf;
 use self::names::Naming;
-use self::safetensors::Folder;
-use crate::config::Config;
+pub use self::weights::CheckpointWeights;
+use crate::config::{Config, integer};
 use crate::error::{Error, Result};
-use crate::model::Weights;
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
@@ -52,7 +55,6 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Config,
     naming: Naming,
-    files: Vec<Mapped>,
     /// By the names of the file.
     tensors: BTreeMap<String, Entry>,
     gguf_metadata: Option<HashMap<String, Value>>,
@@ -68,8 +70,7 @@ struct Mapped {
 /// Where a tensor is, and as what.
 #[derive(Debug)]
 struct Entry {
-    /// Index into `files`.
-    file: usize,
+    file: Arc<Mapped>,
     /// A type that holds no weights is an error only for a tensor that is used: its name.
     stored: Result<Stored, String>,
     shape: Vec<usize>,
@@ -110,11 +111,12 @@ impl Checkpoint {
     fn open_gguf(file: Mapped) -> Result<Self> {
         let Gguf { metadata, tensors } =
             gguf::parse(&file.bytes).map_err(|message| Error::malformed(&file.path, message))?;
-        if let Some(parts) = metadata.get("split.count").and_then(crate::config::integer)
+        if let Some(parts) = metadata.get("split.count").and_then(integer)
             && parts > 1
         {
             return Err(Error::unsupported("GGUF", format!("a model split into {parts} files")));
         }
+        let file = Arc::new(file);
         let mut config = Config::from_gguf(&metadata)?;
         config.tie_word_embeddings = !tensors.contains_key("output.weight");
         let tensors = tensors.into_iter().map(|(name, tensor)| {
@@ -125,14 +127,13 @@ impl Checkpoint {
                 blocks => Stored::Blocks(blocks),
             };
             let (shape, range) = (tensor.shape, tensor.range);
-            (name, Entry { file: 0, stored: Ok(stored), shape, range })
+            (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
         });
         Ok(Self {
             path: file.path.clone(),
             config,
             naming: Naming::Gguf,
             tensors: tensors.collect(),
-            files: vec![file],
             gguf_metadata: Some(metadata),
         })
     }
@@ -145,45 +146,38 @@ impl Checkpoint {
         } else {
             Config::from_json(&text)
         };
-        let config = config.map_err(|error| match error {
+        let mut config = config.map_err(|error| match error {
             Error::Malformed { message, .. } => Error::malformed(&folder.config, message),
             other => other,
         })?;
 
-        let mut files = Vec::new();
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
-            let mapped = Mapped::open(path)?;
+            let file = Arc::new(Mapped::open(path)?);
             let malformed = |message: String| Error::malformed(path, message);
-            for (name, tensor) in safetensors::parse(&mapped.bytes).map_err(malformed)? {
+            for (name, tensor) in safetensors::parse(&file.bytes).map_err(malformed)? {
                 if tensors.contains_key(&name) {
                     return Err(malformed(format!("{name} is in another shard too")));
                 }
                 let (shape, range) = (tensor.shape, tensor.range);
-                let stored = stored(tensor.dtype);
-                tensors.insert(name, Entry { file: files.len(), stored, shape, range });
+                let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
+                tensors.insert(name, Entry { file, stored, shape, range });
             }
-            files.push(mapped);
         }
-        let checkpoint = Self {
+        if let Some(index) = &folder.index {
+            index.check(|name| tensors.get(name).map(|entry| entry.file.path.as_path()))?;
+        }
+        if folder.is_params && !tensors.contains_key(&folder.naming.spell("lm_head.weight")) {
+            // `params.json` has no settled way to say so: a head that is not there is tied.
+            config.tie_word_embeddings = true;
+        }
+        Ok(Self {
             path: path.to_path_buf(),
             config,
             naming: folder.naming,
-            files,
             tensors,
             gguf_metadata: None,
-        };
-        if let Some(index) = folder.index {
-            for (name, shard) in &index.weight_map {
-                let entry = checkpoint.tensors.get(name);
-                let file = entry.and_then(|entry| checkpoint.files.get(entry.file));
-                if file.is_none_or(|file| !file.path.ends_with(shard)) {
-                    let message = format!("{name} should be in {shard}, but is not");
-                    return Err(Error::malformed(&index.path, message));
-                }
-            }
-        }
-        Ok(checkpoint)
+        })
     }
 
     /// The shape of the model.
@@ -218,161 +212,18 @@ impl Checkpoint {
     /// everything in a GGUF file. Values are checked: a NaN, an infinity, or a value that becomes
     /// one in `dtype` is refused.
     pub fn weights(&self, dtype: Option<DType>, device: &Device) -> CheckpointWeights<'_> {
-        CheckpointWeights {
-            checkpoint: self,
-            dtype,
-            device: device.clone(),
-            used: BTreeSet::new(),
-            progress: None,
-            done: 0,
-            total: self.tensors.values().map(|entry| entry.range.len() as u64).sum(),
-        }
-    }
-
-    /// The bytes of an entry, and the file they are in.
-    fn bytes(&self, entry: &Entry) -> (&[u8], &Path) {
-        match self.files.get(entry.file) {
-            Some(file) => {
-                (file.bytes.get(entry.range.clone()).unwrap_or_default(), file.path.as_path())
-            }
-            None => (&[], self.path.as_path()),
-        }
+        CheckpointWeights::new(self, dtype, device)
     }
 }
 
-/// The weights of a [`Checkpoint`], each read when it is asked for.
-pub struct CheckpointWeights<'a> {
-    checkpoint: &'a Checkpoint,
-    dtype: Option<DType>,
-    device: Device,
-    /// By the names of the file.
-    used: BTreeSet<&'a str>,
-    progress: Option<Box<Progress<'a>>>,
-    /// Bytes of tensors that were taken, and of all that the files hold.
-    done: u64,
-    total: u64,
-}
-
-type Progress<'a> = dyn FnMut(u64, u64) + 'a;
-
-impl std::fmt::Debug for CheckpointWeights<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CheckpointWeights")
-            .field("path", &self.checkpoint.path)
-            .field("dtype", &self.dtype)
-            .field("used", &self.used.len())
-            .finish_non_exhaustive()
-    }
-}
-
-impl Weights for CheckpointWeights<'_> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let Checkpoint { tensors, naming, config, path, .. } = self.checkpoint;
-        let spelled = naming.spell(name);
-        let Some((spelled, entry)) = tensors.get_key_value(spelled.as_str()) else {
-            return Err(Error::MissingWeight { name: spelled, place: path.display().to_string() });
-        };
-        let (bytes, file) = self.checkpoint.bytes(entry);
-        let rows = naming.rows(name, config.head_dim);
-        let (name, place) = (spelled.clone(), file.display().to_string());
-        if entry.shape != shape {
-            let (expected, got) = (shape.to_vec(), entry.shape.clone());
-            return Err(Error::WeightShape { name, place, expected, got });
-        }
-        let stored = match &entry.stored {
-            Ok(stored) => *stored,
-            Err(got) => {
-                let expected = "F64, F32, F16 or BF16";
-                return Err(Error::WeightDType { name, place, expected, got: got.clone() });
-            }
-        };
-        let dtype = self.dtype.unwrap_or(match naming {
-            Naming::Gguf => DType::F32,
-            Naming::HuggingFace | Naming::Mistral => stored.dtype(),
-        });
-        let source = Source { bytes, stored, shape, rows };
-        let tensor = source.convert(dtype, &self.device).map_err(|refusal| match refusal {
-            Refusal::NotFinite { index, got, stored: true } => {
-                Error::WeightValue { name, place, index, got }
-            }
-            Refusal::NotFinite { index, got, stored: false } => {
-                let place = format!("{place}, converted to {}", dtype.as_str());
-                Error::WeightValue { name, place, index, got }
-            }
-            Refusal::Other(error) => error,
-        })?;
-        self.used.insert(spelled);
-        self.advance(bytes.len());
-        Ok(tensor)
-    }
-}
-
-impl<'a> CheckpointWeights<'a> {
-    /// Calls `report(done, total)`, in bytes of the files, after every weight and at the end.
-    #[must_use]
-    pub fn on_progress(mut self, report: impl FnMut(u64, u64) + 'a) -> Self {
-        self.progress = Some(Box::new(report));
-        self
+impl Entry {
+    fn bytes(&self) -> &[u8] {
+        self.file.bytes.get(self.range.clone()).unwrap_or_default()
     }
 
-    /// Judges the tensors that nothing asked for, once the model has taken what it needs.
-    ///
-    /// A model that leaves a weight of its checkpoint unused computes something else than the
-    /// checkpoint means, so each one that stands among the model's own is an error. Tensors outside
-    /// the model, and the rotary frequencies that old versions of `transformers` saved, are logged
-    /// as warnings. A copy of the embedding table as the head of a model that ties the two is as
-    /// good as none.
-    ///
-    /// # Errors
-    /// [`Error::UnusedWeight`] for the first such weight; [`Error::Unsupported`] for the frequency
-    /// factors of RoPE scaling in a GGUF file.
-    pub fn finish(mut self) -> Result<()> {
-        for (name, entry) in &self.checkpoint.tensors {
-            if !self.used.contains(name.as_str()) {
-                self.judge(name, entry)?;
-            }
-        }
-        self.advance(usize::MAX);
-        Ok(())
-    }
-
-    fn judge(&self, name: &str, entry: &Entry) -> Result<()> {
-        let Checkpoint { tensors, naming, config, .. } = self.checkpoint;
-        let (bytes, file) = self.checkpoint.bytes(entry);
-        if *naming == Naming::Gguf && name.starts_with("rope_f") {
-            return Err(Error::unsupported("rope scaling", name));
-        }
-        if name.ends_with(".rotary_emb.inv_freq") || !naming.is_ours(name) {
-            tracing::warn!(name, file = %file.display(), "tensor not used");
-            return Ok(());
-        }
-        let reason =
-            if let Some(layer) = naming.layer(name).filter(|n| *n >= config.num_hidden_layers) {
-                format!("layer {layer} of a model of {} layers", config.num_hidden_layers)
-            } else if config.tie_word_embeddings && name == naming.spell("lm_head.weight") {
-                let embeddings = tensors.get(&naming.spell("model.embed_tokens.weight"));
-                let same = |other: &Entry| {
-                    other.stored == entry.stored
-                        && other.shape == entry.shape
-                        && self.checkpoint.bytes(other).0 == bytes
-                };
-                if embeddings.is_some_and(same) {
-                    return Ok(());
-                }
-                "the head is tied to the embedding table, which differs".to_string()
-            } else {
-                "this architecture has no such weight".to_string()
-            };
-        let (name, place) = (name.to_string(), file.display().to_string());
-        Err(Error::UnusedWeight { name, place, reason })
-    }
-
-    /// `bytes` more are done, at most all of them.
-    fn advance(&mut self, bytes: usize) {
-        self.done = self.done.saturating_add(bytes as u64).min(self.total);
-        if let Some(report) = &mut self.progress {
-            report(self.done, self.total);
-        }
+    /// The file, as errors name it.
+    fn place(&self) -> String {
+        self.file.path.display().to_string()
     }
 }
 

@@ -1,15 +1,9 @@
-//! The header of a safetensors file, and which such files make up a checkpoint.
+//! The header of a safetensors file.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata};
-use serde::Deserialize;
-
-use super::names::Naming;
-use crate::error::{Error, Result};
 
 /// The safetensors crate refuses longer headers too.
 const MAX_HEADER: u64 = 100_000_000;
@@ -49,118 +43,4 @@ pub(super) fn parse(file: &[u8]) -> Result<BTreeMap<String, StoredTensor>, Strin
         (name, StoredTensor { dtype: info.dtype, shape: info.shape.clone(), range })
     });
     Ok(tensors.collect())
-}
-
-/// The files of a folder that make up a checkpoint.
-#[derive(Debug)]
-pub(super) struct Folder {
-    /// `config.json` or `params.json`.
-    pub(super) config: PathBuf,
-    /// Whether `config` is a `params.json`.
-    pub(super) is_params: bool,
-    pub(super) naming: Naming,
-    pub(super) weights: Vec<PathBuf>,
-    /// `model.safetensors.index.json`, if it chose `weights`.
-    pub(super) index: Option<Index>,
-}
-
-/// Which shard each weight is in.
-#[derive(Debug)]
-pub(super) struct Index {
-    pub(super) path: PathBuf,
-    pub(super) weight_map: BTreeMap<String, String>,
-}
-
-impl Folder {
-    /// Finds the weights in `folder`, then the configuration that belongs to them.
-    ///
-    /// `model.safetensors` comes before shards, as in `transformers`, and both before
-    /// `consolidated.safetensors`, which holds the same weights again. Each prefers the
-    /// configuration published beside it, `config.json` or `params.json`, and takes the other.
-    pub(super) fn look(folder: &Path) -> Result<Self> {
-        let file = |name: &str| Some(folder.join(name)).filter(|path| path.is_file());
-        let (naming, weights, index) = if let Some(path) = file("model.safetensors") {
-            (Naming::HuggingFace, vec![path], None)
-        } else if let Some(path) = file("model.safetensors.index.json") {
-            let index = Index::read(path)?;
-            (Naming::HuggingFace, index.shards(folder)?, Some(index))
-        } else if let Some(path) = file("consolidated.safetensors") {
-            (Naming::Mistral, vec![path], None)
-        } else {
-            return Err(no_weights(folder)?);
-        };
-        let (hugging_face, mistral) = (file("config.json"), file("params.json"));
-        let is_params = match naming {
-            Naming::Mistral => mistral.is_some(),
-            _ => hugging_face.is_none(),
-        };
-        let config = if is_params { mistral } else { hugging_face };
-        let config = config.ok_or_else(|| {
-            Error::malformed(folder, "weights, but neither config.json nor params.json beside them")
-        })?;
-        Ok(Self { config, is_params, naming, weights, index })
-    }
-}
-
-impl Index {
-    fn read(path: PathBuf) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Content {
-            weight_map: BTreeMap<String, String>,
-        }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let content: Content =
-            serde_json::from_str(&text).map_err(|error| Error::malformed(&path, error))?;
-        Ok(Self { path, weight_map: content.weight_map })
-    }
-
-    /// The shards, each once. A name that is more than the name of a file could reach outside the
-    /// folder, so it is refused.
-    fn shards(&self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let mut shards = BTreeSet::new();
-        for (weight, shard) in &self.weight_map {
-            let mut parts = Path::new(shard).components();
-            let one_name = matches!((parts.next(), parts.next()), (Some(Component::Normal(name)), None)
-                if name == OsStr::new(shard));
-            if !one_name || shard.contains(['/', '\\', ':', '\0']) {
-                let message = format!("{weight} is in {shard:?}, which is not a file name");
-                return Err(Error::malformed(&self.path, message));
-            }
-            let path = folder.join(shard);
-            if !shards.contains(&path) && !path.is_file() {
-                let message = format!("the shard {shard} is not in the folder");
-                return Err(Error::malformed(&self.path, message));
-            }
-            shards.insert(path);
-        }
-        if shards.is_empty() {
-            return Err(Error::malformed(&self.path, "weight_map is empty"));
-        }
-        Ok(shards.into_iter().collect())
-    }
-}
-
-/// What to say of a folder without weights; it depends on what is there instead.
-fn no_weights(folder: &Path) -> Result<Error> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let name = entry.map_err(Error::io(folder))?.file_name();
-        names.push(name.to_string_lossy().into_owned());
-    }
-    names.sort_unstable();
-    let ending = |endings: &[&str]| {
-        names.iter().find(|name| endings.iter().any(|ending| name.ends_with(ending)))
-    };
-    Ok(Error::malformed(
-        folder,
-        if let Some(name) = ending(&[".gguf"]) {
-            format!("no safetensors in this folder, but {name}: open that file itself")
-        } else if let Some(name) = ending(&[".bin", ".pth", ".pt"]) {
-            format!("the weights are in {name}: only safetensors and GGUF are read")
-        } else {
-            "no weights in this folder: looked for model.safetensors, \
-             model.safetensors.index.json and consolidated.safetensors"
-                .to_string()
-        },
-    ))
 }

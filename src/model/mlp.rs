@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::linear::Linear;
+use super::ops;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
@@ -29,7 +30,7 @@ impl Mlp {
 
     /// `(batch, seq, hidden) -> (batch, seq, hidden)`
     pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(xs)?.silu()?; // (batch, seq, intermediate)
-        self.down_proj.forward(&(gate * self.up_proj.forward(xs)?)?)
+        let (gate, up) = (self.gate_proj.forward(xs)?, self.up_proj.forward(xs)?);
+        self.down_proj.forward(&ops::swiglu(gate, &up)?) // (batch, seq, intermediate) inside
     }
 }

@@ -106,3 +106,64 @@ impl Tables {
         Ok(Self { positions, cos: table(f32::cos)?, sin: table(f32::sin)? })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(positions: usize) -> Result<Rope> {
+        let config = Config {
+            vocab_size: 1,
+            hidden_size: 8,
+            intermediate_size: 1,
+            num_hidden_layers: 1,
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            head_dim: 8,
+            rms_norm_eps: 0.0,
+            rope_theta: 1e6,
+            sliding_window: None,
+            max_position_embeddings: positions,
+            tie_word_embeddings: true,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+        };
+        Rope::new(&config, DType::F32, &Device::Cpu)
+    }
+
+    #[test]
+    fn tables_grow_with_the_text_not_with_the_model() -> Result<()> {
+        let rope = rope(1_000_000_000)?;
+        assert_eq!(rope.tables(1)?.positions, Rope::FIRST);
+        let before = rope.at(1000, 24, &[0])?;
+        assert_eq!(rope.tables(5000)?.positions, 8192);
+        let after = rope.at(1000, 24, &[0])?;
+        assert_eq!(before.cos.to_vec2::<f32>()?, after.cos.to_vec2::<f32>()?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_position_turns_pair_i_by_theta_to_the_minus_2i_over_dim() -> Result<()> {
+        let rotation = rope(4096)?.at(0, 4096, &[0])?;
+        let (cos, sin) = (rotation.cos.to_vec2::<f32>()?, rotation.sin.to_vec2::<f32>()?);
+        for position in [0, 1, 77, 4095] {
+            for pair in 0..4 {
+                let angle = position as f64 * 1e6f64.powf(-2.0 * pair as f64 / 8.0);
+                // The angle is an f32, as in transformers: it may be off by half its last bit.
+                let tolerance = angle * f64::from(f32::EPSILON) + 1e-6;
+                assert!((f64::from(cos[position][pair]) - angle.cos()).abs() < tolerance);
+                assert!((f64::from(sin[position][pair]) - angle.sin()).abs() < tolerance);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_padded_row_counts_from_its_own_first_token() -> Result<()> {
+        let rope = rope(64)?;
+        let (rows, plain) = (rope.at(0, 6, &[0, 2])?, rope.at(0, 4, &[0])?);
+        let padded = rows.cos.get(1)?.narrow(0, 2, 4)?; // the tokens of row 1
+        assert_eq!(padded.to_vec2::<f32>()?, plain.cos.to_vec2::<f32>()?);
+        Ok(())
+    }
+}

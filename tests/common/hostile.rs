@@ -1,4 +1,5 @@
-//! What the fuzz targets do with their bytes: open them as a checkpoint, then take every weight.
+//! What the fuzz targets do with their bytes: open them as a checkpoint, take every weight, and
+//! generate with what comes of it.
 
 #![allow(dead_code, reason = "each fuzz target uses a part")]
 
@@ -8,7 +9,7 @@ use std::io::Result as IoResult;
 use candle_core::{DType, Device};
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::Weights;
-use hybrid_attention::{Error, Result};
+use hybrid_attention::{Error, GenerationConfig, HybridModel, Result, Thinking};
 
 /// `data` is a GGUF file.
 pub(crate) fn gguf(data: &[u8]) -> Result<()> {
@@ -54,5 +55,8 @@ fn take_all(checkpoint: &Checkpoint) -> Result<()> {
         }
         weights.finish()?;
     }
+    let model = HybridModel::from_checkpoint(checkpoint, None, &Device::Cpu, |_, _| ())?;
+    let config = GenerationConfig::default().thinking(Thinking::passes(1)).max_tokens(2);
+    model.generate([0], &config)?;
     Ok(())
 }

@@ -7,11 +7,15 @@ pub(crate) mod tiny;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use hybrid_attention::Config;
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 
 /// Any error, so that tests can use `?`.
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -195,4 +199,43 @@ pub(crate) fn assert_identical(name: &str, left: &Tensor, right: &Tensor) -> Res
     let differing = left.iter().zip(&right).position(|(a, b)| a != b);
     assert_eq!(differing, None, "{name}: first differing element");
     Ok(())
+}
+
+/// What `run` logs, each event as its fields in order.
+pub(crate) fn logged(run: impl FnOnce() -> Result) -> Result<Vec<String>> {
+    let log = Log::default();
+    tracing::subscriber::with_default(log.clone(), run)?;
+    let events = log.0.lock().map_err(|_| "poisoned")?;
+    Ok(events.clone())
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Subscriber for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with("hybrid_attention")
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        struct Fields(String);
+        impl Visit for Fields {
+            fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+                self.0 += &format!(" {field}={value:?}");
+            }
+        }
+        let mut fields = Fields(event.metadata().level().to_string());
+        event.record(&mut fields);
+        if let Ok(mut events) = self.0.lock() {
+            events.push(fields.0);
+        }
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
 }

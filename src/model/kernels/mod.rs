@@ -4,12 +4,14 @@
 
 mod dot;
 mod softmax;
+mod swiglu;
 
 use candle_core::{CpuStorage, DType, Error, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 pub(crate) use softmax::MaskedSoftmax;
+pub(crate) use swiglu::SwiGlu;
 
 /// Rows of the weight that one task multiplies: enough to outweigh handing out the task.
 const ROWS_PER_TASK: usize = 32;

@@ -1,0 +1,157 @@
+//! The weights of a checkpoint, handed out one by one and accounted for in the end.
+
+use std::collections::BTreeSet;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::convert::{Refusal, Source};
+use super::names::Naming;
+use super::{Checkpoint, Entry};
+use crate::error::{Error, Result};
+use crate::model::Weights;
+
+/// The weights of a [`Checkpoint`], each read when it is asked for.
+pub struct CheckpointWeights<'a> {
+    checkpoint: &'a Checkpoint,
+    dtype: Option<DType>,
+    device: Device,
+    /// By the names of the file.
+    used: BTreeSet<&'a str>,
+    progress: Option<Box<Progress<'a>>>,
+    /// Bytes of tensors that were taken, and of all that the files hold.
+    done: u64,
+    total: u64,
+}
+
+type Progress<'a> = dyn FnMut(u64, u64) + 'a;
+
+impl std::fmt::Debug for CheckpointWeights<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CheckpointWeights")
+            .field("path", &self.checkpoint.path)
+            .field("dtype", &self.dtype)
+            .field("used", &self.used.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Weights for CheckpointWeights<'_> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let Checkpoint { tensors, naming, config, path, .. } = self.checkpoint;
+        let spelled = naming.spell(name);
+        let Some((spelled, entry)) = tensors.get_key_value(spelled.as_str()) else {
+            return Err(Error::MissingWeight { name: spelled, place: path.display().to_string() });
+        };
+        let rows = naming.rows(name, config.head_dim);
+        let (name, place) = (spelled.clone(), entry.place());
+        if entry.shape != shape {
+            let (expected, got) = (shape.to_vec(), entry.shape.clone());
+            return Err(Error::WeightShape { name, place, expected, got });
+        }
+        let stored = match &entry.stored {
+            Ok(stored) => *stored,
+            Err(got) => {
+                let expected = "F64, F32, F16 or BF16";
+                return Err(Error::WeightDType { name, place, expected, got: got.clone() });
+            }
+        };
+        let dtype = self.dtype.unwrap_or(match naming {
+            Naming::Gguf => DType::F32,
+            Naming::HuggingFace | Naming::Mistral => stored.dtype(),
+        });
+        let source = Source { bytes: entry.bytes(), stored, shape, rows };
+        let tensor = source.convert(dtype, &self.device).map_err(|refusal| match refusal {
+            Refusal::NotFinite { index, got, stored: true } => {
+                Error::WeightValue { name, place, index, got }
+            }
+            Refusal::NotFinite { index, got, stored: false } => {
+                let place = format!("{place}, converted to {}", dtype.as_str());
+                Error::WeightValue { name, place, index, got }
+            }
+            Refusal::Other(error) => error,
+        })?;
+        self.used.insert(spelled);
+        self.advance(entry.range.len());
+        Ok(tensor)
+    }
+}
+
+impl<'a> CheckpointWeights<'a> {
+    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: Option<DType>, device: &Device) -> Self {
+        Self {
+            checkpoint,
+            dtype,
+            device: device.clone(),
+            used: BTreeSet::new(),
+            progress: None,
+            done: 0,
+            total: checkpoint.tensors.values().map(|entry| entry.range.len() as u64).sum(),
+        }
+    }
+
+    /// Calls `report(done, total)`, in bytes of the files, after every weight and at the end.
+    #[must_use]
+    pub fn on_progress(mut self, report: impl FnMut(u64, u64) + 'a) -> Self {
+        self.progress = Some(Box::new(report));
+        self
+    }
+
+    /// Judges the tensors that nothing asked for, once the model has taken what it needs.
+    ///
+    /// A model that leaves a weight of its checkpoint unused computes something else than the
+    /// checkpoint means, so each one that stands among the model's own is an error. Tensors outside
+    /// the model, and the rotary frequencies that old versions of `transformers` saved, are logged
+    /// as warnings. A copy of the embedding table as the head of a model that ties the two is as
+    /// good as none.
+    ///
+    /// # Errors
+    /// [`Error::UnusedWeight`] for the first such weight; [`Error::Unsupported`] for the frequency
+    /// factors of RoPE scaling in a GGUF file.
+    pub fn finish(mut self) -> Result<()> {
+        for (name, entry) in &self.checkpoint.tensors {
+            if !self.used.contains(name.as_str()) {
+                self.judge(name, entry)?;
+            }
+        }
+        self.advance(usize::MAX);
+        Ok(())
+    }
+
+    fn judge(&self, name: &str, entry: &Entry) -> Result<()> {
+        let Checkpoint { tensors, naming, config, .. } = self.checkpoint;
+        if *naming == Naming::Gguf && name.starts_with("rope_f") {
+            return Err(Error::unsupported("rope scaling", name));
+        }
+        if name.ends_with(".rotary_emb.inv_freq") || !naming.is_ours(name) {
+            tracing::warn!(name, file = entry.place(), "tensor not used");
+            return Ok(());
+        }
+        let reason =
+            if let Some(layer) = naming.layer(name).filter(|n| *n >= config.num_hidden_layers) {
+                format!("layer {layer} of a model of {} layers", config.num_hidden_layers)
+            } else if config.tie_word_embeddings && name == naming.spell("lm_head.weight") {
+                let embeddings = tensors.get(&naming.spell("model.embed_tokens.weight"));
+                let same = |other: &Entry| {
+                    other.stored == entry.stored
+                        && other.shape == entry.shape
+                        && other.bytes() == entry.bytes()
+                };
+                if embeddings.is_some_and(same) {
+                    return Ok(());
+                }
+                "the head is tied to the embedding table, which differs".to_string()
+            } else {
+                "this architecture has no such weight".to_string()
+            };
+        let (name, place) = (name.to_string(), entry.place());
+        Err(Error::UnusedWeight { name, place, reason })
+    }
+
+    /// `bytes` more are done, at most all of them.
+    fn advance(&mut self, bytes: usize) {
+        self.done = self.done.saturating_add(bytes as u64).min(self.total);
+        if let Some(report) = &mut self.progress {
+            report(self.done, self.total);
+        }
+    }
+}

@@ -498,7 +498,10 @@ fn a_rolled_cache_says_what_it_has_let_go_of() -> Result {
     assert_eq!(cache.len(), 512);
     cache.truncate(0)?;
     assert!(cache.is_empty());
-    Ok(())
+
+    // Where nothing before a position is seen, it can always be returned to.
+    truncated(Some(4), 600, 0, 2)?;
+    truncated(Some(1), 600, 300, 2)
 }
 
 #[test]

@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::model::{Layout, Pass, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
 use hybrid_attention::thought::Thoughts;
-use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
+use hybrid_attention::{Config, GenerationConfig, HybridModel, Prompt, Thinking, Tokenizer};
 use proptest::prelude::*;
 
 use common::tiny::{self, holds};
-use common::{Result, assert_close, assert_identical};
+use common::{Result, assert_close, assert_identical, fixture};
 
 /// Two passes of layers 1 and 2 of 3.
 fn thinking(weight: f64) -> Thinking {
@@ -182,6 +182,32 @@ fn the_models_thoughts_are_the_loops() -> Result {
     Ok(())
 }
 
+/// The parts of a prompt that think are the context segments of the layout.
+#[test]
+fn plain_parts_of_a_prompt_do_not_think() -> Result {
+    let tokenizer = Tokenizer::from_folder(&fixture("tokenizer/llama"))?;
+    let config = Config { vocab_size: 512, ..tiny::config() };
+    let model = HybridModel::new(tiny::transformer(&config, 6)?, tokenizer)?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let parts = ["the cat sat", " on the mat", " and the dog"];
+    let prompt = Prompt::default().context(parts[0]).plain(parts[1]).context(parts[2]);
+    let first = tokenizer.encode(parts[0], true)?;
+    let plain = tokenizer.encode(parts[1], false)?;
+    let last = tokenizer.encode(parts[2], false)?;
+    let (a, b) = (first.len(), first.len() + plain.len());
+    let ids = [first, plain, last].concat();
+    let layout = Layout::dense(1, ids.len()).with_context(0, &[0..a, b..ids.len()])?;
+
+    let got = model.think(prompt, &GenerationConfig::default().thinking(thinking(0.5)))?;
+    let transformer = model.transformer();
+    let xs = tiny::embed(transformer, &ids)?;
+    let z = transformer.forward(&xs, 0..1, Pass::Causal(&layout))?;
+    let expected = think(transformer, &thinking(0.5), &z, &layout)?;
+    assert_close("thoughts", &got.z, &expected.z, 1e-6)?;
+    assert_eq!(got.drift, expected.drift);
+    Ok(())
+}
+
 /// Encode, think and hand off by hand, then the likeliest token again and again, always running
 /// every layer over everything.
 fn answer_by_hand(
@@ -219,11 +245,12 @@ fn answer_by_hand(
 
 #[test]
 fn generating_is_encode_think_hand_off_and_decode() -> Result {
-    for sliding_window in [None, Some(4)] {
+    // 600 tokens are more than a cache takes up at a time.
+    for (sliding_window, length) in [(None, 9), (Some(4), 9), (Some(4), 600)] {
         for span in [0..3, 1..2, 1..3, 2..3] {
             let config = Config { sliding_window, ..tiny::config() };
             let model = tiny::hybrid(&config, 5)?;
-            let prompt = tiny::tokens(&config, 5, 9);
+            let prompt = tiny::tokens(&config, 5, length);
             let refine = Interpolate::new(0.4);
             let thinking = Thinking::passes(3).span(span.clone()).refine(refine);
             let how = GenerationConfig::default().max_tokens(12);

@@ -5,8 +5,8 @@ mod common;
 
 use std::collections::HashMap;
 
-use candle_core::{Tensor, Var};
-use hybrid_attention::model::{Layout, Pass, Transformer};
+use candle_core::{DType, Tensor, Var};
+use hybrid_attention::model::{Layout, Linear, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, Thinking};
 
@@ -108,26 +108,44 @@ fn of_the_inputs_through_thought_and_hand_off() -> Result {
     })
 }
 
-/// Every weight, one at a time: a form that cuts the graph at one of them would show here.
+/// Every weight, one at a time: a form that cuts the graph at one of them would show here. Few
+/// tokens and more take different kernels.
 #[test]
 fn of_every_weight() -> Result {
-    for config in configs() {
+    for (config, seq) in configs().into_iter().zip([3, 6]).chain([(tiny::config(), 6)]) {
         let weights = tiny::weights(&config, 14)?;
-        let ids = tiny::tokens(&config, 14, 6);
-        let layout = Layout::dense(1, 6);
+        let ids = tiny::tokens(&config, 14, seq);
+        let layout = Layout::dense(1, seq);
         for (name, weight) in &weights {
-            for both_ways in [false, true] {
+            for sight in [Sight::Causal, Sight::Bidirectional] {
                 check(name, weight, |weight| {
                     let mut weights: HashMap<_, _> = weights.clone();
                     weights.insert(name.clone(), weight.clone());
                     let model = Transformer::new(&config, &mut weights)?;
-                    let pass = match both_ways {
-                        true => Pass::Bidirectional(&layout),
-                        false => Pass::Causal(&layout),
+                    let pass = match sight {
+                        Sight::Causal => Pass::Causal(&layout),
+                        Sight::Bidirectional => Pass::Bidirectional(&layout),
                     };
                     tiny::logits(&model, &tiny::embed(&model, &ids)?, pass)
                 })?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// The slope of the sum of `x Wᵀ` is the sum of the rows of `x`, in every row of `W`.
+#[test]
+fn of_half_precision_weights() -> Result {
+    for dtype in [DType::BF16, DType::F16] {
+        for rows in [1, 4, 5, 40] {
+            let xs = tiny::noise(1, &[rows, 6], 1.0)?;
+            let weight = Var::from_tensor(&tiny::noise(2, &[3, 6], 1.0)?.to_dtype(dtype)?)?;
+            let ys = Linear::dense(weight.as_tensor().clone()).forward(&xs)?;
+            let gradients = ys.sum_all()?.backward()?;
+            let gradient = gradients.get(&weight).ok_or("no gradient")?.to_dtype(DType::F32)?;
+            let expected = xs.sum_keepdim(0)?.broadcast_as((3, 6))?.contiguous()?;
+            assert_close(&format!("{rows} rows by {dtype:?}"), &gradient, &expected, 1e-2)?;
         }
     }
     Ok(())

@@ -13,7 +13,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
-use hybrid_attention::generate::Progress;
 use hybrid_attention::{Answer, GenerationConfig, HybridModel, Message, Prompt};
 use serde_json::json;
 
@@ -51,29 +50,8 @@ struct Cli {
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_tokens: usize,
 
-    /// Divides the logits before sampling; 0 takes the likeliest token [default: the model's own, else 0]
-    #[arg(long, value_name = "T")]
-    temperature: Option<f64>,
-
-    /// Sample among the K likeliest tokens; 0 among all
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
-
-    /// Sample among the likeliest tokens that together hold this probability
-    #[arg(long, value_name = "P")]
-    top_p: Option<f64>,
-
-    /// Sample among tokens at least this share as likely as the likeliest
-    #[arg(long, value_name = "P")]
-    min_p: Option<f64>,
-
-    /// Make tokens already in the text less likely; 1 changes nothing
-    #[arg(long, value_name = "R")]
-    repetition_penalty: Option<f64>,
-
-    /// The seed of the sampler [default: a new one each time]
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: common::SamplingArgs,
 
     /// End the answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
@@ -105,18 +83,12 @@ impl Cli {
     }
 
     fn config(&self, model: &HybridModel) -> GenerationConfig {
-        let mut config = model
+        let config = model
             .generation_config()
             .thinking(self.thinking.thinking())
             .max_tokens(self.max_tokens)
             .prompt_logprobs(self.prompt_logprobs);
-        config = self.temperature.into_iter().fold(config, GenerationConfig::temperature);
-        config = self.top_k.into_iter().fold(config, GenerationConfig::top_k);
-        config = self.top_p.into_iter().fold(config, GenerationConfig::top_p);
-        config = self.min_p.into_iter().fold(config, GenerationConfig::min_p);
-        config =
-            self.repetition_penalty.into_iter().fold(config, GenerationConfig::repetition_penalty);
-        config = self.seed.into_iter().fold(config, GenerationConfig::seed);
+        let config = self.sampling.apply(config);
         self.stop.iter().fold(config, GenerationConfig::stop)
     }
 }
@@ -129,23 +101,15 @@ fn run(cli: &Cli) -> common::Result<()> {
     let prompt = cli.prompt()?;
     let (model, load) = cli.model.load()?;
 
-    let bar = common::bar(0, "{msg} [{bar:30}] {pos}/{len}");
-    let in_reading = bar.clone();
-    let config = cli.config(&model).on_progress(move |progress| {
-        let (message, done, total) = match progress {
-            Progress::Think { done, total } => ("thinking", done, total),
-            Progress::Prefill { done, total } => ("reading", done, total),
-            _ => return,
-        };
-        in_reading.set_length(total as u64);
-        in_reading.set_message(message);
-        in_reading.set_position(done as u64);
-    });
+    let (bar, update) = common::reading_bar();
+    let config = cli.config(&model).on_progress(update);
     let mut stream = model.stream(prompt, &config)?;
     bar.finish_and_clear();
 
     if cli.json {
+        let spinner = common::spinner("generating");
         let answer = stream.collect_answer()?;
+        spinner.finish_and_clear();
         println!("{}", report(&model, &answer, load));
         return Ok(());
     }
@@ -159,7 +123,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     let seconds = stream.seconds();
     eprintln!(
         "[{count} tokens, {:.1} a second; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",
-        count as f64 / seconds.decode.max(1e-9),
+        f64::from(count) / seconds.decode.max(1e-9),
         seconds.think,
         seconds.prefill,
     );

@@ -188,9 +188,9 @@ fn a_head_that_consolidated_weights_leave_out_is_tied() -> Result {
     let config = fixture_config("tied_sharded")?;
     write_consolidated(folder.path(), &config, &fixture_weights("tied_sharded")?)?;
     let path = folder.path().join("params.json");
-    let mut params: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path)?)?;
+    let mut params: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
     params.as_object_mut().ok_or("params.json is no object")?.remove("tied_embeddings");
-    std::fs::write(path, params.to_string())?;
+    fs::write(path, params.to_string())?;
     assert!(Checkpoint::open(folder.path())?.config().tie_word_embeddings);
     Ok(())
 }

@@ -1,18 +1,20 @@
 //! What the examples share: loading with a progress bar, and errors as a person wants to see them.
 
 #![allow(unreachable_pub, reason = "each example is its own crate")]
+#![allow(dead_code, reason = "not every example uses everything")]
 
 use std::error::Error;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
+use hybrid_attention::generate::Progress;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::{HybridModel, Thinking};
+use hybrid_attention::{GenerationConfig, HybridModel, Thinking};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -102,6 +104,47 @@ impl ThinkingArgs {
     }
 }
 
+/// How to choose tokens; by default as the checkpoint says, else greedily.
+#[derive(Args, Debug)]
+pub struct SamplingArgs {
+    /// Divides the logits before sampling; 0 takes the likeliest token [default: the model's own, else 0]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+
+    /// Sample among the K likeliest tokens; 0 among all
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+
+    /// Sample among the likeliest tokens that together hold this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+
+    /// Sample among tokens at least this share as likely as the likeliest
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f64>,
+
+    /// Make tokens already in the text less likely; 1 changes nothing
+    #[arg(long, value_name = "R")]
+    pub repetition_penalty: Option<f64>,
+
+    /// The seed of the sampler [default: a new one each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// `config` with what was given on the command line.
+    pub fn apply(&self, mut config: GenerationConfig) -> GenerationConfig {
+        config = self.temperature.into_iter().fold(config, GenerationConfig::temperature);
+        config = self.top_k.into_iter().fold(config, GenerationConfig::top_k);
+        config = self.top_p.into_iter().fold(config, GenerationConfig::top_p);
+        config = self.min_p.into_iter().fold(config, GenerationConfig::min_p);
+        config =
+            self.repetition_penalty.into_iter().fold(config, GenerationConfig::repetition_penalty);
+        self.seed.into_iter().fold(config, GenerationConfig::seed)
+    }
+}
+
 /// `14..18`
 fn parse_span(text: &str) -> std::result::Result<Range<usize>, String> {
     let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
@@ -109,7 +152,6 @@ fn parse_span(text: &str) -> std::result::Result<Range<usize>, String> {
 }
 
 /// The content of a text file, which must be UTF-8.
-#[allow(dead_code, reason = "not every example reads files")]
 pub fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let text = String::from_utf8(bytes).map_err(|error| {
@@ -123,6 +165,30 @@ pub fn read_text(path: &Path) -> Result<String> {
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template);
     ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// A sign of life on standard error while there is nothing to count.
+pub fn spinner(message: &'static str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
+
+/// A bar for the work before the first token, and what keeps it up to date.
+pub fn reading_bar() -> (ProgressBar, impl Fn(Progress) + Send + Sync + 'static) {
+    let bar = bar(0, "{msg} [{bar:30}] {pos}/{len}");
+    let shown = bar.clone();
+    let update = move |progress| {
+        let (message, done, total) = match progress {
+            Progress::Think { done, total } => ("thinking", done, total),
+            Progress::Prefill { done, total } => ("reading", done, total),
+            _ => return,
+        };
+        shown.set_length(total as u64);
+        shown.set_message(message);
+        shown.set_position(done as u64);
+    };
+    (bar, update)
 }
 
 /// Runs an example's body; an error goes to standard error with all its causes, and the process

@@ -17,6 +17,8 @@ pub struct Sampler {
     rng: ChaCha8Rng,
     /// Tokens of the prompt and of the answer so far: how often each was generated.
     seen: HashMap<u32, usize>,
+    /// The position in the text of the token to come.
+    position: usize,
 }
 
 impl Sampler {
@@ -31,7 +33,7 @@ impl Sampler {
             None => ChaCha8Rng::from_os_rng(),
         };
         let seen = prompt.iter().map(|&id| (id, 0)).collect();
-        Ok(Self { config: config.clone(), rng, seen })
+        Ok(Self { config: config.clone(), rng, seen, position: prompt.len() })
     }
 
     /// Draws the next token from one position's logits and remembers it for the penalties.
@@ -55,11 +57,12 @@ impl Sampler {
             }
         };
         *self.seen.entry(id).or_insert(0) += 1;
+        self.position += 1;
         Ok(id)
     }
 
     /// The tokens that [`sample`](Self::sample) would draw from and their probabilities, which sum
-    /// to 1, likeliest first.
+    /// to 1, in no particular order.
     ///
     /// # Errors
     /// As [`sample`](Self::sample).
@@ -76,7 +79,7 @@ impl Sampler {
         });
         let finite = candidates.iter().all(|(_, logit)| !logit.is_nan() && *logit < f64::INFINITY);
         let Some((best, max)) = best.filter(|(_, max)| finite && max.is_finite()) else {
-            return Err(Error::NotFinite { what: "logits", position: self.generated() });
+            return Err(Error::NotFinite { what: "logits", position: self.position });
         };
         if config.temperature == 0.0 {
             return Ok(vec![(best, 1.0)]);
@@ -89,18 +92,12 @@ impl Sampler {
         for (_, weight) in &mut candidates {
             *weight = ((*weight - max) / config.temperature).exp();
         }
-        candidates.sort_unstable_by(likelier);
         if config.top_p < 1.0 {
-            let mut needed = config.top_p * total(&candidates);
-            let enough = candidates.iter().position(|(_, weight)| {
-                needed -= weight;
-                needed <= 0.0
-            });
-            candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
+            let needed = config.top_p * total(&candidates);
+            keep_likeliest(&mut candidates, needed);
         }
-        if config.min_p > 0.0 {
-            candidates.retain(|(_, weight)| *weight >= config.min_p);
-        }
+        // A token of no probability at all is none to draw from.
+        candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= config.min_p);
         let total = total(&candidates);
         for (_, weight) in &mut candidates {
             *weight /= total;
@@ -122,9 +119,27 @@ impl Sampler {
             }
         }
     }
+}
 
-    fn generated(&self) -> usize {
-        self.seen.values().sum()
+/// Cuts candidates down to the fewest that together weigh `needed`, likeliest first. A whole
+/// vocabulary is dear to sort and the first few are mostly enough, so only as many are sorted.
+fn keep_likeliest(candidates: &mut Vec<(u32, f64)>, needed: f64) {
+    let mut sorted = 128;
+    loop {
+        if sorted < candidates.len() {
+            candidates.select_nth_unstable_by(sorted, likelier);
+        }
+        let first = candidates.len().min(sorted);
+        candidates[..first].sort_unstable_by(likelier);
+        let mut left = needed;
+        let enough = candidates[..first].iter().position(|(_, weight)| {
+            left -= weight;
+            left <= 0.0
+        });
+        if enough.is_some() || first == candidates.len() {
+            return candidates.truncate(enough.map_or(first, |last| last + 1));
+        }
+        sorted *= 8;
     }
 }
 

@@ -162,6 +162,7 @@ pub struct TokenStream<'a> {
     stop: Option<StopReason>,
     failed: bool,
     prompt_ids: Vec<u32>,
+    kept: usize,
     prompt_logprobs: Option<Vec<Option<f32>>>,
     drift: Vec<f64>,
     seconds: Seconds,
@@ -214,6 +215,7 @@ impl<'a> TokenStream<'a> {
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
             failed: false,
             prompt_ids: prompt.ids,
+            kept: read.kept,
             prompt_logprobs: read.prompt_logprobs,
             drift: read.drift,
             seconds: read.seconds,
@@ -224,6 +226,13 @@ impl<'a> TokenStream<'a> {
     #[must_use]
     pub fn prompt_ids(&self) -> &[u32] {
         &self.prompt_ids
+    }
+
+    /// How many of the prompt's tokens were in the conversation's cache already and did not run
+    /// again.
+    #[must_use]
+    pub fn kept(&self) -> usize {
+        self.kept
     }
 
     /// The log-probability of each prompt token; see [`Answer::prompt_logprobs`].
@@ -367,6 +376,8 @@ struct Reading<'a> {
 struct Read {
     /// After the last prompt token, `(vocab,)` in `f32`.
     logits: Tensor,
+    /// Prompt tokens that did not run because the conversation had them.
+    kept: usize,
     prompt_logprobs: Option<Vec<Option<f32>>>,
     drift: Vec<f64>,
     seconds: Seconds,
@@ -398,7 +409,12 @@ impl<'a> Reading<'a> {
         let kept = conversation.rewind(&prompt.ids);
         let new = prompt.ids.get(kept..).unwrap_or(&[]);
         let tokens = Tensor::new(new, transformer.device())?.unsqueeze(0)?;
-        let embeddings = transformer.embed(&tokens)?; // (1, new, hidden)
+        let embeddings = transformer.embed(&tokens).map_err(|error| match error {
+            Error::TokenOutOfRange { position, id, vocab_size } => {
+                Error::TokenOutOfRange { position: kept + position, id, vocab_size }
+            }
+            other => other,
+        })?; // (1, new, hidden)
         let layout = Layout::dense(1, new.len());
         let layout = match thinking.is_none() {
             true => layout,
@@ -430,7 +446,7 @@ impl<'a> Reading<'a> {
         let logits = transformer.logits(&last.ok_or(Error::EmptyPrompt)?)?;
         let logits = logits.flatten_all()?.to_dtype(DType::F32)?;
         let seconds = Seconds { think, prefill: seconds_since(start) - think, decode: 0.0 };
-        Ok(Read { logits, prompt_logprobs: scores.done, drift: thoughts.drift, seconds })
+        Ok(Read { logits, kept, prompt_logprobs: scores.done, drift: thoughts.drift, seconds })
     }
 }
 

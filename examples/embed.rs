@@ -1,0 +1,137 @@
+//! Sentence vectors from bidirectional passes, and how alike the sentences are.
+//!
+//! ```text
+//! cargo run --release --example embed -- --model PATH "a cat" "a kitten" "a tax return"
+//! ```
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use candle_core::Tensor;
+use clap::{Parser, ValueEnum};
+use hybrid_attention::model::Sight;
+use hybrid_attention::{EmbedConfig, HybridModel, Pooling};
+use serde_json::json;
+
+/// Texts that run side by side.
+const BATCH: usize = 8;
+
+/// Characters of a text that label its row.
+const LABEL: usize = 32;
+
+/// Turn texts into vectors and compare them with each other.
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    model: common::ModelArgs,
+
+    /// The texts
+    #[arg(value_name = "TEXT")]
+    texts: Vec<String>,
+
+    /// A UTF-8 file with more texts, one a line; empty lines are skipped
+    #[arg(long, value_name = "F")]
+    file: Option<PathBuf>,
+
+    /// How the vectors of a text's tokens become one
+    #[arg(long, value_enum, default_value_t = Pool::Mean)]
+    pooling: Pool,
+
+    /// Let tokens see only what comes before them
+    #[arg(long)]
+    causal: bool,
+
+    #[command(flatten)]
+    thinking: common::ThinkingArgs,
+
+    /// Print one JSON object, {"vectors": [...], "cosine": [[...]]}, instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// A pooling on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Pool {
+    Mean,
+    WeightedMean,
+    Last,
+}
+
+impl Cli {
+    fn texts(&self) -> common::Result<Vec<String>> {
+        let mut texts = self.texts.clone();
+        if let Some(path) = &self.file {
+            let lines = common::read_text(path)?;
+            texts.extend(lines.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned));
+        }
+        if texts.is_empty() {
+            return Err("no texts: give them as arguments or with --file".into());
+        }
+        Ok(texts)
+    }
+
+    fn config(&self) -> EmbedConfig {
+        let pooling = match self.pooling {
+            Pool::Mean => Pooling::Mean,
+            Pool::WeightedMean => Pooling::WeightedMean,
+            Pool::Last => Pooling::LastToken,
+        };
+        let sight = if self.causal { Sight::Causal } else { Sight::Bidirectional };
+        let thinking = self.thinking.thinking();
+        EmbedConfig::default().pooling(pooling).sight(sight).thinking(thinking).batch_size(BATCH)
+    }
+}
+
+fn main() -> ExitCode {
+    common::main(|| run(&Cli::parse()))
+}
+
+fn run(cli: &Cli) -> common::Result<()> {
+    let texts = cli.texts()?;
+    let (model, _) = cli.model.load()?;
+    let vectors = embed(&model, &texts, &cli.config())?; // (texts, hidden)
+    let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // unit length: no division
+    if cli.json {
+        println!("{}", json!({ "vectors": vectors.to_vec2::<f32>()?, "cosine": cosine }));
+    } else {
+        print_table(&texts, &cosine);
+    }
+    Ok(())
+}
+
+fn embed(model: &HybridModel, texts: &[String], config: &EmbedConfig) -> common::Result<Tensor> {
+    let bar = common::bar(texts.len() as u64, "embedding [{bar:30}] {pos}/{len}");
+    let mut batches = Vec::new();
+    for batch in texts.chunks(BATCH) {
+        batches.push(model.embed(batch, config)?);
+        bar.inc(batch.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(Tensor::cat(&batches, 0)?)
+}
+
+/// A row for each text, numbered; the columns bear the numbers.
+fn print_table(texts: &[String], cosine: &[Vec<f32>]) {
+    let number = texts.len().to_string().len();
+    let labels: Vec<String> = texts.iter().map(|text| label(text)).collect();
+    let width = labels.iter().map(|label| label.chars().count()).max().unwrap_or(0);
+    let head: String = (1..=texts.len()).map(|column| format!("{column:>8}")).collect();
+    println!("{:1$}{head}", "", number + 1 + width);
+    for (row, (label, values)) in labels.iter().zip(cosine).enumerate() {
+        let values: String = values.iter().map(|value| format!("{value:>8.3}")).collect();
+        println!("{:>number$} {label:width$}{values}", row + 1);
+    }
+}
+
+/// `text` on one line, cut to [`LABEL`] characters.
+fn label(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.chars().count() <= LABEL {
+        return line;
+    }
+    line.chars().take(LABEL - 1).chain(['…']).collect()
+}

@@ -2,7 +2,7 @@
 
 use candle_core::{D, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Layout;
 
 /// How the vectors of a text's tokens become one. Padding never takes part.
@@ -23,9 +23,14 @@ impl Pooling {
     /// `(batch, seq, hidden) -> (batch, hidden)` over the tokens that `layout` says are real.
     ///
     /// # Errors
-    /// When `layout` does not fit `hidden`.
+    /// [`Error::Parameter`] when `layout` does not fit `hidden`.
     pub fn pool(self, hidden: &Tensor, layout: &Layout) -> Result<Tensor> {
-        let seq = hidden.dim(1)?;
+        let (batch, seq, _) = hidden.dims3()?;
+        if (layout.batch(), layout.seq()) != (batch, seq) {
+            let expected = format!("{batch} rows of {seq} slots");
+            let got = format!("{} rows of {}", layout.batch(), layout.seq());
+            return Err(Error::parameter("layout", expected, got));
+        }
         let weight = |start: usize, slot: usize| match self {
             _ if slot < start => 0.0,
             Self::Mean => 1.0,

@@ -130,13 +130,14 @@ impl Thinking {
     /// causal one; with a cache, those layers' part of it is filled.
     ///
     /// # Errors
-    /// As [`Transformer::forward`].
+    /// As [`Thinking::validate`] and [`Transformer::forward`].
     pub fn encode(
         &self,
         transformer: &Transformer,
         embeddings: &Tensor,
         pass: Pass<'_>,
     ) -> Result<Tensor> {
+        self.validate(transformer)?;
         match self.resolved_span(transformer).start {
             0 => Ok(embeddings.clone()),
             a => transformer.forward(embeddings, 0..a, pass),

@@ -57,15 +57,16 @@ impl KvCache {
         let window = config.sliding_window;
         let slots = window.map_or(capacity, |w| capacity.min((w - 1).saturating_add(CHUNK)));
         let shape = (layout.batch(), config.num_key_value_heads, slots, config.head_dim);
-        let bytes = [shape.0, shape.1, shape.2, shape.3, dtype.size_in_bytes()];
-        let room = bytes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
-        if room.is_none_or(|bytes| bytes > isize::MAX as usize) {
-            return Err(Error::parameter("capacity", "a cache that fits memory", capacity));
-        }
-        let layer = |_| {
-            let zeros = || Tensor::zeros(shape, dtype, device);
-            Ok(LayerCache { keys: zeros()?, values: zeros()?, first: 0, len: 0, window })
+        let sizes = [shape.0, shape.1, shape.2, shape.3, dtype.size_in_bytes()];
+        let bytes = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+        let zeros = || match bytes {
+            Some(bytes) if !device.is_cpu() || fits_memory(bytes) => {
+                Ok(Tensor::zeros(shape, dtype, device)?)
+            }
+            _ => Err(Error::parameter("capacity", "a cache that fits memory", capacity)),
         };
+        let layer =
+            |_| Ok(LayerCache { keys: zeros()?, values: zeros()?, first: 0, len: 0, window });
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         Ok(Self { layers, capacity, layout: layout.clone() })
     }
@@ -116,7 +117,8 @@ impl KvCache {
     pub fn truncate(&mut self, length: usize) -> Result<()> {
         for layer in &self.layers {
             // The next token sees positions oldest..length, and itself.
-            let oldest = layer.window.map_or(0, |window| (length + 1).saturating_sub(window));
+            let oldest =
+                layer.window.map_or(0, |window| length.saturating_add(1).saturating_sub(window));
             if length < layer.len && oldest < length && oldest < layer.first {
                 return Err(Error::CacheRolled { length, oldest: layer.first });
             }
@@ -130,7 +132,10 @@ impl KvCache {
 
     /// The position at which `layers` go on, which must be one for all of them.
     pub(super) fn position(&self, layers: &Range<usize>) -> Result<usize> {
-        let layers = self.layers.get(layers.clone()).unwrap_or(&[]);
+        let Some(layers) = self.layers.get(layers.clone()) else {
+            let expected = format!("one of at least {} layers", layers.end);
+            return Err(Error::parameter("cache", expected, self.layers.len()));
+        };
         let Some(first) = layers.first() else { return Ok(self.len()) };
         if layers.iter().any(|layer| layer.len != first.len) {
             return Err(Error::parameter(
@@ -142,12 +147,18 @@ impl KvCache {
         Ok(first.len)
     }
 
-    /// Makes room for `new` more positions in `layers`, letting go of what no window will see.
-    pub(super) fn reserve(&mut self, layers: &Range<usize>, new: usize) -> Result<()> {
+    /// Refuses `new` more positions in `layers` where there is no room for all of them.
+    pub(super) fn check_room(&self, layers: &Range<usize>, new: usize) -> Result<()> {
         let requested = self.position(layers)?.saturating_add(new);
         if requested > self.capacity {
             return Err(Error::ContextFull { capacity: self.capacity, requested });
         }
+        Ok(())
+    }
+
+    /// Makes room for `new` more positions in `layers`, letting go of what no window will see.
+    pub(super) fn reserve(&mut self, layers: &Range<usize>, new: usize) -> Result<()> {
+        self.check_room(layers, new)?;
         for layer in self.layers.get_mut(layers.clone()).unwrap_or(&mut []) {
             layer.reserve(new)?;
         }
@@ -162,6 +173,15 @@ impl KvCache {
     pub(super) fn layer(&mut self, index: usize) -> Option<&mut LayerCache> {
         self.layers.get_mut(index)
     }
+}
+
+/// Whether this many bytes can be had. Where they cannot, making a tensor of them would end the
+/// process.
+fn fits_memory(bytes: usize) -> bool {
+    let mut memory = Vec::<u8>::new();
+    let fits = memory.try_reserve_exact(bytes).is_ok();
+    std::hint::black_box(memory); // else the compiler may leave the allocation out
+    fits
 }
 
 impl LayerCache {

@@ -44,7 +44,8 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// The mask of the slots `queries` of `layout` over the keys `first_key..queries.end`.
+    /// The mask of the slots `queries` of `layout` over the keys `first_key..queries.end`. A query
+    /// always sees itself: its key is held whatever `first_key`, and a window is at least 1.
     ///
     /// `window` is the number of positions a query sees to its left, itself included (Mistral's
     /// `sliding_window`), and, bidirectionally, as many to its right; `None` for no limit.
@@ -56,6 +57,7 @@ impl Mask {
         first_key: usize,
         window: Option<usize>,
     ) -> Self {
+        let first_key = first_key.min(queries.start);
         let mut rows: Vec<Vec<Range<usize>>> = Vec::new();
         for (row, start) in layout.starts().into_iter().enumerate() {
             let mut segments = layout.context(row).iter().peekable();
@@ -72,6 +74,7 @@ impl Mask {
                 };
                 let (oldest, newest) = match window {
                     Some(window) => {
+                        let window = window.max(1);
                         ((query + 1).saturating_sub(window), query.saturating_add(window))
                     }
                     None => (0, usize::MAX),
@@ -85,7 +88,7 @@ impl Mask {
         if rows.windows(2).all(|pair| pair[0] == pair[1]) {
             rows.truncate(1);
         }
-        Self { rows, keys: queries.end - first_key }
+        Self { rows, keys: queries.end.saturating_sub(first_key) }
     }
 
     /// The keys that `query` of batch row `row` sees, both counted from the first one here.

@@ -182,6 +182,7 @@ impl Transformer {
             Pass::Bidirectional(layout) => self.uncached(xs, layers, layout, Sight::Bidirectional),
             Pass::Cached(cache) => {
                 check_batch(cache.layout().batch(), batch)?;
+                cache.check_room(&layers, seq)?; // before the first chunk is taken up
                 let chunks = (0..seq).step_by(kv_cache::CHUNK).map(|start| {
                     let chunk = xs.narrow(1, start, kv_cache::CHUNK.min(seq - start))?;
                     self.cached(&chunk, layers.clone(), cache)

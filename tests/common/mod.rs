@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod tiny;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -174,6 +176,15 @@ pub(crate) fn write_gguf(
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<_> = quantized.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     Ok(gguf_file::write(&mut fs::File::create(path)?, &metadata, &tensors)?)
+}
+
+/// Fails unless the two differ by at most `tolerance` of the largest value of `expected`.
+pub(crate) fn assert_close(name: &str, got: &Tensor, expected: &Tensor, tolerance: f32) -> Result {
+    assert_eq!(got.dims(), expected.dims(), "{name}");
+    let largest = |xs: &Tensor| xs.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    let (off, scale) = (largest(&(got - expected)?)?, largest(expected)?);
+    assert!(off <= tolerance * scale, "{name}: off by {off:.1e} where values reach {scale:.1e}");
+    Ok(())
 }
 
 /// Fails unless both hold the same type, shape and bits.

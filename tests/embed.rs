@@ -1,0 +1,177 @@
+//! Pooling against sums by hand, and embeddings of many texts against those of each.
+
+mod common;
+
+use candle_core::{Device, IndexOp, Tensor};
+use hybrid_attention::model::{Layout, Pass, Sight};
+use hybrid_attention::refine::Interpolate;
+use hybrid_attention::{Config, EmbedConfig, Error, HybridModel, Pooling, Thinking, Tokenizer};
+
+use common::tiny;
+use common::{Result, assert_close, fixture};
+
+const KINDS: [Pooling; 3] = [Pooling::Mean, Pooling::WeightedMean, Pooling::LastToken];
+
+const TEXTS: [&str; 5] = [
+    "the cat sat on the mat",
+    "a dog",
+    "x",
+    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
+    "naïve café 😀",
+];
+
+/// The vector that `pooling` makes of one text's token vectors, summed by hand.
+fn pool(pooling: Pooling, tokens: &[Vec<f32>]) -> Vec<f32> {
+    let weight = |position: usize| match pooling {
+        Pooling::Mean => 1.0,
+        Pooling::WeightedMean => (position + 1) as f64,
+        _ => f64::from(u8::from(position + 1 == tokens.len())),
+    };
+    let sum: f64 = (0..tokens.len()).map(weight).sum();
+    let column = |index: usize| {
+        let products =
+            tokens.iter().enumerate().map(|(at, token)| weight(at) * f64::from(token[index]));
+        (products.sum::<f64>() / sum) as f32
+    };
+    (0..tokens[0].len()).map(column).collect()
+}
+
+#[test]
+fn pooling_is_a_weighted_sum_of_the_real_tokens() -> Result {
+    let lengths = [5, 1, 3];
+    let layout = Layout::ragged(&lengths);
+    let hidden = tiny::noise(1, &[3, 5, 4], 1.0)?;
+    for pooling in KINDS {
+        let got = pooling.pool(&hidden, &layout)?;
+        for (row, length) in lengths.into_iter().enumerate() {
+            let tokens = hidden.i(row)?.narrow(0, 5 - length, length)?.to_vec2()?;
+            let expected = Tensor::new(pool(pooling, &tokens), &Device::Cpu)?;
+            assert_close(&format!("{pooling:?}, row {row}"), &got.i(row)?, &expected, 1e-6)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_layout_of_another_shape_is_refused() -> Result {
+    let hidden = tiny::noise(1, &[3, 5, 4], 1.0)?;
+    for layout in [Layout::dense(1, 5), Layout::dense(2, 5), Layout::dense(3, 4)] {
+        for pooling in KINDS {
+            let refused = pooling.pool(&hidden, &layout);
+            assert!(refused.is_err(), "{pooling:?} over {layout:?}");
+        }
+    }
+    Ok(())
+}
+
+fn model(tokenizer: &str, sliding_window: Option<usize>) -> Result<HybridModel> {
+    let tokenizer = Tokenizer::from_folder(&fixture("tokenizer").join(tokenizer))?;
+    let config = Config { vocab_size: 512, sliding_window, ..tiny::config() };
+    Ok(HybridModel::new(tiny::transformer(&config, 1)?, tokenizer)?)
+}
+
+/// Every pooling, both sights, thinking or not.
+fn embed_configs() -> Vec<EmbedConfig> {
+    let mut configs = Vec::new();
+    for pooling in KINDS {
+        for sight in [Sight::Causal, Sight::Bidirectional] {
+            let plain = EmbedConfig::default().pooling(pooling).sight(sight);
+            let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.3));
+            configs.extend([plain.clone(), plain.thinking(thinking)]);
+        }
+    }
+    configs
+}
+
+#[test]
+fn a_batch_of_texts_is_each_by_itself() -> Result {
+    for window in [None, Some(3)] {
+        let model = model("llama", window)?;
+        for config in embed_configs() {
+            let together = model.embed(&TEXTS, &config)?;
+            assert_eq!(together.dims(), [TEXTS.len(), model.config().hidden_size]);
+            for batch_size in [1, 2, 100] {
+                let some = model.embed(&TEXTS, &config.clone().batch_size(batch_size))?;
+                assert_close("batches", &some, &together, 1e-5)?;
+            }
+            for (row, text) in TEXTS.iter().enumerate() {
+                let alone = model.embed(&[text], &config)?;
+                assert_close(text, &together.i(row..row + 1)?, &alone, 1e-5)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Without thinking: one pass over the text, the final norm, pooling.
+#[test]
+fn an_embedding_is_the_pooled_last_hidden_state() -> Result {
+    let model = model("llama", None)?;
+    let transformer = model.transformer();
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    for text in TEXTS {
+        let ids = tokenizer.encode(text, true)?;
+        let layout = Layout::dense(1, ids.len());
+        for (sight, pass) in [
+            (Sight::Causal, Pass::Causal(&layout)),
+            (Sight::Bidirectional, Pass::Bidirectional(&layout)),
+        ] {
+            let xs = tiny::embed(transformer, &ids)?;
+            let h = transformer.norm(&transformer.forward(&xs, 0..3, pass)?)?;
+            for pooling in KINDS {
+                let config = EmbedConfig::default().pooling(pooling).sight(sight).normalize(false);
+                let expected = pool(pooling, &h.squeeze(0)?.to_vec2()?);
+                let expected = Tensor::new(expected, &Device::Cpu)?.unsqueeze(0)?;
+                assert_close(text, &model.embed(&[text], &config)?, &expected, 1e-5)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn embeddings_have_length_1_unless_told_otherwise() -> Result {
+    let model = model("llama", None)?;
+    for config in embed_configs() {
+        let raw = model.embed(&TEXTS, &config.clone().normalize(false))?;
+        let lengths = raw.sqr()?.sum_keepdim(1)?.sqrt()?;
+        let unit = model.embed(&TEXTS, &config)?;
+        assert_close("scaled", &unit, &raw.broadcast_div(&lengths)?, 1e-6)?;
+        let ones = unit.sqr()?.sum(1)?;
+        assert_close("lengths", &ones, &ones.ones_like()?, 1e-5)?;
+        assert!(lengths.flatten_all()?.to_vec1::<f32>()?.iter().all(|length| *length != 1.0));
+    }
+    Ok(())
+}
+
+/// Different kinds give different vectors: none is another in disguise.
+#[test]
+fn no_setting_is_ignored() -> Result {
+    let model = model("llama", None)?;
+    let vectors =
+        embed_configs().into_iter().map(|config| Ok(model.embed(&TEXTS, &config)?.to_vec2()?));
+    let vectors = vectors.collect::<Result<Vec<Vec<Vec<f32>>>>>()?;
+    for (index, one) in vectors.iter().enumerate() {
+        assert!(vectors[..index].iter().all(|other| other != one), "setting {index}");
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_to_embed_is_an_error() -> Result {
+    // This tokenizer begins every text with a token of its own; the other does not.
+    let (llama, bytes) = (model("llama", None)?, model("byte_level", None)?);
+    let config = EmbedConfig::default();
+    let none: [&str; 0] = [];
+    assert!(matches!(llama.embed(&none, &config), Err(Error::EmptyPrompt)));
+    assert_eq!(llama.embed(&[""], &config)?.dims(), [1, 16]);
+    assert!(matches!(bytes.embed(&["a", ""], &config), Err(Error::EmptyPrompt)));
+
+    let refused = bytes.embed(&["a"], &config.clone().batch_size(0)).map_err(|e| e.to_string());
+    assert_eq!(refused.err().as_deref(), Some("parameter batch_size: expected at least 1, got 0"));
+    let long = "a ".repeat(3000);
+    assert!(matches!(bytes.embed(&["a", &long], &config), Err(Error::ContextFull { .. })));
+    let refused = tiny::hybrid(&tiny::config(), 1)?.embed(&["a"], &config);
+    assert!(matches!(refused, Err(Error::NoTokenizer { .. })));
+    Ok(())
+}

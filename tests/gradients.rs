@@ -1,0 +1,152 @@
+//! Gradients through the forward passes against finite differences, and the differentiable form
+//! of each against the fused one.
+
+mod common;
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor, Var};
+use hybrid_attention::model::{Layout, Linear, Pass, Sight, Transformer};
+use hybrid_attention::refine::Interpolate;
+use hybrid_attention::{Config, Thinking};
+
+use common::tiny;
+use common::{Result, assert_close};
+
+/// Half the distance between the two points of a finite difference.
+const STEP: f64 = 1e-2;
+
+fn scalar(xs: &Tensor) -> Result<f64> {
+    Ok(f64::from(xs.flatten_all()?.sum(0)?.to_scalar::<f32>()?))
+}
+
+/// A scalar of `ys` that weighs every element differently.
+fn loss(ys: &Tensor) -> Result<Tensor> {
+    Ok((ys * tiny::noise(7, ys.dims(), 0.3)?)?.sum_all()?)
+}
+
+/// Fails unless the gradient of `loss(f(x))` is the slope of that function, along itself and along
+/// random directions, and `f` gives the same for an input that tracks no gradient.
+fn check(name: &str, x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result {
+    let var = Var::from_tensor(x)?;
+    let ys = f(var.as_tensor())?;
+    assert_close(name, &ys.detach(), &f(x)?, 1e-5)?;
+    let gradients = loss(&ys)?.backward()?;
+    let gradient = gradients.get(&var).ok_or_else(|| format!("{name}: no gradient"))?;
+
+    let norm = scalar(&gradient.sqr()?)?.sqrt();
+    assert!(norm > 1e-3, "{name}: the gradient vanishes, {norm}");
+    let along_itself = (gradient / norm)?;
+    let random = |seed| tiny::noise(seed, x.dims(), 1.0 / (x.elem_count() as f32).sqrt());
+    for (index, direction) in [along_itself, random(1)?, random(2)?].iter().enumerate() {
+        let at = |step: f64| scalar(&loss(&f(&(x + (direction * step)?)?)?)?);
+        let slope = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
+        let expected = scalar(&(gradient * direction)?)?;
+        let off = (slope - expected).abs() / norm;
+        assert!(off < 0.01, "{name}, direction {index}: slope {slope}, gradient {expected}");
+    }
+    Ok(())
+}
+
+/// With a window and without; tied and not.
+fn configs() -> [Config; 2] {
+    let windowed = Config { sliding_window: Some(3), tie_word_embeddings: true, ..tiny::config() };
+    [tiny::config(), windowed]
+}
+
+fn inputs(config: &Config, layout: &Layout) -> Result<Tensor> {
+    tiny::noise(5, &[layout.batch(), layout.seq(), config.hidden_size], 1.0)
+}
+
+fn layouts() -> Result<[Layout; 2]> {
+    Ok([Layout::dense(1, 5), Layout::ragged(&[6, 3]).with_context(0, &[1..3, 4..6])?])
+}
+
+#[test]
+fn of_the_inputs() -> Result {
+    for config in configs() {
+        let model = tiny::transformer(&config, 11)?;
+        for layout in &layouts()? {
+            let xs = inputs(&config, layout)?;
+            let layers = model.all_layers();
+            check("causal", &xs, |xs| tiny::logits(&model, xs, Pass::Causal(layout)))?;
+            check("bidirectional", &xs, |xs| {
+                Ok(model.forward(xs, layers.clone(), Pass::Bidirectional(layout))?)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What is in the cache is a constant; the new tokens are not.
+#[test]
+fn of_new_tokens_through_a_cache() -> Result {
+    for config in configs() {
+        let model = tiny::transformer(&config, 12)?;
+        let layout = Layout::dense(1, 7);
+        let xs = inputs(&config, &layout)?;
+        let (past, new) = (xs.narrow(1, 0, 4)?, xs.narrow(1, 4, 3)?);
+        check("cached", &new, |new| {
+            let mut cache = model.new_cache(&layout, 7)?;
+            model.forward(&past, model.all_layers(), Pass::Cached(&mut cache))?;
+            tiny::logits(&model, new, Pass::Cached(&mut cache))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn of_the_inputs_through_thought_and_hand_off() -> Result {
+    let model = tiny::transformer(&tiny::config(), 13)?;
+    let layout = Layout::dense(1, 6).with_context(0, &[0..3, 3..4])?;
+    let xs = inputs(model.config(), &layout)?;
+    let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
+    check("thoughts", &xs, |xs| {
+        let z = thinking.encode(&model, xs, Pass::Causal(&layout))?;
+        let z = thinking.think(&model, z, &layout, |_, _| ())?.z;
+        Ok(model.logits(&thinking.hand_off(&model, &z, Pass::Causal(&layout))?)?)
+    })
+}
+
+/// Every weight, one at a time: a form that cuts the graph at one of them would show here. Few
+/// tokens and more take different kernels.
+#[test]
+fn of_every_weight() -> Result {
+    for (config, seq) in configs().into_iter().zip([3, 6]).chain([(tiny::config(), 6)]) {
+        let weights = tiny::weights(&config, 14)?;
+        let ids = tiny::tokens(&config, 14, seq);
+        let layout = Layout::dense(1, seq);
+        for (name, weight) in &weights {
+            for sight in [Sight::Causal, Sight::Bidirectional] {
+                check(name, weight, |weight| {
+                    let mut weights: HashMap<_, _> = weights.clone();
+                    weights.insert(name.clone(), weight.clone());
+                    let model = Transformer::new(&config, &mut weights)?;
+                    let pass = match sight {
+                        Sight::Causal => Pass::Causal(&layout),
+                        Sight::Bidirectional => Pass::Bidirectional(&layout),
+                    };
+                    tiny::logits(&model, &tiny::embed(&model, &ids)?, pass)
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The slope of the sum of `x Wᵀ` is the sum of the rows of `x`, in every row of `W`.
+#[test]
+fn of_half_precision_weights() -> Result {
+    for dtype in [DType::BF16, DType::F16] {
+        for rows in [1, 4, 5, 40] {
+            let xs = tiny::noise(1, &[rows, 6], 1.0)?;
+            let weight = Var::from_tensor(&tiny::noise(2, &[3, 6], 1.0)?.to_dtype(dtype)?)?;
+            let ys = Linear::dense(weight.as_tensor().clone()).forward(&xs)?;
+            let gradients = ys.sum_all()?.backward()?;
+            let gradient = gradients.get(&weight).ok_or("no gradient")?.to_dtype(DType::F32)?;
+            let expected = xs.sum_keepdim(0)?.broadcast_as((3, 6))?.contiguous()?;
+            assert_close(&format!("{rows} rows by {dtype:?}"), &gradient, &expected, 1e-2)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! SmolLM2-135M-Instruct, quantised by llama.cpp, against transformers and candle-transformers.
+//! Skipped unless `HYBRID_ATTENTION_SMOLLM2` is the path of the GGUF file.
+
+#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama;
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::model::{Layout, Pass, Weights};
+use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt};
+use serde::Deserialize;
+
+use common::{Result, fixture};
+
+/// The golden log-probabilities have five digits after the point; the sums behind them differ.
+const TOLERANCE: f32 = 2e-3;
+
+#[derive(Deserialize)]
+struct Golden {
+    chat: Vec<Chat>,
+    generate: Vec<Generate>,
+}
+
+#[derive(Deserialize)]
+struct Chat {
+    messages: Vec<Message>,
+    text: String,
+    ids: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct Generate {
+    text: String,
+    ids: Vec<u32>,
+    prompt_logprobs: Vec<Option<f32>>,
+    greedy_ids: Vec<u32>,
+    greedy_logprobs: Vec<f32>,
+    greedy_text: String,
+}
+
+static PATH: LazyLock<Option<PathBuf>> =
+    LazyLock::new(|| std::env::var_os("HYBRID_ATTENTION_SMOLLM2").map(PathBuf::from));
+
+/// Loaded once for all tests; errors as text, because they are shared.
+static MODEL: LazyLock<Option<std::result::Result<HybridModel, String>>> = LazyLock::new(|| {
+    let load = |path| HybridModel::from_gguf(path, None, &Device::Cpu);
+    Some(load(PATH.as_ref()?).map_err(|error| error.to_string()))
+});
+
+/// The model and what is known of it; `None` when there is no file to test with.
+fn subject() -> Result<Option<(&'static HybridModel, Golden)>> {
+    let Some(model) = &*MODEL else {
+        eprintln!("skipped: HYBRID_ATTENTION_SMOLLM2 is not the path of a .gguf file");
+        return Ok(None);
+    };
+    let golden = fs::read_to_string(fixture("smollm2/golden.json"))?;
+    Ok(Some((model.as_ref().map_err(String::as_str)?, serde_json::from_str(&golden)?)))
+}
+
+#[test]
+fn greedy_answers_are_those_of_transformers() -> Result {
+    let Some((model, golden)) = subject()? else { return Ok(()) };
+    let mut worst = 0f32;
+    for case in &golden.generate {
+        let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+        assert_eq!(tokenizer.encode(&case.text, true)?, case.ids, "{}", case.text);
+
+        let count = case.greedy_ids.len();
+        let config = GenerationConfig::default().max_tokens(count).prompt_logprobs(true);
+        let answer = model.generate(case.text.as_str(), &config)?;
+        assert_eq!(answer.prompt_ids, case.ids, "{}", case.text);
+        assert_eq!(answer.ids, case.greedy_ids, "{}", case.text);
+        // The golden text spells out the token that ends the answer; an answer does not.
+        assert_eq!(answer.text, case.greedy_text.trim_end_matches("<|im_end|>"), "{}", case.text);
+
+        let ours = answer.prompt_logprobs.ok_or("no prompt logprobs")?;
+        assert_eq!((ours.len(), answer.logprobs.len()), (case.prompt_logprobs.len(), count));
+        assert_eq!((ours[0], case.prompt_logprobs[0]), (None, None));
+        let prompt = ours.iter().flatten().zip(case.prompt_logprobs.iter().flatten());
+        for (ours, golden) in prompt.chain(answer.logprobs.iter().zip(&case.greedy_logprobs)) {
+            worst = worst.max((ours - golden).abs());
+        }
+    }
+    eprintln!("largest deviation of a logprob from transformers: {worst:.1e}");
+    assert!(worst < TOLERANCE, "off by {worst}");
+    Ok(())
+}
+
+#[test]
+fn conversations_read_as_transformers_renders_them() -> Result {
+    let Some((model, golden)) = subject()? else { return Ok(()) };
+    let config = GenerationConfig::default().max_tokens(4);
+    for case in &golden.chat {
+        let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+        assert_eq!(tokenizer.render_chat(&case.messages, true)?, case.text);
+        let answer = model.chat(&case.messages, &config)?;
+        assert_eq!(answer.prompt_ids, case.ids, "{}", case.text);
+        assert_eq!(model.generate(Prompt::chat(&case.messages), &config)?.ids, answer.ids);
+        assert_eq!(model.generate(case.ids.as_slice(), &config)?.ids, answer.ids);
+    }
+    Ok(())
+}
+
+/// The same weights in candle-transformers' own Llama, token by token through its cache.
+#[test]
+fn logits_are_those_of_candle_transformers() -> Result {
+    let Some((model, golden)) = subject()? else { return Ok(()) };
+    let checkpoint = Checkpoint::open(PATH.as_ref().ok_or("no path")?)?;
+    let config = checkpoint.config();
+    let mut weights = checkpoint.weights(None, &Device::Cpu);
+    let named =
+        config.weights().map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
+    let named = named.collect::<Result<HashMap<_, _>>>()?;
+    let theirs = llama::Config {
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        vocab_size: config.vocab_size,
+        num_hidden_layers: config.num_hidden_layers,
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads,
+        use_flash_attn: false,
+        rms_norm_eps: config.rms_norm_eps,
+        rope_theta: config.rope_theta as f32,
+        bos_token_id: None,
+        eos_token_id: None,
+        rope_scaling: None,
+        max_position_embeddings: 64,
+        tie_word_embeddings: config.tie_word_embeddings,
+    };
+    let mut cache = llama::Cache::new(true, DType::F32, &theirs, &Device::Cpu)?;
+    let weights = VarBuilder::from_tensors(named, DType::F32, &Device::Cpu);
+    let theirs = llama::Llama::load(weights, &theirs)?;
+
+    let ids = golden.generate.iter().find_map(|case| case.ids.get(..30)).ok_or("no long prompt")?;
+    let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // (1, 30)
+    let transformer = model.transformer();
+    let pass = Pass::Causal(&Layout::dense(1, 30));
+    let h = transformer.forward(&transformer.embed(&ids)?, transformer.all_layers(), pass)?;
+    let ours = transformer.logits(&h)?; // (1, 30, vocab)
+
+    let largest = |xs: &Tensor| xs.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    let mut worst = 0f32;
+    for position in 0..30 {
+        let golden = theirs.forward(&ids.narrow(1, position, 1)?, position, &mut cache)?;
+        let ours = ours.narrow(1, position, 1)?.squeeze(1)?;
+        worst = worst.max(largest(&(ours - &golden)?)? / largest(&golden)?);
+    }
+    eprintln!("largest deviation of a logit from candle-transformers: {worst:.1e}");
+    assert!(worst < 1e-4, "off by {worst}");
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! The thought loop against the same steps done by hand.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::refine::{Interpolate, Refine, Step};
+use hybrid_attention::thought::Thoughts;
+use hybrid_attention::{Config, GenerationConfig, HybridModel, Prompt, Thinking, Tokenizer};
+use proptest::prelude::*;
+
+use common::tiny::{self, holds};
+use common::{Result, assert_close, assert_identical, fixture};
+
+/// Two passes of layers 1 and 2 of 3.
+fn thinking(weight: f64) -> Thinking {
+    Thinking::passes(2).span(1..3).refine(Interpolate::new(weight))
+}
+
+fn think(
+    model: &Transformer,
+    thinking: &Thinking,
+    z: &Tensor,
+    layout: &Layout,
+) -> Result<Thoughts> {
+    Ok(thinking.think(model, z.clone(), layout, |_, _| ())?)
+}
+
+/// Padded rows, segments, plain tokens.
+fn layout() -> Result<Layout> {
+    Ok(Layout::ragged(&[7, 4]).with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 2..4])?)
+}
+
+fn thoughts(config: &Config, layout: &Layout, seed: u64) -> Result<Tensor> {
+    tiny::noise(seed, &[layout.batch(), layout.seq(), config.hidden_size], 1.0)
+}
+
+/// `‖after - before‖ / ‖before‖` of each token, mean over those that are not padding.
+fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<f64> {
+    let (before, after) = (before.to_vec3::<f32>()?, after.to_vec3::<f32>()?);
+    let norm = |xs: &[f64]| xs.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let mut ratios = Vec::new();
+    for (row, start) in layout.starts().into_iter().enumerate() {
+        for slot in start..layout.seq() {
+            let old: Vec<f64> = before[row][slot].iter().map(|&x| f64::from(x)).collect();
+            let change: Vec<f64> =
+                old.iter().zip(&after[row][slot]).map(|(old, &new)| f64::from(new) - old).collect();
+            ratios.push(norm(&change) / norm(&old));
+        }
+    }
+    Ok(ratios.iter().sum::<f64>() / ratios.len() as f64)
+}
+
+#[test]
+fn a_thought_pass_is_a_bidirectional_run_of_the_span() -> Result {
+    let model = tiny::transformer(&tiny::config(), 1)?;
+    let layout = layout()?;
+    let xs = thoughts(model.config(), &layout, 1)?;
+    let z = thinking(0.3).encode(&model, &xs, Pass::Causal(&layout))?;
+    assert_identical("encode", &z, &model.forward(&xs, 0..1, Pass::Causal(&layout))?)?;
+    let h = thinking(0.3).think_once(&model, &z, &layout)?;
+    assert_identical("think_once", &h, &model.forward(&z, 1..3, Pass::Bidirectional(&layout))?)?;
+    let ys = thinking(0.3).hand_off(&model, &z, Pass::Causal(&layout))?;
+    assert_identical("hand_off", &ys, &model.forward(&z, 1..3, Pass::Causal(&layout))?)?;
+
+    let whole = Thinking::passes(1);
+    assert_identical("encode", &whole.encode(&model, &xs, Pass::Causal(&layout))?, &xs)?;
+    let h = model.forward(&xs, 0..3, Pass::Bidirectional(&layout))?;
+    assert_identical("think_once", &whole.think_once(&model, &xs, &layout)?, &h)
+}
+
+#[test]
+fn interpolation_is_its_formula() -> Result {
+    let (z, h) = (tiny::noise(1, &[2, 3, 4], 1.0)?, tiny::noise(2, &[2, 3, 4], 1.0)?);
+    for (refine, weight, passes) in [
+        (Interpolate::new(0.0), 0.0, 1),
+        (Interpolate::new(0.3), 0.3, 5),
+        (Interpolate::new(1.0), 1.0, 2),
+        (Interpolate::damped(), 1.0, 1),
+        (Interpolate::damped(), 0.25, 4),
+    ] {
+        let expected = ((&h * weight)? + (&z * (1.0 - weight))?)?;
+        for index in 0..passes {
+            let refined = refine.refine(&h, &Step { z: &z, index, passes })?;
+            assert_close(&format!("{refine:?}"), &refined, &expected, 1e-6)?;
+        }
+    }
+    Ok(())
+}
+
+/// Each pass by hand: think once, refine, put plain tokens back, measure.
+fn loop_by_hand(config: &Config, passes: usize, weight: f64, seed: u64) -> Result {
+    let model = tiny::transformer(config, seed)?;
+    let layout = layout()?;
+    let refine = Interpolate::new(weight);
+    let span = 0..config.num_hidden_layers;
+    let thinking = Thinking::passes(passes).span(span).refine(refine);
+    let first = thoughts(config, &layout, seed)?;
+    let mut told = Vec::new();
+    let got = thinking.think(&model, first.clone(), &layout, |done, all| told.push((done, all)))?;
+    assert_eq!(told, (1..=passes).map(|done| (done, passes)).collect::<Vec<_>>());
+    assert_eq!(got.drift.len(), passes);
+
+    let mut z = first;
+    for (index, got) in got.drift.iter().enumerate() {
+        let h = thinking.think_once(&model, &z, &layout)?;
+        let refined = refine.refine(&h, &Step { z: &z, index, passes })?;
+        let mut rows = z.to_vec3::<f32>()?;
+        for (row, new) in refined.to_vec3::<f32>()?.into_iter().enumerate() {
+            for slot in layout.context(row).iter().cloned().flatten() {
+                rows[row][slot].clone_from(&new[slot]);
+            }
+        }
+        let next = Tensor::new(rows, &Device::Cpu)?;
+        let drift = drift(&z, &next, &layout)?;
+        assert!((got - drift).abs() <= 1e-5 * drift.max(1e-3), "drift {got}, by hand {drift}");
+        z = next;
+    }
+    assert_identical("thoughts", &got.z, &z)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn thinking_is_think_once_and_refine(
+        config in tiny::configs(), passes in 0usize..5, weight in 0.0..=1.0, seed: u64,
+    ) {
+        holds(loop_by_hand(&config, passes, weight, seed))?;
+    }
+}
+
+#[test]
+fn nothing_drifts_at_weight_0_and_something_does_above() -> Result {
+    let model = tiny::transformer(&tiny::config(), 2)?;
+    let layout = layout()?;
+    let z = thoughts(model.config(), &layout, 2)?;
+    let still = think(&model, &thinking(0.0), &z, &layout)?;
+    assert_eq!(still.drift, [0.0, 0.0]);
+    assert_identical("thoughts", &still.z, &z)?;
+    let moved = think(&model, &thinking(0.1), &z, &layout)?;
+    assert!(moved.drift.iter().all(|&drift| drift > 1e-3), "{:?}", moved.drift);
+    Ok(())
+}
+
+#[test]
+fn plain_tokens_and_padding_keep_their_thoughts() -> Result {
+    let model = tiny::transformer(&tiny::config(), 3)?;
+    let layout = layout()?;
+    let z = thoughts(model.config(), &layout, 3)?;
+    let refined = think(&model, &thinking(1.0), &z, &layout)?.z;
+    let (before, after) = (z.to_vec3::<f32>()?, refined.to_vec3::<f32>()?);
+    for (row, thinks) in layout.thinks().into_iter().enumerate() {
+        for (slot, thinks) in thinks.into_iter().enumerate() {
+            assert_eq!(
+                before[row][slot] != after[row][slot],
+                thinks == 1,
+                "row {row}, slot {slot}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// `HybridModel::think` is encode and think over the prompt's own segments.
+#[test]
+fn the_models_thoughts_are_the_loops() -> Result {
+    let model = tiny::hybrid(&tiny::config(), 4)?;
+    let ids = tiny::tokens(model.config(), 4, 9);
+    let config = GenerationConfig::default().thinking(thinking(0.3));
+    let got = model.think(ids.as_slice(), &config)?;
+
+    let (transformer, layout) = (model.transformer(), Layout::dense(1, 9));
+    let z = transformer.forward(&tiny::embed(transformer, &ids)?, 0..1, Pass::Causal(&layout))?;
+    let expected = think(transformer, &thinking(0.3), &z, &layout)?;
+    assert_close("thoughts", &got.z, &expected.z, 1e-6)?;
+    assert_eq!(got.drift, expected.drift);
+
+    let none = model.think(ids.as_slice(), &GenerationConfig::default())?;
+    assert_identical("embeddings", &none.z, &tiny::embed(transformer, &ids)?)?;
+    assert!(none.drift.is_empty());
+    Ok(())
+}
+
+/// The parts of a prompt that think are the context segments of the layout.
+#[test]
+fn plain_parts_of_a_prompt_do_not_think() -> Result {
+    let tokenizer = Tokenizer::from_folder(&fixture("tokenizer/llama"))?;
+    let config = Config { vocab_size: 512, ..tiny::config() };
+    let model = HybridModel::new(tiny::transformer(&config, 6)?, tokenizer)?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let parts = ["the cat sat", " on the mat", " and the dog"];
+    let prompt = Prompt::default().context(parts[0]).plain(parts[1]).context(parts[2]);
+    let first = tokenizer.encode(parts[0], true)?;
+    let plain = tokenizer.encode(parts[1], false)?;
+    let last = tokenizer.encode(parts[2], false)?;
+    let (a, b) = (first.len(), first.len() + plain.len());
+    let ids = [first, plain, last].concat();
+    let layout = Layout::dense(1, ids.len()).with_context(0, &[0..a, b..ids.len()])?;
+
+    let got = model.think(prompt, &GenerationConfig::default().thinking(thinking(0.5)))?;
+    let transformer = model.transformer();
+    let xs = tiny::embed(transformer, &ids)?;
+    let z = transformer.forward(&xs, 0..1, Pass::Causal(&layout))?;
+    let expected = think(transformer, &thinking(0.5), &z, &layout)?;
+    assert_close("thoughts", &got.z, &expected.z, 1e-6)?;
+    assert_eq!(got.drift, expected.drift);
+    Ok(())
+}
+
+/// Encode, think and hand off by hand, then the likeliest token again and again, always running
+/// every layer over everything.
+fn answer_by_hand(
+    model: &HybridModel,
+    thinking: &Thinking,
+    span: std::ops::Range<usize>,
+    prompt: &[u32],
+    count: usize,
+) -> Result<(Vec<u32>, Vec<f32>)> {
+    let transformer = model.transformer();
+    let layers = transformer.all_layers();
+    let layout = Layout::dense(1, prompt.len());
+    let xs = tiny::embed(transformer, prompt)?;
+    let z = transformer.forward(&xs, 0..span.start, Pass::Causal(&layout))?;
+    let mut entering = think(transformer, thinking, &z, &layout)?.z;
+    let (mut ids, mut logprobs) = (prompt.to_vec(), Vec::new());
+    for _ in 0..count {
+        // The thoughts of the prompt, then what answer tokens bring to the span causally. Layers
+        // before the span have read the prompt as it was.
+        let layout = Layout::dense(1, ids.len());
+        let plain = tiny::embed(transformer, &ids)?;
+        let plain = transformer.forward(&plain, 0..span.start, Pass::Causal(&layout))?;
+        let answer = plain.narrow(1, prompt.len(), ids.len() - prompt.len())?;
+        entering = Tensor::cat(&[&entering.narrow(1, 0, prompt.len())?, &answer], 1)?;
+        let h = transformer.forward(&entering, span.start..layers.end, Pass::Causal(&layout))?;
+        let logits = transformer.logits(&h.narrow(1, ids.len() - 1, 1)?)?.flatten_all()?;
+        let id = logits.argmax(0)?.to_scalar::<u32>()?;
+        let logits = logits.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let sum = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+        logprobs.push((logits[id as usize] - sum) as f32);
+        ids.push(id);
+    }
+    Ok((ids.split_off(prompt.len()), logprobs))
+}
+
+#[test]
+fn generating_is_encode_think_hand_off_and_decode() -> Result {
+    // 600 tokens are more than a cache takes up at a time.
+    for (sliding_window, length) in [(None, 9), (Some(4), 9), (Some(4), 600)] {
+        for span in [0..3, 1..2, 1..3, 2..3] {
+            let config = Config { sliding_window, ..tiny::config() };
+            let model = tiny::hybrid(&config, 5)?;
+            let prompt = tiny::tokens(&config, 5, length);
+            let refine = Interpolate::new(0.4);
+            let thinking = Thinking::passes(3).span(span.clone()).refine(refine);
+            let how = GenerationConfig::default().max_tokens(12);
+            let plain = model.generate(prompt.as_slice(), &how)?;
+            let answer = model.generate(prompt.as_slice(), &how.thinking(thinking.clone()))?;
+            let (ids, logprobs) = answer_by_hand(&model, &thinking, span.clone(), &prompt, 12)?;
+            assert_eq!(answer.ids, ids, "span {span:?}");
+            let logprobs = Tensor::new(logprobs, &Device::Cpu)?;
+            let got = Tensor::new(answer.logprobs.as_slice(), &Device::Cpu)?;
+            assert_close("logprobs", &got, &logprobs, 1e-5)?;
+            assert_eq!(answer.drift.len(), 3);
+            assert_ne!(answer.logprobs, plain.logprobs, "thinking changed nothing");
+        }
+    }
+    Ok(())
+}

@@ -67,7 +67,6 @@ fn distributions_are_those_of_transformers() -> Result {
             let expected = expected[id];
             assert!((probability - expected).abs() < 1e-6, "{settings:?} {id}: {probability}");
         }
-        assert!(got.is_sorted_by(|a, b| a.1 >= b.1), "{settings:?}: likeliest first");
     }
     assert_eq!(fixture.cases.len(), 70);
     Ok(())

@@ -58,7 +58,10 @@ impl Attention {
         let k = view.rotation.apply(&split(self.k_proj.forward(xs)?, self.kv_heads)?)?;
         let v = split(self.v_proj.forward(xs)?, self.kv_heads)?;
         let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?, // (batch, kv_heads, past + seq, head_dim)
+            Some(cache) => {
+                let tracked = [&q, &k, &v].iter().any(|tensor| tensor.track_op());
+                cache.append(&k, &v, tracked)? // (batch, kv_heads, past + seq, head_dim)
+            }
             None => (k, v),
         };
         let ys = attend(&q, &k, &v, &view.mask)?.transpose(1, 2)?; // (batch, seq, heads, head_dim)

@@ -208,16 +208,23 @@ impl LayerCache {
 
     /// Takes up the keys and values of new tokens, `(batch, kv_heads, new, head_dim)`, and gives
     /// those of all tokens held, these included. [`KvCache::reserve`] has made the room.
-    pub(super) fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+    ///
+    /// `tracked` says that a gradient will come back through what is given: it is then a copy,
+    /// because the cache's own memory is written again, and the new tokens carry their gradient.
+    pub(super) fn append(
+        &mut self,
+        keys: &Tensor,
+        values: &Tensor,
+        tracked: bool,
+    ) -> Result<(Tensor, Tensor)> {
         let held = self.len - self.first;
         let new = keys.dim(2)?;
         let put = |all: &Tensor, new_rows: &Tensor| -> Result<Tensor> {
             all.slice_set(&new_rows.detach().contiguous()?, 2, held)?;
-            if new_rows.track_op() {
-                // What is read back from the cache carries no gradient; the new rows must.
-                return Ok(Tensor::cat(&[&all.narrow(2, 0, held)?, new_rows], 2)?);
+            match tracked {
+                true => Ok(Tensor::cat(&[&all.narrow(2, 0, held)?, new_rows], 2)?),
+                false => Ok(all.narrow(2, 0, held + new)?),
             }
-            Ok(all.narrow(2, 0, held + new)?)
         };
         let pair = (put(&self.keys, keys)?, put(&self.values, values)?);
         self.len += new;

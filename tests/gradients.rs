@@ -95,6 +95,31 @@ fn of_new_tokens_through_a_cache() -> Result {
     Ok(())
 }
 
+/// Only the queries are trained, so that the keys of the pass carry no gradient of their own; then
+/// the cache goes on to other tokens before the gradient is taken.
+#[test]
+fn of_a_pass_whose_cache_is_written_again() -> Result {
+    let config = tiny::config();
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let layout = Layout::dense(1, 4);
+    let xs = inputs(&config, &layout)?;
+    let gradient = |write_again: bool| -> Result<Tensor> {
+        let mut weights = tiny::weights(&config, 15)?;
+        let weight = Var::from_tensor(&weights[name])?;
+        weights.insert(name.to_owned(), weight.as_tensor().clone());
+        let model = Transformer::new(&config, &mut weights)?;
+        let mut cache = model.new_cache(&layout, 4)?;
+        let h = model.forward(&xs, model.all_layers(), Pass::Cached(&mut cache))?;
+        if write_again {
+            cache.reset();
+            model.forward(&(&xs * -2.0)?, model.all_layers(), Pass::Cached(&mut cache))?;
+        }
+        let gradients = h.sum_all()?.backward()?;
+        Ok(gradients.get(weight.as_tensor()).ok_or("no gradient")?.clone())
+    };
+    assert_identical("gradient", &gradient(true)?, &gradient(false)?)
+}
+
 #[test]
 fn of_the_inputs_through_thought_and_hand_off() -> Result {
     let model = tiny::transformer(&tiny::config(), 13)?;

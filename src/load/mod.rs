@@ -65,6 +65,8 @@ pub struct Checkpoint {
 struct Mapped {
     path: PathBuf,
     bytes: Mmap,
+    /// Whether `bytes` are those of a file, not a copy of them.
+    of_file: bool,
 }
 
 /// Where a tensor is, and as what.
@@ -234,7 +236,7 @@ impl Mapped {
         // `Mapped`. What no program can rule out is that somebody else writes to the file, or cuts
         // it short, meanwhile; the documentation of `Checkpoint` makes that the caller's promise.
         let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        Ok(Self { path: path.to_path_buf(), bytes })
+        Ok(Self { path: path.to_path_buf(), bytes, of_file: true })
     }
 
     /// A mapping, because it starts on a page: parsers and blocks rely on its alignment.
@@ -243,7 +245,28 @@ impl Mapped {
         let mut map = MmapMut::map_anon(bytes.len()).map_err(Error::io(&path))?;
         map.copy_from_slice(bytes);
         let bytes = map.make_read_only().map_err(Error::io(&path))?;
-        Ok(Self { path, bytes })
+        Ok(Self { path, bytes, of_file: false })
+    }
+
+    /// Tells the system that `range` will not be read soon: else the file's pages would count as
+    /// this process's memory beside the tensors made of them, and the peak would be both.
+    fn release(&self, range: &Range<usize>) {
+        #[cfg(unix)]
+        if self.of_file {
+            // Only whole pages within the range, as its neighbours may not be read yet.
+            const PAGE: usize = 1 << 16; // at least the page of any system
+            let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+            if start < end {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                // SAFETY: the mapping is of a file and never written to, so a page that is dropped
+                // and read again is read from the file and holds the same bytes.
+                let result =
+                    unsafe { self.bytes.unchecked_advise_range(advice, start, end - start) };
+                if let Err(error) = result {
+                    tracing::debug!(%error, "pages of weights were not released");
+                }
+            }
+        }
     }
 }
 

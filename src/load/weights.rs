@@ -70,6 +70,7 @@ impl Weights for CheckpointWeights<'_> {
             }
             Refusal::Other(error) => error,
         })?;
+        entry.file.release(&entry.range);
         self.used.insert(spelled);
         self.advance(entry.range.len());
         Ok(tensor)

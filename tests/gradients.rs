@@ -11,7 +11,7 @@ use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, Thinking};
 
 use common::tiny;
-use common::{Result, assert_close};
+use common::{Result, assert_close, assert_identical};
 
 /// Half the distance between the two points of a finite difference.
 const STEP: f64 = 1e-2;

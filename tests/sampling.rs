@@ -241,7 +241,7 @@ fn logprobs_are_the_models_own() -> Result {
     let model = HybridModel::new(tiny(1.0)?, None)?;
     let transformer = model.transformer();
     let prompt = [1u32, 7, 30];
-    let plain = GenerationConfig::default().max_tokens(6).top_logprobs(VOCAB);
+    let plain = GenerationConfig::default().max_tokens(6).eos_ids([]).top_logprobs(VOCAB);
     let warped = plain.clone().temperature(1.7).top_k(9).seed(5);
     let penalised = plain.clone().repetition_penalty(1.9).frequency_penalty(1.0);
     for config in [plain, warped, penalised] {

@@ -85,7 +85,7 @@ impl Element for bf16 {
 impl Element for f16 {
     #[inline(always)]
     fn dot<S: Simd>(simd: S, x: &[f32], w: &[f16]) -> f32 {
-        widened(simd, x, w, |w, wide| w.convert_to_f32_slice(wide))
+        widened(simd, x, w, HalfFloatSliceExt::convert_to_f32_slice)
     }
 }
 

@@ -1,0 +1,57 @@
+//! What comes of a prompt, token by token and as a whole.
+
+use serde::Serialize;
+
+use super::stop::StopReason;
+
+/// A generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// The text that it completed: what follows everything given before, in whole characters.
+    /// Empty while a character, or what may be a stop string, is still incomplete, and for special
+    /// tokens; the last token brings along what is left.
+    pub text: String,
+    /// Its log-probability by the model, before penalties and temperature.
+    pub logprob: f32,
+    /// The likeliest tokens at its place with their log-probabilities, likeliest first; as many as
+    /// [`GenerationConfig::top_logprobs`] asks for.
+    pub top_logprobs: Vec<(u32, f32)>,
+}
+
+/// What came of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// The prompt as the model took it.
+    pub prompt_ids: Vec<u32>,
+    /// The generated tokens, an end-of-sequence token included.
+    pub ids: Vec<u32>,
+    /// Their text, as it follows the prompt. Empty without a tokenizer.
+    pub text: String,
+    /// The log-probability of each generated token, before penalties and temperature.
+    pub logprobs: Vec<f32>,
+    /// The likeliest tokens at the place of each generated one; see [`Token::top_logprobs`].
+    pub top_logprobs: Vec<Vec<(u32, f32)>>,
+    /// The log-probability of each prompt token after those before it, `None` for the first;
+    /// `None` altogether unless [`GenerationConfig::prompt_logprobs`] asked for them.
+    pub prompt_logprobs: Option<Vec<Option<f32>>>,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// The relative change of the thoughts in each pass; see
+    /// [`Thoughts::drift`](crate::thought::Thoughts::drift).
+    pub drift: Vec<f64>,
+    /// Where the time went.
+    pub seconds: Seconds,
+}
+
+/// Where the time of an answer went, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Seconds {
+    /// The thought passes.
+    pub think: f64,
+    /// Everything else before the first token.
+    pub prefill: f64,
+    /// Everything after.
+    pub decode: f64,
+}

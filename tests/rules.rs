@@ -16,7 +16,7 @@ use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 
 use common::tiny::{self, holds};
-use common::{Result, assert_close, assert_identical};
+use common::{Result, assert_close, assert_identical, candle_llama};
 
 /// Sums in another order round differently.
 const ROUNDING: f32 = 1e-5;
@@ -118,22 +118,7 @@ fn candle_agrees(config: &Config, seed: u64, seq: usize) -> Result {
 
     // candle's Llama knows no other width of a head.
     config.hidden_size = config.num_attention_heads * config.head_dim;
-    let theirs = llama::Config {
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        vocab_size: config.vocab_size,
-        num_hidden_layers: config.num_hidden_layers,
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        use_flash_attn: false,
-        rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_theta as f32,
-        bos_token_id: None,
-        eos_token_id: None,
-        rope_scaling: None,
-        max_position_embeddings: 64,
-        tie_word_embeddings: config.tie_word_embeddings,
-    };
+    let theirs = candle_llama(&config);
     let mut cache = llama::Cache::new(true, DType::F32, &theirs, &Device::Cpu)?;
     let theirs = llama::Llama::load(weights(&config)?, &theirs)?;
     let expected = one_by_one(&ids, |id, position| theirs.forward(id, position, &mut cache))?;

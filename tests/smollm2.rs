@@ -18,7 +18,7 @@ use hybrid_attention::model::{Layout, Pass, Weights};
 use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt};
 use serde::Deserialize;
 
-use common::{Result, fixture};
+use common::{Result, candle_llama, fixture};
 
 /// The golden log-probabilities have five digits after the point; the sums behind them differ.
 const TOLERANCE: f32 = 2e-3;
@@ -119,22 +119,7 @@ fn logits_are_those_of_candle_transformers() -> Result {
     let named =
         config.weights().map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
     let named = named.collect::<Result<HashMap<_, _>>>()?;
-    let theirs = llama::Config {
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        vocab_size: config.vocab_size,
-        num_hidden_layers: config.num_hidden_layers,
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        use_flash_attn: false,
-        rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_theta as f32,
-        bos_token_id: None,
-        eos_token_id: None,
-        rope_scaling: None,
-        max_position_embeddings: 64,
-        tie_word_embeddings: config.tie_word_embeddings,
-    };
+    let theirs = candle_llama(config);
     let mut cache = llama::Cache::new(true, DType::F32, &theirs, &Device::Cpu)?;
     let weights = VarBuilder::from_tensors(named, DType::F32, &Device::Cpu);
     let theirs = llama::Llama::load(weights, &theirs)?;

@@ -1,4 +1,5 @@
-//! Checkpoints rewritten into other formats, by code that shares nothing with the loader.
+//! What tests share: fixtures, comparisons, and checkpoints rewritten into other formats by code
+//! that shares nothing with the loader.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use candle_transformers::models::llama;
 use hybrid_attention::Config;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -44,6 +46,26 @@ pub(crate) fn fixture_weights(name: &str) -> Result<BTreeMap<String, Tensor>> {
         }
     }
     Ok(tensors)
+}
+
+/// The same shape for candle-transformers' own Llama, up to 64 positions.
+pub(crate) fn candle_llama(config: &Config) -> llama::Config {
+    llama::Config {
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        vocab_size: config.vocab_size,
+        num_hidden_layers: config.num_hidden_layers,
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads,
+        use_flash_attn: false,
+        rms_norm_eps: config.rms_norm_eps,
+        rope_theta: config.rope_theta as f32,
+        bos_token_id: None,
+        eos_token_id: None,
+        rope_scaling: None,
+        max_position_embeddings: 64,
+        tie_word_embeddings: config.tie_word_embeddings,
+    }
 }
 
 /// `a0 b0 .. a1 b1 ..` to `a0 a1 b0 b1 ..`, for the rows of every head.

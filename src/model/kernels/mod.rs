@@ -3,6 +3,7 @@
 //! in candle operations.
 
 mod dot;
+mod exp;
 mod softmax;
 mod swiglu;
 

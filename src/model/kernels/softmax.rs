@@ -1,10 +1,13 @@
 //! Scale, mask and softmax of attention scores in one pass over memory, in place.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
+use pulp::Arch;
 use rayon::prelude::*;
 
+use super::exp::exp;
 use crate::model::mask::Mask;
-use std::ops::Range;
 
 /// Turns scores `(batch, heads, queries, keys)` into probabilities: each query's softmax over the
 /// keys it sees, zero elsewhere. The plain twin adds [`Mask::bias`] and calls candle's softmax.
@@ -37,6 +40,7 @@ impl InplaceOp1 for MaskedSoftmax<'_> {
         if keys == 0 {
             return Ok(());
         }
+        let arch = Arch::new();
         scores.par_chunks_mut(keys).enumerate().for_each(|(index, scores)| {
             // index counts (batch, head, query)
             let row = index / (self.heads * queries);
@@ -45,21 +49,46 @@ impl InplaceOp1 for MaskedSoftmax<'_> {
             let to = sees.end.saturating_sub(self.keys.start).clamp(from, keys);
             scores[..from].fill(0.0);
             scores[to..].fill(0.0);
-            softmax(&mut scores[from..to]);
+            arch.dispatch(|| softmax(&mut scores[from..to]));
         });
         Ok(())
     }
 }
 
+/// Partial results side by side: one alone would wait for its own previous step.
+const LANES: usize = 32;
+
+#[inline(always)]
 fn softmax(scores: &mut [f32]) {
-    let max = scores.iter().fold(f32::NEG_INFINITY, |max, &score| max.max(score));
-    let mut sum = 0.0;
-    for score in scores.iter_mut() {
-        *score = (*score - max).exp();
-        sum += *score;
+    let max = largest(scores);
+    let mut sums = [0f32; LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (sum, score) in sums.iter_mut().zip(chunk) {
+            *score = exp(*score - max);
+            *sum += *score;
+        }
     }
-    let scale = 1.0 / sum;
+    for (sum, score) in sums.iter_mut().zip(rest) {
+        *score = exp(*score - max);
+        *sum += *score;
+    }
+    let scale = 1.0 / sums.iter().sum::<f32>();
     for score in scores.iter_mut() {
         *score *= scale;
     }
+}
+
+/// The largest score; NaN is passed over, and shows in the sum instead.
+#[inline(always)]
+fn largest(scores: &[f32]) -> f32 {
+    let larger = |max: f32, score: f32| if score > max { score } else { max };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = scores.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (max, score) in lanes.iter_mut().zip(chunk) {
+            *max = larger(*max, *score);
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }

@@ -1,8 +1,10 @@
 //! `silu(gate) · up` in one pass over memory.
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result};
+use pulp::Arch;
 use rayon::prelude::*;
 
+use super::exp::exp;
 use super::within;
 
 /// Elements that one task computes.
@@ -34,10 +36,13 @@ impl InplaceOp2 for SwiGlu {
             candle_core::bail!("swiglu: gate outside its storage");
         };
         let up = within(up, up_layout, count)?;
+        let arch = Arch::new();
         gate.par_chunks_mut(RUN).zip(up.par_chunks(RUN)).for_each(|(gate, up)| {
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate *= up / (1.0 + (-*gate).exp());
-            }
+            arch.dispatch(|| {
+                for (gate, up) in gate.iter_mut().zip(up) {
+                    *gate *= up / (1.0 + exp(-*gate));
+                }
+            });
         });
         Ok(())
     }

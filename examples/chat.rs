@@ -125,11 +125,11 @@ impl<'a> Chat<'a> {
             // The space between the template and the answer is for the model, not for the reader.
             let text = if answer.is_empty() { text.trim_start() } else { &text };
             answer.push_str(text);
-            print!("{text}");
+            write!(stdout(), "{text}")?;
             stdout().flush()?;
             count += 1;
         }
-        println!();
+        writeln!(stdout())?;
         if stream.stop() == Some(StopReason::Context) {
             eprintln!("[the context is full: this answer is cut short]");
         }

@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -96,11 +97,11 @@ fn run(cli: &Cli) -> common::Result<()> {
     let vectors = embed(&model, &texts, &cli.config())?; // (texts, hidden)
     let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // unit length: no division
     if cli.json {
-        println!("{}", json!({ "vectors": vectors.to_vec2::<f32>()?, "cosine": cosine }));
-    } else {
-        print_table(&texts, &cosine);
+        let vectors = vectors.to_vec2::<f32>()?;
+        writeln!(stdout(), "{}", json!({ "vectors": vectors, "cosine": cosine }))?;
+        return Ok(());
     }
-    Ok(())
+    print_table(&texts, &cosine)
 }
 
 fn embed(model: &HybridModel, texts: &[String], config: &EmbedConfig) -> common::Result<Tensor> {
@@ -115,21 +116,24 @@ fn embed(model: &HybridModel, texts: &[String], config: &EmbedConfig) -> common:
 }
 
 /// A row for each text, numbered; the columns bear the numbers.
-fn print_table(texts: &[String], cosine: &[Vec<f32>]) {
+fn print_table(texts: &[String], cosine: &[Vec<f32>]) -> common::Result<()> {
     let number = texts.len().to_string().len();
     let labels: Vec<String> = texts.iter().map(|text| label(text)).collect();
     let width = labels.iter().map(|label| label.chars().count()).max().unwrap_or(0);
     let head: String = (1..=texts.len()).map(|column| format!("{column:>8}")).collect();
-    println!("{:1$}{head}", "", number + 1 + width);
+    let mut out = stdout().lock();
+    writeln!(out, "{:1$}{head}", "", number + 1 + width)?;
     for (row, (label, values)) in labels.iter().zip(cosine).enumerate() {
         let values: String = values.iter().map(|value| format!("{value:>8.3}")).collect();
-        println!("{:>number$} {label:width$}{values}", row + 1);
+        writeln!(out, "{:>number$} {label:width$}{values}", row + 1)?;
     }
+    Ok(())
 }
 
 /// `text` on one line, cut to [`LABEL`] characters.
 fn label(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line: String = line.chars().flat_map(common::plain).collect();
     if line.chars().count() <= LABEL {
         return line;
     }

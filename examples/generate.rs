@@ -110,16 +110,16 @@ fn run(cli: &Cli) -> common::Result<()> {
         let spinner = common::spinner("generating");
         let answer = stream.collect_answer()?;
         spinner.finish_and_clear();
-        println!("{}", report(&model, &answer, load));
+        writeln!(stdout(), "{}", report(&model, &answer, load))?;
         return Ok(());
     }
     let mut count = 0;
     for token in &mut stream {
-        print!("{}", token?.text);
+        write!(stdout(), "{}", token?.text)?;
         stdout().flush()?;
         count += 1;
     }
-    println!();
+    writeln!(stdout())?;
     let seconds = stream.seconds();
     eprintln!(
         "[{count} tokens, {:.1} a second; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",

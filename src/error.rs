@@ -180,9 +180,14 @@ pub enum Error {
     NotFinite {
         /// What was computed, e.g. `logits`.
         what: &'static str,
-        /// Position in the sequence.
+        /// For `logits`, the position in the text of the token they are about; for the `vectors` of
+        /// texts, the index of the text; for `thoughts`, the index of the pass.
         position: usize,
     },
+
+    /// A stream of tokens was asked for its whole answer after it had ended with an error.
+    #[error("the stream ended with an error before: there is no whole answer")]
+    StreamFailed,
 
     /// candle failed: a device, or memory.
     #[error(transparent)]

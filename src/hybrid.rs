@@ -6,7 +6,9 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::generate::{Answer, Conversation, GenerationConfig, Prompt, Source, TokenStream};
+use crate::generate::{
+    Answer, Conversation, GenerationConfig, Progress, Prompt, Source, TokenStream,
+};
 use crate::load::Checkpoint;
 use crate::model::{Layout, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
@@ -115,7 +117,12 @@ impl HybridModel {
         dtype: impl Into<Option<DType>>,
         device: &Device,
     ) -> Result<Self> {
-        Self::open(path, dtype, device)
+        let checkpoint = Checkpoint::open(&path)?;
+        if checkpoint.gguf_metadata().is_some() {
+            let message = "a GGUF file, not a folder: HybridModel::from_gguf loads it";
+            return Err(Error::malformed(path, message));
+        }
+        Self::from_checkpoint(&checkpoint, dtype, device, |_, _| ())
     }
 
     /// Loads a GGUF file, its tokenizer and its chat template. Quantised weights are unpacked into
@@ -128,15 +135,12 @@ impl HybridModel {
         dtype: impl Into<Option<DType>>,
         device: &Device,
     ) -> Result<Self> {
-        Self::open(path, dtype, device)
-    }
-
-    fn open(
-        path: impl AsRef<Path>,
-        dtype: impl Into<Option<DType>>,
-        device: &Device,
-    ) -> Result<Self> {
-        Self::from_checkpoint(&Checkpoint::open(path)?, dtype, device, |_, _| ())
+        let checkpoint = Checkpoint::open(&path)?;
+        if checkpoint.gguf_metadata().is_none() {
+            let message = "a folder, not a GGUF file: HybridModel::from_folder loads it";
+            return Err(Error::malformed(path, message));
+        }
+        Self::from_checkpoint(&checkpoint, dtype, device, |_, _| ())
     }
 
     /// Loads an opened checkpoint, telling `progress` how many of its bytes are read, of how many.
@@ -156,6 +160,11 @@ impl HybridModel {
         };
         check_tokenizer(tokenizer.as_ref(), checkpoint.config())?;
         let said = checkpoint.generation_defaults()?;
+        let vocab_size = checkpoint.config().vocab_size;
+        if let Some(id) = said.eos_token_ids.iter().find(|&&id| id as usize >= vocab_size) {
+            let expected = format!("less than the vocabulary of {vocab_size}");
+            return Err(Error::config("eos_token_id of generation_config.json", expected, id));
+        }
 
         let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
         let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
@@ -232,13 +241,15 @@ impl HybridModel {
     /// outside their range.
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
         let prompt = prompt.into().encode(self.tokenizer())?;
+        config.validate()?;
         self.transformer.check_context(prompt.ids.len())?;
         let thinking = config.thinking_ref();
         let layout = Layout::dense(1, prompt.ids.len()).with_context(0, &prompt.context)?;
-        let tokens = Tensor::new(prompt.ids, self.transformer.device())?.unsqueeze(0)?;
-        let embeddings = self.transformer.embed(&tokens)?;
+        let embeddings = self.transformer.embed_ids(&prompt.ids, (1, prompt.ids.len()))?;
         let z = thinking.encode(&self.transformer, &embeddings, Pass::Causal(&layout))?;
-        thinking.think(&self.transformer, z, &layout, |_, _| ())
+        thinking.think(&self.transformer, z, &layout, |done, total| {
+            config.report(Progress::Think { done, total });
+        })
     }
 
     /// Answers a prompt: [`HybridModel::stream`], collected.
@@ -254,7 +265,9 @@ impl HybridModel {
     /// # Errors
     /// [`Error::EmptyPrompt`]; [`Error::ContextFull`] for a prompt longer than the model's context;
     /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer;
-    /// [`Error::Parameter`] for a setting outside its range.
+    /// [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
+    /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range;
+    /// [`Error::NotFinite`] when the model's numbers overflow.
     pub fn stream(
         &self,
         prompt: impl Into<Prompt>,
@@ -284,7 +297,7 @@ impl HybridModel {
 
     /// As [`HybridModel::stream`], but in a conversation that goes on: as far as the prompt begins
     /// like what is already there, it is not run again. Thinking looks at the whole prompt each
-    /// time, so with it nothing can be kept.
+    /// time, and so do prompt log-probabilities, so with them nothing can be kept.
     ///
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::ContextFull`] also for a prompt longer than the
@@ -301,28 +314,49 @@ impl HybridModel {
     /// One vector for each text: `(texts, hidden)`, in `f32`.
     ///
     /// # Errors
-    /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all.
+    /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all, and
+    /// [`Error::NotFinite`] with the index of the text whose vector is.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
         if config.batch_size == 0 {
             return Err(Error::parameter("batch_size", "at least 1", 0));
         }
-        let encode = |text: &T| Ok(Prompt::from(text.as_ref()).encode(self.tokenizer())?.ids);
+        let encode = |text: &T| {
+            let ids = Prompt::from(text.as_ref()).encode(self.tokenizer())?.ids;
+            self.transformer.check_context(ids.len())?;
+            Ok(ids)
+        };
         let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-        let batches = ids.chunks(config.batch_size).map(|ids| self.embed_batch(ids, config));
-        match batches.collect::<Result<Vec<_>>>()?.as_slice() {
-            [] => Err(Error::EmptyPrompt),
-            batches => Ok(Tensor::cat(batches, 0)?),
+        // Texts of like length side by side need little padding.
+        let mut order: Vec<usize> = (0..ids.len()).collect();
+        order.sort_by_key(|&text| ids.get(text).map_or(0, Vec::len));
+        let mut vectors = vec![Vec::new(); ids.len()];
+        for batch in order.chunks(config.batch_size) {
+            let texts: Vec<&[u32]> =
+                batch.iter().filter_map(|&i| Some(ids.get(i)?.as_slice())).collect();
+            let rows = self.embed_batch(&texts, config)?.to_vec2::<f32>()?;
+            for (&text, row) in batch.iter().zip(rows) {
+                if row.iter().any(|value| !value.is_finite()) {
+                    return Err(Error::NotFinite { what: "vectors", position: text });
+                }
+                if let Some(vector) = vectors.get_mut(text) {
+                    *vector = row;
+                }
+            }
         }
+        if vectors.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        Ok(Tensor::new(vectors, self.transformer.device())?)
     }
 
-    fn embed_batch(&self, texts: &[Vec<u32>], config: &EmbedConfig) -> Result<Tensor> {
+    fn embed_batch(&self, texts: &[&[u32]], config: &EmbedConfig) -> Result<Tensor> {
         let (transformer, thinking) = (&self.transformer, &config.thinking);
-        let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
+        let lengths: Vec<usize> = texts.iter().map(|ids| ids.len()).collect();
         let layout = Layout::ragged(&lengths);
         // Any token will do for padding: it is never seen.
-        let pad = |ids: &Vec<u32>| [vec![0; layout.seq() - ids.len()], ids.clone()].concat();
-        let tokens: Vec<Vec<u32>> = texts.iter().map(pad).collect();
-        let embeddings = transformer.embed(&Tensor::new(tokens, transformer.device())?)?;
+        let pad = |ids: &&[u32]| [&vec![0; layout.seq() - ids.len()], *ids].concat();
+        let tokens: Vec<u32> = texts.iter().flat_map(pad).collect();
+        let embeddings = transformer.embed_ids(&tokens, (texts.len(), layout.seq()))?;
 
         let z = thinking.encode(transformer, &embeddings, Pass::Causal(&layout))?;
         let z = thinking.think(transformer, z, &layout, |_, _| ())?.z;

@@ -130,7 +130,8 @@ impl Thinking {
     /// causal one; with a cache, those layers' part of it is filled.
     ///
     /// # Errors
-    /// As [`Thinking::validate`] and [`Transformer::forward`].
+    /// As [`Thinking::validate`] and [`Transformer::forward`]; [`Error::Parameter`] for a
+    /// bidirectional pass.
     pub fn encode(
         &self,
         transformer: &Transformer,
@@ -138,9 +139,12 @@ impl Thinking {
         pass: Pass<'_>,
     ) -> Result<Tensor> {
         self.validate(transformer)?;
-        match self.resolved_span(transformer).start {
-            0 => Ok(embeddings.clone()),
-            a => transformer.forward(embeddings, 0..a, pass),
+        match (self.resolved_span(transformer).start, pass) {
+            (_, Pass::Bidirectional(_)) => {
+                Err(Error::parameter("pass", "a causal one to encode with", "a bidirectional one"))
+            }
+            (0, _) => Ok(embeddings.clone()),
+            (a, pass) => transformer.forward(embeddings, 0..a, pass),
         }
     }
 
@@ -157,27 +161,35 @@ impl Thinking {
         transformer.forward(z, self.resolved_span(transformer), Pass::Bidirectional(layout))
     }
 
-    /// All passes over the first thoughts `z`, refined after each; `after_pass` is told how many
-    /// are done and how many there are. Plain tokens keep the thoughts they came with.
+    /// All passes over the first thoughts `z`, refined after each; `progress` is told how many are
+    /// done, from 0 on, and how many there are. Plain tokens keep the thoughts they came with.
     ///
     /// # Errors
-    /// As [`Thinking::validate`] and [`Transformer::forward`].
+    /// As [`Thinking::validate`] and [`Transformer::forward`]; [`Error::NotFinite`] with the index
+    /// of the pass that overflowed.
     pub fn think(
         &self,
         transformer: &Transformer,
         z: Tensor,
         layout: &Layout,
-        mut after_pass: impl FnMut(usize, usize),
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<Thoughts> {
         self.validate(transformer)?;
         let mut thoughts = Thoughts { z, drift: Vec::with_capacity(self.passes) };
+        if !self.is_none() {
+            progress(0, self.passes);
+        }
         for index in 0..self.passes {
             let h = self.think_once(transformer, &thoughts.z, layout)?;
             let step = Step { z: &thoughts.z, index, passes: self.passes };
             let refined = keep_plain(&self.refine.refine(&h, &step)?, &thoughts.z, layout)?;
-            thoughts.drift.push(drift(&thoughts.z, &refined, layout)?);
+            let drift = drift(&thoughts.z, &refined, layout)?;
+            if !drift.is_finite() {
+                return Err(Error::NotFinite { what: "thoughts", position: index });
+            }
+            thoughts.drift.push(drift);
             thoughts.z = refined;
-            after_pass(index + 1, self.passes);
+            progress(index + 1, self.passes);
         }
         Ok(thoughts)
     }

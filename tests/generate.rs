@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
 use hybrid_attention::generate::Progress;
 use hybrid_attention::model::{Layout, Pass, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{
     Answer, Config, Conversation, GenerationConfig, HybridModel, Message, Prompt, StopReason,
-    Thinking, Tokenizer,
+    Thinking, Token, Tokenizer,
 };
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
@@ -377,8 +377,15 @@ fn ids_beyond_the_vocabulary_are_named() -> Result {
         error_of(model.stream_in(&mut conversation, [5, 6, 7, 8, 999], &endless()))?,
         "token id 999 at position 4: expected less than the vocabulary of 371"
     );
-    // Ids that only the sampler is told about do no harm.
-    assert_eq!(model.generate([5], &endless().stop_id(9999).eos_ids([u32::MAX]))?.ids.len(), 128);
+    // A stop that could never come is a mistake too.
+    assert_eq!(
+        error_of(model.generate([5], &endless().stop_id(9999)))?,
+        "parameter stop_id: expected less than the vocabulary of 371, got 9999"
+    );
+    assert_eq!(
+        error_of(model.generate([5], &endless().eos_ids([2, u32::MAX])))?,
+        "parameter eos_ids: expected less than the vocabulary of 371, got 4294967295"
+    );
     Ok(())
 }
 
@@ -698,7 +705,7 @@ fn progress_goes_from_thinking_to_reading_and_ends_full() -> Result {
     assert_eq!(taken(), prefill(&[0, 512, 1024, 1100], 1100));
 
     model.generate(some_ids(10), &config.clone().thinking(Thinking::passes(3)))?;
-    let mut expected: Vec<Progress> = (1..=3).map(|done| Think { done, total: 3 }).collect();
+    let mut expected: Vec<Progress> = (0..=3).map(|done| Think { done, total: 3 }).collect();
     expected.extend(prefill(&[0, 10], 10));
     assert_eq!(taken(), expected);
 
@@ -719,15 +726,22 @@ fn progress_goes_from_thinking_to_reading_and_ends_full() -> Result {
 fn parts_become_the_segments_they_say() -> Result {
     let model = shared()?;
     let (transformer, tokenizer) = (model.transformer(), tokenizer()?);
-    let texts = ["the dog", "sat on the mat", "what about", "the cat"];
+    let texts = ["the dog", " sat on the mat", " what about", " the cat"];
     let prompt =
         Prompt::default().plain(texts[0]).context(texts[1]).plain(texts[2]).context(texts[3]);
-    let mut ids = tokenizer.encode(texts[0], true)?;
-    let mut borders = vec![ids.len()];
-    for text in &texts[1..] {
-        ids.extend(tokenizer.encode(text, false)?);
-        borders.push(ids.len());
-    }
+    let ids = tokenizer.encode(&texts.concat(), true)?;
+    // A part has the tokens that begin in it, that is where the text of those before them ends.
+    let mut stream = tokenizer.decode_stream(&[]);
+    let begins = ids.iter().scan(0, |end, &id| {
+        let begin = *end;
+        *end += stream.push(id).len();
+        Some(begin)
+    });
+    let begins: Vec<usize> = begins.collect();
+    let borders: Vec<usize> = (1..=texts.len())
+        .map(|parts| texts[..parts].concat().len())
+        .map(|end| begins.partition_point(|&begin| begin < end))
+        .collect();
     let segments = [borders[0]..borders[1], borders[2]..borders[3]];
 
     let layout = Layout::dense(1, ids.len()).with_context(0, &segments)?;
@@ -779,9 +793,9 @@ fn what_is_plain_is_not_thought_about() -> Result {
     assert_ne!(model.generate("the cat sat", &thinking)?.ids, not.ids, "context is");
 
     // One context segment is not two: each is seen by itself.
-    let together = Prompt::default().context("the cat").plain("sat").context("the dog");
+    let together = Prompt::default().context("the cat").plain(" sat").context(" the dog");
     let z = model.think(together, &thinking)?.z;
-    let alone = model.think(Prompt::default().context("the cat").plain("sat"), &thinking)?.z;
+    let alone = model.think(Prompt::default().context("the cat").plain(" sat"), &thinking)?.z;
     let length = alone.dim(1)?;
     let same: Vec<f32> = z.narrow(1, 0, length)?.flatten_all()?.to_vec1()?;
     assert_close(&same, &alone.flatten_all()?.to_vec1()?);
@@ -821,5 +835,82 @@ fn a_prompt_too_long_to_think_about_is_refused_even_without_passes() -> Result {
             format!("context full: room for {context} positions, {} requested", context + 1);
         assert_eq!(error.to_string(), expected);
     }
+    Ok(())
+}
+
+#[test]
+fn a_stop_string_that_is_a_control_token_stops_at_it() -> Result {
+    let model = shared()?;
+    let end = model.tokenizer().and_then(|it| it.token(2)).ok_or("no token 2")?;
+    let drawn = |seed| -> Result<Option<_>> {
+        let config = endless().max_tokens(100).temperature(5.0).seed(seed);
+        let free = model.generate([5, 6], &config)?;
+        let at = free.ids.iter().position(|&id| id == 2);
+        Ok(at.map(|at| (config, free, at)))
+    };
+    let found = (0..100).find_map(|seed| drawn(seed).transpose());
+    let (config, free, at) = found.ok_or("never drawn")??;
+    let stopped = model.generate([5, 6], &config.stop(end))?;
+    assert_eq!((stopped.ids, stopped.stop), (free.ids[..=at].to_vec(), StopReason::StopId));
+    Ok(())
+}
+
+#[test]
+fn a_collected_answer_is_whole_or_none() -> Result {
+    let model = shared()?;
+    let config = endless().max_tokens(6).top_logprobs(2);
+    let whole = model.generate([5, 6, 7], &config)?;
+    let mut stream = model.stream([5, 6, 7], &config)?;
+    let first: Vec<Token> = stream.by_ref().take(2).collect::<std::result::Result<_, _>>()?;
+    assert_eq!(first.iter().map(|token| token.id).collect::<Vec<_>>(), whole.ids[..2]);
+    assert_same(&stream.collect_answer()?, &whole);
+
+    let mut weights = HashMap::new();
+    let config = model.config();
+    for (name, shape) in config.weights() {
+        // The first token overflows what comes after it, but not what comes at once.
+        let weight = Tensor::ones(shape, DType::F32, &Device::Cpu)?;
+        weights.insert(name.clone(), if name.contains("norm") { (weight * 1e38)? } else { weight });
+    }
+    let broken = HybridModel::new(Transformer::new(config, &mut weights)?, None)?;
+    let mut stream = broken.stream([5], &endless())?;
+    let error = stream.next().ok_or("ended")?.err().ok_or("a token")?;
+    assert_eq!(error.to_string(), "logits are not finite at position 1");
+    assert!(stream.next().is_none());
+    assert_eq!(
+        error_of(stream.collect_answer())?,
+        "the stream ended with an error before: there is no whole answer"
+    );
+    Ok(())
+}
+
+#[test]
+fn another_models_conversation_is_refused() -> Result {
+    let (one, other) = (model(100, None)?, model(100, None)?);
+    let mut conversation = one.conversation(50)?;
+    one.stream_in(&mut conversation, [5, 6, 7], &endless())?;
+    assert_eq!(
+        error_of(other.stream_in(&mut conversation, [5, 6, 7, 8], &endless()))?,
+        "parameter cache: expected one made by this very transformer, got another's"
+    );
+    Ok(())
+}
+
+#[test]
+fn thinking_alone_checks_and_reports_like_generating() -> Result {
+    let model = shared()?;
+    assert_eq!(
+        error_of(model.think([5, 6], &endless().temperature(-3.0)))?,
+        "parameter temperature: expected at least 0, got -3"
+    );
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::clone(&seen);
+    let config = endless().thinking(Thinking::passes(2)).on_progress(move |progress| {
+        log.lock().unwrap_or_else(PoisonError::into_inner).push(progress);
+    });
+    model.think([5, 6], &config)?;
+    let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let expected = [0, 1, 2].map(|done| Progress::Think { done, total: 2 });
+    assert_eq!(*seen, expected);
     Ok(())
 }

@@ -102,6 +102,17 @@ fn a_tokenizer_larger_than_the_embedding_table_is_refused() -> Result {
 }
 
 #[test]
+fn an_end_token_beyond_the_vocabulary_is_refused() -> Result {
+    let error = with_defaults(r#"{"eos_token_id": [2, 999999]}"#).err().ok_or("loaded")?;
+    assert_eq!(
+        error.to_string(),
+        "config field eos_token_id of generation_config.json: expected less than the vocabulary of \
+         128, got 999999"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_folder_without_a_tokenizer_works_with_ids() -> Result {
     let model = load(folder(&[])?.path())?;
     assert!(model.tokenizer().is_none());

@@ -166,7 +166,7 @@ fn of_half_precision_weights() -> Result {
         for rows in [1, 4, 5, 40] {
             let xs = tiny::noise(1, &[rows, 6], 1.0)?;
             let weight = Var::from_tensor(&tiny::noise(2, &[3, 6], 1.0)?.to_dtype(dtype)?)?;
-            let ys = Linear::dense(weight.as_tensor().clone()).forward(&xs)?;
+            let ys = Linear::dense(weight.as_tensor())?.forward(&xs)?;
             let gradients = ys.sum_all()?.backward()?;
             let gradient = gradients.get(&weight).ok_or("no gradient")?.to_dtype(DType::F32)?;
             let expected = xs.sum_keepdim(0)?.broadcast_as((3, 6))?.contiguous()?;

@@ -23,7 +23,7 @@ fn dense_weights_give_candles_product() -> Result {
     for (out, width) in WIDTHS {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let weight = tiny::noise(1, &[out, width], 1.0)?.to_dtype(dtype)?;
-            let linear = Linear::dense(weight.clone());
+            let linear = Linear::dense(&weight)?;
             let wide = weight.to_dtype(DType::F32)?;
             for rows in ROWS {
                 let name = format!("{rows} x {width} by {out} of {dtype:?}");
@@ -40,7 +40,7 @@ fn dense_weights_give_candles_product() -> Result {
 
 #[test]
 fn inputs_need_not_lie_in_one_piece() -> Result {
-    let linear = Linear::dense(tiny::noise(1, &[9, 6], 1.0)?);
+    let linear = Linear::dense(&tiny::noise(1, &[9, 6], 1.0)?)?;
     for rows in ROWS {
         let xs = tiny::noise(2, &[6, rows], 1.0)?.t()?;
         assert_identical("transposed", &linear.forward(&xs)?, &linear.forward(&xs.contiguous()?)?)?;

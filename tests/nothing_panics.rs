@@ -4,7 +4,8 @@ mod common;
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
 use hybrid_attention::{
@@ -40,6 +41,13 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
     let smaller = Config { num_hidden_layers: 2, ..config.clone() };
     let mut smaller = tiny::transformer(&smaller, 1)?.new_cache(&dense, 8)?;
     let cached = Pass::Cached(&mut smaller);
+    let f64s = |name: &str| -> Result<_> {
+        let mut weights = tiny::weights(&config, 1)?;
+        weights.insert(name.to_owned(), weights[name].to_dtype(DType::F64)?);
+        Ok(refusal(Transformer::new(&config, &mut weights)))
+    };
+    let quantised = QTensor::quantize(&tiny::noise(1, &[4, 32], 1.0)?, GgmlDType::Q8_0)?;
+    let tracked = Var::from_tensor(&tiny::noise(2, &[1, 32], 1.0)?)?;
 
     let refusals = [
         (
@@ -61,7 +69,32 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             refusal(transformer.forward(&short, 0..3, cached)),
-            "parameter cache: expected one of at least 3 layers, got 2",
+            "parameter cache: expected one made by this very transformer, got another's",
+        ),
+        (
+            forward(&Tensor::zeros((1, 3, 17), DType::F32, &Device::Cpu)?, 0..3, &dense),
+            "parameter xs: expected a stream (batch, seq, 16), got [1, 3, 17]",
+        ),
+        (
+            refusal(transformer.logits(&Tensor::zeros((0, 3, 16), DType::F32, &Device::Cpu)?)),
+            "parameter xs: expected a stream (batch, seq, 16), got [0, 3, 16]",
+        ),
+        (
+            refusal(Thinking::passes(1).encode(transformer, &short, Pass::Bidirectional(&dense))),
+            "parameter pass: expected a causal one to encode with, got a bidirectional one",
+        ),
+        (
+            f64s("model.norm.weight")?,
+            "weight model.norm.weight in memory: expected F32, F16 or BF16, got F64",
+        ),
+        (
+            refusal(Linear::quantized(quantised.into())?.forward(tracked.as_tensor())),
+            "unsupported gradient: through quantised weights",
+        ),
+        (
+            refusal(HybridModel::from_gguf(fixture("window"), None, &Device::Cpu))
+                .split_off(fixture("window").display().to_string().len()),
+            ": a folder, not a GGUF file: HybridModel::from_folder loads it",
         ),
         (
             refusal(transformer.new_cache(&dense, 0)),
@@ -260,12 +293,13 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
         let mask = Mask::new(layout, Sight::Bidirectional, queries, n[2], Some(n[3]));
         let _ = (mask.sees(n[0], n[1]), mask.queries(), mask.keys());
         let _ = mask.keys_of(&range(n[2], n[3]));
+        let _ = mask.bias(&range(n[2], n[3]), &range(n[0], n[1]), DType::F32, &Device::Cpu);
     }
     let _ = model.logits(&xs);
     let _ = model.embed(&Tensor::zeros((shape.0, shape.1), DType::U32, &Device::Cpu)?);
     let (out, width) = (n[0].min(9), n[1].min(9));
     for dtype in [DType::BF16, DType::F32, DType::U32] {
-        let linear = Linear::dense(Tensor::zeros((out, width), dtype, &Device::Cpu)?);
+        let linear = Linear::dense(&Tensor::zeros((out, width), dtype, &Device::Cpu)?)?;
         let _ = linear.forward(&xs);
         let fitting = Tensor::ones((shape.0, shape.1, width), DType::F32, &Device::Cpu)?;
         let _ = linear.forward(&fitting);

@@ -415,6 +415,28 @@ fn rolling(window: usize, seq: usize, chunk: usize, pad: usize, seed: u64) -> Re
     Ok(())
 }
 
+/// Layers of one pass that took up what came before in chunks of different sizes.
+fn layers_apart(window: usize, chunks: [usize; 2], seed: u64) -> Result {
+    let config = Config { sliding_window: Some(window), ..tiny::config() };
+    let model = tiny::transformer(&config, seed)?;
+    let layout = Layout::dense(1, 950);
+    let xs = inputs(&model, &layout, seed)?;
+    let expected = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
+    let mut cache = model.new_cache(&layout, 950)?;
+    let past = xs.narrow(1, 0, 900)?;
+    let mut in_chunks = |xs: &Tensor, layers: Range<usize>, chunk: usize| -> Result<Tensor> {
+        let chunks = (0..900).step_by(chunk).map(|start| {
+            let xs = xs.narrow(1, start, chunk.min(900 - start))?;
+            Ok(model.forward(&xs, layers.clone(), Pass::Cached(&mut cache))?)
+        });
+        Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 1)?)
+    };
+    let z = in_chunks(&past, 0..1, chunks[0])?;
+    in_chunks(&z, 1..3, chunks[1])?;
+    let ys = through(&model, &mut cache, &xs.narrow(1, 900, 50)?, 7)?;
+    assert_close("after layers apart", &ys, &expected.narrow(1, 900, 50)?, ROUNDING)
+}
+
 /// Goes back to `length` after `seq` tokens and on with others.
 fn truncated(window: Option<usize>, seq: usize, length: usize, seed: u64) -> Result {
     let config = Config { sliding_window: window, num_hidden_layers: 2, ..tiny::config() };
@@ -456,6 +478,13 @@ proptest! {
         seed: u64,
     ) {
         holds(rolling(window, seq, chunk, pad, seed))?;
+    }
+
+    #[test]
+    fn layers_may_take_up_the_past_in_chunks_of_their_own(
+        window in 1usize..40, one in 90usize..950, other in 90usize..950, seed: u64,
+    ) {
+        holds(layers_apart(window, [one, other], seed))?;
     }
 
     #[test]

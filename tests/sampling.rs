@@ -296,7 +296,7 @@ fn a_model_that_overflows_is_an_error() -> Result {
     assert_eq!(error.to_string(), "logits are not finite at position 3");
     let prompt_logprobs = config.prompt_logprobs(true).max_tokens(0);
     let error = model.generate([1, 2, 3], &prompt_logprobs).err().ok_or("answered")?;
-    assert_eq!(error.to_string(), "logits are not finite at position 0");
+    assert_eq!(error.to_string(), "logits are not finite at position 1");
 
     let mut stream = model.stream([1], &GenerationConfig::default())?;
     assert!(stream.next().is_some_and(|token| token.is_err()));

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "not every example uses everything")]
 
 use std::error::Error;
+use std::io::{ErrorKind, Write, stderr};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -161,6 +162,20 @@ pub fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
+/// A line on standard error, as far as anybody listens. What is in it may come from a file, so
+/// control characters are spelled out.
+pub fn say(line: &str) {
+    let plain: String = line.chars().flat_map(plain).collect();
+    let _ = writeln!(stderr(), "{plain}");
+}
+
+/// A character as it may be shown on a terminal.
+pub fn plain(c: char) -> impl Iterator<Item = char> {
+    let spelled = c.is_control().then(|| c.escape_default());
+    let itself = spelled.is_none().then_some(c);
+    spelled.into_iter().flatten().chain(itself)
+}
+
 /// A bar on standard error; silent when that is not a terminal.
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template);
@@ -194,8 +209,11 @@ pub fn reading_bar() -> (ProgressBar, impl Fn(Progress) + Send + Sync + 'static)
 /// Runs an example's body; an error goes to standard error with all its causes, and the process
 /// fails.
 pub fn main(body: impl FnOnce() -> Result<()>) -> ExitCode {
+    let closed = |error: &std::io::Error| error.kind() == ErrorKind::BrokenPipe;
     match body() {
         Ok(()) => ExitCode::SUCCESS,
+        // Nobody reads on: `generate … | head`.
+        Err(error) if error.downcast_ref().is_some_and(closed) => ExitCode::SUCCESS,
         Err(error) => {
             let mut text = error.to_string();
             let mut cause = error.source();
@@ -206,7 +224,7 @@ pub fn main(body: impl FnOnce() -> Result<()>) -> ExitCode {
                 }
                 cause = error.source();
             }
-            eprintln!("error: {text}");
+            say(&format!("error: {text}"));
             ExitCode::FAILURE
         }
     }

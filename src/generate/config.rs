@@ -213,14 +213,14 @@ impl GenerationConfig {
         &self.thinking
     }
 
-    pub(super) fn report(&self, progress: Progress) {
+    pub(crate) fn report(&self, progress: Progress) {
         if let Some(call) = &self.progress {
             call(progress);
         }
     }
 
     /// Checks every value that does not depend on the model.
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let check = |name, value: f64, ok: bool, expected: &str| match ok && value.is_finite() {
             true => Ok(()),
             false => Err(Error::parameter(name, expected, value)),

@@ -19,7 +19,7 @@ use crate::tokenizer::{Message, Tokenizer};
 /// # let _ = prompt;
 /// ```
 ///
-/// Each part is turned into tokens by itself.
+/// The tokens are those of the whole text, wherever one part ends and the next begins.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Prompt {
     parts: Vec<Part>,
@@ -72,29 +72,56 @@ impl Prompt {
 
     /// The token ids of all parts one after the other, and which runs of them think.
     pub(crate) fn encode(&self, tokenizer: Option<&Tokenizer>) -> Result<EncodedPrompt> {
-        let mut ids = Vec::new();
-        let mut context = Vec::new();
-        for part in &self.parts {
-            let start = ids.len();
-            let needs = |needed_for| tokenizer.ok_or(Error::NoTokenizer { needed_for });
-            match &part.content {
-                Content::Ids(new) => ids.extend_from_slice(new),
-                // Only the first part opens the sequence with BOS.
-                Content::Text(text) => {
-                    ids.extend(needs("a text prompt")?.encode(text, start == 0)?);
+        let needs = |needed_for| tokenizer.ok_or(Error::NoTokenizer { needed_for });
+        let mut encoded = EncodedPrompt { ids: Vec::new(), context: Vec::new() };
+        let is_text = |part: &Part| matches!(part.content, Content::Text(_));
+        for parts in self.parts.chunk_by(|a, b| is_text(a) && is_text(b)) {
+            match parts {
+                [Part { content: Content::Ids(ids), thinks }] => encoded.add(ids, *thinks),
+                [Part { content: Content::Chat(messages), thinks }] => {
+                    encoded.add(&needs("a chat")?.encode_chat(messages, true)?, *thinks);
                 }
-                Content::Chat(messages) => {
-                    ids.extend(needs("a chat")?.encode_chat(messages, true)?);
-                }
-            }
-            if part.thinks && ids.len() > start {
-                context.push(start..ids.len());
+                texts => encoded.add_texts(texts, needs("a text prompt")?)?,
             }
         }
-        if ids.is_empty() {
+        if encoded.ids.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        Ok(EncodedPrompt { ids, context })
+        Ok(encoded)
+    }
+}
+
+impl EncodedPrompt {
+    fn add(&mut self, ids: &[u32], thinks: bool) {
+        let start = self.ids.len();
+        self.ids.extend_from_slice(ids);
+        if thinks && !ids.is_empty() {
+            self.context.push(start..self.ids.len());
+        }
+    }
+
+    /// Adds neighbouring texts, encoded as the one text that they are together and then cut: the
+    /// tokens do not depend on where one part ends. A token over a border goes to the part that it
+    /// begins in.
+    fn add_texts(&mut self, parts: &[Part], tokenizer: &Tokenizer) -> Result<()> {
+        let text = |part: &Part| match &part.content {
+            Content::Text(text) => text.clone(),
+            _ => String::new(),
+        };
+        let texts: Vec<String> = parts.iter().map(text).collect();
+        // Only the beginning of the sequence is opened with BOS.
+        let (ids, starts) = tokenizer.encode_with_starts(&texts.concat(), self.ids.is_empty())?;
+        let (mut from, mut end_of_text) = (0, 0);
+        for (index, (part, text)) in parts.iter().zip(&texts).enumerate() {
+            end_of_text += text.len();
+            let to = match index + 1 == parts.len() {
+                true => ids.len(),
+                false => starts.partition_point(|&start| start < end_of_text).max(from),
+            };
+            self.add(ids.get(from..to).unwrap_or(&[]), part.thinks);
+            from = to;
+        }
+        Ok(())
     }
 }
 
@@ -131,5 +158,58 @@ impl From<&[u32]> for Prompt {
 impl<const N: usize> From<[u32; N]> for Prompt {
     fn from(ids: [u32; N]) -> Self {
         Self::from(ids.to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::Path;
+
+    fn tokenizer(name: &str) -> Result<Tokenizer> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
+        let found = Tokenizer::from_folder(&folder.join(name))?;
+        found.ok_or(Error::NoTokenizer { needed_for: "this test" })
+    }
+
+    proptest! {
+        /// Wherever a text is cut, its tokens stay the same, and each part has those that begin in it.
+        #[test]
+        fn cuts_move_no_token(
+            words in prop::collection::vec("[a-z]{1,6}|é|漢字", 1..8),
+            thinks in prop::collection::vec(any::<bool>(), 8),
+            llama: bool,
+        ) {
+            let run = || -> Result<()> {
+                let tokenizer = tokenizer(if llama { "llama" } else { "byte_level" })?;
+                let mut prompt = Prompt::default();
+                let mut parts = Vec::new();
+                for (index, (word, &thinks)) in words.iter().zip(&thinks).enumerate() {
+                    let text = if index == 0 { word.clone() } else { format!(" {word}") };
+                    prompt = if thinks { prompt.context(&text) } else { prompt.plain(&text) };
+                    parts.push((text, thinks));
+                }
+                let whole: String = parts.iter().map(|(text, _)| text.as_str()).collect();
+                let encoded = prompt.encode(Some(&tokenizer))?;
+                assert_eq!(encoded.ids, tokenizer.encode(&whole, true)?);
+
+                // A token begins where the text of those before it ends.
+                let mut stream = tokenizer.decode_stream(&[]);
+                let mut begins = 0;
+                for (index, &id) in encoded.ids.iter().enumerate() {
+                    let mut end = 0;
+                    let part = parts.iter().find(|(text, _)| {
+                        end += text.len();
+                        begins < end
+                    });
+                    let inside = encoded.context.iter().any(|run| run.contains(&index));
+                    assert_eq!(Some(inside), part.map(|(_, thinks)| *thinks), "token {index}");
+                    begins += stream.push(id).len();
+                }
+                Ok(())
+            };
+            run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+        }
     }
 }

@@ -20,8 +20,8 @@ const LOGITS_AT_ONCE: usize = 64;
 
 /// What is left of the work before the first token.
 pub(super) struct PromptRead {
-    /// After the last prompt token, `(vocab,)` in `f32`.
-    pub(super) logits: Tensor,
+    /// After the last prompt token, one for each token of the vocabulary.
+    pub(super) logits: Vec<f32>,
     /// Prompt tokens that did not run because the conversation had them.
     pub(super) kept: usize,
     pub(super) prompt_logprobs: Option<Vec<Option<f32>>>,
@@ -50,8 +50,7 @@ pub(super) fn read_prompt(
     }
     let kept = conversation.rewind(&prompt.ids);
     let new = prompt.ids.get(kept..).unwrap_or(&[]);
-    let tokens = Tensor::new(new, transformer.device())?.unsqueeze(0)?;
-    let embeddings = transformer.embed(&tokens).map_err(|error| match error {
+    let embeddings = transformer.embed_ids(new, (1, new.len())).map_err(|error| match error {
         Error::TokenOutOfRange { position, id, vocab_size } => {
             Error::TokenOutOfRange { position: kept + position, id, vocab_size }
         }
@@ -86,7 +85,7 @@ pub(super) fn read_prompt(
         config.report(Progress::Prefill { done: kept + from + length, total });
     }
     let logits = transformer.logits(&last.ok_or(Error::EmptyPrompt)?)?;
-    let logits = logits.flatten_all()?.to_dtype(DType::F32)?;
+    let logits = logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
     let seconds = Seconds { think, prefill: seconds_since(start) - think, decode: 0.0 };
     Ok(PromptRead { logits, kept, prompt_logprobs: scores.done, drift: thoughts.drift, seconds })
 }
@@ -112,7 +111,7 @@ impl<'a> PromptLogProbs<'a> {
             for logits in logits.to_vec2::<f32>()? {
                 // The last position tells of the first generated token, not of the prompt.
                 if let Some(&id) = self.ids.get(done.len()) {
-                    let logprobs = LogProbs::new(&logits, done.len() - 1)?;
+                    let logprobs = LogProbs::new(&logits, done.len())?;
                     done.push(Some(logprobs.of(id)));
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 
 use super::answer::{Answer, Seconds, Token};
 use super::config::GenerationConfig;
@@ -51,25 +51,25 @@ pub struct TokenStream<'a> {
     sampler: Sampler,
     detokenizer: Option<DecodeStream<'a>>,
     stop_strings: StopStrings,
+    stop_ids: Vec<u32>,
     config: GenerationConfig,
     next: Next,
-    generated: usize,
     stop: Option<StopReason>,
     failed: bool,
-    prompt_ids: Vec<u32>,
     kept: usize,
-    prompt_logprobs: Option<Vec<Option<f32>>>,
-    drift: Vec<f64>,
-    seconds: Seconds,
+    /// What came so far; `stop` holds its own reason to end.
+    answer: Answer,
 }
 
 /// Where the next logits come from.
 #[derive(Debug)]
 enum Next {
-    /// The last token of the prompt: `(vocab,)`.
-    Logits(Tensor),
+    /// They came with the prompt.
+    Logits(Vec<f32>),
     /// A generated token that has not run yet.
     Token(u32),
+    /// Nowhere: the step that took the last of them failed.
+    Nothing,
 }
 
 impl<'a> TokenStream<'a> {
@@ -84,9 +84,7 @@ impl<'a> TokenStream<'a> {
         let prompt = prompt.encode(source.tokenizer)?;
         let sampler = Sampler::new(config, &prompt.ids)?;
         config.thinking.validate(transformer)?;
-        if !config.stop.is_empty() && source.tokenizer.is_none() {
-            return Err(Error::NoTokenizer { needed_for: "a stop string" });
-        }
+        let (stop_strings, stop_ids) = stops(config, source)?;
         let mut conversation = match conversation {
             Some(lent) => Held::Lent(lent),
             None => {
@@ -103,24 +101,31 @@ impl<'a> TokenStream<'a> {
             conversation,
             sampler,
             detokenizer,
-            stop_strings: StopStrings::new(config.stop.clone()),
+            stop_strings: StopStrings::new(stop_strings),
+            stop_ids,
             config: config.clone(),
             next: Next::Logits(read.logits),
-            generated: 0,
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
             failed: false,
-            prompt_ids: prompt.ids,
             kept: read.kept,
-            prompt_logprobs: read.prompt_logprobs,
-            drift: read.drift,
-            seconds: read.seconds,
+            answer: Answer {
+                prompt_ids: prompt.ids,
+                ids: Vec::new(),
+                text: String::new(),
+                logprobs: Vec::new(),
+                top_logprobs: Vec::new(),
+                prompt_logprobs: read.prompt_logprobs,
+                stop: StopReason::MaxTokens,
+                drift: read.drift,
+                seconds: read.seconds,
+            },
         })
     }
 
     /// The prompt as the model took it.
     #[must_use]
     pub fn prompt_ids(&self) -> &[u32] {
-        &self.prompt_ids
+        &self.answer.prompt_ids
     }
 
     /// How many of the prompt's tokens were in the conversation's cache already and did not run
@@ -133,13 +138,13 @@ impl<'a> TokenStream<'a> {
     /// The log-probability of each prompt token; see [`Answer::prompt_logprobs`].
     #[must_use]
     pub fn prompt_logprobs(&self) -> Option<&[Option<f32>]> {
-        self.prompt_logprobs.as_deref()
+        self.answer.prompt_logprobs.as_deref()
     }
 
     /// The relative change of the thoughts in each pass.
     #[must_use]
     pub fn drift(&self) -> &[f64] {
-        &self.drift
+        &self.answer.drift
     }
 
     /// Why the answer ended; `None` while it has not.
@@ -151,46 +156,34 @@ impl<'a> TokenStream<'a> {
     /// Where the time went so far.
     #[must_use]
     pub fn seconds(&self) -> Seconds {
-        self.seconds
+        self.answer.seconds
     }
 
-    /// Runs to the end and gives everything at once.
+    /// Runs to the end and gives the whole answer, tokens already taken from the stream included.
     ///
     /// # Errors
-    /// The first error of the stream.
+    /// The first error of the stream; [`Error::StreamFailed`] when it was given before.
     pub fn collect_answer(mut self) -> Result<Answer> {
-        let (mut ids, mut text) = (Vec::new(), String::new());
-        let (mut logprobs, mut top_logprobs) = (Vec::new(), Vec::new());
         for token in &mut self {
-            let token = token?;
-            ids.push(token.id);
-            text.push_str(&token.text);
-            logprobs.push(token.logprob);
-            top_logprobs.push(token.top_logprobs);
+            token?;
         }
-        Ok(Answer {
-            prompt_ids: self.prompt_ids,
-            ids,
-            text,
-            logprobs,
-            top_logprobs,
-            prompt_logprobs: self.prompt_logprobs,
-            // A stream that ended without an error has a reason.
-            stop: self.stop.unwrap_or(StopReason::MaxTokens),
-            drift: self.drift,
-            seconds: self.seconds,
-        })
+        match self.stop {
+            Some(stop) => Ok(Answer { stop, ..self.answer }),
+            None => Err(Error::StreamFailed),
+        }
     }
 
     fn advance(&mut self) -> Result<Token> {
-        let logits = match &self.next {
-            Next::Logits(logits) => logits.to_vec1::<f32>()?,
-            Next::Token(id) => self.run(*id)?,
+        let logits = match std::mem::replace(&mut self.next, Next::Nothing) {
+            Next::Logits(logits) => logits,
+            Next::Token(id) => self.run(id)?,
+            Next::Nothing => return Err(Error::StreamFailed),
         };
         let id = self.sampler.sample(&logits)?;
-        let logprobs = LogProbs::new(&logits, self.prompt_ids.len() + self.generated)?;
+        let position = self.answer.prompt_ids.len() + self.answer.ids.len();
+        let logprobs = LogProbs::new(&logits, position)?;
         let (logprob, top_logprobs) = (logprobs.of(id), logprobs.top(self.config.top_logprobs));
-        self.generated += 1;
+        self.answer.ids.push(id);
 
         self.stop = self.stop_at(id);
         let mut text = String::new();
@@ -209,6 +202,9 @@ impl<'a> TokenStream<'a> {
             }
         }
         self.next = Next::Token(id);
+        self.answer.text.push_str(&text);
+        self.answer.logprobs.push(logprob);
+        self.answer.top_logprobs.push(top_logprobs.clone());
         Ok(Token { id, text, logprob, top_logprobs })
     }
 
@@ -218,9 +214,9 @@ impl<'a> TokenStream<'a> {
         let cache = &self.conversation.get().cache;
         if eos_ids.contains(&id) {
             Some(StopReason::Eos)
-        } else if self.config.stop_ids.contains(&id) {
+        } else if self.stop_ids.contains(&id) {
             Some(StopReason::StopId)
-        } else if self.generated >= self.config.max_tokens {
+        } else if self.answer.ids.len() >= self.config.max_tokens {
             Some(StopReason::MaxTokens)
         } else if cache.len() >= cache.capacity() {
             Some(StopReason::Context)
@@ -233,7 +229,7 @@ impl<'a> TokenStream<'a> {
     fn run(&mut self, id: u32) -> Result<Vec<f32>> {
         let transformer = self.source.transformer;
         let conversation = self.conversation.get();
-        let xs = transformer.embed(&Tensor::new(&[[id]], transformer.device())?)?;
+        let xs = transformer.embed_ids(&[id], (1, 1))?;
         let layers = transformer.all_layers();
         let pass = Pass::Cached(&mut conversation.cache);
         let h = transformer.forward(&xs, layers, pass)?; // (1, 1, hidden)
@@ -242,6 +238,28 @@ impl<'a> TokenStream<'a> {
         }
         Ok(transformer.logits(&h)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
+}
+
+/// The texts and the tokens that end an answer. A text that is the spelling of a control token never
+/// shows in the answer, so that token itself is looked for.
+fn stops(config: &GenerationConfig, source: Source<'_>) -> Result<(Vec<String>, Vec<u32>)> {
+    let vocab_size = source.transformer.config().vocab_size;
+    let (mut strings, mut ids) = (Vec::new(), config.stop_ids.clone());
+    for (name, given) in [("stop_id", &ids), ("eos_ids", config.eos_ids.as_ref().unwrap_or(&ids))] {
+        if let Some(id) = given.iter().find(|&&id| id as usize >= vocab_size) {
+            let expected = format!("less than the vocabulary of {vocab_size}");
+            return Err(Error::parameter(name, expected, id));
+        }
+    }
+    for stop in &config.stop {
+        let tokenizer =
+            source.tokenizer.ok_or(Error::NoTokenizer { needed_for: "a stop string" })?;
+        match tokenizer.special_id(stop) {
+            Some(id) => ids.push(id),
+            None => strings.push(stop.clone()),
+        }
+    }
+    Ok((strings, ids))
 }
 
 impl Iterator for TokenStream<'_> {
@@ -253,7 +271,7 @@ impl Iterator for TokenStream<'_> {
         }
         let start = Instant::now();
         let token = self.advance();
-        self.seconds.decode += seconds_since(start);
+        self.answer.seconds.decode += seconds_since(start);
         self.failed = token.is_err();
         Some(token)
     }

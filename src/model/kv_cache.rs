@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
+use super::Transformer;
 use super::layout::Layout;
-use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// Tokens that run through the blocks at a time when a cache takes them up.
@@ -25,6 +25,8 @@ pub(super) const CHUNK: usize = 512;
 /// ```
 #[derive(Debug)]
 pub struct KvCache {
+    /// Which transformer's keys and values these are.
+    owner: u64,
     layers: Vec<LayerCache>,
     capacity: usize,
     layout: Layout,
@@ -44,13 +46,8 @@ pub(super) struct LayerCache {
 }
 
 impl KvCache {
-    pub(super) fn new(
-        config: &Config,
-        layout: &Layout,
-        capacity: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
+    pub(super) fn new(owner: &Transformer, layout: &Layout, capacity: usize) -> Result<Self> {
+        let Transformer { id, config, dtype, device, .. } = owner;
         if capacity == 0 {
             return Err(Error::parameter("capacity", "at least one position", capacity));
         }
@@ -61,14 +58,14 @@ impl KvCache {
         let bytes = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
         let zeros = || match bytes {
             Some(bytes) if !device.is_cpu() || fits_memory(bytes) => {
-                Ok(Tensor::zeros(shape, dtype, device)?)
+                Ok(Tensor::zeros(shape, *dtype, device)?)
             }
             _ => Err(Error::parameter("capacity", "a cache that fits memory", capacity)),
         };
         let layer =
             |_| Ok(LayerCache { keys: zeros()?, values: zeros()?, first: 0, len: 0, window });
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self { layers, capacity, layout: layout.clone() })
+        Ok(Self { owner: *id, layers, capacity, layout: layout.clone() })
     }
 
     /// Positions taken up so far.
@@ -130,6 +127,14 @@ impl KvCache {
         Ok(())
     }
 
+    /// Refuses to be used by another transformer: what the keys mean lies in its weights.
+    pub(super) fn check_owner(&self, transformer: u64) -> Result<()> {
+        if self.owner == transformer {
+            return Ok(());
+        }
+        Err(Error::parameter("cache", "one made by this very transformer", "another's"))
+    }
+
     /// The position at which `layers` go on, which must be one for all of them.
     pub(super) fn position(&self, layers: &Range<usize>) -> Result<usize> {
         let Some(layers) = self.layers.get(layers.clone()) else {
@@ -157,10 +162,15 @@ impl KvCache {
     }
 
     /// Makes room for `new` more positions in `layers`, letting go of what no window will see.
+    ///
+    /// One mask serves all layers of a pass, so all of them then hold the same positions, also if
+    /// they took up what came before in chunks of different sizes.
     pub(super) fn reserve(&mut self, layers: &Range<usize>, new: usize) -> Result<()> {
         self.check_room(layers, new)?;
-        for layer in self.layers.get_mut(layers.clone()).unwrap_or(&mut []) {
-            layer.reserve(new)?;
+        let layers = self.layers.get_mut(layers.clone()).unwrap_or(&mut []);
+        let aligned = layers.windows(2).all(|pair| pair[0].first == pair[1].first);
+        for layer in layers {
+            layer.reserve(new, !aligned)?;
         }
         Ok(())
     }
@@ -185,10 +195,12 @@ fn fits_memory(bytes: usize) -> bool {
 }
 
 impl LayerCache {
-    fn reserve(&mut self, new: usize) -> Result<()> {
+    /// Makes room for `new` more positions. With `roll`, lets go of what no window will see even
+    /// if there is room.
+    fn reserve(&mut self, new: usize, roll: bool) -> Result<()> {
         let slots = self.keys.dim(2)?;
         let held = self.len - self.first;
-        if held + new <= slots {
+        if held + new <= slots && !roll {
             return Ok(());
         }
         let keep = self.window.map_or(held, |window| held.min(window - 1));

@@ -6,7 +6,7 @@ use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Module, Tensor};
 
 use super::kernels;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Up to this many rows of input, reading the weight costs more than the arithmetic, and the
 /// row-by-row kernel beats a blocked matrix product.
@@ -31,9 +31,11 @@ enum Weight {
 
 impl Linear {
     /// A projection by a dense `weight` of shape `(out_features, in_features)`.
-    #[must_use]
-    pub fn dense(weight: Tensor) -> Self {
-        Self { weight: Weight::Dense(weight) }
+    ///
+    /// # Errors
+    /// When a device has no room for a copy of a weight that is not contiguous.
+    pub fn dense(weight: &Tensor) -> Result<Self> {
+        Ok(Self { weight: Weight::Dense(weight.contiguous()?) })
     }
 
     /// A projection by a quantised `weight` of shape `(out_features, in_features)`.
@@ -47,10 +49,15 @@ impl Linear {
     /// `(…, in_features) -> (…, out_features)`, in the type of `xs`.
     ///
     /// # Errors
-    /// When the last dimension of `xs` is not `in_features`, or a device fails.
+    /// When the last dimension of `xs` is not `in_features`, or a device fails;
+    /// [`Error::Unsupported`] when a gradient is wanted of a product with quantised weights, which
+    /// candle would silently leave out.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         match &self.weight {
             Weight::Dense(weight) => dense(xs, weight),
+            Weight::Quantized(_) if xs.track_op() => {
+                Err(Error::unsupported("gradient", "through quantised weights"))
+            }
             Weight::Quantized(weight) => Ok(weight.forward(&xs.contiguous()?)?),
         }
     }

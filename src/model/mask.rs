@@ -119,7 +119,8 @@ impl Mask {
         union.unwrap_or(0..0)
     }
 
-    /// What is added to the scores of `queries` over `keys` before their softmax: `0` where a
+    /// What is added to the scores of `queries` over `keys`, as far as there are any, before their
+    /// softmax: `0` where a
     /// query sees a key, `-inf` where it does not; `None` when each of them sees all.
     /// Shape `(batch, 1, queries, keys)`, or `(1, 1, queries, keys)` when all rows are alike.
     ///
@@ -132,23 +133,17 @@ impl Mask {
         dtype: DType,
         device: &Device,
     ) -> Result<Option<Tensor>> {
-        let mut bias = Vec::with_capacity(self.rows.len() * queries.len() * keys.len());
-        let mut all = true;
-        for row in 0..self.rows.len() {
-            for query in queries.clone() {
-                let sees = self.sees(row, query);
-                all &= sees.start <= keys.start && keys.end <= sees.end;
-                bias.extend(
-                    keys.clone().map(
-                        |key| {
-                            if sees.contains(&key) { 0f32 } else { f32::NEG_INFINITY }
-                        },
-                    ),
-                );
-            }
-        }
-        if all {
+        let queries = queries.start..queries.end.min(self.queries());
+        let keys = keys.start..keys.end.min(self.keys);
+        let one_row = |row| queries.clone().map(move |query| self.sees(row, query));
+        let sees = || (0..self.rows.len()).flat_map(one_row);
+        if sees().all(|sees| sees.start <= keys.start && keys.end <= sees.end) {
             return Ok(None);
+        }
+        let mut bias = Vec::with_capacity(self.rows.len() * queries.len() * keys.len());
+        for sees in sees() {
+            let seen = |key| if sees.contains(&key) { 0f32 } else { f32::NEG_INFINITY };
+            bias.extend(keys.clone().map(seen));
         }
         let shape = (self.rows.len(), 1, queries.len(), keys.len());
         Ok(Some(Tensor::from_vec(bias, shape, device)?.to_dtype(dtype)?))

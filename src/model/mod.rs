@@ -46,6 +46,7 @@ mod rope;
 mod weights;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -79,6 +80,8 @@ pub enum Pass<'a> {
 /// it has the type of the weights.
 #[derive(Debug)]
 pub struct Transformer {
+    /// Tells this one from all others of the process.
+    id: u64,
     config: Config,
     embed_tokens: Tensor,
     layers: Vec<Block>,
@@ -112,13 +115,15 @@ impl Transformer {
             .collect::<Result<_>>()?;
         let norm = RmsNorm::new(config, "model.norm.weight", dtype, weights)?;
         let lm_head = if config.tie_word_embeddings {
-            Linear::dense(embed_tokens.clone())
+            Linear::dense(&embed_tokens)?
         } else {
             weights.linear("lm_head.weight", table.0, table.1)?
         };
         let rope = Rope::new(config, dtype, &device)?;
         let config = config.clone();
-        Ok(Self { config, embed_tokens, layers, norm, lm_head, rope, dtype, device })
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { id, config, embed_tokens, layers, norm, lm_head, rope, dtype, device })
     }
 
     /// The shapes it was built with.
@@ -150,15 +155,21 @@ impl Transformer {
     /// # Errors
     /// [`Error::TokenOutOfRange`] for an id that is not in the vocabulary.
     pub fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
-        let (batch, seq) = tokens.dims2()?;
-        let ids = tokens.flatten_all()?.to_vec1::<u32>()?;
-        let vocab_size = self.config.vocab_size;
-        if let Some(position) = ids.iter().position(|&id| id as usize >= vocab_size) {
-            return Err(Error::TokenOutOfRange { position, id: ids[position], vocab_size });
+        let shape = tokens.dims2()?;
+        self.embed_ids(&tokens.flatten_all()?.to_vec1::<u32>()?, shape)
+    }
+
+    /// [`Transformer::embed`] of ids on the host, laid out as `(batch, seq)`.
+    pub(crate) fn embed_ids(&self, ids: &[u32], (batch, seq): (usize, usize)) -> Result<Tensor> {
+        let (vocab_size, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        for (position, &id) in ids.iter().enumerate() {
+            if id as usize >= vocab_size {
+                return Err(Error::TokenOutOfRange { position, id, vocab_size });
+            }
         }
         let ids = Tensor::new(ids, &self.device)?;
         let rows = self.embed_tokens.index_select(&ids, 0)?.to_dtype(self.dtype)?;
-        Ok(rows.reshape((batch, seq, self.config.hidden_size))?)
+        Ok(rows.reshape((batch, seq, hidden))?)
     }
 
     /// Runs `layers` over the residual stream `xs` and gives the stream that leaves them, both
@@ -167,9 +178,10 @@ impl Transformer {
     ///
     /// # Errors
     /// [`Error::ContextFull`] when the cache, or the model, has no room for `seq` more positions;
-    /// [`Error::Parameter`] when `layers` or the batch of `xs` does not fit.
+    /// [`Error::Parameter`] when `layers`, the shape of `xs` or the cache does not fit this model;
+    /// [`Error::EmptyPrompt`] when `seq` is 0.
     pub fn forward(&self, xs: &Tensor, layers: Range<usize>, pass: Pass<'_>) -> Result<Tensor> {
-        let (batch, seq, _) = xs.dims3()?;
+        let (batch, seq) = self.check_stream(xs)?;
         if layers.start > layers.end || layers.end > self.layers.len() {
             let expected = format!("a range within 0..{}", self.layers.len());
             return Err(Error::parameter("layers", expected, format!("{layers:?}")));
@@ -181,6 +193,7 @@ impl Transformer {
             Pass::Causal(layout) => self.uncached(xs, layers, layout, Sight::Causal),
             Pass::Bidirectional(layout) => self.uncached(xs, layers, layout, Sight::Bidirectional),
             Pass::Cached(cache) => {
+                cache.check_owner(self.id)?;
                 check_batch(cache.layout().batch(), batch)?;
                 cache.check_room(&layers, seq)?; // before the first chunk is taken up
                 let chunks = (0..seq).step_by(kv_cache::CHUNK).map(|start| {
@@ -241,6 +254,7 @@ impl Transformer {
     /// # Errors
     /// When a device fails.
     pub fn norm(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.check_stream(hidden)?;
         self.norm.forward(hidden)
     }
 
@@ -262,7 +276,20 @@ impl Transformer {
     /// beyond the model's `max_position_embeddings`.
     pub fn new_cache(&self, layout: &Layout, capacity: usize) -> Result<KvCache> {
         self.check_context(capacity)?;
-        KvCache::new(&self.config, layout, capacity, self.dtype, &self.device)
+        KvCache::new(self, layout, capacity)
+    }
+
+    /// The batch and the sequence length of a residual stream `(batch, seq, hidden)`.
+    fn check_stream(&self, xs: &Tensor) -> Result<(usize, usize)> {
+        match xs.dims() {
+            [batch, seq, hidden] if *batch > 0 && *hidden == self.config.hidden_size => {
+                Ok((*batch, *seq))
+            }
+            got => {
+                let expected = format!("a stream (batch, seq, {})", self.config.hidden_size);
+                Err(Error::parameter("xs", expected, format!("{got:?}")))
+            }
+        }
     }
 
     /// Refuses more positions than the model was trained for.

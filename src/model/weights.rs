@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::linear::Linear;
 use crate::error::{Error, Result};
@@ -24,17 +24,25 @@ pub trait Weights {
     /// # Errors
     /// As [`Weights::tensor`].
     fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
-        Ok(Linear::dense(self.tensor(name, &[out_features, in_features])?))
+        Linear::dense(&self.tensor(name, &[out_features, in_features])?)
     }
 }
 
-/// Tensors in memory: tests, training, weights made by hand.
+/// Tensors in memory, in `f32`, `f16` or `bf16`: tests, training, weights made by hand.
 impl Weights for HashMap<String, Tensor> {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let place = || "memory".to_string();
         let tensor = self
             .get(name)
             .ok_or_else(|| Error::MissingWeight { name: name.to_string(), place: place() })?;
+        if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            return Err(Error::WeightDType {
+                name: name.to_string(),
+                place: place(),
+                expected: "F32, F16 or BF16",
+                got: format!("{:?}", tensor.dtype()),
+            });
+        }
         if tensor.dims() != shape {
             return Err(Error::WeightShape {
                 name: name.to_string(),

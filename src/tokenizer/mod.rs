@@ -164,6 +164,11 @@ impl Tokenizer {
             .is_some_and(|t| t.special)
     }
 
+    /// The control token that is spelled like this.
+    pub(crate) fn special_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text).filter(|&id| self.is_special(id))
+    }
+
     /// The token as the vocabulary spells it (`▁Paris`, `ĠParis`, `<0xE6>`), or `None` if there is
     /// no such id. For text use [`decode`](Self::decode).
     pub fn token(&self, id: u32) -> Option<String> {
@@ -259,6 +264,29 @@ impl Tokenizer {
         }
         self.keep_one_bos(&mut ids);
         Ok(ids)
+    }
+
+    /// [`encode`](Self::encode), and the byte of `text` at which each token begins.
+    pub(crate) fn encode_with_starts(
+        &self,
+        text: &str,
+        add_special: bool,
+    ) -> Result<(Vec<u32>, Vec<usize>)> {
+        let encoding = guard(|| self.inner.encode(text, add_special))?;
+        let mut ids = encoding.get_ids().to_vec();
+        let mut starts = Vec::with_capacity(ids.len());
+        // A token that is added around the text has no place in it: it keeps to the one before.
+        let mut latest = 0;
+        for &(start, _) in encoding.get_offsets() {
+            latest = start.max(latest);
+            starts.push(latest);
+        }
+        if add_special {
+            let all = ids.len();
+            self.keep_one_bos(&mut ids);
+            starts.drain(..all - ids.len());
+        }
+        Ok((ids, starts))
     }
 
     fn encode_raw(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {

@@ -1,6 +1,5 @@
-//! CPU kernels where candle's own are slow. Each takes and gives tensors, is compiled for the
-//! processor's vector units by run-time detection ([`pulp`]), and is tested against its plain twin
-//! in candle operations.
+//! CPU kernels where candle's own are slow. Each is compiled for the processor's vector units by
+//! run-time detection ([`pulp`]), and is tested against its plain twin in candle operations.
 
 mod dot;
 mod exp;
@@ -27,7 +26,10 @@ pub(crate) fn matvec(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if in_features != weight_in {
         candle_core::bail!("matvec: {:?} does not fit weight {:?}", xs.shape(), weight.shape());
     }
-    let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
+    let xs = xs.contiguous()?;
+    if !weight.is_contiguous() {
+        candle_core::bail!("matvec: expected a contiguous weight");
+    }
     let (x_storage, x_layout) = xs.storage_and_layout();
     let (w_storage, w_layout) = weight.storage_and_layout();
     let (Storage::Cpu(CpuStorage::F32(x)), Storage::Cpu(w)) = (&*x_storage, &*w_storage) else {

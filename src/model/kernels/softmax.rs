@@ -1,4 +1,4 @@
-//! Scale, mask and softmax of attention scores in one pass over memory, in place.
+//! Mask and softmax of attention scores, in place.
 
 use std::ops::Range;
 

@@ -8,9 +8,12 @@ use super::ROWS_PER_TASK;
 
 /// A stored weight element that becomes an `f32` on its way into a register.
 pub(super) trait Element: Copy + Send + Sync {
-    /// `Σ x[i]·w[i]`.
-    fn dot<S: Simd>(simd: S, x: &[f32], w: &[Self]) -> f32;
+    /// A run of weights in `f32`: itself, or what is written to the front of `wide`.
+    fn widen<'a>(w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
 }
+
+/// Weights that are widened at a time, into a buffer that stays in the first-level cache.
+const RUN: usize = 512;
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)` and `w` of `(out, len)`.
 pub(super) fn columns<T: Element>(x: &[f32], w: &[T], len: usize, columns: &mut [f32]) {
@@ -38,67 +41,66 @@ impl<T: Element> WithSimd for Task<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let rows = self.x.len() / self.len;
+        let mut wide = [0f32; RUN];
         for (column, w) in self.columns.chunks_exact_mut(rows).zip(self.w.chunks_exact(self.len)) {
-            for (y, x) in column.iter_mut().zip(self.x.chunks_exact(self.len)) {
-                *y = T::dot(simd, x, w);
+            column.fill(0.0);
+            for (run, w) in w.chunks(RUN).enumerate() {
+                let w = T::widen(w, &mut wide);
+                for (y, x) in column.iter_mut().zip(self.x.chunks_exact(self.len)) {
+                    *y += dot(simd, &x[run * RUN..][..w.len()], w);
+                }
             }
         }
     }
 }
 
+/// `Σ x[i]·w[i]`
+#[inline(always)]
+fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
+    let (x, x_tail) = S::as_simd_f32s(x);
+    let (w, w_tail) = S::as_simd_f32s(w);
+    // Four sums at once: one alone would wait for its own previous addition.
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    let (x4, x_rest) = x.as_chunks::<4>();
+    let (w4, w_rest) = w.as_chunks::<4>();
+    for (x, w) in x4.iter().zip(w4) {
+        for lane in 0..4 {
+            sums[lane] = simd.mul_add_e_f32s(x[lane], w[lane], sums[lane]);
+        }
+    }
+    for (&x, &w) in x_rest.iter().zip(w_rest) {
+        sums[0] = simd.mul_add_e_f32s(x, w, sums[0]);
+    }
+    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+    let tail: f32 = x_tail.iter().zip(w_tail).map(|(x, w)| x * w).sum();
+    simd.reduce_sum_f32s(sum) + tail
+}
+
 impl Element for f32 {
     #[inline(always)]
-    fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
-        let (x, x_tail) = S::as_simd_f32s(x);
-        let (w, w_tail) = S::as_simd_f32s(w);
-        // Four sums at once: one alone would wait for its own previous addition.
-        let mut sums = [simd.splat_f32s(0.0); 4];
-        let (x4, x_rest) = x.as_chunks::<4>();
-        let (w4, w_rest) = w.as_chunks::<4>();
-        for (x, w) in x4.iter().zip(w4) {
-            for lane in 0..4 {
-                sums[lane] = simd.mul_add_e_f32s(x[lane], w[lane], sums[lane]);
-            }
-        }
-        for (&x, &w) in x_rest.iter().zip(w_rest) {
-            sums[0] = simd.mul_add_e_f32s(x, w, sums[0]);
-        }
-        let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
-        let tail: f32 = x_tail.iter().zip(w_tail).map(|(x, w)| x * w).sum();
-        simd.reduce_sum_f32s(sum) + tail
+    fn widen<'a>(w: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
+        w
     }
 }
 
 impl Element for bf16 {
     #[inline(always)]
-    fn dot<S: Simd>(simd: S, x: &[f32], w: &[bf16]) -> f32 {
-        widened(simd, x, w, |w, wide| {
-            // A bf16 is the upper half of an f32; written out so that it is compiled, as vectors,
-            // into the loop.
-            for (wide, w) in wide.iter_mut().zip(w) {
-                *wide = f32::from_bits(u32::from(w.to_bits()) << 16);
-            }
-        })
+    fn widen<'a>(w: &'a [bf16], wide: &'a mut [f32]) -> &'a [f32] {
+        // A bf16 is the upper half of an f32; written out so that it is compiled, as vectors, into
+        // the loop.
+        let wide = &mut wide[..w.len()];
+        for (wide, w) in wide.iter_mut().zip(w) {
+            *wide = f32::from_bits(u32::from(w.to_bits()) << 16);
+        }
+        wide
     }
 }
 
 impl Element for f16 {
     #[inline(always)]
-    fn dot<S: Simd>(simd: S, x: &[f32], w: &[f16]) -> f32 {
-        widened(simd, x, w, HalfFloatSliceExt::convert_to_f32_slice)
-    }
-}
-
-/// The dot product by way of a buffer that stays in the first-level cache.
-#[inline(always)]
-fn widened<S: Simd, T>(simd: S, x: &[f32], w: &[T], widen: impl Fn(&[T], &mut [f32])) -> f32 {
-    const RUN: usize = 512;
-    let mut wide = [0f32; RUN];
-    let mut sum = 0.0;
-    for (x, w) in x.chunks(RUN).zip(w.chunks(RUN)) {
+    fn widen<'a>(w: &'a [f16], wide: &'a mut [f32]) -> &'a [f32] {
         let wide = &mut wide[..w.len()];
-        widen(w, wide);
-        sum += f32::dot(simd, x, wide);
+        w.convert_to_f32_slice(wide);
+        wide
     }
-    sum
 }

@@ -7,11 +7,9 @@
 //!
 //! `/reset` begins anew, `/quit` or the end of the input (Ctrl-D) leaves. Ctrl-C ends the process.
 
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 mod common;
 
-use std::io::{IsTerminal, Write, stdin, stdout};
+use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -50,22 +48,31 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> common::Result<()> {
+    let config = cli.sampling.apply(GenerationConfig::default());
+    config.thinking(cli.thinking.thinking()?).validate()?; // before the wait for the weights
     let (model, load) = cli.model.load()?;
     let mut chat = Chat::new(cli, &model)?;
-    eprintln!("[loaded in {load:.1} s; /reset begins anew, /quit leaves]");
+    common::say(&format!("[loaded in {load:.1} s; /reset begins anew, /quit leaves]"));
     let interactive = stdin().is_terminal();
     loop {
         if interactive {
-            eprint!("> ");
+            write!(stderr(), "> ")?;
         }
-        let mut line = String::new();
-        if stdin().read_line(&mut line)? == 0 {
+        let mut line = Vec::new();
+        if stdin().lock().read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
+        let Ok(line) = String::from_utf8(line) else {
+            common::say("[not UTF-8: ignored]");
+            continue;
+        };
         match line.trim() {
             "" => {}
             "/quit" => return Ok(()),
             "/reset" => chat.reset(),
+            command if command.starts_with('/') => {
+                common::say(&format!("[{command} is not a command: there are /reset and /quit]"));
+            }
             message => chat.answer(message)?,
         }
     }
@@ -91,7 +98,7 @@ impl<'a> Chat<'a> {
         let (bar, update) = common::reading_bar();
         let config = model
             .generation_config()
-            .thinking(cli.thinking.thinking())
+            .thinking(cli.thinking.thinking()?)
             .max_tokens(cli.max_tokens)
             .on_progress(update);
         let context = cli.context.unwrap_or(model.config().max_position_embeddings.min(4096));
@@ -110,7 +117,7 @@ impl<'a> Chat<'a> {
     fn reset(&mut self) {
         self.turns.clear();
         self.conversation.reset();
-        eprintln!("[forgotten]");
+        common::say("[forgotten]");
     }
 
     fn answer(&mut self, message: &str) -> common::Result<()> {
@@ -131,17 +138,17 @@ impl<'a> Chat<'a> {
         }
         writeln!(stdout())?;
         if stream.stop() == Some(StopReason::Context) {
-            eprintln!("[the context is full: this answer is cut short]");
+            common::say("[the context is full: this answer is cut short]");
         }
         let seconds = stream.seconds();
-        eprintln!(
+        common::say(&format!(
             "[{count} tokens, {:.1} a second; {} of {} prompt tokens known, the rest read in {:.1} s, thought {:.1} s]",
             f64::from(count) / seconds.decode.max(1e-9),
             stream.kept(),
             stream.prompt_ids().len(),
             seconds.prefill,
             seconds.think,
-        );
+        ));
         self.turns.push(Message::assistant(answer.trim()));
         Ok(())
     }
@@ -156,13 +163,17 @@ impl<'a> Chat<'a> {
             let prompt = self.tokenizer.encode_chat(&messages, true)?;
             if prompt.len() + self.answer_room <= context {
                 if old > 0 {
-                    eprintln!("[the context is full: forgot the oldest {old} messages]");
+                    common::say(&format!(
+                        "[the context is full: forgot the oldest {old} messages]"
+                    ));
                 }
                 self.turns.drain(..old);
                 return Ok(Some(prompt));
             }
         }
-        eprintln!("[this message leaves no room for an answer in {context} tokens: ignored]");
+        common::say(&format!(
+            "[this message leaves no room for an answer in {context} tokens: ignored]"
+        ));
         self.turns.pop();
         Ok(None)
     }

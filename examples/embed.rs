@@ -4,8 +4,6 @@
 //! cargo run --release --example embed -- --model PATH "a cat" "a kitten" "a tax return"
 //! ```
 
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 mod common;
 
 use std::io::{Write, stdout};
@@ -75,15 +73,16 @@ impl Cli {
         Ok(texts)
     }
 
-    fn config(&self) -> EmbedConfig {
+    fn config(&self) -> common::Result<EmbedConfig> {
         let pooling = match self.pooling {
             Pool::Mean => Pooling::Mean,
             Pool::WeightedMean => Pooling::WeightedMean,
             Pool::Last => Pooling::LastToken,
         };
         let sight = if self.causal { Sight::Causal } else { Sight::Bidirectional };
-        let thinking = self.thinking.thinking();
-        EmbedConfig::default().pooling(pooling).sight(sight).thinking(thinking).batch_size(BATCH)
+        let thinking = self.thinking.thinking()?;
+        let config = EmbedConfig::default().pooling(pooling).sight(sight).thinking(thinking);
+        Ok(config.batch_size(BATCH))
     }
 }
 
@@ -93,8 +92,9 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let texts = cli.texts()?;
+    let config = cli.config()?;
     let (model, _) = cli.model.load()?;
-    let vectors = embed(&model, &texts, &cli.config())?; // (texts, hidden)
+    let vectors = embed(&model, &texts, &config)?; // (texts, hidden)
     let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // unit length: no division
     if cli.json {
         let vectors = vectors.to_vec2::<f32>()?;

@@ -4,8 +4,6 @@
 //! cargo run --release --example generate -- --model PATH --prompt "Once upon a time"
 //! ```
 
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 mod common;
 
 use std::io::{Write, stdout};
@@ -32,7 +30,8 @@ struct Cli {
     prompt_file: Option<PathBuf>,
 
     /// The prompt as token ids; needs no tokenizer
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', conflicts_with = "chat")]
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = parse_id)]
+    #[arg(conflicts_with = "chat")]
     ids: Option<Vec<u32>>,
 
     /// Put the prompt into the model's chat template, as a user's message
@@ -82,15 +81,20 @@ impl Cli {
         Ok(Prompt::chat(&messages))
     }
 
-    fn config(&self, model: &HybridModel) -> GenerationConfig {
-        let config = model
-            .generation_config()
-            .thinking(self.thinking.thinking())
+    /// `config` with what was given on the command line.
+    fn config(&self, config: GenerationConfig) -> common::Result<GenerationConfig> {
+        let config = config
+            .thinking(self.thinking.thinking()?)
             .max_tokens(self.max_tokens)
             .prompt_logprobs(self.prompt_logprobs);
         let config = self.sampling.apply(config);
-        self.stop.iter().fold(config, GenerationConfig::stop)
+        Ok(self.stop.iter().fold(config, GenerationConfig::stop))
     }
+}
+
+/// A token id, with or without blanks around it.
+fn parse_id(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|_| "expected token ids like 1,2,3".to_string())
 }
 
 fn main() -> ExitCode {
@@ -99,10 +103,11 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let prompt = cli.prompt()?;
+    cli.config(GenerationConfig::default())?.validate()?; // before the wait for the weights
     let (model, load) = cli.model.load()?;
 
     let (bar, update) = common::reading_bar();
-    let config = cli.config(&model).on_progress(update);
+    let config = cli.config(model.generation_config())?.on_progress(update);
     let mut stream = model.stream(prompt, &config)?;
     bar.finish_and_clear();
 
@@ -115,18 +120,23 @@ fn run(cli: &Cli) -> common::Result<()> {
     }
     let mut count = 0;
     for token in &mut stream {
-        write!(stdout(), "{}", token?.text)?;
+        let token = token?;
+        match model.tokenizer() {
+            Some(_) => write!(stdout(), "{}", token.text)?,
+            None => write!(stdout(), "{} ", token.id)?,
+        }
         stdout().flush()?;
         count += 1;
     }
     writeln!(stdout())?;
     let seconds = stream.seconds();
-    eprintln!(
-        "[{count} tokens, {:.1} a second; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",
+    common::say(&format!(
+        "[{count} tokens, {:.1} a second, stopped by {}; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",
         f64::from(count) / seconds.decode.max(1e-9),
+        common::stopped_by(stream.stop()),
         seconds.think,
         seconds.prefill,
-    );
+    ));
     Ok(())
 }
 

@@ -204,7 +204,7 @@ impl Error {
 
     /// The content of `path` is wrong in the way `message` says.
     pub(crate) fn malformed(path: impl AsRef<Path>, message: impl ToString) -> Self {
-        Self::Malformed { path: path.as_ref().to_path_buf(), message: message.to_string() }
+        Self::Malformed { path: path.as_ref().to_path_buf(), message: presentable(message) }
     }
 
     /// A configuration field that cannot be.
@@ -213,12 +213,12 @@ impl Error {
         expected: impl Into<String>,
         got: impl ToString,
     ) -> Self {
-        Self::Config { field: field.into(), expected: expected.into(), got: got.to_string() }
+        Self::Config { field: field.into(), expected: expected.into(), got: presentable(got) }
     }
 
     /// Something this crate does not compute.
     pub(crate) fn unsupported(what: impl Into<String>, got: impl ToString) -> Self {
-        Self::Unsupported { what: what.into(), got: got.to_string() }
+        Self::Unsupported { what: what.into(), got: presentable(got) }
     }
 
     /// A parameter outside its range.
@@ -227,6 +227,26 @@ impl Error {
         expected: impl Into<String>,
         got: impl ToString,
     ) -> Self {
-        Self::Parameter { name, expected: expected.into(), got: got.to_string() }
+        Self::Parameter { name, expected: expected.into(), got: presentable(got) }
     }
+}
+
+/// Text that may come from a file, as an error can show it: not endless, and without characters that
+/// a terminal would take as commands.
+fn presentable(text: impl ToString) -> String {
+    const LONGEST: usize = 600;
+    let text = text.to_string();
+    let mut shown = String::new();
+    for (count, c) in text.chars().enumerate() {
+        if count == LONGEST {
+            shown.push('…');
+            break;
+        }
+        if c.is_control() && c != '\n' {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
 }

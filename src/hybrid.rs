@@ -184,6 +184,9 @@ impl HybridModel {
                 .min_p(said.min_p.unwrap_or(0.0));
         }
         model.defaults = defaults.repetition_penalty(said.repetition_penalty.unwrap_or(1.0));
+        model.defaults.validate().map_err(|error| {
+            Error::malformed(checkpoint.path().join("generation_config.json"), error)
+        })?;
         Ok(model)
     }
 

@@ -104,16 +104,22 @@ impl Thinking {
     /// [`Error::Parameter`] for too many passes, a span that is empty or beyond the model's layers,
     /// or a refinement outside its range.
     pub fn validate(&self, transformer: &Transformer) -> Result<()> {
+        self.validate_alone()?;
         let layers = transformer.all_layers().end;
-        if self.passes > Self::MAX_PASSES {
-            let expected = format!("at most {}", Self::MAX_PASSES);
-            return Err(Error::parameter("passes", expected, self.passes));
-        }
         if let Some(span) = &self.span
             && (span.is_empty() || span.end > layers)
         {
             let expected = format!("a non-empty range within 0..{layers}");
             return Err(Error::parameter("span", expected, format!("{span:?}")));
+        }
+        Ok(())
+    }
+
+    /// Checks what does not depend on the model.
+    pub(crate) fn validate_alone(&self) -> Result<()> {
+        if self.passes > Self::MAX_PASSES {
+            let expected = format!("at most {}", Self::MAX_PASSES);
+            return Err(Error::parameter("passes", expected, self.passes));
         }
         self.refine.validate()
     }

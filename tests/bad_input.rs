@@ -261,6 +261,10 @@ fn safetensors_files() -> Result {
         "model.safetensors: the header promises 592 bytes of tensors, found 596"
     );
     assert_eq!(
+        with_file(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")?,
+        "model.safetensors: a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+    );
+    assert_eq!(
         with_file(&u64::MAX.to_le_bytes())?,
         "model.safetensors: a header of 18446744073709551615 bytes: at most 100000000 are read"
     );

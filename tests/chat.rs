@@ -91,7 +91,14 @@ fn hostile_templates_are_errors() -> Result {
     assert_eq!(error_of(in_macro)?, "chat template: deep");
     let nested = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
     assert!(error_of(nested)?.contains("recursion limit"), "{}", error_of(nested)?);
-    assert!(error_of(&"(".repeat(100_000).replace('(', "{{ ("))?.contains("syntax error"));
+    assert!(error_of(&"{{ (".repeat(20_000))?.contains("syntax error"));
+    // One call of the compiler for each operator: as long as a template may be.
+    for operator in ["+1", "|upper", ".b", " and 1", "[0]", "()"] {
+        let long = format!("{{{{ 1{} }}}}", operator.repeat((1 << 17) / operator.len() - 10));
+        with_template(&long)?.render_chat(&[], false).err();
+    }
+    let longer = error_of(&" ".repeat((1 << 17) + 1))?;
+    assert_eq!(longer, "chat template: 131073 bytes long: at most 131072 are compiled");
     let json = error_of("{{ messages | tojson(ensure_ascii=true) }}")?;
     assert!(json.contains("tojson takes ensure_ascii=false and indent only"), "{json}");
     Ok(())

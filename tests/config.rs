@@ -684,3 +684,13 @@ fn a_config_by_hand_is_checked_by_validate() -> Result {
     );
     Ok(())
 }
+
+/// What a file says is shown, but not all of it, and no command to the terminal.
+#[test]
+fn errors_are_short_and_plain() -> Result {
+    let long = format!("{{\"model_type\": \"\\u001b[2J{}\"}}", "x".repeat(1 << 20));
+    let error = Config::from_json(&long).err().ok_or("accepted")?.to_string();
+    assert!(error.starts_with("unsupported model_type: \\u{1b}[2Jxxx"), "{error}");
+    assert!(error.ends_with("xx…") && error.len() < 1000, "{}", error.len());
+    Ok(())
+}

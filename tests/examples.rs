@@ -284,7 +284,7 @@ fn generate_refuses_arguments_that_make_no_sense() -> Result {
         ),
         (
             vec!["--ids", "1,x"],
-            "error: invalid value 'x' for '--ids <1,2,3>': invalid digit found in string\n",
+            "error: invalid value 'x' for '--ids <1,2,3>': expected token ids like 1,2,3\n",
         ),
         (
             vec!["--ids", "1", "--span", "5"],

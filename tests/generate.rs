@@ -102,7 +102,7 @@ fn reference(transformer: &Transformer, ids: &[u32]) -> Result<Vec<Vec<f32>>> {
 fn assert_close(a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len());
     for (a, b) in a.iter().zip(b) {
-        assert!((a - b).abs() < 1e-5, "{a} {b}");
+        assert!((a - b).abs() < 5e-5, "{a} {b}");
     }
 }
 

@@ -73,11 +73,12 @@ fn end_tokens_come_from_the_most_specific_file() -> Result {
 
 /// The file is taken as it is; the range of a value is checked when it is used.
 #[test]
-fn a_value_out_of_range_is_refused_when_generating() -> Result {
-    let model = with_defaults(r#"{"do_sample": true, "top_p": 7.5}"#)?;
-    let error = model.generate([5], &model.generation_config()).err().ok_or("answered")?;
-    assert_eq!(error.to_string(), "parameter top_p: expected within (0, 1], got 7.5");
-    model.generate([5], &model.generation_config().top_p(1.0))?;
+fn a_value_out_of_range_is_refused_with_its_file() -> Result {
+    let folder = folder(&[("generation_config.json", r#"{"do_sample": true, "top_p": 7.5}"#)])?;
+    let path = folder.path().join("generation_config.json");
+    let error = load(folder.path()).err().ok_or("loaded")?.to_string();
+    let expected = "parameter top_p: expected within (0, 1], got 7.5";
+    assert_eq!(error, format!("{}: {expected}", path.display()));
     Ok(())
 }
 

@@ -576,6 +576,16 @@ fn bad_metadata_is_refused_by_key() -> Result {
 }
 
 #[test]
+fn what_is_no_file_is_not_read() -> Result {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("tokenizer.json");
+    fs::create_dir(&path)?;
+    let error = Tokenizer::from_folder(folder.path()).err().ok_or("read")?;
+    assert_eq!(error.to_string(), format!("{}: not a regular file", path.display()));
+    Ok(())
+}
+
+#[test]
 fn bad_files_are_refused_by_name() -> Result {
     let folder = tempfile::tempdir()?;
     let definition = fs::read_to_string(format!("{FIXTURES}/tokenizer/llama/tokenizer.json"))?;

@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 use hybrid_attention::generate::Progress;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::{GenerationConfig, HybridModel, Thinking};
+use hybrid_attention::{GenerationConfig, HybridModel, StopReason, Thinking};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -95,13 +95,16 @@ pub struct ThinkingArgs {
 }
 
 impl ThinkingArgs {
-    pub fn thinking(&self) -> Thinking {
+    pub fn thinking(&self) -> Result<Thinking> {
+        if self.passes == 0 && (self.span.is_some() || self.weight.is_some()) {
+            return Err("--span and --weight say how to think: they need --passes".into());
+        }
         let refine = self.weight.map_or_else(Interpolate::damped, Interpolate::new);
         let thinking = Thinking::passes(self.passes).refine(refine);
-        match &self.span {
+        Ok(match &self.span {
             Some(span) => thinking.span(span.clone()),
             None => thinking,
-        }
+        })
     }
 }
 
@@ -169,6 +172,17 @@ pub fn say(line: &str) {
     let _ = writeln!(stderr(), "{plain}");
 }
 
+/// Why an answer ended, for a person.
+pub fn stopped_by(stop: Option<StopReason>) -> &'static str {
+    match stop {
+        Some(StopReason::Eos) => "the model",
+        Some(StopReason::StopId | StopReason::StopString) => "a stop text",
+        Some(StopReason::MaxTokens) => "--max-tokens",
+        Some(StopReason::Context) => "the end of its context",
+        _ => "an error",
+    }
+}
+
 /// A character as it may be shown on a terminal.
 pub fn plain(c: char) -> impl Iterator<Item = char> {
     let spelled = c.is_control().then(|| c.escape_default());
@@ -176,10 +190,14 @@ pub fn plain(c: char) -> impl Iterator<Item = char> {
     spelled.into_iter().flatten().chain(itself)
 }
 
-/// A bar on standard error; silent when that is not a terminal.
+/// A bar on standard error; silent when that is not a terminal. It shows from the first call on,
+/// also while nothing is done yet.
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template);
-    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(length).with_style(style);
+    bar.tick();
+    bar
 }
 
 /// A sign of life on standard error while there is nothing to count.

@@ -154,15 +154,17 @@ impl GenerationConfig {
         self
     }
 
-    /// The seed of the sampler: the same seed gives the same tokens, on every platform. Default:
-    /// a new one each time. Greedy generation needs none.
+    /// The seed of the sampler: the same seed draws the same tokens from the same probabilities.
+    /// (Those can differ in their last digits from one processor to another.) Default: a new one
+    /// each time. Greedy generation needs none.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
         self
     }
 
-    /// Ends the answer before this text; may be called several times. Default: none.
+    /// Ends the answer before this text; may be called several times. Default: none. The spelling
+    /// of a control token (`<|im_end|>`), which never shows in a text, ends it at that token.
     #[must_use]
     pub fn stop(mut self, text: impl Into<String>) -> Self {
         self.stop.push(text.into());
@@ -219,8 +221,11 @@ impl GenerationConfig {
         }
     }
 
-    /// Checks every value that does not depend on the model.
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks every value that does not depend on the model; generating does so by itself.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for the first value outside its range.
+    pub fn validate(&self) -> Result<()> {
         let check = |name, value: f64, ok: bool, expected: &str| match ok && value.is_finite() {
             true => Ok(()),
             false => Err(Error::parameter(name, expected, value)),
@@ -237,7 +242,7 @@ impl GenerationConfig {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::parameter("stop", "a text that is not empty", "\"\""));
         }
-        Ok(())
+        self.thinking.validate_alone()
     }
 }
 

@@ -25,6 +25,9 @@ pub(super) struct StoredTensor {
 pub(super) fn parse(file: &[u8]) -> Result<BTreeMap<String, StoredTensor>, String> {
     let too_short =
         |len: u64| format!("the header should take {len} bytes, but the file has {}", file.len());
+    if file.starts_with(b"version https://git-lfs") {
+        return Err("a Git LFS pointer, not the file itself: fetch it with git lfs pull".into());
+    }
     let (len, rest) = file.split_first_chunk().ok_or_else(|| too_short(8))?;
     let len = u64::from_le_bytes(*len);
     if len > MAX_HEADER {

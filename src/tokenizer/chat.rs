@@ -17,6 +17,14 @@ const NAME: &str = "chat_template";
 /// Instructions that one rendering may take. A message costs some tens of them.
 const FUEL: u64 = 10_000_000;
 
+/// Bytes of the longest template that is compiled; the longest published ones have some 20,000.
+const LONGEST: usize = 1 << 17;
+
+/// The stack that a template is compiled on. The compiler calls itself for every operator, so a long
+/// enough sum would overflow the stack of whoever loads the checkpoint; this is four times what the
+/// longest one needs, and takes memory only as it is used.
+const STACK: usize = 256 << 20;
+
 /// One turn of a conversation.
 ///
 /// ```
@@ -62,7 +70,16 @@ pub(super) struct ChatTemplate(Result<Environment<'static>, String>);
 impl ChatTemplate {
     /// Compiles `source`; `tokens` are variables of the template, where they have a value.
     pub(super) fn new(source: &str, tokens: [(&'static str, Option<String>); 4]) -> Self {
-        Self(compile(source, tokens).map_err(|error| error.to_string()))
+        if source.len() > LONGEST {
+            let message = format!("{} bytes long: at most {LONGEST} are compiled", source.len());
+            return Self(Err(message));
+        }
+        Self(std::thread::scope(|scope| {
+            let compile = || compile(source, tokens).map_err(|error| error.to_string());
+            let thread = std::thread::Builder::new().stack_size(STACK);
+            let thread = thread.spawn_scoped(scope, compile).map_err(|error| error.to_string())?;
+            thread.join().unwrap_or_else(|_| Err("the compiler gave up on it".to_owned()))
+        }))
     }
 
     pub(super) fn render(

@@ -100,8 +100,10 @@ impl Templates {
 }
 
 fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
+    match fs::metadata(path) {
+        // A pipe or a device may never end.
+        Ok(metadata) if !metadata.is_file() => Err(Error::malformed(path, "not a regular file")),
+        Ok(_) => fs::read(path).map(Some).map_err(Error::io(path)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(path)(error)),
     }

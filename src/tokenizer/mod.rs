@@ -234,6 +234,9 @@ impl Tokenizer {
     /// Writes a conversation as the checkpoint's chat template does, as `apply_chat_template` of
     /// transformers would. With `add_generation_prompt` the text ends where the answer begins.
     ///
+    /// A template is a program that comes with the checkpoint. The steps it may take are limited,
+    /// the memory it may take is not: trust it as you trust who published it.
+    ///
     /// # Errors
     /// [`Error::Template`] if there is no template, it does not parse, it asks for something that
     /// does not exist, it does not come to an end, or it raises an exception: then the message is

@@ -49,7 +49,8 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let config = cli.sampling.apply(GenerationConfig::default());
-    config.thinking(cli.thinking.thinking()?).validate()?; // before the wait for the weights
+    config.thinking(cli.thinking.thinking()).validate()?; // before the wait for the weights
+    cli.thinking.warn();
     let (model, load) = cli.model.load()?;
     let mut chat = Chat::new(cli, &model)?;
     common::say(&format!("[loaded in {load:.1} s; /reset begins anew, /quit leaves]"));
@@ -98,7 +99,7 @@ impl<'a> Chat<'a> {
         let (bar, update) = common::reading_bar();
         let config = model
             .generation_config()
-            .thinking(cli.thinking.thinking()?)
+            .thinking(cli.thinking.thinking())
             .max_tokens(cli.max_tokens)
             .on_progress(update);
         let context = cli.context.unwrap_or(model.config().max_position_embeddings.min(4096));

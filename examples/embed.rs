@@ -73,16 +73,15 @@ impl Cli {
         Ok(texts)
     }
 
-    fn config(&self) -> common::Result<EmbedConfig> {
+    fn config(&self) -> EmbedConfig {
         let pooling = match self.pooling {
             Pool::Mean => Pooling::Mean,
             Pool::WeightedMean => Pooling::WeightedMean,
             Pool::Last => Pooling::LastToken,
         };
         let sight = if self.causal { Sight::Causal } else { Sight::Bidirectional };
-        let thinking = self.thinking.thinking()?;
-        let config = EmbedConfig::default().pooling(pooling).sight(sight).thinking(thinking);
-        Ok(config.batch_size(BATCH))
+        let thinking = self.thinking.thinking();
+        EmbedConfig::default().pooling(pooling).sight(sight).thinking(thinking).batch_size(BATCH)
     }
 }
 
@@ -92,7 +91,8 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let texts = cli.texts()?;
-    let config = cli.config()?;
+    cli.thinking.warn();
+    let config = cli.config();
     let (model, _) = cli.model.load()?;
     let vectors = embed(&model, &texts, &config)?; // (texts, hidden)
     let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // unit length: no division

@@ -82,13 +82,13 @@ impl Cli {
     }
 
     /// `config` with what was given on the command line.
-    fn config(&self, config: GenerationConfig) -> common::Result<GenerationConfig> {
+    fn config(&self, config: GenerationConfig) -> GenerationConfig {
         let config = config
-            .thinking(self.thinking.thinking()?)
+            .thinking(self.thinking.thinking())
             .max_tokens(self.max_tokens)
             .prompt_logprobs(self.prompt_logprobs);
         let config = self.sampling.apply(config);
-        Ok(self.stop.iter().fold(config, GenerationConfig::stop))
+        self.stop.iter().fold(config, GenerationConfig::stop)
     }
 }
 
@@ -103,11 +103,12 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let prompt = cli.prompt()?;
-    cli.config(GenerationConfig::default())?.validate()?; // before the wait for the weights
+    cli.config(GenerationConfig::default()).validate()?; // before the wait for the weights
+    cli.thinking.warn();
     let (model, load) = cli.model.load()?;
 
     let (bar, update) = common::reading_bar();
-    let config = cli.config(model.generation_config())?.on_progress(update);
+    let config = cli.config(model.generation_config()).on_progress(update);
     let mut stream = model.stream(prompt, &config)?;
     bar.finish_and_clear();
 

@@ -95,16 +95,20 @@ pub struct ThinkingArgs {
 }
 
 impl ThinkingArgs {
-    pub fn thinking(&self) -> Result<Thinking> {
-        if self.passes == 0 && (self.span.is_some() || self.weight.is_some()) {
-            return Err("--span and --weight say how to think: they need --passes".into());
-        }
+    pub fn thinking(&self) -> Thinking {
         let refine = self.weight.map_or_else(Interpolate::damped, Interpolate::new);
         let thinking = Thinking::passes(self.passes).refine(refine);
-        Ok(match &self.span {
+        match &self.span {
             Some(span) => thinking.span(span.clone()),
             None => thinking,
-        })
+        }
+    }
+
+    /// Says so where options do nothing.
+    pub fn warn(&self) {
+        if self.passes == 0 && (self.span.is_some() || self.weight.is_some()) {
+            say("note: --span and --weight do nothing without --passes");
+        }
     }
 }
 

@@ -16,7 +16,7 @@ pub struct Token {
     /// Its log-probability by the model, before penalties and temperature.
     pub logprob: f32,
     /// The likeliest tokens at its place with their log-probabilities, likeliest first; as many as
-    /// [`GenerationConfig::top_logprobs`] asks for.
+    /// [`top_logprobs`](super::GenerationConfig::top_logprobs) asks for.
     pub top_logprobs: Vec<(u32, f32)>,
 }
 
@@ -34,7 +34,7 @@ pub struct Answer {
     /// The likeliest tokens at the place of each generated one; see [`Token::top_logprobs`].
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
     /// The log-probability of each prompt token after those before it, `None` for the first;
-    /// `None` altogether unless [`GenerationConfig::prompt_logprobs`] asked for them.
+    /// `None` altogether unless [`prompt_logprobs`](super::GenerationConfig::prompt_logprobs) asked for them.
     pub prompt_logprobs: Option<Vec<Option<f32>>>,
     /// Why it ended.
     pub stop: StopReason,

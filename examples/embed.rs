@@ -106,6 +106,7 @@ fn run(cli: &Cli) -> common::Result<()> {
 
 fn embed(model: &HybridModel, texts: &[String], config: &EmbedConfig) -> common::Result<Tensor> {
     let bar = common::bar(texts.len() as u64, "embedding [{bar:30}] {pos}/{len}");
+    bar.tick(); // the first batch may take a while
     let mut batches = Vec::new();
     for batch in texts.chunks(BATCH) {
         batches.push(model.embed(batch, config)?);

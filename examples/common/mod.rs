@@ -194,14 +194,11 @@ pub fn plain(c: char) -> impl Iterator<Item = char> {
     spelled.into_iter().flatten().chain(itself)
 }
 
-/// A bar on standard error; silent when that is not a terminal. It shows from the first call on,
-/// also while nothing is done yet.
+/// A bar on standard error; silent when that is not a terminal. It shows with its first update.
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template);
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-    let bar = ProgressBar::new(length).with_style(style);
-    bar.tick();
-    bar
+    ProgressBar::new(length).with_style(style)
 }
 
 /// A sign of life on standard error while there is nothing to count.

@@ -166,14 +166,6 @@ impl HybridModel {
             return Err(Error::config("eos_token_id of generation_config.json", expected, id));
         }
 
-        let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
-        let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
-        weights.finish()?;
-
-        let mut model = Self::new(transformer, tokenizer)?;
-        if !said.eos_token_ids.is_empty() {
-            model.eos_ids = said.eos_token_ids;
-        }
         let mut defaults = GenerationConfig::default();
         // transformers ignores the sampling values of a file that does not say `do_sample`.
         if said.do_sample == Some(true) {
@@ -183,10 +175,20 @@ impl HybridModel {
                 .top_p(said.top_p.unwrap_or(1.0))
                 .min_p(said.min_p.unwrap_or(0.0));
         }
-        model.defaults = defaults.repetition_penalty(said.repetition_penalty.unwrap_or(1.0));
-        model.defaults.validate().map_err(|error| {
+        defaults = defaults.repetition_penalty(said.repetition_penalty.unwrap_or(1.0));
+        defaults.validate().map_err(|error| {
             Error::malformed(checkpoint.path().join("generation_config.json"), error)
         })?;
+
+        let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
+        let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
+        weights.finish()?;
+
+        let mut model = Self::new(transformer, tokenizer)?;
+        model.defaults = defaults;
+        if !said.eos_token_ids.is_empty() {
+            model.eos_ids = said.eos_token_ids;
+        }
         Ok(model)
     }
 

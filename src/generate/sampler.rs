@@ -71,19 +71,16 @@ impl Sampler {
         let mut logits: Vec<f64> = logits.iter().copied().map(f64::from).collect();
         self.penalise(&mut logits);
 
-        let mut candidates: Vec<(u32, f64)> =
-            logits.into_iter().enumerate().map(|(id, logit)| (id as u32, logit)).collect();
-        let best = candidates.iter().copied().reduce(|best, next| match likelier(&next, &best) {
-            Ordering::Less => next,
-            _ => best,
-        });
-        let finite = candidates.iter().all(|(_, logit)| !logit.is_nan() && *logit < f64::INFINITY);
+        let candidates = || (0u32..).zip(logits.iter().copied());
+        let best = candidates().min_by(likelier);
+        let finite = logits.iter().all(|logit| !logit.is_nan() && *logit < f64::INFINITY);
         let Some((best, max)) = best.filter(|(_, max)| finite && max.is_finite()) else {
             return Err(Error::NotFinite { what: "logits", position: self.position });
         };
         if config.temperature == 0.0 {
             return Ok(vec![(best, 1.0)]);
         }
+        let mut candidates: Vec<(u32, f64)> = candidates().collect();
         if config.top_k > 0 && config.top_k < candidates.len() {
             candidates.select_nth_unstable_by(config.top_k - 1, likelier);
             candidates.truncate(config.top_k);

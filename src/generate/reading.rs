@@ -10,10 +10,7 @@ use super::conversation::Conversation;
 use super::prompt::EncodedPrompt;
 use super::sampler::LogProbs;
 use crate::error::{Error, Result};
-use crate::model::{Layout, Pass, Transformer};
-
-/// Prompt tokens that go through the blocks between two reports of progress.
-const CHUNK: usize = 512;
+use crate::model::{CHUNK, Layout, Pass, Transformer};
 
 /// Prompt positions whose logits stand in memory at a time.
 const LOGITS_AT_ONCE: usize = 64;

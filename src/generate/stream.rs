@@ -55,7 +55,6 @@ pub struct TokenStream<'a> {
     config: GenerationConfig,
     next: Next,
     stop: Option<StopReason>,
-    failed: bool,
     kept: usize,
     /// What came so far; `stop` holds its own reason to end.
     answer: Answer,
@@ -68,7 +67,7 @@ enum Next {
     Logits(Vec<f32>),
     /// A generated token that has not run yet.
     Token(u32),
-    /// Nowhere: the step that took the last of them failed.
+    /// Nowhere: the step that took the last of them failed, and with it the stream.
     Nothing,
 }
 
@@ -106,7 +105,6 @@ impl<'a> TokenStream<'a> {
             config: config.clone(),
             next: Next::Logits(read.logits),
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
-            failed: false,
             kept: read.kept,
             answer: Answer {
                 prompt_ids: prompt.ids,
@@ -245,7 +243,8 @@ impl<'a> TokenStream<'a> {
 fn stops(config: &GenerationConfig, source: Source<'_>) -> Result<(Vec<String>, Vec<u32>)> {
     let vocab_size = source.transformer.config().vocab_size;
     let (mut strings, mut ids) = (Vec::new(), config.stop_ids.clone());
-    for (name, given) in [("stop_id", &ids), ("eos_ids", config.eos_ids.as_ref().unwrap_or(&ids))] {
+    let eos_ids = config.eos_ids.as_deref().unwrap_or(&[]);
+    for (name, given) in [("stop_id", ids.as_slice()), ("eos_ids", eos_ids)] {
         if let Some(id) = given.iter().find(|&&id| id as usize >= vocab_size) {
             let expected = format!("less than the vocabulary of {vocab_size}");
             return Err(Error::parameter(name, expected, id));
@@ -266,13 +265,12 @@ impl Iterator for TokenStream<'_> {
     type Item = Result<Token>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.stop.is_some() || self.failed {
+        if self.stop.is_some() || matches!(self.next, Next::Nothing) {
             return None;
         }
         let start = Instant::now();
         let token = self.advance();
         self.answer.seconds.decode += seconds_since(start);
-        self.failed = token.is_err();
         Some(token)
     }
 }

@@ -9,7 +9,7 @@ use super::layout::Layout;
 use crate::error::{Error, Result};
 
 /// Tokens that run through the blocks at a time when a cache takes them up.
-pub(super) const CHUNK: usize = 512;
+pub(crate) const CHUNK: usize = 512;
 
 /// The keys and values of one conversation, or of one batch of them side by side.
 ///

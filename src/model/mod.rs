@@ -55,6 +55,7 @@ use self::rope::{Rope, Rotation};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
+pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::layout::Layout;
 pub use self::linear::Linear;
@@ -196,8 +197,8 @@ impl Transformer {
                 cache.check_owner(self.id)?;
                 check_batch(cache.layout().batch(), batch)?;
                 cache.check_room(&layers, seq)?; // before the first chunk is taken up
-                let chunks = (0..seq).step_by(kv_cache::CHUNK).map(|start| {
-                    let chunk = xs.narrow(1, start, kv_cache::CHUNK.min(seq - start))?;
+                let chunks = (0..seq).step_by(CHUNK).map(|start| {
+                    let chunk = xs.narrow(1, start, CHUNK.min(seq - start))?;
                     self.cached(&chunk, layers.clone(), cache)
                 });
                 match chunks.collect::<Result<Vec<_>>>()?.as_slice() {

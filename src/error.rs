@@ -194,7 +194,6 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "call sites read better without a borrow")]
 impl Error {
     /// Wraps what the operating system said about `path`.
     pub(crate) fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {

@@ -185,6 +185,17 @@ pub enum Error {
         position: usize,
     },
 
+    /// An op of a refinement failed.
+    #[error("refinement op {index} ({op}): {source}")]
+    Refinement {
+        /// The op, by its [`name`](crate::refine::Refine::name).
+        op: String,
+        /// Its place in the sequence, from 0.
+        index: usize,
+        /// What went wrong in it.
+        source: Box<Error>,
+    },
+
     /// A stream of tokens was asked for its whole answer after it had ended with an error.
     #[error("the stream ended with an error before: there is no whole answer")]
     StreamFailed,

@@ -12,7 +12,7 @@ use crate::generate::{
 use crate::load::Checkpoint;
 use crate::model::{Layout, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
-use crate::thought::{Thinking, Thoughts};
+use crate::thought::{Text, Thinking, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 
 /// A Mistral that can think before it answers.
@@ -37,6 +37,7 @@ pub struct HybridModel {
     tokenizer: Option<Tokenizer>,
     defaults: GenerationConfig,
     eos_ids: Vec<u32>,
+    thinking: Thinking,
 }
 
 /// How [`HybridModel::embed`] makes one vector of a text.
@@ -203,7 +204,8 @@ impl HybridModel {
             [] => eos.into_iter().collect(),
             ids => ids.to_vec(),
         };
-        Ok(Self { transformer, tokenizer, defaults: GenerationConfig::default(), eos_ids })
+        let (defaults, thinking) = (GenerationConfig::default(), Thinking::none());
+        Ok(Self { transformer, tokenizer, defaults, eos_ids, thinking })
     }
 
     /// The blocks, to be driven by hand.
@@ -248,11 +250,11 @@ impl HybridModel {
         let prompt = prompt.into().encode(self.tokenizer())?;
         config.validate()?;
         self.transformer.check_context(prompt.ids.len())?;
-        let thinking = config.thinking_ref();
         let layout = Layout::dense(1, prompt.ids.len()).with_context(0, &prompt.context)?;
-        let embeddings = self.transformer.embed_ids(&prompt.ids, (1, prompt.ids.len()))?;
-        let z = thinking.encode(&self.transformer, &embeddings, Pass::Causal(&layout))?;
-        thinking.think(&self.transformer, z, &layout, |done, total| {
+        let text = Text::new(&self.transformer, &prompt.ids, layout)?;
+        let mind = config.chosen_thinking().unwrap_or(&self.thinking).on(&self.transformer)?;
+        let z = mind.encode(&text, Pass::Causal(text.layout()))?;
+        mind.think(&text, z, |done, total| {
             config.report(Progress::Think { done, total });
         })
     }
@@ -355,21 +357,22 @@ impl HybridModel {
     }
 
     fn embed_batch(&self, texts: &[&[u32]], config: &EmbedConfig) -> Result<Tensor> {
-        let (transformer, thinking) = (&self.transformer, &config.thinking);
+        let transformer = &self.transformer;
         let lengths: Vec<usize> = texts.iter().map(|ids| ids.len()).collect();
         let layout = Layout::ragged(&lengths);
         // Any token will do for padding: it is never seen.
         let pad = |ids: &&[u32]| [&vec![0; layout.seq() - ids.len()], *ids].concat();
         let tokens: Vec<u32> = texts.iter().flat_map(pad).collect();
-        let embeddings = transformer.embed_ids(&tokens, (texts.len(), layout.seq()))?;
+        let text = Text::new(transformer, &tokens, layout.clone())?;
 
-        let z = thinking.encode(transformer, &embeddings, Pass::Causal(&layout))?;
-        let z = thinking.think(transformer, z, &layout, |_, _| ())?.z;
+        let mind = config.thinking.on(transformer)?;
+        let z = mind.encode(&text, Pass::Causal(&layout))?;
+        let thoughts = mind.think(&text, z, |_, _| ())?;
         let pass = match config.sight {
             Sight::Causal => Pass::Causal(&layout),
             Sight::Bidirectional => Pass::Bidirectional(&layout),
         };
-        let h = transformer.norm(&thinking.hand_off(transformer, &z, pass)?)?;
+        let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
         let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &layout)?;
         if config.normalize { pooling::unit_length(&vectors) } else { Ok(vectors) }
     }
@@ -379,6 +382,7 @@ impl HybridModel {
             transformer: &self.transformer,
             tokenizer: self.tokenizer(),
             eos_ids: &self.eos_ids,
+            thinking: &self.thinking,
         }
     }
 }

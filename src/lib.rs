@@ -4,6 +4,7 @@ mod config;
 mod error;
 pub mod generate;
 mod hybrid;
+mod layout;
 pub mod load;
 pub mod model;
 mod pooling;

@@ -4,218 +4,103 @@
 //! encode     z = layers[0..a](embeddings)                     causal
 //! think      repeat: h = layers[a..b](z)                      both ways inside context segments
 //!                    z = refine(z, h)
-//! hand off   layers[a..n] re-read z and fill the cache        causal
+//! hand off   the decoder receives z, as a HandOff says        causal
 //! ```
 //!
 //! The thoughts `z` are the residual stream that enters layer `a`, before that layer's norm.
+//! [`Thinking`] says how, [`ThoughtLoop`] is the verbs, driven here by hand:
+//!
+//! ```
+//! # use std::collections::HashMap;
+//! # use candle_core::{Device, Tensor};
+//! use hybrid_attention::model::{Layout, Pass, Transformer};
+//! use hybrid_attention::thought::{Text, Thinking};
+//! # use hybrid_attention::Config;
+//! # fn main() -> hybrid_attention::Result<()> {
+//! # let config = Config::from_json(r#"{
+//! #     "model_type": "mistral", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+//! #     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2
+//! # }"#)?;
+//! # let mut weights: HashMap<_, _> = config.weights().map(|(name, shape)| {
+//! #     Ok((name, Tensor::randn(0f32, 0.1, shape, &Device::Cpu)?))
+//! # }).collect::<Result<_, candle_core::Error>>()?;
+//! # let transformer = Transformer::new(&config, &mut weights)?;
+//! let thinking = Thinking::passes(2).span(0..1);
+//! let mind = thinking.on(&transformer)?;
+//! let text = Text::new(&transformer, &[1, 5, 9], Layout::dense(1, 3))?;
+//! let mut cache = transformer.new_cache(text.layout(), 64)?;
+//!
+//! let z = mind.encode(&text, Pass::Cached(&mut cache))?;             // (1, 3, 16)
+//! let h = mind.think_once(&z, text.layout())?;                       // one pass, unrefined
+//! let thoughts = mind.think(&text, z, |_done, _passes| ())?;         // all passes, refined
+//! let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?; // (1, 3, 16)
+//! let logits = transformer.logits(&h.narrow(1, 2, 1)?)?;             // (1, 1, 32)
+//! # assert_eq!((logits.dims3()?, cache.len()), ((1, 1, 32), 3));
+//! # Ok(())
+//! # }
+//! ```
+
+mod halting;
+mod measure;
+mod readout;
+mod thinking;
+mod trace;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::time::Instant;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::Tensor;
 
+use self::halting::Halting;
+use self::readout::CausalReadout;
 use crate::error::{Error, Result};
-use crate::model::{Layout, Pass, Transformer};
-use crate::refine::{Interpolate, Refine, Step};
+use crate::model::{Layout, Pass, Sight, Transformer};
+use crate::refine::{Seq, Step};
 
-/// How the decoder receives the thoughts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum HandOff {
-    /// Layers `a..n` re-read the thoughts causally; this pass fills the cache. The decoder sees
-    /// nothing but refined embeddings, in the form it was trained to read.
-    #[default]
-    Refined,
-}
+pub use self::halting::Halt;
+pub use self::thinking::{HandOff, Thinking};
+pub use self::trace::{Detail, Halted, Map, Maps, PassTrace, TokenTrace, Trace};
 
-/// How to think about a prompt before answering it. The default is not to.
-///
-/// Not thinking is the right default for weights that were not trained to think: for those no
-/// source shows a bidirectional prompt helping generation, and strong settings ruin it.
-///
-/// ```
-/// use hybrid_attention::{Thinking, refine::Interpolate};
-///
-/// let thinking = Thinking::passes(3).span(14..18).refine(Interpolate::new(0.1));
-/// # let _ = thinking;
-/// ```
+/// A batch of texts to think about.
 #[derive(Clone, Debug)]
-pub struct Thinking {
-    passes: usize,
-    span: Option<Range<usize>>,
-    refine: Arc<dyn Refine>,
-    hand_off: HandOff,
+pub struct Text {
+    ids: Vec<u32>,
+    layout: Layout,
+    embeddings: Tensor,
 }
 
-impl Default for Thinking {
-    fn default() -> Self {
-        Self::none()
-    }
-}
-
-impl Thinking {
-    /// The most passes that are accepted. Published loops saturate at three or four.
-    pub const MAX_PASSES: usize = 1024;
-
-    /// No thinking: exactly a plain Mistral.
-    #[must_use]
-    pub fn none() -> Self {
-        Self::passes(0)
-    }
-
-    /// This many thought passes, at most [`Thinking::MAX_PASSES`], over the whole stack unless
-    /// [`span`](Self::span) says otherwise, refined by [`Interpolate::damped`]. 0 is no thinking.
-    #[must_use]
-    pub fn passes(passes: usize) -> Self {
-        let refine = Arc::new(Interpolate::damped());
-        Self { passes, span: None, refine, hand_off: HandOff::default() }
-    }
-
-    /// The layers a thought pass runs, `a..b` with `a < b <= num_hidden_layers`.
-    #[must_use]
-    pub fn span(mut self, span: Range<usize>) -> Self {
-        self.span = Some(span);
-        self
-    }
-
-    /// What becomes of the thoughts after each pass.
-    #[must_use]
-    pub fn refine(mut self, refine: impl Refine + 'static) -> Self {
-        self.refine = Arc::new(refine);
-        self
-    }
-
-    /// How the decoder receives the thoughts. Default [`HandOff::Refined`].
-    #[must_use]
-    pub fn hand_off_by(mut self, hand_off: HandOff) -> Self {
-        self.hand_off = hand_off;
-        self
-    }
-
-    /// Whether there is any thinking to do.
-    #[must_use]
-    pub fn is_none(&self) -> bool {
-        self.passes == 0
-    }
-
-    /// Checks the settings against a model.
+impl Text {
+    /// The texts of `ids`, laid out row by row as `layout` says. Padding may be any token: it is
+    /// never seen.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for too many passes, a span that is empty or beyond the model's layers,
-    /// or a refinement outside its range.
-    pub fn validate(&self, transformer: &Transformer) -> Result<()> {
-        self.validate_alone()?;
-        let layers = transformer.all_layers().end;
-        if let Some(span) = &self.span
-            && (span.is_empty() || span.end > layers)
-        {
-            let expected = format!("a non-empty range within 0..{layers}");
-            return Err(Error::parameter("span", expected, format!("{span:?}")));
+    /// [`Error::TokenOutOfRange`]; [`Error::Parameter`] when `ids` do not fill the layout.
+    pub fn new(transformer: &Transformer, ids: &[u32], layout: Layout) -> Result<Self> {
+        let (batch, seq) = (layout.batch(), layout.seq());
+        if batch.checked_mul(seq) != Some(ids.len()) {
+            let expected = format!("{batch} rows of {seq} tokens");
+            return Err(Error::parameter("ids", expected, ids.len()));
         }
-        Ok(())
+        let embeddings = transformer.embed_ids(ids, (batch, seq))?;
+        Ok(Self { ids: ids.to_vec(), layout, embeddings })
     }
 
-    /// Checks what does not depend on the model.
-    pub(crate) fn validate_alone(&self) -> Result<()> {
-        if self.passes > Self::MAX_PASSES {
-            let expected = format!("at most {}", Self::MAX_PASSES);
-            return Err(Error::parameter("passes", expected, self.passes));
-        }
-        self.refine.validate()
+    /// The tokens, row by row, padding included.
+    #[must_use]
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
     }
 
-    /// The span `a..b`. Without passes there are no thoughts to enter it, and it begins at 0.
-    fn resolved_span(&self, transformer: &Transformer) -> Range<usize> {
-        match &self.span {
-            Some(span) if !self.is_none() => span.clone(),
-            _ => transformer.all_layers(),
-        }
+    /// Where each row begins and which of its tokens think together.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
     }
 
-    /// Runs embeddings `(batch, seq, hidden)` up to the span: the first thoughts. `pass` is a
-    /// causal one; with a cache, those layers' part of it is filled.
-    ///
-    /// # Errors
-    /// As [`Thinking::validate`] and [`Transformer::forward`]; [`Error::Parameter`] for a
-    /// bidirectional pass.
-    pub fn encode(
-        &self,
-        transformer: &Transformer,
-        embeddings: &Tensor,
-        pass: Pass<'_>,
-    ) -> Result<Tensor> {
-        self.validate(transformer)?;
-        match (self.resolved_span(transformer).start, pass) {
-            (_, Pass::Bidirectional(_)) => {
-                Err(Error::parameter("pass", "a causal one to encode with", "a bidirectional one"))
-            }
-            (0, _) => Ok(embeddings.clone()),
-            (a, pass) => transformer.forward(embeddings, 0..a, pass),
-        }
-    }
-
-    /// One thought pass over `z`, unrefined: `(batch, seq, hidden)` in and out.
-    ///
-    /// # Errors
-    /// As [`Transformer::forward`].
-    pub fn think_once(
-        &self,
-        transformer: &Transformer,
-        z: &Tensor,
-        layout: &Layout,
-    ) -> Result<Tensor> {
-        transformer.forward(z, self.resolved_span(transformer), Pass::Bidirectional(layout))
-    }
-
-    /// All passes over the first thoughts `z`, refined after each; `progress` is told how many are
-    /// done, from 0 on, and how many there are. Plain tokens keep the thoughts they came with.
-    ///
-    /// # Errors
-    /// As [`Thinking::validate`] and [`Transformer::forward`]; [`Error::NotFinite`] with the index
-    /// of the pass that overflowed.
-    pub fn think(
-        &self,
-        transformer: &Transformer,
-        z: Tensor,
-        layout: &Layout,
-        mut progress: impl FnMut(usize, usize),
-    ) -> Result<Thoughts> {
-        self.validate(transformer)?;
-        let mut thoughts = Thoughts { z, drift: Vec::with_capacity(self.passes) };
-        if !self.is_none() {
-            progress(0, self.passes);
-        }
-        for index in 0..self.passes {
-            let h = self.think_once(transformer, &thoughts.z, layout)?;
-            let step = Step { z: &thoughts.z, index, passes: self.passes };
-            let refined = keep_plain(&self.refine.refine(&h, &step)?, &thoughts.z, layout)?;
-            let drift = drift(&thoughts.z, &refined, layout)?;
-            if !drift.is_finite() {
-                return Err(Error::NotFinite { what: "thoughts", position: index });
-            }
-            thoughts.drift.push(drift);
-            thoughts.z = refined;
-            progress(index + 1, self.passes);
-        }
-        Ok(thoughts)
-    }
-
-    /// Hands thoughts, or a chunk of them, over: runs the layers from `a` on and gives the stream
-    /// that leaves the last, `(batch, seq, hidden)`. For decoding, `pass` is the causal one over
-    /// the cache that [`encode`](Self::encode) began to fill.
-    ///
-    /// # Errors
-    /// As [`Transformer::forward`].
-    pub fn hand_off(
-        &self,
-        transformer: &Transformer,
-        z: &Tensor,
-        pass: Pass<'_>,
-    ) -> Result<Tensor> {
-        let a = self.resolved_span(transformer).start;
-        match self.hand_off {
-            HandOff::Refined => transformer.forward(z, a..transformer.all_layers().end, pass),
-        }
+    /// The rows of the embedding table, `(batch, seq, hidden)`.
+    #[must_use]
+    pub fn embeddings(&self) -> &Tensor {
+        &self.embeddings
     }
 }
 
@@ -224,26 +109,126 @@ impl Thinking {
 pub struct Thoughts {
     /// The refined thoughts, `(batch, seq, hidden)`: the residual stream that enters the span.
     pub z: Tensor,
-    /// For each pass the relative change of the thoughts, `‖z' - z‖ / ‖z‖`, mean over the tokens.
-    /// Under about 0.03 further passes change little.
-    pub drift: Vec<f64>,
+    /// The thoughts before the first pass. Plain tokens have kept theirs.
+    pub first: Tensor,
+    /// What each pass did.
+    pub trace: Trace,
 }
 
-/// `refined` where a token thinks, `z` where it is plain or padding.
-fn keep_plain(refined: &Tensor, z: &Tensor, layout: &Layout) -> Result<Tensor> {
-    if layout.is_all_context() {
-        return Ok(refined.clone());
+/// The verbs of the method, for one [`Thinking`] on one [`Transformer`].
+#[derive(Clone, Debug)]
+pub struct ThoughtLoop<'a> {
+    thinking: &'a Thinking,
+    transformer: &'a Transformer,
+    /// `a..b`. Without passes there are no thoughts to enter it, and it begins at 0.
+    span: Range<usize>,
+    refine: Seq,
+}
+
+impl<'a> ThoughtLoop<'a> {
+    /// The layers `a..b` that a pass runs.
+    #[must_use]
+    pub fn span(&self) -> Range<usize> {
+        self.span.clone()
     }
-    let thinks = Tensor::new(layout.thinks(), z.device())?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
-    Ok(thinks.broadcast_as(z.shape())?.where_cond(refined, z)?)
-}
 
-/// `‖z' - z‖ / ‖z‖` of each token, averaged over all tokens that are not padding.
-fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<f64> {
-    let norm = |xs: &Tensor| xs.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt(); // (batch, seq)
-    let smallest = f64::from(f32::MIN_POSITIVE);
-    let ratio = (norm(&(after - before)?)? / norm(before)?.maximum(smallest)?)?;
-    let real = Tensor::new(layout.real(), before.device())?;
-    let mean = ((ratio * &real)?.sum_all()? / real.sum_all()?)?;
-    Ok(f64::from(mean.to_scalar::<f32>()?))
+    /// Runs a text up to the span: the first thoughts, `(batch, seq, hidden)`. `pass` is a causal
+    /// one; with a cache, those layers' part of it is filled.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`]; [`Error::Parameter`] for a bidirectional pass.
+    pub fn encode(&self, text: &Text, pass: Pass<'_>) -> Result<Tensor> {
+        match (self.span.start, pass) {
+            (_, Pass::Bidirectional(_)) => {
+                Err(Error::parameter("pass", "a causal one to encode with", "a bidirectional one"))
+            }
+            (0, _) => Ok(text.embeddings.clone()),
+            (a, pass) => self.transformer.forward(&text.embeddings, 0..a, pass),
+        }
+    }
+
+    /// One thought pass over `z`, unrefined: `(batch, seq, hidden)` in and out.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn think_once(&self, z: &Tensor, layout: &Layout) -> Result<Tensor> {
+        self.transformer.forward(z, self.span(), self.pass(layout))
+    }
+
+    /// All passes over the first thoughts `z`, refined after each; `progress` is told how many are
+    /// done, from 0 on, and how many there are. Plain tokens keep the thoughts they came with, and
+    /// a row that halts keeps those it has.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`]; [`Error::Refinement`]; [`Error::NotFinite`] with the index of
+    /// the pass that overflowed.
+    pub fn think(
+        &self,
+        text: &Text,
+        z: Tensor,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Thoughts> {
+        let (layout, passes) = (&text.layout, self.thinking.passes);
+        let first = z.clone();
+        let mut trace = Trace { tokens: layout.seq(), ..Trace::default() };
+        if passes == 0 {
+            return Ok(Thoughts { z, first, trace });
+        }
+        let readout = CausalReadout::new(self.transformer, self.span.start, text);
+        let mut halting = Halting::new(&self.thinking.halt, layout);
+        let (mut z, mut first_h) = (z, None);
+        progress(0, passes);
+        for index in 0..passes {
+            let started = Instant::now();
+            let h = self.think_once(&z, layout)?;
+            let step = Step {
+                z: &z,
+                first: &first,
+                h: &h,
+                first_h: first_h.get_or_insert_with(|| h.clone()),
+                embeddings: &text.embeddings,
+                layout,
+                index,
+                passes,
+                gate: None,
+                readout: Some(&readout),
+            };
+            let refined = halting.keep_halted(&self.refine.refine(&step)?, &z)?;
+            let drift = measure::drift(&z, &refined, layout)?;
+            if drift.iter().any(|drift| !drift.is_finite()) {
+                return Err(Error::NotFinite { what: "thoughts", position: index });
+            }
+            trace.passes.push(PassTrace {
+                drift: halting.mean_of_active(&drift),
+                seconds: started.elapsed().as_secs_f64(),
+                ..PassTrace::default()
+            });
+            halting.look(&drift, &z, &refined, &readout)?;
+            z = refined;
+            progress(index + 1, passes);
+            if halting.all_halted() {
+                break;
+            }
+        }
+        trace.halted = halting.reasons();
+        Ok(Thoughts { z, first, trace })
+    }
+
+    /// Hands thoughts over and gives the stream that leaves the last layer, `(batch, seq, hidden)`.
+    /// For decoding, `pass` is the causal one over the cache that [`encode`](Self::encode) began to
+    /// fill.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn hand_off(&self, _text: &Text, thoughts: &Thoughts, pass: Pass<'_>) -> Result<Tensor> {
+        let n = self.transformer.all_layers().end;
+        self.transformer.forward(&thoughts.z, self.span.start..n, pass)
+    }
+
+    fn pass<'b>(&self, layout: &'b Layout) -> Pass<'b> {
+        match self.thinking.sight {
+            Sight::Causal => Pass::Causal(layout),
+            Sight::Bidirectional => Pass::Bidirectional(layout),
+        }
+    }
 }

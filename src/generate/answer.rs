@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::stop::StopReason;
+use crate::thought::Trace;
 
 /// A generated token.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,11 +39,19 @@ pub struct Answer {
     pub prompt_logprobs: Option<Vec<Option<f32>>>,
     /// Why it ended.
     pub stop: StopReason,
-    /// The relative change of the thoughts in each pass; see
-    /// [`Thoughts::drift`](crate::thought::Thoughts::drift).
-    pub drift: Vec<f64>,
+    /// What thinking did: one trace for the prompt, and one for each time it was thought about
+    /// again; none when there was no thinking.
+    pub traces: Vec<Trace>,
     /// Where the time went.
     pub seconds: Seconds,
+}
+
+impl Answer {
+    /// The drift of each pass over the prompt; see [`PassTrace::drift`](crate::thought::PassTrace).
+    #[must_use]
+    pub fn drift(&self) -> Vec<f64> {
+        self.traces.first().map(Trace::drift).unwrap_or_default()
+    }
 }
 
 /// Where the time of an answer went, in seconds.

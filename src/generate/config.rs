@@ -42,7 +42,7 @@ pub enum Progress {
 /// ```
 #[derive(Clone)]
 pub struct GenerationConfig {
-    pub(super) thinking: Thinking,
+    pub(super) thinking: Option<Thinking>,
     pub(super) max_tokens: usize,
     pub(super) temperature: f64,
     pub(super) top_k: usize,
@@ -63,7 +63,7 @@ pub struct GenerationConfig {
 impl Default for GenerationConfig {
     fn default() -> Self {
         Self {
-            thinking: Thinking::none(),
+            thinking: None,
             max_tokens: 128,
             temperature: 0.0,
             top_k: 0,
@@ -84,10 +84,11 @@ impl Default for GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// How to think about the prompt first. Default: not at all.
+    /// How to think about the prompt first. Default: as the checkpoint's `hybrid.json` says, and not
+    /// at all without one; [`Thinking::none`] is not at all in any case.
     #[must_use]
     pub fn thinking(mut self, thinking: Thinking) -> Self {
-        self.thinking = thinking;
+        self.thinking = Some(thinking);
         self
     }
 
@@ -210,9 +211,9 @@ impl GenerationConfig {
         self
     }
 
-    /// How to think about the prompt.
-    pub(crate) fn thinking_ref(&self) -> &Thinking {
-        &self.thinking
+    /// How to think about the prompt, if anything was said about it.
+    pub(crate) fn chosen_thinking(&self) -> Option<&Thinking> {
+        self.thinking.as_ref()
     }
 
     pub(crate) fn report(&self, progress: Progress) {
@@ -242,7 +243,7 @@ impl GenerationConfig {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::parameter("stop", "a text that is not empty", "\"\""));
         }
-        self.thinking.validate_alone()
+        self.thinking.as_ref().map_or(Ok(()), Thinking::validate)
     }
 }
 

@@ -11,6 +11,7 @@ use super::prompt::EncodedPrompt;
 use super::sampler::LogProbs;
 use crate::error::{Error, Result};
 use crate::model::{CHUNK, Layout, Pass, Transformer};
+use crate::thought::{Text, Thinking, Trace};
 
 /// Prompt positions whose logits stand in memory at a time.
 const LOGITS_AT_ONCE: usize = 64;
@@ -22,7 +23,7 @@ pub(super) struct PromptRead {
     /// Prompt tokens that did not run because the conversation had them.
     pub(super) kept: usize,
     pub(super) prompt_logprobs: Option<Vec<Option<f32>>>,
-    pub(super) drift: Vec<f64>,
+    pub(super) traces: Vec<Trace>,
     pub(super) seconds: Seconds,
 }
 
@@ -30,11 +31,11 @@ pub(super) struct PromptRead {
 pub(super) fn read_prompt(
     transformer: &Transformer,
     prompt: &EncodedPrompt,
+    thinking: &Thinking,
     config: &GenerationConfig,
     conversation: &mut Conversation,
 ) -> Result<PromptRead> {
     let start = Instant::now();
-    let thinking = &config.thinking;
     let total = prompt.ids.len();
     if total > conversation.capacity() {
         let capacity = conversation.capacity();
@@ -47,22 +48,23 @@ pub(super) fn read_prompt(
     }
     let kept = conversation.rewind(&prompt.ids);
     let new = prompt.ids.get(kept..).unwrap_or(&[]);
-    let embeddings = transformer.embed_ids(new, (1, new.len())).map_err(|error| match error {
-        Error::TokenOutOfRange { position, id, vocab_size } => {
-            Error::TokenOutOfRange { position: kept + position, id, vocab_size }
-        }
-        other => other,
-    })?; // (1, new, hidden)
     let layout = Layout::dense(1, new.len());
     let layout = match thinking.is_none() {
         true => layout,
         false => layout.with_context(0, &prompt.context)?,
     };
+    let text = Text::new(transformer, new, layout).map_err(|error| match error {
+        Error::TokenOutOfRange { position, id, vocab_size } => {
+            Error::TokenOutOfRange { position: kept + position, id, vocab_size }
+        }
+        other => other,
+    })?;
 
     let cache = &mut conversation.cache;
-    let z = thinking.encode(transformer, &embeddings, Pass::Cached(cache))?;
+    let mind = thinking.on(transformer)?;
+    let z = mind.encode(&text, Pass::Cached(cache))?;
     let thinking_from = Instant::now();
-    let thoughts = thinking.think(transformer, z, &layout, |done, passes| {
+    let thoughts = mind.think(&text, z, |done, passes| {
         config.report(Progress::Think { done, total: passes });
     })?;
     let think = if thinking.is_none() { 0.0 } else { seconds_since(thinking_from) };
@@ -73,7 +75,11 @@ pub(super) fn read_prompt(
     for from in (0..new.len()).step_by(CHUNK) {
         let length = CHUNK.min(new.len() - from);
         let z = thoughts.z.narrow(1, from, length)?;
-        let h = thinking.hand_off(transformer, &z, Pass::Cached(cache))?;
+        let h = transformer.forward(
+            &z,
+            mind.span().start..transformer.all_layers().end,
+            Pass::Cached(cache),
+        )?;
         scores.add(transformer, &h)?;
         last = Some(h.narrow(1, length - 1, 1)?);
         if thinking.is_none() {
@@ -83,8 +89,9 @@ pub(super) fn read_prompt(
     }
     let logits = transformer.logits(&last.ok_or(Error::EmptyPrompt)?)?;
     let logits = logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
+    let traces = if thinking.is_none() { Vec::new() } else { vec![thoughts.trace] };
     let seconds = Seconds { think, prefill: seconds_since(start) - think, decode: 0.0 };
-    Ok(PromptRead { logits, kept, prompt_logprobs: scores.done, drift: thoughts.drift, seconds })
+    Ok(PromptRead { logits, kept, prompt_logprobs: scores.done, traces, seconds })
 }
 
 /// Log-probabilities of the prompt's own tokens, position by position.

@@ -13,6 +13,7 @@ use super::sampler::{LogProbs, Sampler};
 use super::stop::{StopReason, StopStrings};
 use crate::error::{Error, Result};
 use crate::model::{Pass, Transformer};
+use crate::thought::{Thinking, Trace};
 use crate::tokenizer::{DecodeStream, Tokenizer};
 
 /// A conversation of the stream's own, or one that outlives it.
@@ -38,6 +39,8 @@ pub(crate) struct Source<'a> {
     pub(crate) tokenizer: Option<&'a Tokenizer>,
     /// The checkpoint's end-of-sequence tokens.
     pub(crate) eos_ids: &'a [u32],
+    /// The checkpoint's own thinking.
+    pub(crate) thinking: &'a Thinking,
 }
 
 /// An answer as it comes: an iterator of [`Token`]s. Drop it to cancel.
@@ -53,6 +56,7 @@ pub struct TokenStream<'a> {
     stop_strings: StopStrings,
     stop_ids: Vec<u32>,
     config: GenerationConfig,
+    thinking: Thinking,
     next: Next,
     stop: Option<StopReason>,
     kept: usize,
@@ -82,7 +86,8 @@ impl<'a> TokenStream<'a> {
         let transformer = source.transformer;
         let prompt = prompt.encode(source.tokenizer)?;
         let sampler = Sampler::new(config, &prompt.ids)?;
-        config.thinking.validate(transformer)?;
+        let thinking = config.thinking.as_ref().unwrap_or(source.thinking).clone();
+        thinking.on(transformer)?;
         let (stop_strings, stop_ids) = stops(config, source)?;
         let mut conversation = match conversation {
             Some(lent) => Held::Lent(lent),
@@ -93,7 +98,7 @@ impl<'a> TokenStream<'a> {
                 Held::Own(Box::new(Conversation::new(transformer, capacity)?))
             }
         };
-        let read = read_prompt(transformer, &prompt, config, conversation.get())?;
+        let read = read_prompt(transformer, &prompt, &thinking, config, conversation.get())?;
         let detokenizer = source.tokenizer.map(|it| it.decode_stream(&prompt.ids));
         Ok(Self {
             source,
@@ -103,6 +108,7 @@ impl<'a> TokenStream<'a> {
             stop_strings: StopStrings::new(stop_strings),
             stop_ids,
             config: config.clone(),
+            thinking,
             next: Next::Logits(read.logits),
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
             kept: read.kept,
@@ -114,7 +120,7 @@ impl<'a> TokenStream<'a> {
                 top_logprobs: Vec::new(),
                 prompt_logprobs: read.prompt_logprobs,
                 stop: StopReason::MaxTokens,
-                drift: read.drift,
+                traces: read.traces,
                 seconds: read.seconds,
             },
         })
@@ -139,10 +145,10 @@ impl<'a> TokenStream<'a> {
         self.answer.prompt_logprobs.as_deref()
     }
 
-    /// The relative change of the thoughts in each pass.
+    /// What thinking did so far; see [`Answer::traces`].
     #[must_use]
-    pub fn drift(&self) -> &[f64] {
-        &self.answer.drift
+    pub fn traces(&self) -> &[Trace] {
+        &self.answer.traces
     }
 
     /// Why the answer ended; `None` while it has not.
@@ -231,7 +237,7 @@ impl<'a> TokenStream<'a> {
         let layers = transformer.all_layers();
         let pass = Pass::Cached(&mut conversation.cache);
         let h = transformer.forward(&xs, layers, pass)?; // (1, 1, hidden)
-        if self.config.thinking.is_none() {
+        if self.thinking.is_none() {
             conversation.ids.push(id);
         }
         Ok(transformer.logits(&h)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)

@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::Transformer;
-use super::layout::Layout;
 use crate::error::{Error, Result};
+use crate::layout::Layout;
 
 /// Tokens that run through the blocks at a time when a cache takes them up.
 pub(crate) const CHUNK: usize = 512;

@@ -3,16 +3,19 @@
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
-use super::layout::Layout;
 use crate::error::Result;
+use crate::layout::Layout;
 
 /// How far a query looks ahead of itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Sight {
     /// Not at all: a token sees itself and what came before it.
     Causal,
     /// To the end of its context segment; a plain token not at all.
+    #[default]
     Bidirectional,
 }
 

@@ -37,7 +37,6 @@ mod attention;
 mod block;
 mod kernels;
 mod kv_cache;
-mod layout;
 mod linear;
 mod mask;
 mod mlp;
@@ -57,10 +56,10 @@ use crate::error::{Error, Result};
 
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
-pub use self::layout::Layout;
 pub use self::linear::Linear;
 pub use self::mask::{Mask, Sight};
 pub use self::weights::Weights;
+pub use crate::layout::Layout;
 
 /// Who sees whom in a forward pass, and what is remembered of it.
 #[derive(Debug)]

@@ -1,15 +1,17 @@
 //! Damped interpolation between the old thoughts and what the pass made of them.
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
-use super::{Refine, Step};
+use super::{OpConfig, Refine, Step};
 use crate::error::{Error, Result};
 
 /// `z' = z + w · (h - z)`.
 ///
 /// Undamped (`w = 1`) repetition of the whole stack ruins a pretrained model; `w = 1 / passes` over
 /// a few middle layers is the one setting with gains on record that needs no training.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Interpolate {
     /// `None`: one over the number of passes.
     weight: Option<f64>,
@@ -31,9 +33,9 @@ impl Interpolate {
 }
 
 impl Refine for Interpolate {
-    fn refine(&self, h: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+    fn refine(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
         let weight = self.weight.unwrap_or(1.0 / step.passes.max(1) as f64);
-        Ok((step.z + ((h - step.z)? * weight)?)?)
+        Ok((step.z + ((xs - step.z)? * weight)?)?)
     }
 
     fn validate(&self) -> Result<()> {
@@ -43,5 +45,9 @@ impl Refine for Interpolate {
             }
             _ => Ok(()),
         }
+    }
+
+    fn to_config(&self) -> Option<OpConfig> {
+        Some(OpConfig::Interpolate(*self))
     }
 }

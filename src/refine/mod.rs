@@ -1,59 +1,151 @@
 //! Refinement: what becomes of the thoughts after each pass.
 //!
-//! A thought pass reads the thoughts `z` in both directions and gives `h`; a [`Refine`] makes the
-//! next `z` of the two. `z` is the residual stream that enters the first layer of the span.
+//! A thought pass reads the thoughts `z` in both directions and gives `h`; a sequence of ops, each a
+//! [`Refine`], makes the next `z` of the two. `z` is the residual stream that enters the first layer
+//! of the span.
+//!
+//! ```
+//! use hybrid_attention::Thinking;
+//! use hybrid_attention::refine::{CosineReweight, Interpolate, seq};
+//!
+//! let refine = seq()
+//!     .add(CosineReweight::mix(0.1).temperature(0.1)) // h, each row moved towards those like it
+//!     .add(Interpolate::damped())                     // then a step from z towards that
+//!     .add_fn(|xs, _step| Ok(xs.clamp(-1e4, 1e4)?));  // and whatever else you like
+//! let thinking = Thinking::passes(3).span(14..18).refine(refine);
+//! # let _ = thinking;
+//! ```
 
 mod interpolate;
+mod seq;
 
 use std::fmt::Debug;
 
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::layout::Layout;
 
 pub use self::interpolate::Interpolate;
+pub use self::seq::{OpConfig, Seq, seq};
 
 /// What a refinement is told of the pass it refines.
+///
+/// All tensors of thoughts are `(batch, seq, hidden)`. Only the rows that [`Step::layout`] says are
+/// context may change: whatever an op makes of plain rows and padding is put back.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
-    /// The thoughts that went into the pass, `(batch, seq, hidden)`.
+    /// The thoughts that went into the pass.
     pub z: &'a Tensor,
+    /// The first thoughts, before any pass.
+    pub first: &'a Tensor,
+    /// What came out of the pass, before any op.
+    pub h: &'a Tensor,
+    /// What came out of the first pass: `h` itself in the first.
+    pub first_h: &'a Tensor,
+    /// The embeddings of the tokens. Equal to `first` for a span that begins at layer 0.
+    pub embeddings: &'a Tensor,
+    /// Which rows are real, and which of them think together.
+    pub layout: &'a Layout,
     /// Which pass this is, from 0.
     pub index: usize,
-    /// How many passes there will be; at least 1.
+    /// How many passes there will be at most; at least 1.
     pub passes: usize,
+    /// The checkpoint's own interpolation gate, `(hidden)`, if it has one: its sigmoid is the share
+    /// of the new state.
+    pub gate: Option<&'a Tensor>,
+    /// How the decoder would read some thoughts; `None` where there is no model behind the step.
+    pub readout: Option<&'a dyn Readout>,
 }
 
-/// Turns what came out of a thought pass into the thoughts that go into the next.
+impl<'a> Step<'a> {
+    /// The first and only pass over `z`, with no model behind it. Change what differs:
+    /// `Step { index: 1, passes: 3, ..Step::new(&z, &h, &layout) }`.
+    #[must_use]
+    pub fn new(z: &'a Tensor, h: &'a Tensor, layout: &'a Layout) -> Self {
+        Self {
+            z,
+            first: z,
+            h,
+            first_h: h,
+            embeddings: z,
+            layout,
+            index: 0,
+            passes: 1,
+            gate: None,
+            readout: None,
+        }
+    }
+}
+
+/// What a refinement may ask of the model: how its decoder would read some thoughts.
+///
+/// The layers from the span on read them causally, whatever the hand-off. Thoughts `z` are
+/// `(batch, seq, hidden)`, as in the [`Step`].
+pub trait Readout: Debug {
+    /// The scores of every vocabulary entry as the next token: `(batch, seq, vocab)`.
+    /// Differentiable when `z` is tracked.
+    ///
+    /// # Errors
+    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) for a tracked
+    /// `z` over weights that carry no gradient.
+    fn logits(&self, z: &Tensor) -> Result<Tensor>;
+
+    /// How badly each batch row's own next tokens are predicted: `(batch)` in `f32`, the mean
+    /// negative log-likelihood in nats, 0 for a row of one token. Carries no gradient.
+    ///
+    /// # Errors
+    /// When the computation fails.
+    fn loss(&self, z: &Tensor) -> Result<Tensor>;
+
+    /// [`Readout::loss`], and its gradient with respect to `z`, in the shape of `z`. Needs the
+    /// memory of one layer's graph, not of all.
+    ///
+    /// # Errors
+    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) over weights
+    /// that carry no gradient.
+    fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)>;
+}
+
+/// One op of a refinement: turns what came out of a thought pass, or of the op before, into what
+/// goes to the next op, or the next pass.
 ///
 /// ```
 /// use candle_core::Tensor;
-/// use hybrid_attention::{Result, refine::{Refine, Step}};
+/// use hybrid_attention::{Result, model::Layout, refine::{Refine, Step}};
 ///
-/// /// Moves less with every pass: `z + (h - z) / (index + 2)`.
+/// /// Moves less with every pass: `z + (xs - z) / (index + 2)`.
 /// #[derive(Debug)]
 /// struct Settle;
 ///
 /// impl Refine for Settle {
-///     fn refine(&self, h: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+///     fn refine(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
 ///         let share = 1.0 / (step.index + 2) as f64;
-///         Ok((step.z + ((h - step.z)? * share)?)?)
+///         Ok((step.z + ((xs - step.z)? * share)?)?)
 ///     }
 /// }
 /// # use candle_core::Device;
 /// # fn main() -> Result<()> {
 /// let (z, h) = (Tensor::new(&[[[0f32]]], &Device::Cpu)?, Tensor::new(&[[[6f32]]], &Device::Cpu)?);
-/// let next = Settle.refine(&h, &Step { z: &z, index: 1, passes: 3 })?;
-/// assert_eq!(next.to_vec3::<f32>()?, [[[2.0]]]);
+/// let layout = Layout::dense(1, 1);
+/// let step = Step { index: 1, passes: 3, ..Step::new(&z, &h, &layout) };
+/// assert_eq!(Settle.refine(&h, &step)?.to_vec3::<f32>()?, [[[2.0]]]);
 /// # Ok(())
 /// # }
 /// ```
 pub trait Refine: Debug + Send + Sync {
-    /// The next thoughts, from `h`, the stream that left the span: both `(batch, seq, hidden)`.
+    /// What errors call it. Default: the name of its type.
+    fn name(&self) -> String {
+        let path = std::any::type_name::<Self>();
+        path.rsplit("::").next().unwrap_or(path).to_string()
+    }
+
+    /// The next thoughts from `xs`, which is what the op before made, or [`Step::h`] for the first
+    /// op, with [`Step::z`] in the rows that do not think. Both are `(batch, seq, hidden)`.
     ///
     /// # Errors
     /// When the computation fails; the thought loop ends with that error.
-    fn refine(&self, h: &Tensor, step: &Step<'_>) -> Result<Tensor>;
+    fn refine(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor>;
 
     /// Checks the parameters before any pass is run.
     ///
@@ -61,5 +153,10 @@ pub trait Refine: Debug + Send + Sync {
     /// [`Error::Parameter`](crate::Error::Parameter) for one outside its range.
     fn validate(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// How `hybrid.json` spells it; `None` (the default) for an op that only code can make.
+    fn to_config(&self) -> Option<OpConfig> {
+        None
     }
 }

@@ -1,0 +1,186 @@
+//! Ops one after the other.
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{D, Tensor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
+
+use super::{Interpolate, Refine, Step};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+
+/// An empty sequence of ops, to be added to: `seq().add(..).add(..).add_fn(..)`.
+#[must_use]
+pub fn seq() -> Seq {
+    Seq::default()
+}
+
+/// Ops that run one after the other, each on what the one before made.
+///
+/// After each op the result must have the shape, the type and the device of the thoughts, and rows
+/// that do not think are put back to what they were. Without any op the thoughts become what the
+/// pass made of them. Serialised as a list of [`OpConfig`]s.
+#[derive(Clone, Debug, Default)]
+pub struct Seq {
+    ops: Vec<Arc<dyn Refine>>,
+}
+
+/// An op as `hybrid.json` spells it: `{"op": "interpolate", "weight": 0.1}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum OpConfig {
+    /// [`Interpolate`].
+    Interpolate(Interpolate),
+}
+
+impl OpConfig {
+    fn build(self) -> Arc<dyn Refine> {
+        match self {
+            Self::Interpolate(op) => Arc::new(op),
+        }
+    }
+}
+
+impl Seq {
+    /// With `op` at the end.
+    #[must_use]
+    #[allow(clippy::should_implement_trait, reason = "adds to a sequence, not a sum")]
+    pub fn add(mut self, op: impl Refine + 'static) -> Self {
+        self.ops.push(Arc::new(op));
+        self
+    }
+
+    /// With a function at the end: of what the op before made, and of the step.
+    #[must_use]
+    pub fn add_fn<F>(self, function: F) -> Self
+    where
+        F: Fn(&Tensor, &Step<'_>) -> Result<Tensor> + Send + Sync + 'static,
+    {
+        self.add(Function(function))
+    }
+
+    /// Ops in it.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// The next thoughts: all ops over [`Step::h`].
+    ///
+    /// # Errors
+    /// [`Error::Refinement`] that names the op: what it returned itself, or what is wrong with its
+    /// result.
+    pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
+        let thinks = Thinks::new(step.layout, step.z)?;
+        let first = thinks.or(step.h, step.z)?;
+        self.ops.iter().enumerate().try_fold(first, |xs, (index, op)| {
+            let refined = op.refine(&xs, step).and_then(|refined| {
+                check_alike(&refined, step.z)?;
+                thinks.or(&refined, step.z)
+            });
+            refined.map_err(|source| named(index, op.as_ref(), source))
+        })
+    }
+
+    /// Checks the parameters of every op.
+    ///
+    /// # Errors
+    /// [`Error::Refinement`] that names the op.
+    pub fn validate(&self) -> Result<()> {
+        let check = |(index, op): (usize, &Arc<dyn Refine>)| {
+            op.validate().map_err(|source| named(index, op.as_ref(), source))
+        };
+        self.ops.iter().enumerate().try_for_each(check)
+    }
+}
+
+/// A single op is a sequence of one.
+impl<R: Refine + 'static> From<R> for Seq {
+    fn from(op: R) -> Self {
+        seq().add(op)
+    }
+}
+
+impl Serialize for Seq {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let config = |op: &Arc<dyn Refine>| {
+            let message = || format!("{} cannot be written: only code can make it", op.name());
+            op.to_config().ok_or_else(|| ser::Error::custom(message()))
+        };
+        let ops = self.ops.iter().map(config).collect::<Result<Vec<_>, _>>()?;
+        ops.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Seq {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let ops = Vec::<OpConfig>::deserialize(deserializer)?;
+        Ok(Self { ops: ops.into_iter().map(OpConfig::build).collect() })
+    }
+}
+
+fn named(index: usize, op: &dyn Refine, source: Error) -> Error {
+    Error::Refinement { op: op.name(), index, source: Box::new(source) }
+}
+
+/// Refuses a result that could not go into the next pass.
+fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
+    let describe = |xs: &Tensor| {
+        format!("{:?} of {:?} on {:?}", xs.dims(), xs.dtype(), xs.device().location())
+    };
+    if describe(refined) == describe(z) {
+        return Ok(());
+    }
+    Err(Error::parameter("thoughts", describe(z), describe(refined)))
+}
+
+/// Which rows think: `None` when all do.
+struct Thinks(Option<Tensor>);
+
+impl Thinks {
+    fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
+        if layout.is_all_context() {
+            return Ok(Self(None));
+        }
+        let thinks = Tensor::new(layout.thinks(), z.device())?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
+        Ok(Self(Some(thinks)))
+    }
+
+    /// `xs` where a row thinks, `z` where it is plain or padding.
+    fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
+        match &self.0 {
+            Some(thinks) => Ok(thinks.broadcast_as(z.shape())?.where_cond(xs, z)?),
+            None => Ok(xs.clone()),
+        }
+    }
+}
+
+/// An op made of a function.
+struct Function<F>(F);
+
+impl<F> fmt::Debug for Function<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Function")
+    }
+}
+
+impl<F> Refine for Function<F>
+where
+    F: Fn(&Tensor, &Step<'_>) -> Result<Tensor> + Send + Sync,
+{
+    fn name(&self) -> String {
+        "function".to_string()
+    }
+
+    fn refine(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+        self.0(xs, step)
+    }
+}

@@ -1,0 +1,42 @@
+//! How far thoughts moved, and how alike they are.
+
+use candle_core::{D, DType, Tensor};
+
+use crate::error::Result;
+use crate::model::Layout;
+
+/// Keeps quotients of lengths finite.
+const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
+
+/// `‖z' - z‖ / ‖z‖` of each row of the batch, mean over its tokens.
+pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<Vec<f64>> {
+    let ratio = (norms(&(after - before)?)? / norms(before)?.maximum(SMALLEST)?)?;
+    Ok(means(&of_tokens(&ratio, layout)?))
+}
+
+/// The cosine of every thought with the one in the same place: per row of the batch, per token.
+pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>>> {
+    let (a32, b32) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+    let dots = (&a32 * &b32)?.sum(D::Minus1)?; // (batch, seq)
+    let lengths = (norms(a)?.maximum(SMALLEST)? * norms(b)?.maximum(SMALLEST)?)?;
+    of_tokens(&(dots / lengths)?, layout)
+}
+
+/// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`.
+pub(super) fn norms(xs: &Tensor) -> Result<Tensor> {
+    Ok(xs.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?)
+}
+
+/// `(batch, seq)` as numbers per row of the batch and token, padding left out.
+pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>>> {
+    let rows = values.to_vec2::<f32>()?.into_iter().zip(layout.starts());
+    Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
+}
+
+/// The mean of each row; 0 for a row without tokens.
+pub(super) fn means(rows: &[Vec<f32>]) -> Vec<f64> {
+    let mean = |row: &Vec<f32>| {
+        row.iter().map(|&value| f64::from(value)).sum::<f64>() / row.len().max(1) as f64
+    };
+    rows.iter().map(mean).collect()
+}

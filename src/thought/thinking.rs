@@ -1,0 +1,163 @@
+//! How to think: the settings of the thought loop.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::ThoughtLoop;
+use super::halting::Halt;
+use super::trace::Detail;
+use crate::error::{Error, Result};
+use crate::model::{Sight, Transformer};
+use crate::refine::{Interpolate, Seq};
+
+/// How the decoder receives the thoughts.
+///
+/// In every form the last token of the prompt, and every plain segment, is run causally over what
+/// the others left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum HandOff {
+    /// Layers `a..n` re-read the thoughts causally; this pass fills the cache. The decoder sees
+    /// nothing but refined embeddings, in the form it was trained to read.
+    #[default]
+    Refined,
+}
+
+/// How to think about a prompt before answering it. The default is not to.
+///
+/// Not thinking is the right default for weights that were not trained to think: for those no
+/// source shows a bidirectional prompt helping generation, and strong settings ruin it.
+///
+/// ```
+/// use hybrid_attention::Thinking;
+/// use hybrid_attention::refine::{CosineReweight, Interpolate, seq};
+/// use hybrid_attention::thought::Halt;
+///
+/// let thinking = Thinking::passes(3)
+///     .span(14..18)
+///     .refine(seq().add(CosineReweight::mix(0.1)).add(Interpolate::new(0.1)))
+///     .halt(Halt::Drift(0.03));
+/// # let _ = thinking;
+/// ```
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Thinking {
+    pub(super) passes: usize,
+    pub(super) span: Option<(usize, usize)>,
+    pub(super) sight: Sight,
+    pub(super) refine: Option<Seq>,
+    pub(super) halt: Vec<Halt>,
+    pub(super) hand_off: HandOff,
+    pub(super) rethink_every: usize,
+    pub(super) detail: Detail,
+}
+
+impl Thinking {
+    /// The most passes that are accepted. Published loops saturate at three or four.
+    pub const MAX_PASSES: usize = 1024;
+
+    /// No thinking: exactly a plain Mistral.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// At most this many thought passes, up to [`Thinking::MAX_PASSES`], over the whole stack unless
+    /// [`span`](Self::span) says otherwise. 0 is no thinking.
+    #[must_use]
+    pub fn passes(passes: usize) -> Self {
+        Self { passes, ..Self::default() }
+    }
+
+    /// The layers a thought pass runs, `a..b` with `a < b <= num_hidden_layers`.
+    #[must_use]
+    pub fn span(mut self, span: Range<usize>) -> Self {
+        self.span = Some((span.start, span.end));
+        self
+    }
+
+    /// Whether tokens of a context segment see what comes after them in a pass. Default
+    /// [`Sight::Bidirectional`]; [`Sight::Causal`] makes the loop its own control of equal cost.
+    #[must_use]
+    pub fn sight(mut self, sight: Sight) -> Self {
+        self.sight = sight;
+        self
+    }
+
+    /// What becomes of the thoughts after each pass: one op, or a [`seq`](crate::refine::seq) of
+    /// them. Default [`Interpolate::damped`].
+    #[must_use]
+    pub fn refine(mut self, refine: impl Into<Seq>) -> Self {
+        self.refine = Some(refine.into());
+        self
+    }
+
+    /// Stops thinking before the last pass when this is met; may be called several times, and the
+    /// first to be met counts. Default: never.
+    #[must_use]
+    pub fn halt(mut self, halt: Halt) -> Self {
+        self.halt.push(halt);
+        self
+    }
+
+    /// How the decoder receives the thoughts. Default [`HandOff::Refined`].
+    #[must_use]
+    pub fn hand_off(mut self, hand_off: HandOff) -> Self {
+        self.hand_off = hand_off;
+        self
+    }
+
+    /// Thinks again, over prompt and answer, after every `tokens` new tokens. Default 0: never.
+    #[must_use]
+    pub fn rethink_every(mut self, tokens: usize) -> Self {
+        self.rethink_every = tokens;
+        self
+    }
+
+    /// How much the [`Trace`](super::Trace) holds. Default [`Detail::Drift`].
+    #[must_use]
+    pub fn detail(mut self, detail: Detail) -> Self {
+        self.detail = detail;
+        self
+    }
+
+    /// Whether there is any thinking to do.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.passes == 0
+    }
+
+    /// These settings on a model, checked against it.
+    ///
+    /// # Errors
+    /// As [`Thinking::validate`]; [`Error::Parameter`] for a span that is empty or beyond the
+    /// model's layers.
+    pub fn on<'a>(&'a self, transformer: &'a Transformer) -> Result<ThoughtLoop<'a>> {
+        self.validate()?;
+        let all = transformer.all_layers();
+        let span = self.span.map_or(all.clone(), |(a, b)| a..b);
+        if span.is_empty() || span.end > all.end {
+            let expected = format!("a non-empty range within {all:?}");
+            return Err(Error::parameter("span", expected, format!("{span:?}")));
+        }
+        let span = if self.is_none() { all } else { span };
+        let refine = self.refine.clone().unwrap_or_else(|| Interpolate::damped().into());
+        Ok(ThoughtLoop { thinking: self, transformer, span, refine })
+    }
+
+    /// Checks what does not depend on the model.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for too many passes or a tolerance outside its range,
+    /// [`Error::Refinement`] for an op's own parameter.
+    pub fn validate(&self) -> Result<()> {
+        if self.passes > Self::MAX_PASSES {
+            let expected = format!("at most {}", Self::MAX_PASSES);
+            return Err(Error::parameter("passes", expected, self.passes));
+        }
+        self.halt.iter().try_for_each(Halt::validate)?;
+        self.refine.as_ref().map_or(Ok(()), Seq::validate)
+    }
+}

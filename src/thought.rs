@@ -54,7 +54,7 @@ use candle_core::Tensor;
 use self::halting::Halting;
 use self::readout::CausalReadout;
 use crate::error::{Error, Result};
-use crate::model::{Layout, Pass, Sight, Transformer};
+use crate::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
 use crate::refine::{Seq, Step};
 
 pub use self::halting::Halt;
@@ -147,12 +147,18 @@ impl<'a> ThoughtLoop<'a> {
         }
     }
 
-    /// One thought pass over `z`, unrefined: `(batch, seq, hidden)` in and out.
+    /// One thought pass over `z`, unrefined: the span, then the checkpoint's own
+    /// [thought layers](Transformer::thought_layers). `(batch, seq, hidden)` in and out.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
     pub fn think_once(&self, z: &Tensor, layout: &Layout) -> Result<Tensor> {
-        self.transformer.forward(z, self.span(), self.pass(layout))
+        let pass = match self.thinking.sight {
+            Sight::Causal => Pass::Causal(layout),
+            Sight::Bidirectional => Pass::Bidirectional(layout),
+        };
+        let h = self.transformer.forward(z, self.span(), pass)?;
+        self.transformer.forward_thought_layers(&h, layout, self.thinking.sight)
     }
 
     /// All passes over the first thoughts `z`, refined after each; `progress` is told how many are
@@ -190,7 +196,7 @@ impl<'a> ThoughtLoop<'a> {
                 layout,
                 index,
                 passes,
-                gate: None,
+                gate: self.transformer.thought_gate(),
                 readout: Some(&readout),
             };
             let refined = halting.keep_halted(&self.refine.refine(&step)?, &z)?;
@@ -219,16 +225,33 @@ impl<'a> ThoughtLoop<'a> {
     /// fill.
     ///
     /// # Errors
-    /// As [`Transformer::forward`].
-    pub fn hand_off(&self, _text: &Text, thoughts: &Thoughts, pass: Pass<'_>) -> Result<Tensor> {
-        let n = self.transformer.all_layers().end;
-        self.transformer.forward(&thoughts.z, self.span.start..n, pass)
+    /// As [`Transformer::forward`] and [`Transformer::hand_over`].
+    pub fn hand_off(&self, text: &Text, thoughts: &Thoughts, mut pass: Pass<'_>) -> Result<Tensor> {
+        let cache = match &mut pass {
+            Pass::Cached(cache) => Some(&mut **cache),
+            Pass::Causal(_) | Pass::Bidirectional(_) => None,
+        };
+        let (xs, layers) = self.enter(text, thoughts, cache)?;
+        self.transformer.forward(&xs, layers, pass)
     }
 
-    fn pass<'b>(&self, layout: &'b Layout) -> Pass<'b> {
-        match self.thinking.sight {
-            Sight::Causal => Pass::Causal(layout),
-            Sight::Bidirectional => Pass::Bidirectional(layout),
-        }
+    /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: gives the stream
+    /// that goes on causally, which may be cut into pieces, and the layers that it has yet to run.
+    pub(crate) fn enter(
+        &self,
+        text: &Text,
+        thoughts: &Thoughts,
+        cache: Option<&mut KvCache>,
+    ) -> Result<(Tensor, Range<usize>)> {
+        let (Range { start: a, end: b }, n) = (self.span(), self.transformer.all_layers().end);
+        let weight = match self.thinking.hand_off {
+            HandOff::KeyValue if !self.thinking.is_none() => 1.0,
+            HandOff::Mixed { weight } if !self.thinking.is_none() => weight,
+            _ => return Ok((thoughts.z.clone(), a..n)),
+        };
+        let (plain, z) = (&thoughts.first, &thoughts.z);
+        let what = HandOver { plain, z, weight, sight: self.thinking.sight };
+        let xs = self.transformer.hand_over(&what, a..b, &text.layout, cache)?;
+        Ok((xs, b..n))
     }
 }

@@ -23,6 +23,9 @@ const TOP: [Row; 3] = [
 /// What precedes the number of a layer.
 const LAYERS: Row = ["model.layers", "layers", "blk"];
 
+/// What precedes the weights for thought passes, in every kind of checkpoint.
+const THOUGHT: &str = "thought";
+
 const LAYER: [Row; 9] = [
     ["input_layernorm", "attention_norm", "attn_norm"],
     ["self_attn.q_proj", "attention.wq", "attn_q"],
@@ -74,19 +77,21 @@ impl Naming {
     /// Whether `name`, spelled as in this checkpoint, stands where the model's own weights stand.
     pub(super) fn is_ours(self, name: &str) -> bool {
         let under = |prefix: &str| name.strip_prefix(prefix).is_some_and(|n| n.starts_with('.'));
-        match self {
-            Self::HuggingFace => under("model") || under("lm_head"),
-            Self::Mistral | Self::Gguf => {
-                under(self.column(LAYERS)) || TOP.into_iter().any(|row| under(self.column(row)))
+        under(THOUGHT)
+            || match self {
+                Self::HuggingFace => under("model") || under("lm_head"),
+                Self::Mistral | Self::Gguf => {
+                    under(self.column(LAYERS)) || TOP.into_iter().any(|row| under(self.column(row)))
+                }
             }
-        }
     }
 
     /// How the rows of a weight, here by its Hugging Face name, are stored.
     pub(super) fn rows(self, name: &str, head_dim: usize) -> Rows {
         let rotated =
             name.ends_with("self_attn.q_proj.weight") || name.ends_with("self_attn.k_proj.weight");
-        if rotated && self != Self::HuggingFace {
+        // What was learned for thought passes is nobody's format but ours.
+        if rotated && !name.starts_with(THOUGHT) && self != Self::HuggingFace {
             Rows::Interleaved { head_dim }
         } else {
             Rows::InOrder

@@ -8,7 +8,7 @@ use super::convert::{Refusal, Source};
 use super::names::Naming;
 use super::{Checkpoint, Entry};
 use crate::error::{Error, Result};
-use crate::model::Weights;
+use crate::model::{Weights, is_or_is_under};
 
 /// The weights of a [`Checkpoint`], each read when it is asked for.
 pub struct CheckpointWeights<'a> {
@@ -74,6 +74,11 @@ impl Weights for CheckpointWeights<'_> {
         self.used.insert(spelled);
         self.advance(entry.range.len());
         Ok(tensor)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        let spelled = self.checkpoint.naming.spell(name);
+        self.checkpoint.tensors.keys().any(|key| is_or_is_under(key, &spelled))
     }
 }
 
@@ -141,6 +146,8 @@ impl<'a> CheckpointWeights<'a> {
                     return Ok(());
                 }
                 "the head is tied to the embedding table, which differs".to_string()
+            } else if name.starts_with("thought") {
+                "only thought.gate and thought.layers.0, 1, .. without a gap are read".to_string()
             } else {
                 "this architecture has no such weight".to_string()
             };

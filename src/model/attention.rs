@@ -4,7 +4,7 @@ use candle_core::{D, Tensor};
 
 use super::View;
 use super::kernels::MaskedSoftmax;
-use super::kv_cache::LayerCache;
+use super::kv_cache::KeyValues;
 use super::linear::Linear;
 use super::mask::Mask;
 use super::ops;
@@ -41,31 +41,55 @@ impl Attention {
         })
     }
 
-    /// `(batch, seq, hidden) -> (batch, seq, hidden)`. With a cache, what is seen begins before
-    /// `xs`, and `xs` is remembered.
+    /// `(batch, seq, hidden) -> (batch, seq, hidden)`. `remember` is given the keys and values of
+    /// `xs` and gives those that `xs` attends to: with a cache, they begin before `xs`.
     pub(super) fn forward(
         &self,
         xs: &Tensor,
         view: &View,
-        cache: Option<&mut LayerCache>,
+        remember: impl FnOnce(KeyValues) -> Result<KeyValues>,
     ) -> Result<Tensor> {
+        let (batch, seq, _) = xs.dims3()?;
+        let (q, new) = self.project(xs, view)?;
+        let KeyValues { keys, values, .. } = remember(new)?; // (batch, kv_heads, keys, head_dim)
+        let ys = attend(&q, &keys, &values, &view.mask)?;
+        let ys = ys.transpose(1, 2)?; // (batch, seq, heads, head_dim)
+        self.o_proj.forward(&ys.reshape((batch, seq, self.heads * self.head_dim))?)
+    }
+
+    /// Queries, keys and values of `xs`, each `(batch, heads or kv_heads, seq, head_dim)`.
+    fn project(&self, xs: &Tensor, view: &View) -> Result<(Tensor, KeyValues)> {
         let (batch, seq, _) = xs.dims3()?;
         let split = |xs: Tensor, heads: usize| -> Result<Tensor> {
             let xs = xs.reshape((batch, seq, heads, self.head_dim))?;
             Ok(xs.transpose(1, 2)?.contiguous()?) // (batch, heads, seq, head_dim)
         };
         let q = view.rotation.apply(&split(self.q_proj.forward(xs)?, self.heads)?)?;
-        let k = view.rotation.apply(&split(self.k_proj.forward(xs)?, self.kv_heads)?)?;
-        let v = split(self.v_proj.forward(xs)?, self.kv_heads)?;
-        let (k, v) = match cache {
-            Some(cache) => {
-                let tracked = [&q, &k, &v].iter().any(|tensor| tensor.track_op());
-                cache.append(&k, &v, tracked)? // (batch, kv_heads, past + seq, head_dim)
+        let keys = view.rotation.apply(&split(self.k_proj.forward(xs)?, self.kv_heads)?)?;
+        let values = split(self.v_proj.forward(xs)?, self.kv_heads)?;
+        let tracked = [&q, &keys, &values].iter().any(|tensor| tensor.track_op());
+        Ok((q, KeyValues { keys, values, tracked }))
+    }
+
+    /// The share of each token's attention that goes to every other, mean over the heads:
+    /// `(batch, seq, hidden) -> (batch, seq, seq)`. One head at a time stands in memory.
+    pub(super) fn shares(&self, xs: &Tensor, view: &View) -> Result<Tensor> {
+        let (q, KeyValues { keys, .. }) = self.project(xs, view)?;
+        let all = (0..view.mask.queries(), 0..view.mask.keys());
+        let bias = view.mask.bias(&all.0, &all.1, q.dtype(), q.device())?;
+        let scale = 1.0 / (self.head_dim as f64).sqrt();
+        let share = |head: usize| -> Result<Tensor> {
+            let (q, k) =
+                (q.narrow(1, head, 1)?, keys.narrow(1, head * self.kv_heads / self.heads, 1)?);
+            let scores = (q.matmul(&k.t()?)? * scale)?; // (batch, 1, seq, seq)
+            match &bias {
+                Some(bias) => ops::softmax(&scores.broadcast_add(bias)?),
+                None => ops::softmax(&scores),
             }
-            None => (k, v),
         };
-        let ys = attend(&q, &k, &v, &view.mask)?.transpose(1, 2)?; // (batch, seq, heads, head_dim)
-        self.o_proj.forward(&ys.reshape((batch, seq, self.heads * self.head_dim))?)
+        let sum = (1..self.heads)
+            .try_fold(share(0)?, |sum, head| -> Result<Tensor> { Ok((sum + share(head)?)?) })?;
+        Ok((sum / self.heads as f64)?.squeeze(1)?)
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 
 use super::View;
 use super::attention::Attention;
-use super::kv_cache::LayerCache;
+use super::kv_cache::KeyValues;
 use super::mlp::Mlp;
 use super::ops;
 use super::weights::Weights;
@@ -23,11 +23,11 @@ pub(super) struct Block {
 impl Block {
     pub(super) fn new(
         config: &Config,
-        index: usize,
+        prefix: &str,
         dtype: DType,
         weights: &mut impl Weights,
     ) -> Result<Self> {
-        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let name = |part: &str| format!("{prefix}.{part}");
         let after = name("post_attention_layernorm.weight");
         Ok(Self {
             input_layernorm: RmsNorm::new(config, &name("input_layernorm.weight"), dtype, weights)?,
@@ -38,15 +38,22 @@ impl Block {
     }
 
     /// `(batch, seq, hidden) -> (batch, seq, hidden)`: the residual stream in and out.
+    /// `remember` as in [`Attention::forward`].
     pub(super) fn forward(
         &self,
         xs: &Tensor,
         view: &View,
-        cache: Option<&mut LayerCache>,
+        remember: impl FnOnce(KeyValues) -> Result<KeyValues>,
     ) -> Result<Tensor> {
-        let xs = (xs + self.self_attn.forward(&self.input_layernorm.forward(xs)?, view, cache)?)?;
+        let normed = self.input_layernorm.forward(xs)?;
+        let xs = (xs + self.self_attn.forward(&normed, view, remember)?)?;
         let ys = self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?;
         Ok((xs + ys)?)
+    }
+
+    /// Who attends to whom in this block, see [`Attention::shares`].
+    pub(super) fn attention_shares(&self, xs: &Tensor, view: &View) -> Result<Tensor> {
+        self.self_attn.shares(&self.input_layernorm.forward(xs)?, view)
     }
 }
 

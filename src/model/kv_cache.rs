@@ -32,6 +32,30 @@ pub struct KvCache {
     layout: Layout,
 }
 
+/// The keys and values of some tokens in one layer, `(batch, kv_heads, tokens, head_dim)`.
+#[derive(Clone, Debug)]
+pub(super) struct KeyValues {
+    pub(super) keys: Tensor,
+    pub(super) values: Tensor,
+    /// Whether a gradient will come back through what is computed with them.
+    pub(super) tracked: bool,
+}
+
+impl KeyValues {
+    /// Applies `f` to the keys and to the values, each paired with the other's.
+    pub(super) fn zip(
+        &self,
+        other: &Self,
+        f: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
+        Ok(Self {
+            keys: f(&self.keys, &other.keys)?,
+            values: f(&self.values, &other.values)?,
+            tracked: self.tracked || other.tracked,
+        })
+    }
+}
+
 /// One layer's part of a [`KvCache`].
 #[derive(Debug)]
 pub(super) struct LayerCache {
@@ -112,7 +136,21 @@ impl KvCache {
     /// [`Error::CacheRolled`] when a sliding window has let go of positions that the next token
     /// would have to see; the cache is then unchanged.
     pub fn truncate(&mut self, length: usize) -> Result<()> {
-        for layer in &self.layers {
+        self.truncate_layers(0..self.layers.len(), length)
+    }
+
+    /// As [`KvCache::truncate`], in these layers only: what was computed before layer `a` stays
+    /// true when the thoughts that enter it have changed.
+    ///
+    /// # Errors
+    /// As [`KvCache::truncate`]; [`Error::Parameter`] for layers that there are not.
+    pub fn truncate_layers(&mut self, layers: Range<usize>, length: usize) -> Result<()> {
+        let count = self.layers.len();
+        let Some(layers) = self.layers.get_mut(layers.clone()) else {
+            let expected = format!("a range within 0..{count}");
+            return Err(Error::parameter("layers", expected, format!("{layers:?}")));
+        };
+        for layer in layers.iter() {
             // The next token sees positions oldest..length, and itself.
             let oldest =
                 layer.window.map_or(0, |window| length.saturating_add(1).saturating_sub(window));
@@ -120,7 +158,7 @@ impl KvCache {
                 return Err(Error::CacheRolled { length, oldest: layer.first });
             }
         }
-        for layer in &mut self.layers {
+        for layer in layers {
             layer.len = layer.len.min(length);
             layer.first = layer.first.min(layer.len);
         }
@@ -180,8 +218,11 @@ impl KvCache {
         self.layers.get(layers.start).map_or(0, |layer| layer.first)
     }
 
-    pub(super) fn layer(&mut self, index: usize) -> Option<&mut LayerCache> {
-        self.layers.get_mut(index)
+    pub(super) fn layer(&mut self, index: usize) -> Result<&mut LayerCache> {
+        let layers = self.layers.len();
+        self.layers.get_mut(index).ok_or_else(|| {
+            Error::parameter("cache", format!("one of more than {index} layers"), layers)
+        })
     }
 }
 
@@ -218,28 +259,43 @@ impl LayerCache {
         Ok(())
     }
 
-    /// Takes up the keys and values of new tokens, `(batch, kv_heads, new, head_dim)`, and gives
-    /// those of all tokens held, these included. [`KvCache::reserve`] has made the room.
+    /// Makes `all` the keys and values of this layer: those of every position from 0 on. Under a
+    /// window only the last of them are kept, if there is no room for all.
+    pub(super) fn fill(&mut self, all: &KeyValues) -> Result<()> {
+        let (len, slots) = (all.keys.dim(2)?, self.keys.dim(2)?);
+        let keep = match self.window {
+            Some(window) if len > slots => window - 1,
+            _ => len,
+        };
+        if keep > slots {
+            return Err(Error::ContextFull { capacity: slots, requested: keep });
+        }
+        if keep > 0 {
+            for (own, all) in [(&self.keys, &all.keys), (&self.values, &all.values)] {
+                own.slice_set(&all.narrow(2, len - keep, keep)?.detach().contiguous()?, 2, 0)?;
+            }
+        }
+        (self.first, self.len) = (len - keep, len);
+        Ok(())
+    }
+
+    /// Takes up the keys and values of new tokens and gives those of all tokens held, these
+    /// included. [`KvCache::reserve`] has made the room.
     ///
-    /// `tracked` says that a gradient will come back through what is given: it is then a copy,
-    /// because the cache's own memory is written again, and the new tokens carry their gradient.
-    pub(super) fn append(
-        &mut self,
-        keys: &Tensor,
-        values: &Tensor,
-        tracked: bool,
-    ) -> Result<(Tensor, Tensor)> {
+    /// Where they are tracked, what is given is a copy, because the cache's own memory is written
+    /// again, and the new tokens carry their gradient.
+    pub(super) fn append(&mut self, new: &KeyValues) -> Result<KeyValues> {
         let held = self.len - self.first;
-        let new = keys.dim(2)?;
+        let count = new.keys.dim(2)?;
         let put = |all: &Tensor, new_rows: &Tensor| -> Result<Tensor> {
             all.slice_set(&new_rows.detach().contiguous()?, 2, held)?;
-            match tracked {
+            match new.tracked {
                 true => Ok(Tensor::cat(&[&all.narrow(2, 0, held)?, new_rows], 2)?),
-                false => Ok(all.narrow(2, 0, held + new)?),
+                false => Ok(all.narrow(2, 0, held + count)?),
             }
         };
-        let pair = (put(&self.keys, keys)?, put(&self.values, values)?);
-        self.len += new;
-        Ok(pair)
+        let (keys, values) = (put(&self.keys, &new.keys)?, put(&self.values, &new.values)?);
+        self.len += count;
+        Ok(KeyValues { keys, values, tracked: new.tracked })
     }
 }

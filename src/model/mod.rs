@@ -35,6 +35,7 @@
 
 mod attention;
 mod block;
+mod hand_over;
 mod kernels;
 mod kv_cache;
 mod linear;
@@ -54,11 +55,13 @@ use self::rope::{Rope, Rotation};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
+pub use self::hand_over::HandOver;
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::linear::Linear;
 pub use self::mask::{Mask, Sight};
 pub use self::weights::Weights;
+pub(crate) use self::weights::is_or_is_under;
 pub use crate::layout::Layout;
 
 /// Who sees whom in a forward pass, and what is remembered of it.
@@ -85,6 +88,9 @@ pub struct Transformer {
     config: Config,
     embed_tokens: Tensor,
     layers: Vec<Block>,
+    /// Run after the span in every thought pass.
+    thought_layers: Vec<Block>,
+    thought_gate: Option<Tensor>,
     norm: RmsNorm,
     lm_head: Linear,
     rope: Rope,
@@ -102,6 +108,10 @@ struct View {
 impl Transformer {
     /// Builds the blocks from `weights`, on the device and in the type they are handed over.
     ///
+    /// Beside the model's own, `thought.layers.{i}.*` (the weights of further blocks, from 0 on)
+    /// and `thought.gate` (`[hidden]`) are taken where there are any: what a checkpoint has learned
+    /// for its thought passes.
+    ///
     /// # Errors
     /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
@@ -111,8 +121,20 @@ impl Transformer {
         let device = embed_tokens.device().clone();
         let dtype = if device.is_cpu() { DType::F32 } else { embed_tokens.dtype() };
         let layers = (0..config.num_hidden_layers)
-            .map(|index| Block::new(config, index, dtype, weights))
+            .map(|index| Block::new(config, &format!("model.layers.{index}"), dtype, weights))
             .collect::<Result<_>>()?;
+        let mut thought_layers = Vec::new();
+        for index in 0.. {
+            let prefix = format!("thought.layers.{index}");
+            if !weights.contains(&prefix) {
+                break;
+            }
+            thought_layers.push(Block::new(config, &prefix, dtype, weights)?);
+        }
+        let thought_gate = match weights.contains("thought.gate") {
+            true => Some(weights.tensor("thought.gate", &[table.1])?.to_dtype(dtype)?),
+            false => None,
+        };
         let norm = RmsNorm::new(config, "model.norm.weight", dtype, weights)?;
         let lm_head = if config.tie_word_embeddings {
             Linear::dense(&embed_tokens)?
@@ -123,7 +145,19 @@ impl Transformer {
         let config = config.clone();
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { id, config, embed_tokens, layers, norm, lm_head, rope, dtype, device })
+        Ok(Self {
+            id,
+            config,
+            embed_tokens,
+            layers,
+            thought_layers,
+            thought_gate,
+            norm,
+            lm_head,
+            rope,
+            dtype,
+            device,
+        })
     }
 
     /// The shapes it was built with.
@@ -148,6 +182,19 @@ impl Transformer {
     #[must_use]
     pub fn all_layers(&self) -> Range<usize> {
         0..self.layers.len()
+    }
+
+    /// How many blocks the checkpoint has that run in thought passes only.
+    #[must_use]
+    pub fn thought_layers(&self) -> usize {
+        self.thought_layers.len()
+    }
+
+    /// The checkpoint's `thought.gate`, `(hidden)`, if it has one. Its sigmoid is the share of the
+    /// new state that a thought takes over, channel by channel.
+    #[must_use]
+    pub fn thought_gate(&self) -> Option<&Tensor> {
+        self.thought_gate.as_ref()
     }
 
     /// Rows of the embedding table: `(batch, seq)` of `u32` to `(batch, seq, hidden)`.
@@ -182,13 +229,7 @@ impl Transformer {
     /// [`Error::EmptyPrompt`] when `seq` is 0.
     pub fn forward(&self, xs: &Tensor, layers: Range<usize>, pass: Pass<'_>) -> Result<Tensor> {
         let (batch, seq) = self.check_stream(xs)?;
-        if layers.start > layers.end || layers.end > self.layers.len() {
-            let expected = format!("a range within 0..{}", self.layers.len());
-            return Err(Error::parameter("layers", expected, format!("{layers:?}")));
-        }
-        if seq == 0 {
-            return Err(Error::EmptyPrompt);
-        }
+        self.check_layers(&layers)?;
         match pass {
             Pass::Causal(layout) => self.uncached(xs, layers, layout, Sight::Causal),
             Pass::Bidirectional(layout) => self.uncached(xs, layers, layout, Sight::Bidirectional),
@@ -215,18 +256,63 @@ impl Transformer {
         layout: &Layout,
         sight: Sight,
     ) -> Result<Tensor> {
-        let (batch, seq, _) = xs.dims3()?;
+        let view = self.view(xs, layout, sight)?;
+        self.layers[layers].iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+    }
+
+    /// Runs the blocks that the checkpoint has for thought passes only, `(batch, seq, hidden)` in
+    /// and out; without any, `xs` comes back.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn forward_thought_layers(
+        &self,
+        xs: &Tensor,
+        layout: &Layout,
+        sight: Sight,
+    ) -> Result<Tensor> {
+        let view = self.view(xs, layout, sight)?;
+        let blocks = self.thought_layers.iter();
+        blocks.into_iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+    }
+
+    /// Where attention goes when `layers` run over `xs`: for each layer the share of every token's
+    /// attention that every other gets, mean over the heads, `(batch, seq, seq)`. To look into;
+    /// [`Transformer::forward`] never makes such a square.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`].
+    pub fn attention_shares(
+        &self,
+        xs: &Tensor,
+        layers: Range<usize>,
+        layout: &Layout,
+        sight: Sight,
+    ) -> Result<Vec<Tensor>> {
+        self.check_layers(&layers)?;
+        let view = self.view(xs, layout, sight)?;
+        let mut xs = xs.clone();
+        let mut shares = Vec::with_capacity(layers.len());
+        for block in &self.layers[layers] {
+            shares.push(block.attention_shares(&xs, &view)?);
+            xs = block.forward(&xs, &view, Ok)?;
+        }
+        Ok(shares)
+    }
+
+    /// What the blocks share when all of `xs` runs at once, from position 0 on.
+    fn view(&self, xs: &Tensor, layout: &Layout, sight: Sight) -> Result<View> {
+        let (batch, seq) = self.check_stream(xs)?;
         check_batch(layout.batch(), batch)?;
         if layout.seq() != seq {
             let expected = format!("the sequence of {} slots it describes", layout.seq());
             return Err(Error::parameter("layout", expected, seq));
         }
         self.check_context(seq)?;
-        let view = View {
+        Ok(View {
             rotation: self.rope.at(0, seq, &layout.starts())?,
             mask: Mask::new(layout, sight, 0..seq, 0, self.config.sliding_window),
-        };
-        self.layers[layers].iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, None))
+        })
     }
 
     fn cached(&self, xs: &Tensor, layers: Range<usize>, cache: &mut KvCache) -> Result<Tensor> {
@@ -243,7 +329,7 @@ impl Transformer {
         };
         let mut xs = xs.clone();
         for (index, block) in layers.clone().zip(&self.layers[layers]) {
-            xs = block.forward(&xs, &view, cache.layer(index))?;
+            xs = block.forward(&xs, &view, |new| cache.layer(index)?.append(&new))?;
         }
         Ok(xs)
     }
@@ -265,7 +351,17 @@ impl Transformer {
     /// # Errors
     /// When a device fails.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(&self.norm(hidden)?)
+        self.head(&self.norm(hidden)?)
+    }
+
+    /// The head by itself, over what [`Transformer::norm`] gives:
+    /// `(batch, seq, hidden) -> (batch, seq, vocab)`.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn head(&self, normed: &Tensor) -> Result<Tensor> {
+        self.check_stream(normed)?;
+        self.lm_head.forward(normed)
     }
 
     /// An empty cache for `layout`'s batch with room for `capacity` positions per row, padding
@@ -279,9 +375,18 @@ impl Transformer {
         KvCache::new(self, layout, capacity)
     }
 
+    fn check_layers(&self, layers: &Range<usize>) -> Result<()> {
+        if layers.start <= layers.end && layers.end <= self.layers.len() {
+            return Ok(());
+        }
+        let expected = format!("a range within 0..{}", self.layers.len());
+        Err(Error::parameter("layers", expected, format!("{layers:?}")))
+    }
+
     /// The batch and the sequence length of a residual stream `(batch, seq, hidden)`.
     fn check_stream(&self, xs: &Tensor) -> Result<(usize, usize)> {
         match xs.dims() {
+            [_, 0, _] => Err(Error::EmptyPrompt),
             [batch, seq, hidden] if *batch > 0 && *hidden == self.config.hidden_size => {
                 Ok((*batch, *seq))
             }

@@ -19,6 +19,13 @@ pub trait Weights {
     /// [`Error::MissingWeight`], [`Error::WeightShape`], or whatever the source meets on the way.
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
 
+    /// Whether there is a tensor of that `name`, or any whose name goes on from it after a dot.
+    /// Asked only for what a checkpoint may have beside the model's own weights; without an answer
+    /// (the default) it has none.
+    fn contains(&self, _name: &str) -> bool {
+        false
+    }
+
     /// The projection called `name`: `(out_features, in_features)`.
     ///
     /// # Errors
@@ -53,4 +60,13 @@ impl Weights for HashMap<String, Tensor> {
         }
         Ok(tensor.clone())
     }
+
+    fn contains(&self, name: &str) -> bool {
+        self.keys().any(|key| is_or_is_under(key, name))
+    }
+}
+
+/// Whether `key` is `name`, or goes on from it after a dot.
+pub(crate) fn is_or_is_under(key: &str, name: &str) -> bool {
+    key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }

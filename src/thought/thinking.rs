@@ -23,6 +23,28 @@ pub enum HandOff {
     /// nothing but refined embeddings, in the form it was trained to read.
     #[default]
     Refined,
+    /// One last bidirectional run of the span over the thoughts: its keys and values become the
+    /// cache of layers `a..b`, and its output goes causally through `b..n` (a prefix-LM; GritLM's
+    /// document caching, Muennighoff et al. 2024).
+    KeyValue,
+    /// As [`HandOff::KeyValue`], but keys, values and output are
+    /// `(1 - weight) · causal + weight · bidirectional`, the causal ones those of the plain model
+    /// (Bitune, Kopiczko et al. 2024). At weight 0 this is the plain model, at 1 `KeyValue`.
+    Mixed {
+        /// Share of the bidirectional run, in `[0, 1]`.
+        weight: f64,
+    },
+}
+
+impl HandOff {
+    fn validate(self) -> Result<()> {
+        match self {
+            Self::Mixed { weight } if !(0.0..=1.0).contains(&weight) => {
+                Err(Error::parameter("hand_off weight", "a share in [0, 1]", weight))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How to think about a prompt before answering it. The default is not to.
@@ -157,6 +179,7 @@ impl Thinking {
             let expected = format!("at most {}", Self::MAX_PASSES);
             return Err(Error::parameter("passes", expected, self.passes));
         }
+        self.hand_off.validate()?;
         self.halt.iter().try_for_each(Halt::validate)?;
         self.refine.as_ref().map_or(Ok(()), Seq::validate)
     }

@@ -148,7 +148,7 @@ fn report(model: &HybridModel, answer: &Answer, load: f64) -> serde_json::Value 
         "text": model.tokenizer().map(|_| &answer.text),
         "logprobs": answer.logprobs,
         "stop": answer.stop,
-        "drift": answer.drift,
+        "drift": answer.drift(),
         "seconds": {
             "load": load,
             "think": answer.seconds.think,

@@ -201,7 +201,7 @@ impl<'a> ThoughtLoop<'a> {
             };
             let refined = halting.keep_halted(&self.refine.refine(&step)?, &z)?;
             let drift = measure::drift(&z, &refined, layout)?;
-            if drift.iter().any(|drift| !drift.is_finite()) {
+            if drift.iter().flatten().any(|drift| !drift.is_finite()) {
                 return Err(Error::NotFinite { what: "thoughts", position: index });
             }
             trace.passes.push(PassTrace {

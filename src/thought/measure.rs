@@ -22,6 +22,13 @@ pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<Vec<Vec<
     of_tokens(&(dots / lengths)?, layout)
 }
 
+/// The cosine of every thought with every other: `(batch, seq, hidden) -> (batch, seq, seq)`.
+pub(super) fn similarity(xs: &Tensor) -> Result<Tensor> {
+    let lengths = norms(xs)?.maximum(SMALLEST)?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
+    let directions = xs.to_dtype(DType::F32)?.broadcast_div(&lengths)?;
+    Ok(directions.matmul(&directions.t()?)?)
+}
+
 /// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`.
 pub(super) fn norms(xs: &Tensor) -> Result<Tensor> {
     Ok(xs.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?)

@@ -86,6 +86,32 @@ impl Thinking {
         Self::default()
     }
 
+    /// Reads what `hybrid.json` holds: these settings as JSON, where what is left out has its
+    /// default.
+    ///
+    /// ```
+    /// use hybrid_attention::Thinking;
+    ///
+    /// let thinking = Thinking::from_json(r#"{
+    ///     "passes": 3, "span": [14, 18],
+    ///     "refine": [{"op": "interpolate", "weight": 0.1}],
+    ///     "halt": [{"drift": 0.03}],
+    ///     "hand_off": {"mixed": {"weight": 0.5}}
+    /// }"#)?;
+    /// # assert!(!thinking.is_none());
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for text that is something else, or names a setting there is not; as
+    /// [`Thinking::validate`] for values.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let thinking: Self =
+            serde_json::from_str(text).map_err(|error| Error::malformed("hybrid.json", error))?;
+        thinking.validate()?;
+        Ok(thinking)
+    }
+
     /// At most this many thought passes, up to [`Thinking::MAX_PASSES`], over the whole stack unless
     /// [`span`](Self::span) says otherwise. 0 is no thinking.
     #[must_use]

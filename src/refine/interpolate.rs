@@ -132,8 +132,8 @@ impl Interpolate {
     /// Goes along the great circle between the directions of the two rows, the length changing
     /// evenly from one to the other (Shoemake 1985), so that rows which point apart do not shrink on
     /// the way. Default: along the straight line between them, which is also taken where there is no
-    /// one circle: for rows of zeros and rows that point in opposite directions. Not for
-    /// [`Interpolate::gated`].
+    /// one circle: for rows of zeros, and rows that point in opposite directions to within a
+    /// milliradian. Not for [`Interpolate::gated`].
     #[must_use]
     pub fn slerp(mut self) -> Self {
         self.along = Along::Sphere;
@@ -206,17 +206,15 @@ impl Refine for Interpolate {
 
     fn validate(&self) -> Result<()> {
         match &self.weight {
-            Weight::Same(weight) => check_share("weight", *weight)?,
-            Weight::Each(weights) if weights.is_empty() => return Err(no_weights()),
-            Weight::Each(weights) => {
-                weights.iter().try_for_each(|it| check_share("weight", *it))?
-            }
+            Weight::Same(weight) => check_share("weight", *weight),
+            Weight::Each(weights) if weights.is_empty() => Err(no_weights()),
+            Weight::Each(weights) => weights.iter().try_for_each(|it| check_share("weight", *it)),
             Weight::Named(Named::Gate) if self.along == Along::Sphere => {
                 let expected = "line, where a gate weighs channel by channel";
-                return Err(Error::parameter("along", expected, "sphere"));
+                Err(Error::parameter("along", expected, "sphere"))
             }
-            Weight::Named(_) => (),
-        }
+            Weight::Named(_) => Ok(()),
+        }?;
         self.anchor.map_or(Ok(()), |anchor| check_share("anchor", anchor.share))
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
-use super::{Interpolate, Refine, Step};
+use super::{CosineReweight, Interpolate, Refine, Step, check_fits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
@@ -31,6 +31,8 @@ pub struct Seq {
 #[serde(tag = "op", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum OpConfig {
+    /// [`CosineReweight`].
+    CosineReweight(CosineReweight),
     /// [`Interpolate`].
     Interpolate(Interpolate),
 }
@@ -38,6 +40,7 @@ pub enum OpConfig {
 impl OpConfig {
     fn build(self) -> Arc<dyn Refine> {
         match self {
+            Self::CosineReweight(op) => Arc::new(op),
             Self::Interpolate(op) => Arc::new(op),
         }
     }
@@ -77,8 +80,10 @@ impl Seq {
     ///
     /// # Errors
     /// [`Error::Refinement`] that names the op: what it returned itself, or what is wrong with its
-    /// result.
+    /// result; [`Error::Parameter`] for a step whose tensors do not fit each other or its layout.
     pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
+        check_fits(step.z, step.layout)?;
+        check_alike(step.h, step.z)?;
         let thinks = Thinks::new(step.layout, step.z)?;
         let first = thinks.or(step.h, step.z)?;
         self.ops.iter().enumerate().try_fold(first, |xs, (index, op)| {

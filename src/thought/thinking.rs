@@ -135,7 +135,8 @@ impl Thinking {
     }
 
     /// What becomes of the thoughts after each pass: one op, or a [`seq`](crate::refine::seq) of
-    /// them. Default [`Interpolate::damped`].
+    /// them. Default [`Interpolate::gated`] for a checkpoint that has learned a gate, and
+    /// [`Interpolate::damped`] for any other.
     #[must_use]
     pub fn refine(mut self, refine: impl Into<Seq>) -> Self {
         self.refine = Some(refine.into());
@@ -196,7 +197,10 @@ impl Thinking {
             return Err(Error::parameter("span", expected, format!("{span:?}")));
         }
         let span = if self.is_none() { all } else { span };
-        let refine = self.refine.clone().unwrap_or_else(|| Interpolate::damped().into());
+        let refine = self.refine.clone().unwrap_or_else(|| match transformer.thought_gate() {
+            Some(_) => Interpolate::gated().into(),
+            None => Interpolate::damped().into(),
+        });
         Ok(ThoughtLoop { thinking: self, transformer, span, refine })
     }
 

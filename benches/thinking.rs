@@ -67,7 +67,7 @@ fn model() -> Result<HybridModel> {
     Ok(HybridModel::new(transformer, None)?)
 }
 
-fn milliseconds(run: impl FnOnce() -> Result<()>) -> Result<f64> {
+fn milliseconds<T>(run: impl FnOnce() -> Result<T>) -> Result<f64> {
     let start = Instant::now();
     run()?;
     Ok(start.elapsed().as_secs_f64() * 1e3)
@@ -94,10 +94,10 @@ fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usiz
     let share = span.len() as f64 / layers.len() as f64;
     let (mut here, mut plain) = (Vec::new(), Vec::new());
     for pair in 0..=pairs {
-        let pass = milliseconds(|| Ok(drop(mind.think(&text, xs.clone(), |_, _| ())?)))?;
+        let pass = milliseconds(|| Ok(mind.think(&text, xs.clone(), |_, _| ())?))?;
         cache.reset();
         let prefill = milliseconds(|| {
-            Ok(drop(transformer.forward(xs, layers.clone(), Pass::Cached(&mut cache))?))
+            Ok(transformer.forward(xs, layers.clone(), Pass::Cached(&mut cache))?)
         })?;
         if pair > 0 {
             here.push(pass);
@@ -122,7 +122,7 @@ fn decode(model: &HybridModel) -> Result<()> {
     step(transformer, &tokens, &mut cache)?;
     let (mut here, mut plain) = (Vec::new(), Vec::new());
     for _ in 0..DECODE {
-        here.push(milliseconds(|| Ok(drop(stream.next().ok_or("no token")??)))?);
+        here.push(milliseconds(|| Ok(stream.next().ok_or("no token")??))?);
         plain.push(milliseconds(|| {
             let token = Tensor::new(&[[first]], transformer.device())?;
             let logits = step(transformer, &token, &mut cache)?;

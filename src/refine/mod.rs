@@ -17,6 +17,10 @@
 //! ```
 
 mod interpolate;
+mod nudge;
+mod optimizer;
+mod output;
+mod search;
 mod seq;
 
 use std::fmt::Debug;
@@ -27,6 +31,10 @@ use crate::error::Result;
 use crate::layout::Layout;
 
 pub use self::interpolate::Interpolate;
+pub use self::nudge::{GradientNudge, Objective};
+pub use self::optimizer::Optimizer;
+pub use self::output::OutputNudge;
+pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 
 /// What a refinement is told of the pass it refines.

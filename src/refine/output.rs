@@ -155,7 +155,7 @@ impl Prompt<'_> {
                 let of_part = part.backward()?.remove(&delta).ok_or_else(|| {
                     Error::unsupported("gradient", "none leads back through the head")
                 })?;
-                slope = (slope + of_part)?;
+                slope = (slope + of_part.detach())?;
             }
             loss += value;
             from += targets.len();

@@ -18,6 +18,10 @@
 
 mod cosine;
 mod interpolate;
+mod nudge;
+mod optimizer;
+mod output;
+mod search;
 mod seq;
 
 use std::fmt::Debug;
@@ -29,6 +33,10 @@ use crate::layout::Layout;
 
 pub use self::cosine::{Among, CosineReweight, Focus};
 pub use self::interpolate::{Anchor, Interpolate};
+pub use self::nudge::{GradientNudge, Objective};
+pub use self::optimizer::Optimizer;
+pub use self::output::OutputNudge;
+pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 
 /// What a refinement is told of the pass it refines.

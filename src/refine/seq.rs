@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
-use super::{CosineReweight, Interpolate, Refine, Step, check_fits};
+use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step, check_fits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
@@ -35,6 +35,10 @@ pub enum OpConfig {
     CosineReweight(CosineReweight),
     /// [`Interpolate`].
     Interpolate(Interpolate),
+    /// [`GradientNudge`].
+    GradientNudge(GradientNudge),
+    /// [`ForwardNudge`].
+    ForwardNudge(ForwardNudge),
 }
 
 impl OpConfig {
@@ -42,6 +46,8 @@ impl OpConfig {
         match self {
             Self::CosineReweight(op) => Arc::new(op),
             Self::Interpolate(op) => Arc::new(op),
+            Self::GradientNudge(op) => Arc::new(op),
+            Self::ForwardNudge(op) => Arc::new(op),
         }
     }
 }
@@ -148,10 +154,10 @@ fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
 }
 
 /// Which rows think: `None` when all do.
-struct Thinks(Option<Tensor>);
+pub(super) struct Thinks(Option<Tensor>);
 
 impl Thinks {
-    fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
+    pub(super) fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
         if layout.is_all_context() {
             return Ok(Self(None));
         }
@@ -160,7 +166,7 @@ impl Thinks {
     }
 
     /// `xs` where a row thinks, `z` where it is plain or padding.
-    fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
+    pub(super) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Some(thinks) => Ok(thinks.broadcast_as(z.shape())?.where_cond(xs, z)?),
             None => Ok(xs.clone()),

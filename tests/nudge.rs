@@ -201,12 +201,12 @@ fn the_readouts_gradient_is_that_of_one_graph_through_all_layers() -> Result {
 fn the_readouts_loss_is_the_cross_entropy_of_the_decoder() -> Result {
     let config = windowed();
     let model = tiny::transformer(&config, 2)?;
-    let layout = Layout::ragged(&[150, 1, 64, 65]);
+    let layout = Layout::ragged(&[150, 1, 64, 65, 0]);
     let text = ids(&config, &layout, 2);
     let answers = ask(&model, (&text, &layout, 1), |readout, step| {
         Ok(vec![readout.loss(step.z)?, readout.loss_and_gradient(step.z)?.0])
     })?;
-    let xs = model.embed(&Tensor::new(text.as_slice(), &Device::Cpu)?.reshape((4, 150))?)?;
+    let xs = model.embed(&Tensor::new(text.as_slice(), &Device::Cpu)?.reshape((5, 150))?)?;
     let logits = tiny::logits(&model, &xs, Pass::Causal(&layout))?.to_vec3::<f32>()?;
     for (row, start) in layout.starts().into_iter().enumerate() {
         let mut expected = 0.0;
@@ -651,6 +651,32 @@ fn an_objective_is_checked() -> Result {
             Err(error) => assert!(of_both && error.to_string().contains(message), "{error}"),
         }
     }
+    Ok(())
+}
+
+#[test]
+fn thoughts_of_any_shape_are_nudged_or_refused() -> Result {
+    for shape in [[0, 3, 4], [2, 0, 4], [2, 3, 0], [2, 3, 1]] {
+        let z = Tensor::zeros(&shape, DType::F32, &Device::Cpu)?;
+        for layout in [Layout::dense(shape[0], shape[1]), Layout::ragged(&[3, 1])] {
+            let fits = [layout.batch(), layout.seq()] == shape[..2];
+            let step = Step::new(&z, &z, &layout);
+            let gradient = GradientNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
+            let forward = ForwardNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
+            for got in [gradient, forward] {
+                match got {
+                    Ok(got) => assert!(fits && got.dims() == shape, "{shape:?}, {layout:?}"),
+                    Err(Error::Parameter { name: "layout", .. }) => assert!(!fits, "{shape:?}"),
+                    // candle takes no sums of nothing
+                    Err(error) => assert!(shape.contains(&0), "{shape:?}: {error}"),
+                }
+            }
+        }
+    }
+    let z = Tensor::zeros((3, 4), DType::F32, &Device::Cpu)?;
+    let layout = Layout::dense(3, 4);
+    let flat = GradientNudge::new(1).objective_fn(distance(&z));
+    assert!(flat.refine(&z, &Step::new(&z, &z, &layout)).is_err());
     Ok(())
 }
 

@@ -160,7 +160,9 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// must be differentiable in it.
     ///
     /// # Errors
-    /// When the computation fails; the nudge ends with that error.
+    /// When the computation fails; the nudge ends with that error. It also ends with
+    /// [`Error::NotFinite`], at the row of the batch, for a loss or a gradient that is not, and with
+    /// [`Error::Parameter`] for a loss of another shape or one that no gradient leads back from.
     fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor>;
 }
 
@@ -277,6 +279,12 @@ pub(super) struct Trust {
 
 impl Trust {
     pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'_>) -> Result<Self> {
+        let (batch, seq, _) = xs.dims3()?;
+        if (batch, seq) != (step.layout.batch(), step.layout.seq()) {
+            let expected = format!("{batch} rows of {seq} slots, as the thoughts have");
+            let got = format!("{} of {}", step.layout.batch(), step.layout.seq());
+            return Err(Error::parameter("layout", expected, got));
+        }
         let start = match xs.dtype() {
             DType::F64 => xs.clone(),
             _ => xs.to_dtype(DType::F32)?,

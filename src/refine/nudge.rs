@@ -20,6 +20,10 @@ use crate::error::{Error, Result};
 /// `a..n` and the head) and one forward pass. Only tokens of context segments move; the result
 /// carries no gradient.
 ///
+/// A lower loss of the prompt is not yet a better answer: thoughts that enter late layers can spell
+/// out the token that follows, and within a few steps do. The trust region is what holds them to
+/// their meaning.
+///
 /// Over quantised weights no gradient can flow, which is an error: use
 /// [`ForwardNudge`](super::ForwardNudge) there.
 ///

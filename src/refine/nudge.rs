@@ -20,6 +20,10 @@ use crate::error::{Error, Result};
 /// `a..n` and the head) and one forward pass. Only tokens of context segments move; the result
 /// carries no gradient.
 ///
+/// A lower loss of the prompt is not yet a better answer: thoughts that enter late layers can spell
+/// out the token that follows, and within a few steps do. The trust region is what holds them to
+/// their meaning.
+///
 /// Over quantised weights no gradient can flow, which is an error: use
 /// [`ForwardNudge`](super::ForwardNudge) there.
 ///
@@ -160,7 +164,9 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// must be differentiable in it.
     ///
     /// # Errors
-    /// When the computation fails; the nudge ends with that error.
+    /// When the computation fails; the nudge ends with that error. It also ends with
+    /// [`Error::NotFinite`], at the row of the batch, for a loss or a gradient that is not, and with
+    /// [`Error::Parameter`] for a loss of another shape or one that no gradient leads back from.
     fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor>;
 }
 
@@ -277,6 +283,12 @@ pub(super) struct Trust {
 
 impl Trust {
     pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'_>) -> Result<Self> {
+        let (batch, seq, _) = xs.dims3()?;
+        if (batch, seq) != (step.layout.batch(), step.layout.seq()) {
+            let expected = format!("{batch} rows of {seq} slots, as the thoughts have");
+            let got = format!("{} of {}", step.layout.batch(), step.layout.seq());
+            return Err(Error::parameter("layout", expected, got));
+        }
         let start = match xs.dtype() {
             DType::F64 => xs.clone(),
             _ => xs.to_dtype(DType::F32)?,

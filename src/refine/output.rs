@@ -27,10 +27,9 @@ const SCORES_AT_ONCE: usize = 64;
 /// let head = Linear::dense(&Tensor::new(&[[1f32, 0.0], [0.0, 1.0]], &Device::Cpu)?)?;
 /// let normed = Tensor::new(&[[[1f32, 0.0], [1.0, 0.0]]], &Device::Cpu)?; // says token 0
 /// let nudge = OutputNudge::new(3);
-/// let delta = nudge.fit(&normed, &[0, 1], &|xs| head.forward(xs))?; // but 1 followed
-/// let scores = head.forward(&normed.broadcast_add(&delta)?)?;       // it is likelier now
-/// # let _ = scores;
-/// assert!(delta.to_vec2::<f32>()?[0][1] > 0.0);
+/// let delta = nudge.fit(&normed, &[0, 1], &|xs| head.forward(xs))?; // 1 followed
+/// let scores = head.forward(&normed.broadcast_add(&delta)?)?.to_vec3::<f32>()?;
+/// assert!(scores[0][1][1] > 0.0); // it is likelier now
 /// # Ok(())
 /// # }
 /// ```

@@ -23,8 +23,8 @@ use crate::layout::Layout;
 /// rises. A nudge of K steps in N directions costs 1 + K·(2N + 1) forward passes of the layers
 /// `a..n` and the head.
 ///
-/// Many directions for few forward passes are not to be had: a gradient, where there is one, falls
-/// far further for less.
+/// A few random directions hold little of the slope of many thousand channels: where a gradient can
+/// flow, a [`GradientNudge`](super::GradientNudge) gets much further in the same time.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

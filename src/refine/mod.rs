@@ -164,7 +164,7 @@ pub trait Refine: Debug + Send + Sync {
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
-fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(crate) fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
     let nonzero = |xs: &Tensor| -> Result<Tensor> { Ok((xs + xs.eq(0.0)?.to_dtype(xs.dtype())?)?) };
     // The unit of length cancels out, so its gradient may be left out.
     let unit = nonzero(&rows.detach().abs()?.max_keepdim(D::Minus1)?)?;

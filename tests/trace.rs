@@ -198,6 +198,31 @@ fn what_is_not_asked_for_is_not_there() -> Result {
     Ok(())
 }
 
+/// Padding alone: there is nothing to tell of it, and it moves no number of the others.
+#[test]
+fn a_row_without_tokens_has_no_numbers() -> Result {
+    let model = tiny::transformer(&tiny::config(), 9)?;
+    let ids = tiny::tokens(model.config(), 9, 8);
+    let thinking = Thinking::passes(2).detail(Detail::Maps);
+    let traced = |rows: usize, layout| -> Result<Trace> {
+        let text = Text::new(&model, &ids[..4 * rows], layout)?;
+        Ok(think(&model, &thinking, &text)?.trace)
+    };
+    let two = traced(2, Layout::ragged(&[4, 0]))?;
+    let one = traced(1, Layout::dense(1, 4))?;
+    for (pass, alone) in two.passes.iter().zip(&one.passes) {
+        assert!((pass.drift - alone.drift).abs() < 1e-6);
+        let (tokens, maps) = (pass.tokens.as_ref(), pass.maps.as_ref());
+        let (tokens, maps) = (tokens.ok_or("no numbers")?, maps.ok_or("no maps")?);
+        for numbers in [&tokens.cosine, &tokens.norm, &tokens.entropy, &tokens.kl] {
+            assert_eq!(numbers.iter().map(Vec::len).collect::<Vec<_>>(), [4, 0]);
+        }
+        assert_eq!(maps.similarity.iter().map(Vec::len).collect::<Vec<_>>(), [4, 0]);
+        assert_eq!(maps.attention[2].iter().map(Vec::len).collect::<Vec<_>>(), [4, 0]);
+    }
+    Ok(())
+}
+
 /// Neither the thoughts nor the answer, to the last bit.
 #[test]
 fn looking_changes_nothing() -> Result {

@@ -84,6 +84,7 @@ impl<'a> Halting<'a> {
         after: &Tensor,
         readout: &CausalReadout<'_>,
     ) -> Result<()> {
+        let mut kl = None;
         for rule in self.rules {
             let (moved, tolerance, reason) = match *rule {
                 Halt::Drift(tolerance) => {
@@ -94,10 +95,17 @@ impl<'a> Halting<'a> {
                     let distance = cosine.iter().map(|row| 1.0 - measure::mean(row));
                     (distance.collect(), tolerance, Halted::Cosine)
                 }
-                Halt::Kl(tolerance) => (self.kl(before, after, readout)?, tolerance, Halted::Kl),
+                Halt::Kl(tolerance) => {
+                    let moved = match &kl {
+                        Some(kl) => Vec::clone(kl),
+                        None => kl.insert(self.kl(before, after, readout)?).clone(),
+                    };
+                    (moved, tolerance, Halted::Kl)
+                }
             };
             for (halted, moved) in self.halted.iter_mut().zip(moved) {
-                if halted.is_none() && moved < tolerance {
+                // Rounding makes less than 0 of quantities that cannot be.
+                if halted.is_none() && tolerance > 0.0 && moved < tolerance {
                     *halted = Some(reason);
                 }
             }

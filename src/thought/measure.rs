@@ -1,6 +1,6 @@
 //! How far thoughts moved, and how alike they are.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::model::Layout;
@@ -9,40 +9,42 @@ use crate::refine::directions;
 /// One number per row of the batch and token, padding left out.
 pub(super) type PerToken = Vec<Vec<f32>>;
 
-/// `‖z' - z‖ / ‖z‖` of every thought.
+/// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is has changed by 1: all that
+/// it is.
 pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<PerToken> {
-    // Keeps the quotient finite; overflow shows in it all the same.
-    let smallest = f64::from(f32::MIN_POSITIVE);
-    let ratio = (norms(&(after - before)?)? / norms(before)?.maximum(smallest)?)?;
-    of_tokens(&ratio, layout)
+    per_token([before, after], layout, |[old, new]| {
+        let change = old.iter().zip(new).map(|(&old, &new)| f64::from(new) - f64::from(old));
+        let change = change.map(|change| change * change).sum::<f64>().sqrt();
+        match length(old) {
+            0.0 if change > 0.0 => 1.0,
+            0.0 => change, // 0, or NaN
+            length => change / length,
+        }
+    })
 }
 
-/// The cosine of every thought with the one in the same place.
+/// The cosine of every thought with the one in the same place. Two thoughts of zeros are alike, with
+/// a cosine of 1; one of them is unlike any other, with 0.
 pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<PerToken> {
-    of_tokens(&(units(a)? * units(b)?)?.sum(D::Minus1)?, layout)
+    per_token([a, b], layout, |[a, b]| match (length(a), length(b)) {
+        (0.0, 0.0) => 1.0,
+        (0.0, _) | (_, 0.0) => 0.0,
+        (of_a, of_b) => {
+            let dot: f64 = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+            (dot / of_a / of_b).clamp(-1.0, 1.0)
+        }
+    })
+}
+
+/// The length of every thought.
+pub(super) fn norms(z: &Tensor, layout: &Layout) -> Result<PerToken> {
+    per_token([z], layout, |[z]| length(z))
 }
 
 /// The cosine of every thought with every other: `(batch, seq, hidden) -> (batch, seq, seq)`.
-pub(super) fn similarity(xs: &Tensor) -> Result<Tensor> {
-    let units = units(xs)?;
-    Ok(units.matmul(&units.t()?)?)
-}
-
-/// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`. Taken in every
-/// pass, so the short way: where this overflows, so does a norm of the model.
-pub(super) fn norms(xs: &Tensor) -> Result<Tensor> {
-    Ok(xs.detach().to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?)
-}
-
-/// Every thought at length 1, in `f32`.
-fn units(xs: &Tensor) -> Result<Tensor> {
-    Ok(directions(&xs.detach().to_dtype(DType::F32)?)?.0)
-}
-
-/// `(batch, seq)` as numbers.
-pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<PerToken> {
-    let rows = values.to_vec2::<f32>()?.into_iter().zip(layout.starts());
-    Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
+pub(super) fn similarity(z: &Tensor) -> Result<Tensor> {
+    let (directions, _) = directions(&z.detach().to_dtype(DType::F32)?)?;
+    Ok(directions.matmul(&directions.t()?)?.clamp(-1f32, 1f32)?)
 }
 
 /// The mean of some numbers; 0 of none.
@@ -52,4 +54,35 @@ pub(super) fn mean<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
         (sum, count) = (sum + f64::from(value), count + 1);
     }
     sum / count.max(1) as f64
+}
+
+/// `(batch, seq)` as numbers.
+pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<PerToken> {
+    let rows = values.to_vec2::<f32>()?.into_iter().zip(layout.starts());
+    Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
+}
+
+/// `measure` of every token's thoughts. In `f64`, where no square of an `f32` overflows or vanishes,
+/// and on the host: one pass over memory, where tensor operations would take several.
+fn per_token<const N: usize>(
+    thoughts: [&Tensor; N],
+    layout: &Layout,
+    measure: impl Fn([&[f32]; N]) -> f64,
+) -> Result<PerToken> {
+    let mut values = [const { Vec::new() }; N];
+    let mut hidden = 1;
+    for (values, thoughts) in values.iter_mut().zip(thoughts) {
+        hidden = thoughts.dims3()?.2.max(1);
+        *values = thoughts.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    }
+    let seq = layout.seq();
+    let of_slot = |values: &Vec<f32>, slot: usize| values.get(slot * hidden..(slot + 1) * hidden);
+    let token =
+        |slot| measure(values.each_ref().map(|values| of_slot(values, slot).unwrap_or(&[]))) as f32;
+    let rows = layout.starts().into_iter().enumerate();
+    Ok(rows.map(|(row, start)| (row * seq + start..(row + 1) * seq).map(token).collect()).collect())
+}
+
+fn length(z: &[f32]) -> f64 {
+    z.iter().map(|&z| f64::from(z) * f64::from(z)).sum::<f64>().sqrt()
 }

@@ -36,7 +36,7 @@ impl Recorder<'_> {
         let (entropy, kl) = self.distributions(before.as_ref().unwrap_or(&hidden), &hidden)?;
         Ok(Some(TokenTrace {
             cosine: measure::cosine(self.first, z, self.layout)?,
-            norm: measure::of_tokens(&measure::norms(z)?, self.layout)?,
+            norm: measure::norms(z, self.layout)?,
             entropy,
             kl,
         }))

@@ -77,7 +77,7 @@ pub(crate) fn interleave(tensor: &Tensor, head_dim: usize) -> Result<Tensor> {
 }
 
 /// Replaces the parts of Hugging Face names by `spelling`, and orders rows as Mistral and llama.cpp
-/// do.
+/// do. They know nothing of the weights for thought passes.
 fn rename(
     tensors: &BTreeMap<String, Tensor>,
     head_dim: usize,
@@ -85,6 +85,10 @@ fn rename(
 ) -> Result<Vec<(String, Tensor)>> {
     let mut renamed = Vec::new();
     for (name, tensor) in tensors {
+        if name.starts_with("thought.") {
+            renamed.push((name.clone(), tensor.clone()));
+            continue;
+        }
         let rotated = name.contains("q_proj") || name.contains("k_proj");
         let tensor = if rotated { interleave(tensor, head_dim)? } else { tensor.clone() };
         let name =
@@ -92,6 +96,32 @@ fn rename(
         renamed.push((name, tensor));
     }
     Ok(renamed)
+}
+
+/// Writes `config.json` and `model.safetensors`.
+pub(crate) fn write_hugging_face(
+    folder: &Path,
+    config: &Config,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result {
+    let json = serde_json::json!({
+        "model_type": "mistral",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "sliding_window": config.sliding_window,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    });
+    fs::write(folder.join("config.json"), json.to_string())?;
+    let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
+    Ok(candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?)
 }
 
 /// Writes `params.json` and `consolidated.safetensors`.

@@ -2,6 +2,7 @@
 //! the crate but the names of the weights.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 use hybrid_attention::Config;
@@ -136,12 +137,21 @@ impl Reference {
         xs: &[Vec<f64>],
         sees: impl Fn(usize, usize) -> bool,
     ) -> Stream {
+        self.layer_and_shares(layer, xs, sees).0
+    }
+
+    /// [`Reference::layer`], and the share of each token's attention that every other gets.
+    fn layer_and_shares(
+        &self,
+        layer: &str,
+        xs: &[Vec<f64>],
+        sees: impl Fn(usize, usize) -> bool,
+    ) -> (Stream, Vec<Vec<f64>>) {
         let positions: Vec<usize> = (0..xs.len()).collect();
         let (keys, values) = self.keys_and_values(layer, xs, &positions);
-        let token = |(i, x): (usize, &Vec<f64>)| {
-            self.token(layer, x, i, (&keys, &values), |j| sees(i, j)).0
-        };
-        xs.iter().enumerate().map(token).collect()
+        let token =
+            |(i, x): (usize, &Vec<f64>)| self.token(layer, x, i, (&keys, &values), |j| sees(i, j));
+        xs.iter().enumerate().map(token).unzip()
     }
 
     /// The scores after a token that has left the last layer.
@@ -158,4 +168,109 @@ impl Reference {
         let table = self.matrix("model.embed_tokens.weight");
         ids.iter().map(|&id| table[id as usize].clone()).collect()
     }
+}
+
+/// The thought loop over one row of tokens.
+pub(crate) struct ThoughtLoop<'a> {
+    pub(crate) reference: &'a Reference,
+    pub(crate) span: Range<usize>,
+    /// The runs of tokens that think together.
+    pub(crate) segments: &'a [Range<usize>],
+    /// Whether they see what comes after them.
+    pub(crate) both_ways: bool,
+    /// Blocks that run after the span.
+    pub(crate) thought_layers: usize,
+    /// The share of the new state, channel by channel.
+    pub(crate) share: Vec<f64>,
+}
+
+impl ThoughtLoop<'_> {
+    fn causal(&self, i: usize, j: usize) -> bool {
+        j <= i && self.reference.config.sliding_window.is_none_or(|window| i < j + window)
+    }
+
+    fn sees(&self, i: usize, j: usize) -> bool {
+        let together = self.segments.iter().any(|run| run.contains(&i) && run.contains(&j));
+        let near = self.reference.config.sliding_window.is_none_or(|window| i.abs_diff(j) < window);
+        self.causal(i, j) || self.both_ways && together && near
+    }
+
+    /// The first thoughts.
+    pub(crate) fn encode(&self, ids: &[u32]) -> Stream {
+        let layer = |xs: Stream, layer| {
+            self.reference.layer(&format!("model.layers.{layer}"), &xs, |i, j| self.causal(i, j))
+        };
+        (0..self.span.start).fold(self.reference.embed(ids), layer)
+    }
+
+    /// The thoughts after a pass over `z`, and the shares of attention in each layer of the span.
+    pub(crate) fn pass(&self, z: &Stream) -> (Stream, Vec<Vec<Vec<f64>>>) {
+        let (mut h, mut shares) = (z.clone(), Vec::new());
+        for layer in self.span.clone() {
+            let name = format!("model.layers.{layer}");
+            let (next, of_layer) =
+                self.reference.layer_and_shares(&name, &h, |i, j| self.sees(i, j));
+            h = next;
+            shares.push(of_layer);
+        }
+        for layer in 0..self.thought_layers {
+            let name = format!("thought.layers.{layer}");
+            h = self.reference.layer(&name, &h, |i, j| self.sees(i, j));
+        }
+        let refined = |(token, (z, h)): (usize, (&Vec<f64>, &Vec<f64>))| -> Vec<f64> {
+            if !self.segments.iter().any(|run| run.contains(&token)) {
+                return z.clone();
+            }
+            let channels = z.iter().zip(h).zip(&self.share);
+            channels.map(|((z, h), share)| (1.0 - share) * z + share * h).collect()
+        };
+        (z.iter().zip(&h).enumerate().map(refined).collect(), shares)
+    }
+
+    /// The scores after every token when a decoder reads the thoughts `z`.
+    pub(crate) fn logits(&self, z: &Stream) -> Vec<Vec<f64>> {
+        let layer = |xs: Stream, layer| {
+            self.reference.layer(&format!("model.layers.{layer}"), &xs, |i, j| self.causal(i, j))
+        };
+        let h = (self.span.start..self.reference.config.num_hidden_layers).fold(z.clone(), layer);
+        h.iter().map(|x| self.reference.logits(x)).collect()
+    }
+}
+
+/// The length of a vector.
+pub(crate) fn length(x: &[f64]) -> f64 {
+    dot(x, x).sqrt()
+}
+
+/// `‖after - before‖ / ‖before‖`.
+pub(crate) fn drift(before: &[f64], after: &[f64]) -> f64 {
+    let change: Vec<f64> = before.iter().zip(after).map(|(a, b)| b - a).collect();
+    length(&change) / length(before)
+}
+
+/// The cosine of the angle between two vectors.
+pub(crate) fn cosine(a: &[f64], b: &[f64]) -> f64 {
+    dot(a, b) / (length(a) * length(b))
+}
+
+fn softmax(logits: &[f64]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|logit| (logit - max).exp()).sum();
+    logits.iter().map(|logit| (logit - max).exp() / sum).collect()
+}
+
+/// The entropy of what `logits` say, in nats.
+pub(crate) fn entropy(logits: &[f64]) -> f64 {
+    softmax(logits).iter().map(|p| -p * p.ln()).sum()
+}
+
+/// The divergence of what is said after from what was said before, in nats.
+pub(crate) fn kl(before: &[f64], after: &[f64]) -> f64 {
+    let (before, after) = (softmax(before), softmax(after));
+    before.iter().zip(&after).map(|(before, after)| before * (before / after).ln()).sum()
+}
+
+/// The mean of some numbers.
+pub(crate) fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }

@@ -1,6 +1,7 @@
 //! Random tiny models: the same shape and seed give the same one.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use hybrid_attention::model::{Layout, Pass, Transformer};
@@ -106,6 +107,19 @@ pub(crate) fn prompt(length: usize) -> Result<Layout> {
 pub(crate) fn text(model: &Transformer, layout: &Layout, seed: u64) -> Result<Text> {
     let ids = tokens(model.config(), seed, layout.batch() * layout.seq());
     Ok(Text::new(model, &ids, layout.clone())?)
+}
+
+/// Runs of tokens of a row of this length, apart from each other.
+pub(crate) fn segments(seed: u64, length: usize) -> Vec<Range<usize>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut segments = Vec::new();
+    let mut from = rng.random_range(0..3);
+    while from < length {
+        let to = (from + rng.random_range(1..6)).min(length);
+        segments.push(from..to);
+        from = to + rng.random_range(0..3);
+    }
+    segments
 }
 
 /// All layers over `xs`, and the logits after them.

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
-use super::{CosineReweight, Interpolate, Refine, Step, check_fits};
+use super::rows::{Thinks, check_fits};
+use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
 
 /// An empty sequence of ops, to be added to: `seq().add(..).add(..).add_fn(..)`.
 #[must_use]
@@ -35,6 +35,10 @@ pub enum OpConfig {
     CosineReweight(CosineReweight),
     /// [`Interpolate`].
     Interpolate(Interpolate),
+    /// [`GradientNudge`].
+    GradientNudge(GradientNudge),
+    /// [`ForwardNudge`].
+    ForwardNudge(ForwardNudge),
 }
 
 impl OpConfig {
@@ -42,6 +46,8 @@ impl OpConfig {
         match self {
             Self::CosineReweight(op) => Arc::new(op),
             Self::Interpolate(op) => Arc::new(op),
+            Self::GradientNudge(op) => Arc::new(op),
+            Self::ForwardNudge(op) => Arc::new(op),
         }
     }
 }
@@ -84,7 +90,7 @@ impl Seq {
     pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
         check_fits(step.z, step.layout)?;
         check_alike(step.h, step.z)?;
-        let thinks = Thinks::new(step.layout, step.z)?;
+        let thinks = Thinks(step.layout);
         let first = thinks.or(step.h, step.z)?;
         self.ops.iter().enumerate().try_fold(first, |xs, (index, op)| {
             let refined = op.refine(&xs, step).and_then(|refined| {
@@ -145,27 +151,6 @@ fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
         return Ok(());
     }
     Err(Error::parameter("thoughts", describe(z), describe(refined)))
-}
-
-/// Which rows think: `None` when all do.
-struct Thinks(Option<Tensor>);
-
-impl Thinks {
-    fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
-        if layout.is_all_context() {
-            return Ok(Self(None));
-        }
-        let thinks = Tensor::new(layout.thinks(), z.device())?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
-        Ok(Self(Some(thinks)))
-    }
-
-    /// `xs` where a row thinks, `z` where it is plain or padding.
-    fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
-        match &self.0 {
-            Some(thinks) => Ok(thinks.broadcast_as(z.shape())?.where_cond(xs, z)?),
-            None => Ok(xs.clone()),
-        }
-    }
 }
 
 /// An op made of a function.

@@ -1,52 +1,50 @@
 //! How far thoughts moved, and how alike they are.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::model::Layout;
 use crate::refine::directions;
 
-/// `‖z' - z‖ / ‖z‖` of every thought: per row of the batch, per token. A thought that was zero and no
-/// longer is has changed by 1: all that it is.
-pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>>> {
-    let change = (after.to_dtype(DType::F32)? - before.to_dtype(DType::F32)?)?;
-    let mut drift = of_tokens(&norms(&change)?, layout)?;
-    let before = of_tokens(&norms(before)?, layout)?;
-    for (change, length) in drift.iter_mut().flatten().zip(before.into_iter().flatten()) {
-        if length > 0.0 {
-            *change /= length;
-        } else if *change > 0.0 {
-            *change = 1.0;
+/// One number per row of the batch and token, padding left out.
+pub(super) type PerToken = Vec<Vec<f32>>;
+
+/// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is has changed by 1: all that
+/// it is.
+pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<PerToken> {
+    per_token([before, after], layout, |[old, new]| {
+        let change = old.iter().zip(new).map(|(&old, &new)| f64::from(new) - f64::from(old));
+        let change = change.map(|change| change * change).sum::<f64>().sqrt();
+        match length(old) {
+            0.0 if change > 0.0 => 1.0,
+            0.0 => change, // 0, or NaN
+            length => change / length,
         }
-    }
-    Ok(drift)
+    })
 }
 
-/// The cosine of every thought with the one in the same place: per row of the batch, per token. Two
-/// thoughts of zeros are alike, with a cosine of 1; one of them is unlike any other, with 0.
-pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>>> {
-    let (a, b) = (directions(&a.to_dtype(DType::F32)?)?, directions(&b.to_dtype(DType::F32)?)?);
-    let cosine = (a.0 * b.0)?.sum(D::Minus1)?; // (batch, seq)
-    let zeros = (a.1.eq(0f32)? * b.1.eq(0f32)?)?.squeeze(D::Minus1)?;
-    of_tokens(&(cosine + zeros.to_dtype(DType::F32)?)?.clamp(-1f32, 1f32)?, layout)
+/// The cosine of every thought with the one in the same place. Two thoughts of zeros are alike, with
+/// a cosine of 1; one of them is unlike any other, with 0.
+pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<PerToken> {
+    per_token([a, b], layout, |[a, b]| match (length(a), length(b)) {
+        (0.0, 0.0) => 1.0,
+        (0.0, _) | (_, 0.0) => 0.0,
+        (of_a, of_b) => {
+            let dot: f64 = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+            (dot / of_a / of_b).clamp(-1.0, 1.0)
+        }
+    })
+}
+
+/// The length of every thought.
+pub(super) fn norms(z: &Tensor, layout: &Layout) -> Result<PerToken> {
+    per_token([z], layout, |[z]| length(z))
 }
 
 /// The cosine of every thought with every other: `(batch, seq, hidden) -> (batch, seq, seq)`.
-pub(super) fn similarity(xs: &Tensor) -> Result<Tensor> {
-    let (directions, _) = directions(&xs.to_dtype(DType::F32)?)?;
+pub(super) fn similarity(z: &Tensor) -> Result<Tensor> {
+    let (directions, _) = directions(&z.detach().to_dtype(DType::F32)?)?;
     Ok(directions.matmul(&directions.t()?)?.clamp(-1f32, 1f32)?)
-}
-
-/// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`.
-pub(super) fn norms(xs: &Tensor) -> Result<Tensor> {
-    let (_, lengths) = directions(&xs.to_dtype(DType::F32)?)?; // (batch, seq, 1)
-    Ok(lengths.squeeze(D::Minus1)?)
-}
-
-/// `(batch, seq)` as numbers per row of the batch and token, padding left out.
-pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>>> {
-    let rows = values.to_vec2::<f32>()?.into_iter().zip(layout.starts());
-    Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
 }
 
 /// The mean of some numbers; 0 of none.
@@ -56,4 +54,35 @@ pub(super) fn mean<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
         (sum, count) = (sum + f64::from(value), count + 1);
     }
     sum / count.max(1) as f64
+}
+
+/// `(batch, seq)` as numbers.
+pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<PerToken> {
+    let rows = values.to_vec2::<f32>()?.into_iter().zip(layout.starts());
+    Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
+}
+
+/// `measure` of every token's thoughts. In `f64`, where no square of an `f32` overflows or vanishes,
+/// and on the host: one pass over memory, where tensor operations would take several.
+fn per_token<const N: usize>(
+    thoughts: [&Tensor; N],
+    layout: &Layout,
+    measure: impl Fn([&[f32]; N]) -> f64,
+) -> Result<PerToken> {
+    let mut values = [const { Vec::new() }; N];
+    let mut hidden = 1;
+    for (values, thoughts) in values.iter_mut().zip(thoughts) {
+        hidden = thoughts.dims3()?.2.max(1);
+        *values = thoughts.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    }
+    let seq = layout.seq();
+    let of_slot = |values: &Vec<f32>, slot: usize| values.get(slot * hidden..(slot + 1) * hidden);
+    let token =
+        |slot| measure(values.each_ref().map(|values| of_slot(values, slot).unwrap_or(&[]))) as f32;
+    let rows = layout.starts().into_iter().enumerate();
+    Ok(rows.map(|(row, start)| (row * seq + start..(row + 1) * seq).map(token).collect()).collect())
+}
+
+fn length(z: &[f32]) -> f64 {
+    z.iter().map(|&z| f64::from(z) * f64::from(z)).sum::<f64>().sqrt()
 }

@@ -9,7 +9,7 @@ use super::halting::Halt;
 use super::trace::Detail;
 use crate::error::{Error, Result};
 use crate::model::{Sight, Transformer};
-use crate::refine::{Interpolate, Seq};
+use crate::refine::{Interpolate, OutputNudge, Seq};
 
 /// How the decoder receives the thoughts.
 ///
@@ -72,6 +72,7 @@ pub struct Thinking {
     pub(super) refine: Option<Seq>,
     pub(super) halt: Vec<Halt>,
     pub(super) hand_off: HandOff,
+    pub(super) output_nudge: Option<OutputNudge>,
     pub(super) rethink_every: usize,
     pub(super) detail: Detail,
 }
@@ -158,7 +159,18 @@ impl Thinking {
         self
     }
 
-    /// Thinks again, over prompt and answer, after every `tokens` new tokens. Default 0: never.
+    /// Fits one vector to the prompt, once it has been read, and adds it to every final hidden state
+    /// that answers (SLOT, arXiv 2505.12392). Default: none. Needs no passes: after
+    /// [`Thinking::none`] it is all there is.
+    #[must_use]
+    pub fn output_nudge(mut self, nudge: OutputNudge) -> Self {
+        self.output_nudge = Some(nudge);
+        self
+    }
+
+    /// Thinks again, over prompt and answer, after every `tokens` new tokens: the answer becomes more
+    /// of the prompt's last part if that is context, and a part of its own otherwise. Default 0:
+    /// never.
     #[must_use]
     pub fn rethink_every(mut self, tokens: usize) -> Self {
         self.rethink_every = tokens;
@@ -172,10 +184,15 @@ impl Thinking {
         self
     }
 
-    /// Whether there is any thinking to do.
+    /// Whether there are no passes.
     #[must_use]
     pub fn is_none(&self) -> bool {
         self.passes == 0
+    }
+
+    /// What to add to the final hidden states of an answer.
+    pub(crate) fn chosen_output_nudge(&self) -> Option<&OutputNudge> {
+        self.output_nudge.as_ref()
     }
 
     /// After how many new tokens to think again; 0 is never.
@@ -215,6 +232,7 @@ impl Thinking {
             return Err(Error::parameter("passes", expected, self.passes));
         }
         self.hand_off.validate()?;
+        self.output_nudge.as_ref().map_or(Ok(()), OutputNudge::validate)?;
         self.halt.iter().try_for_each(Halt::validate)?;
         self.refine.as_ref().map_or(Ok(()), Seq::validate)
     }

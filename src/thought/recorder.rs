@@ -79,6 +79,9 @@ impl Recorder<'_> {
     fn of_rows(&self, squares: &Tensor) -> Result<Vec<Map>> {
         let row = |(index, start): (usize, usize)| -> Result<Map> {
             let tokens = self.layout.seq() - start;
+            if tokens == 0 {
+                return Ok(Map::new()); // candle cannot read a square of none
+            }
             let square = squares.get(index)?.narrow(0, start, tokens)?.narrow(1, start, tokens)?;
             Ok(square.to_dtype(DType::F32)?.to_vec2()?)
         };

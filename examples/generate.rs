@@ -7,40 +7,20 @@
 mod common;
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgGroup, Parser};
-use hybrid_attention::{Answer, GenerationConfig, HybridModel, Message, Prompt};
+use clap::Parser;
+use hybrid_attention::{Answer, GenerationConfig, HybridModel};
 use serde_json::json;
 
 /// Answer one prompt, with or without thinking about it first.
 #[derive(Parser)]
-#[command(group(ArgGroup::new("input").required(true).args(["prompt", "prompt_file", "ids"])))]
 struct Cli {
     #[command(flatten)]
     model: common::ModelArgs,
 
-    /// The prompt
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: Option<String>,
-
-    /// A UTF-8 file that holds the prompt, taken as it is
-    #[arg(long, value_name = "F")]
-    prompt_file: Option<PathBuf>,
-
-    /// The prompt as token ids; needs no tokenizer
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = parse_id)]
-    #[arg(conflicts_with = "chat")]
-    ids: Option<Vec<u32>>,
-
-    /// Put the prompt into the model's chat template, as a user's message
-    #[arg(long)]
-    chat: bool,
-
-    /// A system message in front of it
-    #[arg(long, value_name = "TEXT", requires = "chat")]
-    system: Option<String>,
+    #[command(flatten)]
+    input: common::PromptArgs,
 
     #[command(flatten)]
     thinking: common::ThinkingArgs,
@@ -66,21 +46,6 @@ struct Cli {
 }
 
 impl Cli {
-    fn prompt(&self) -> common::Result<Prompt> {
-        let text = match (&self.ids, &self.prompt, &self.prompt_file) {
-            (Some(ids), ..) => return Ok(ids.clone().into()),
-            (_, Some(text), _) => text.clone(),
-            (_, _, Some(path)) => common::read_text(path)?,
-            _ => return Err("no prompt: give --prompt, --prompt-file or --ids".into()),
-        };
-        if !self.chat {
-            return Ok(text.into());
-        }
-        let system = self.system.iter().map(Message::system);
-        let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
-        Ok(Prompt::chat(&messages))
-    }
-
     /// `config` with what was given on the command line.
     fn config(&self, config: GenerationConfig) -> GenerationConfig {
         let config = config
@@ -92,17 +57,12 @@ impl Cli {
     }
 }
 
-/// A token id, with or without blanks around it.
-fn parse_id(text: &str) -> Result<u32, String> {
-    text.trim().parse().map_err(|_| "expected token ids like 1,2,3".to_string())
-}
-
 fn main() -> ExitCode {
     common::main(|| run(&Cli::parse()))
 }
 
 fn run(cli: &Cli) -> common::Result<()> {
-    let prompt = cli.prompt()?;
+    let prompt = cli.input.prompt()?;
     cli.config(GenerationConfig::default()).validate()?; // before the wait for the weights
     cli.thinking.warn();
     let (model, load) = cli.model.load()?;
@@ -148,7 +108,7 @@ fn report(model: &HybridModel, answer: &Answer, load: f64) -> serde_json::Value 
         "text": model.tokenizer().map(|_| &answer.text),
         "logprobs": answer.logprobs,
         "stop": answer.stop,
-        "drift": answer.drift,
+        "drift": answer.drift(),
         "seconds": {
             "load": load,
             "think": answer.seconds.think,

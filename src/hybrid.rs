@@ -250,8 +250,7 @@ impl HybridModel {
         let prompt = prompt.into().encode(self.tokenizer())?;
         config.validate()?;
         self.transformer.check_context(prompt.ids.len())?;
-        let layout = Layout::dense(1, prompt.ids.len()).with_context(0, &prompt.context)?;
-        let text = Text::new(&self.transformer, &prompt.ids, layout)?;
+        let text = Text::new(&self.transformer, &prompt.ids, prompt.layout()?)?;
         let mind = config.chosen_thinking().unwrap_or(&self.thinking).on(&self.transformer)?;
         let z = mind.encode(&text, Pass::Causal(text.layout()))?;
         mind.think(&text, z, |done, total| {

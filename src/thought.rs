@@ -254,4 +254,30 @@ impl<'a> ThoughtLoop<'a> {
         let xs = self.transformer.hand_over(&what, a..b, &text.layout, cache)?;
         Ok((xs, b..n))
     }
+
+    /// [`enter`](Self::enter) after thinking again: makes `cache` forget what depends on thoughts
+    /// from position `changed` on, and gives the stream from the first one forgotten. What layers
+    /// before the span hold stays true: no thought has entered them.
+    pub(crate) fn enter_again(
+        &self,
+        text: &Text,
+        thoughts: &Thoughts,
+        cache: &mut KvCache,
+        changed: usize,
+    ) -> Result<(Tensor, Range<usize>)> {
+        let (Range { start: a, end: b }, n) = (self.span(), self.transformer.all_layers().end);
+        let from = match cache.truncate_layers(a..n, changed) {
+            Err(Error::CacheRolled { .. }) => {
+                // The window has let go of what would be needed: begin anew.
+                cache.truncate_layers(a..n, 0)?;
+                0
+            }
+            result => result.map(|()| changed)?,
+        };
+        if self.thinking.hand_off != HandOff::Refined {
+            cache.truncate_layers(a..b, 0)?; // handed over whole
+        }
+        let (xs, layers) = self.enter(text, thoughts, Some(cache))?;
+        Ok((xs.narrow(1, from, text.layout.seq() - from)?, layers))
+    }
 }

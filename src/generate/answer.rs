@@ -57,10 +57,10 @@ impl Answer {
 /// Where the time of an answer went, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Seconds {
-    /// The thought passes.
+    /// The thought passes, those of re-thinking included.
     pub think: f64,
     /// Everything else before the first token.
     pub prefill: f64,
-    /// Everything after.
+    /// Everything else after it.
     pub decode: f64,
 }

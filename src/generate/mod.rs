@@ -4,7 +4,7 @@ mod answer;
 mod config;
 mod conversation;
 mod prompt;
-mod reading;
+mod reader;
 mod sampler;
 mod stop;
 mod stream;

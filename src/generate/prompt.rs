@@ -3,12 +3,14 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
+use crate::model::Layout;
 use crate::tokenizer::{Message, Tokenizer};
 
 /// A prompt. Text and token ids become one by [`From`]; [`Prompt::chat`] makes one of messages.
 ///
-/// A prompt made from one piece is all *context*: thinking, if any, is about the whole of it.
-/// Built in parts, it can hold back some from thinking:
+/// A prompt made from one piece is all *context*: thinking, if any, is about the whole of it, up to
+/// its last token. That one is always read causally, from where the answer begins. Built in parts,
+/// a prompt can hold back more from thinking:
 ///
 /// ```
 /// use hybrid_attention::Prompt;
@@ -42,8 +44,8 @@ enum Content {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct EncodedPrompt {
     pub(crate) ids: Vec<u32>,
-    /// The runs of tokens to think about.
-    pub(crate) context: Vec<Range<usize>>,
+    /// The runs of tokens that are context, each a part of the prompt.
+    context: Vec<Range<usize>>,
 }
 
 impl Prompt {
@@ -63,6 +65,18 @@ impl Prompt {
     #[must_use]
     pub fn plain(self, text: impl Into<String>) -> Self {
         self.with(Content::Text(text.into()), false)
+    }
+
+    /// Adds tokens that are thought about, as a segment of their own.
+    #[must_use]
+    pub fn context_ids(self, ids: &[u32]) -> Self {
+        self.with(Content::Ids(ids.to_vec()), true)
+    }
+
+    /// Adds tokens that are only read causally.
+    #[must_use]
+    pub fn plain_ids(self, ids: &[u32]) -> Self {
+        self.with(Content::Ids(ids.to_vec()), false)
     }
 
     fn with(mut self, content: Content, thinks: bool) -> Self {
@@ -92,6 +106,28 @@ impl Prompt {
 }
 
 impl EncodedPrompt {
+    /// Which of its tokens think together: the context, but for the last token of all.
+    pub(crate) fn layout(&self) -> Result<Layout> {
+        let mut runs = self.context.clone();
+        match runs.last_mut() {
+            Some(last) if last.end == self.ids.len() => last.end -= 1,
+            _ => (),
+        }
+        Layout::dense(1, self.ids.len()).with_context(0, &runs)
+    }
+
+    /// Goes on with tokens of the answer. They are context: more of the last part, if it is, and
+    /// a part of their own otherwise. Gives the first position whose thoughts depend on them.
+    pub(super) fn extend(&mut self, answer: &[u32]) -> usize {
+        let end = self.ids.len();
+        self.ids.extend_from_slice(answer);
+        match self.context.last_mut() {
+            Some(last) if last.end == end => last.end = self.ids.len(),
+            _ => self.context.push(end..self.ids.len()),
+        }
+        self.context.last().map_or(end, |last| last.start)
+    }
+
     fn add(&mut self, ids: &[u32], thinks: bool) {
         let start = self.ids.len();
         self.ids.extend_from_slice(ids);
@@ -151,7 +187,7 @@ impl From<Vec<u32>> for Prompt {
 
 impl From<&[u32]> for Prompt {
     fn from(ids: &[u32]) -> Self {
-        Self::from(ids.to_vec())
+        Self::default().context_ids(ids)
     }
 }
 

@@ -2,17 +2,15 @@
 
 use std::time::Instant;
 
-use candle_core::DType;
-
 use super::answer::{Answer, Seconds, Token};
 use super::config::GenerationConfig;
 use super::conversation::Conversation;
 use super::prompt::Prompt;
-use super::reading::{read_prompt, seconds_since};
+use super::reader::{Reader, seconds_since};
 use super::sampler::{LogProbs, Sampler};
 use super::stop::{StopReason, StopStrings};
 use crate::error::{Error, Result};
-use crate::model::{Pass, Transformer};
+use crate::model::Transformer;
 use crate::thought::{Thinking, Trace};
 use crate::tokenizer::{DecodeStream, Tokenizer};
 
@@ -56,7 +54,7 @@ pub struct TokenStream<'a> {
     stop_strings: StopStrings,
     stop_ids: Vec<u32>,
     config: GenerationConfig,
-    thinking: Thinking,
+    reader: Reader<'a>,
     next: Next,
     stop: Option<StopReason>,
     kept: usize,
@@ -85,21 +83,22 @@ impl<'a> TokenStream<'a> {
     ) -> Result<Self> {
         let transformer = source.transformer;
         let prompt = prompt.encode(source.tokenizer)?;
-        let sampler = Sampler::new(config, &prompt.ids)?;
-        let thinking = config.thinking.as_ref().unwrap_or(source.thinking).clone();
-        thinking.on(transformer)?;
+        let ids = prompt.ids.clone();
+        let sampler = Sampler::new(config, &ids)?;
+        let thinking = config.thinking.as_ref().unwrap_or(source.thinking);
+        let mut reader = Reader::new(transformer, thinking, prompt)?;
         let (stop_strings, stop_ids) = stops(config, source)?;
         let mut conversation = match conversation {
             Some(lent) => Held::Lent(lent),
             None => {
                 let context = transformer.config().max_position_embeddings;
-                let wanted = prompt.ids.len().saturating_add(config.max_tokens);
-                let capacity = wanted.min(context).max(prompt.ids.len());
+                let wanted = ids.len().saturating_add(config.max_tokens);
+                let capacity = wanted.min(context).max(ids.len());
                 Held::Own(Box::new(Conversation::new(transformer, capacity)?))
             }
         };
-        let read = read_prompt(transformer, &prompt, &thinking, config, conversation.get())?;
-        let detokenizer = source.tokenizer.map(|it| it.decode_stream(&prompt.ids));
+        let read = reader.read(config, conversation.get())?;
+        let detokenizer = source.tokenizer.map(|it| it.decode_stream(&ids));
         Ok(Self {
             source,
             conversation,
@@ -108,12 +107,12 @@ impl<'a> TokenStream<'a> {
             stop_strings: StopStrings::new(stop_strings),
             stop_ids,
             config: config.clone(),
-            thinking,
+            reader,
             next: Next::Logits(read.logits),
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
             kept: read.kept,
             answer: Answer {
-                prompt_ids: prompt.ids,
+                prompt_ids: ids,
                 ids: Vec::new(),
                 text: String::new(),
                 logprobs: Vec::new(),
@@ -180,7 +179,11 @@ impl<'a> TokenStream<'a> {
     fn advance(&mut self) -> Result<Token> {
         let logits = match std::mem::replace(&mut self.next, Next::Nothing) {
             Next::Logits(logits) => logits,
-            Next::Token(id) => self.run(id)?,
+            Next::Token(id) => {
+                let answer = &mut self.answer;
+                let conversation = self.conversation.get();
+                self.reader.go_on(id, conversation, &mut answer.traces, &mut answer.seconds)?
+            }
             Next::Nothing => return Err(Error::StreamFailed),
         };
         let id = self.sampler.sample(&logits)?;
@@ -228,20 +231,6 @@ impl<'a> TokenStream<'a> {
             None
         }
     }
-
-    /// Runs one generated token and gives the logits after it.
-    fn run(&mut self, id: u32) -> Result<Vec<f32>> {
-        let transformer = self.source.transformer;
-        let conversation = self.conversation.get();
-        let xs = transformer.embed_ids(&[id], (1, 1))?;
-        let layers = transformer.all_layers();
-        let pass = Pass::Cached(&mut conversation.cache);
-        let h = transformer.forward(&xs, layers, pass)?; // (1, 1, hidden)
-        if self.thinking.is_none() {
-            conversation.ids.push(id);
-        }
-        Ok(transformer.logits(&h)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
-    }
 }
 
 /// The texts and the tokens that end an answer. A text that is the spelling of a control token never
@@ -274,9 +263,10 @@ impl Iterator for TokenStream<'_> {
         if self.stop.is_some() || matches!(self.next, Next::Nothing) {
             return None;
         }
-        let start = Instant::now();
+        let (start, thought) = (Instant::now(), self.answer.seconds.think);
         let token = self.advance();
-        self.answer.seconds.decode += seconds_since(start);
+        let seconds = &mut self.answer.seconds;
+        seconds.decode += seconds_since(start) - (seconds.think - thought);
         Some(token)
     }
 }

@@ -230,6 +230,9 @@ impl Transformer {
     pub fn forward(&self, xs: &Tensor, layers: Range<usize>, pass: Pass<'_>) -> Result<Tensor> {
         let (batch, seq) = self.check_stream(xs)?;
         self.check_layers(&layers)?;
+        if layers.is_empty() {
+            return Ok(xs.clone());
+        }
         match pass {
             Pass::Causal(layout) => self.uncached(xs, layers, layout, Sight::Causal),
             Pass::Bidirectional(layout) => self.uncached(xs, layers, layout, Sight::Bidirectional),

@@ -151,6 +151,11 @@ impl Thinking {
         self.passes == 0
     }
 
+    /// After how many new tokens to think again; 0 is never.
+    pub(crate) fn rethinks_every(&self) -> usize {
+        self.rethink_every
+    }
+
     /// These settings on a model, checked against it.
     ///
     /// # Errors

@@ -43,6 +43,7 @@
 mod halting;
 mod measure;
 mod readout;
+mod recorder;
 mod thinking;
 mod trace;
 
@@ -53,6 +54,7 @@ use candle_core::Tensor;
 
 use self::halting::Halting;
 use self::readout::CausalReadout;
+use self::recorder::Recorder;
 use crate::error::{Error, Result};
 use crate::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
 use crate::refine::{Seq, Step};
@@ -181,6 +183,17 @@ impl<'a> ThoughtLoop<'a> {
             return Ok(Thoughts { z, first, trace });
         }
         let readout = CausalReadout::new(self.transformer, self.span.start, text);
+        let mut recorder = Recorder {
+            detail: self.thinking.detail,
+            transformer: self.transformer,
+            span: self.span(),
+            sight: self.thinking.sight,
+            layout,
+            readout: &readout,
+            first: &first,
+            hidden: None,
+        };
+        trace.first = recorder.tokens(&first)?;
         let mut halting = Halting::new(&self.thinking.halt, layout);
         let (mut z, mut first_h) = (z, None);
         progress(0, passes);
@@ -201,13 +214,14 @@ impl<'a> ThoughtLoop<'a> {
             };
             let refined = halting.keep_halted(&self.refine.refine(&step)?, &z)?;
             let drift = measure::drift(&z, &refined, layout)?;
-            if drift.iter().any(|drift| !drift.is_finite()) {
+            if drift.iter().flatten().any(|drift| !drift.is_finite()) {
                 return Err(Error::NotFinite { what: "thoughts", position: index });
             }
             trace.passes.push(PassTrace {
                 drift: halting.mean_of_active(&drift),
                 seconds: started.elapsed().as_secs_f64(),
-                ..PassTrace::default()
+                tokens: recorder.tokens(&refined)?,
+                maps: recorder.maps(&z, &refined)?,
             });
             halting.look(&drift, &z, &refined, &readout)?;
             z = refined;

@@ -175,7 +175,7 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
         let answer = model.generate([1, 2, 3], &config)?;
         let answer_json = serde_json::json!({
             "prompt_ids": [1, 2, 3], "ids": answer.ids, "text": answer.text,
-            "stop": answer.stop, "drift": answer.drift,
+            "stop": answer.stop, "drift": answer.drift(),
         });
         for (key, value) in answer_json.as_object().ok_or("no object")? {
             assert_eq!(&report[key], value, "{key}");

@@ -109,7 +109,7 @@ fn assert_close(a: &[f32], b: &[f32]) {
 /// Equal but for the time it took, and rounding.
 fn assert_same(a: &Answer, b: &Answer) {
     assert_eq!((&a.prompt_ids, &a.ids, &a.text), (&b.prompt_ids, &b.ids, &b.text));
-    assert_eq!((a.stop, &a.drift), (b.stop, &b.drift));
+    assert_eq!((a.stop, a.drift()), (b.stop, b.drift()));
     assert_close(&a.logprobs, &b.logprobs);
 }
 
@@ -159,7 +159,7 @@ proptest! {
         prop_assert_eq!(stream.stop(), Some(answer.stop));
         prop_assert_eq!(stream.prompt_ids(), &answer.prompt_ids);
         prop_assert_eq!(stream.prompt_logprobs(), answer.prompt_logprobs.as_deref());
-        prop_assert_eq!(stream.drift(), &answer.drift);
+        prop_assert_eq!(stream.traces().len(), answer.traces.len());
         prop_assert_eq!(tokens.iter().map(|t| t.id).collect::<Vec<_>>(), answer.ids);
         prop_assert_eq!(tokens.iter().map(|t| t.logprob).collect::<Vec<_>>(), answer.logprobs);
         prop_assert_eq!(tokens.iter().map(|t| t.text.as_str()).collect::<String>(), answer.text);
@@ -434,8 +434,14 @@ fn refusals_say_which_parameter_and_what_would_do() -> Result {
             thinking(Thinking::passes(1).span(reversed)),
             "parameter span: expected a non-empty range within 0..3, got 2..1",
         ),
-        (weight(-0.5), "parameter weight: expected a share in [0, 1], got -0.5"),
-        (weight(f64::NAN), "parameter weight: expected a share in [0, 1], got NaN"),
+        (
+            weight(-0.5),
+            "refinement op 0 (Interpolate): parameter weight: expected a share in [0, 1], got -0.5",
+        ),
+        (
+            weight(f64::NAN),
+            "refinement op 0 (Interpolate): parameter weight: expected a share in [0, 1], got NaN",
+        ),
     ] {
         assert_eq!(error_of(shared()?.generate([5, 6], &config))?, expected);
     }
@@ -459,6 +465,7 @@ fn no_number_makes_it_panic() -> Result {
             }
             Err(
                 hybrid_attention::Error::Parameter { .. }
+                | hybrid_attention::Error::Refinement { .. }
                 | hybrid_attention::Error::NotFinite { .. },
             ) => refused += 1,
             Err(other) => return Err(other.into()),
@@ -742,7 +749,8 @@ fn parts_become_the_segments_they_say() -> Result {
         .map(|parts| texts[..parts].concat().len())
         .map(|end| begins.partition_point(|&begin| begin < end))
         .collect();
-    let segments = [borders[0]..borders[1], borders[2]..borders[3]];
+    // The last token of all is always plain.
+    let segments = [borders[0]..borders[1], borders[2]..borders[3] - 1];
 
     let layout = Layout::dense(1, ids.len()).with_context(0, &segments)?;
     let embeddings =
@@ -768,11 +776,11 @@ fn parts_become_the_segments_they_say() -> Result {
         }
         let got = model.think(prompt.clone(), &config)?;
         assert_close(&got.z.flatten_all()?.to_vec1()?, &thought.flatten_all()?.to_vec1()?);
-        assert_eq!(got.drift.len(), 2);
+        assert_eq!(got.trace.passes.len(), 2);
 
         let answer = model.generate(prompt.clone(), &config)?;
         assert_eq!(answer.prompt_ids, ids);
-        assert_eq!(answer.drift, got.drift);
+        assert_eq!(answer.drift(), got.trace.drift());
         let h = transformer.forward(&thought, a..3, Pass::Causal(&layout))?;
         let logits = transformer.logits(&h.narrow(1, ids.len() - 1, 1)?)?.flatten_all()?;
         let expected = log_softmax(&logits, D::Minus1)?.to_vec1::<f32>()?;
@@ -788,8 +796,8 @@ fn what_is_plain_is_not_thought_about() -> Result {
     let plain = Prompt::default().plain("the cat sat");
     let thought = model.generate(plain.clone(), &thinking)?;
     let not = model.generate(plain, &endless().max_tokens(8))?;
+    assert_eq!(thought.drift(), [0.0; 3]);
     assert_eq!((thought.ids, thought.logprobs), (not.ids.clone(), not.logprobs));
-    assert_eq!(thought.drift, [0.0; 3]);
     assert_ne!(model.generate("the cat sat", &thinking)?.ids, not.ids, "context is");
 
     // One context segment is not two: each is seen by itself.

@@ -125,11 +125,13 @@ fn of_the_inputs_through_thought_and_hand_off() -> Result {
     let model = tiny::transformer(&tiny::config(), 13)?;
     let layout = Layout::dense(1, 6).with_context(0, &[0..3, 3..4])?;
     let xs = inputs(model.config(), &layout)?;
+    let text = tiny::text(&model, &layout, 13)?;
     let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
     check("thoughts", &xs, |xs| {
-        let z = thinking.encode(&model, xs, Pass::Causal(&layout))?;
-        let z = thinking.think(&model, z, &layout, |_, _| ())?.z;
-        Ok(model.logits(&thinking.hand_off(&model, &z, Pass::Causal(&layout))?)?)
+        let mind = thinking.on(&model)?;
+        let z = model.forward(xs, 0..1, Pass::Causal(&layout))?;
+        let thoughts = mind.think(&text, z, |_, _| ())?;
+        Ok(model.logits(&mind.hand_off(&text, &thoughts, Pass::Causal(&layout))?)?)
     })
 }
 

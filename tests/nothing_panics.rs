@@ -8,6 +8,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
+use hybrid_attention::thought::{HandOff, Text};
 use hybrid_attention::{
     Config, GenerationConfig, HybridModel, Message, Pooling, Prompt, Thinking, TokenStream,
     Tokenizer,
@@ -48,6 +49,9 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
     };
     let quantised = QTensor::quantize(&tiny::noise(1, &[4, 32], 1.0)?, GgmlDType::Q8_0)?;
     let tracked = Var::from_tensor(&tiny::noise(2, &[1, 32], 1.0)?)?;
+    let text = Text::new(transformer, &[1, 2, 3], dense.clone())?;
+    let thinking = Thinking::passes(1);
+    let mind = thinking.on(transformer)?;
 
     let refusals = [
         (
@@ -80,7 +84,7 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
             "parameter xs: expected a stream (batch, seq, 16), got [0, 3, 16]",
         ),
         (
-            refusal(Thinking::passes(1).encode(transformer, &short, Pass::Bidirectional(&dense))),
+            refusal(mind.encode(&text, Pass::Bidirectional(&dense))),
             "parameter pass: expected a causal one to encode with, got a bidirectional one",
         ),
         (
@@ -134,7 +138,7 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             think(Thinking::passes(1).refine(Interpolate::new(f64::NAN))),
-            "parameter weight: expected a share in [0, 1], got NaN",
+            "refinement op 0 (Interpolate): parameter weight: expected a share in [0, 1], got NaN",
         ),
         (
             generate(&default().temperature(f64::INFINITY)),
@@ -285,9 +289,23 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
             let _ = pooling.pool(&xs, layout);
         }
         let thinking = Thinking::passes(n[2].min(3)).span(range(n[0], n[1]));
-        let _ = thinking.encode(model, &xs, Pass::Causal(layout));
-        let _ = thinking.think(model, xs.clone(), layout, |_, _| ());
-        let _ = thinking.hand_off(model, &xs, Pass::Causal(layout));
+        let thinking = thinking.hand_off(match n[3] % 3 {
+            0 => HandOff::Refined,
+            1 => HandOff::KeyValue,
+            _ => HandOff::Mixed { weight: 0.5 },
+        });
+        let ids = vec![1; n[1].min(9)];
+        let Ok(text) = Text::new(model, &ids, layout.clone()) else { continue };
+        let Ok(mind) = thinking.on(model) else { continue };
+        let _ = mind.encode(&text, Pass::Causal(layout));
+        let _ = mind.think_once(&xs, layout);
+        let Ok(mut thoughts) = mind.think(&text, text.embeddings().clone(), |_, _| ()) else {
+            continue;
+        };
+        let _ = mind.hand_off(&text, &thoughts, Pass::Causal(layout));
+        thoughts.z = xs.clone();
+        let _ = mind.hand_off(&text, &thoughts, Pass::Bidirectional(layout));
+        let _ = mind.think(&text, xs.clone(), |_, _| ());
 
         let queries = range(n[0].min(600), n[1].min(600));
         let mask = Mask::new(layout, Sight::Bidirectional, queries, n[2], Some(n[3]));

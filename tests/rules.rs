@@ -12,6 +12,7 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral};
 use hybrid_attention::model::{KvCache, Layout, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
+use hybrid_attention::thought::Text;
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 
@@ -35,12 +36,13 @@ fn configs_with_span() -> impl Strategy<Value = (Config, Range<usize>)> {
 }
 
 /// Encode, think and hand off through a cache; the logits of every token.
-fn thought_logits(model: &Transformer, thinking: &Thinking, xs: &Tensor) -> Result<Tensor> {
-    let layout = Layout::dense(1, xs.dim(1)?);
-    let mut cache = model.new_cache(&layout, layout.seq())?;
-    let z = thinking.encode(model, xs, Pass::Cached(&mut cache))?;
-    let thoughts = thinking.think(model, z, &layout, |_, _| ())?;
-    Ok(model.logits(&thinking.hand_off(model, &thoughts.z, Pass::Cached(&mut cache))?)?)
+fn thought_logits(model: &Transformer, thinking: &Thinking, ids: &[u32]) -> Result<Tensor> {
+    let text = Text::new(model, ids, Layout::dense(1, ids.len()))?;
+    let mut cache = model.new_cache(text.layout(), ids.len())?;
+    let mind = thinking.on(model)?;
+    let z = mind.encode(&text, Pass::Cached(&mut cache))?;
+    let thoughts = mind.think(&text, z, |_, _| ())?;
+    Ok(model.logits(&mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?)?)
 }
 
 fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: usize) -> Result {
@@ -51,7 +53,7 @@ fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: us
     let plain = tiny::logits(&model, &xs, Pass::Cached(&mut cache))?;
     let none = Thinking::passes(0).span(span).refine(Interpolate::new(weight));
     for thinking in [&none, &Thinking::none()] {
-        assert_identical("logits", &thought_logits(&model, thinking, &xs)?, &plain)?;
+        assert_identical("logits", &thought_logits(&model, thinking, &ids)?, &plain)?;
     }
 
     let model = HybridModel::new(model, None)?;
@@ -64,10 +66,11 @@ fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: us
 
 fn strength_0(config: &Config, span: Range<usize>, passes: usize, seed: u64, seq: usize) -> Result {
     let model = tiny::transformer(config, seed)?;
-    let xs = tiny::embed(&model, &tiny::tokens(config, seed, seq))?;
+    let ids = tiny::tokens(config, seed, seq);
+    let xs = tiny::embed(&model, &ids)?;
     let plain = tiny::logits(&model, &xs, Pass::Causal(&Layout::dense(1, seq)))?;
     let thinking = Thinking::passes(passes).span(span).refine(Interpolate::new(0.0));
-    assert_close("logits", &thought_logits(&model, &thinking, &xs)?, &plain, ROUNDING)
+    assert_close("logits", &thought_logits(&model, &thinking, &ids)?, &plain, ROUNDING)
 }
 
 /// The logits of every position, from a model that gives only the last: token by token.

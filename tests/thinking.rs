@@ -23,7 +23,8 @@ fn think(
     z: &Tensor,
     layout: &Layout,
 ) -> Result<Thoughts> {
-    Ok(thinking.think(model, z.clone(), layout, |_, _| ())?)
+    let text = tiny::text(model, layout, 0)?;
+    Ok(thinking.on(model)?.think(&text, z.clone(), |_, _| ())?)
 }
 
 /// Padded rows, segments, plain tokens.
@@ -55,18 +56,22 @@ fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<f64> {
 fn a_thought_pass_is_a_bidirectional_run_of_the_span() -> Result {
     let model = tiny::transformer(&tiny::config(), 1)?;
     let layout = layout()?;
-    let xs = thoughts(model.config(), &layout, 1)?;
-    let z = thinking(0.3).encode(&model, &xs, Pass::Causal(&layout))?;
-    assert_identical("encode", &z, &model.forward(&xs, 0..1, Pass::Causal(&layout))?)?;
-    let h = thinking(0.3).think_once(&model, &z, &layout)?;
+    let text = tiny::text(&model, &layout, 1)?;
+    let xs = text.embeddings();
+    let (thinking, whole) = (thinking(0.3), Thinking::passes(1));
+    let (mind, whole) = (thinking.on(&model)?, whole.on(&model)?);
+    let z = mind.encode(&text, Pass::Causal(&layout))?;
+    assert_identical("encode", &z, &model.forward(xs, 0..1, Pass::Causal(&layout))?)?;
+    let h = mind.think_once(&z, &layout)?;
     assert_identical("think_once", &h, &model.forward(&z, 1..3, Pass::Bidirectional(&layout))?)?;
-    let ys = thinking(0.3).hand_off(&model, &z, Pass::Causal(&layout))?;
-    assert_identical("hand_off", &ys, &model.forward(&z, 1..3, Pass::Causal(&layout))?)?;
+    let thoughts = mind.think(&text, z, |_, _| ())?;
+    let ys = mind.hand_off(&text, &thoughts, Pass::Causal(&layout))?;
+    let expected = model.forward(&thoughts.z, 1..3, Pass::Causal(&layout))?;
+    assert_identical("hand_off", &ys, &expected)?;
 
-    let whole = Thinking::passes(1);
-    assert_identical("encode", &whole.encode(&model, &xs, Pass::Causal(&layout))?, &xs)?;
-    let h = model.forward(&xs, 0..3, Pass::Bidirectional(&layout))?;
-    assert_identical("think_once", &whole.think_once(&model, &xs, &layout)?, &h)
+    assert_identical("encode", &whole.encode(&text, Pass::Causal(&layout))?, xs)?;
+    let h = model.forward(xs, 0..3, Pass::Bidirectional(&layout))?;
+    assert_identical("think_once", &whole.think_once(xs, &layout)?, &h)
 }
 
 #[test]
@@ -80,8 +85,10 @@ fn interpolation_is_its_formula() -> Result {
         (Interpolate::damped(), 0.25, 4),
     ] {
         let expected = ((&h * weight)? + (&z * (1.0 - weight))?)?;
+        let layout = Layout::dense(2, 3);
         for index in 0..passes {
-            let refined = refine.refine(&h, &Step { z: &z, index, passes })?;
+            let step = Step { index, passes, ..Step::new(&z, &h, &layout) };
+            let refined = refine.refine(&h, &step)?;
             assert_close(&format!("{refine:?}"), &refined, &expected, 1e-6)?;
         }
     }
@@ -94,18 +101,21 @@ fn loop_by_hand(config: &Config, passes: usize, weight: f64, seed: u64) -> Resul
     let layout = layout()?;
     let refine = Interpolate::new(weight);
     let span = 0..config.num_hidden_layers;
-    let thinking = Thinking::passes(passes).span(span).refine(refine);
+    let thinking = Thinking::passes(passes).span(span).refine(refine.clone());
+    let mind = thinking.on(&model)?;
+    let text = tiny::text(&model, &layout, seed)?;
     let first = thoughts(config, &layout, seed)?;
     let mut told = Vec::new();
-    let got = thinking.think(&model, first.clone(), &layout, |done, all| told.push((done, all)))?;
+    let got = mind.think(&text, first.clone(), |done, all| told.push((done, all)))?;
     let from = usize::from(passes == 0); // without passes nothing is told
     assert_eq!(told, (from..=passes).map(|done| (done, passes)).collect::<Vec<_>>());
-    assert_eq!(got.drift.len(), passes);
+    assert_eq!(got.trace.passes.len(), passes);
 
     let mut z = first;
-    for (index, got) in got.drift.iter().enumerate() {
-        let h = thinking.think_once(&model, &z, &layout)?;
-        let refined = refine.refine(&h, &Step { z: &z, index, passes })?;
+    for (index, got) in got.trace.drift().into_iter().enumerate() {
+        let h = mind.think_once(&z, &layout)?;
+        let step = Step { index, passes, ..Step::new(&z, &h, &layout) };
+        let refined = refine.refine(&h, &step)?;
         let mut rows = z.to_vec3::<f32>()?;
         for (row, new) in refined.to_vec3::<f32>()?.into_iter().enumerate() {
             for slot in layout.context(row).iter().cloned().flatten() {
@@ -137,10 +147,11 @@ fn nothing_drifts_at_weight_0_and_something_does_above() -> Result {
     let layout = layout()?;
     let z = thoughts(model.config(), &layout, 2)?;
     let still = think(&model, &thinking(0.0), &z, &layout)?;
-    assert_eq!(still.drift, [0.0, 0.0]);
+    assert_eq!(still.trace.drift(), [0.0, 0.0]);
     assert_identical("thoughts", &still.z, &z)?;
     let moved = think(&model, &thinking(0.1), &z, &layout)?;
-    assert!(moved.drift.iter().all(|&drift| drift > 1e-3), "{:?}", moved.drift);
+    let drift = moved.trace.drift();
+    assert!(drift.iter().all(|&drift| drift > 1e-3), "{drift:?}");
     Ok(())
 }
 
@@ -171,19 +182,20 @@ fn the_models_thoughts_are_the_loops() -> Result {
     let config = GenerationConfig::default().thinking(thinking(0.3));
     let got = model.think(ids.as_slice(), &config)?;
 
-    let (transformer, layout) = (model.transformer(), Layout::dense(1, 9));
+    // A plain string is context up to its last token.
+    let transformer = model.transformer();
+    let layout = Layout::dense(1, 9).with_context(0, &[0..8])?;
     let z = transformer.forward(&tiny::embed(transformer, &ids)?, 0..1, Pass::Causal(&layout))?;
     let expected = think(transformer, &thinking(0.3), &z, &layout)?;
     assert_close("thoughts", &got.z, &expected.z, 1e-6)?;
-    assert_eq!(got.drift, expected.drift);
+    assert_eq!(got.trace.drift(), expected.trace.drift());
 
     let none = model.think(ids.as_slice(), &GenerationConfig::default())?;
     assert_identical("embeddings", &none.z, &tiny::embed(transformer, &ids)?)?;
-    assert!(none.drift.is_empty());
+    assert!(none.trace.passes.is_empty());
     Ok(())
 }
 
-/// The parts of a prompt that think are the context segments of the layout.
 /// Encode, think and hand off by hand, then the likeliest token again and again, always running
 /// every layer over everything.
 fn answer_by_hand(
@@ -195,7 +207,7 @@ fn answer_by_hand(
 ) -> Result<(Vec<u32>, Vec<f32>)> {
     let transformer = model.transformer();
     let layers = transformer.all_layers();
-    let layout = Layout::dense(1, prompt.len());
+    let layout = Layout::dense(1, prompt.len()).with_context(0, &[0..prompt.len() - 1])?;
     let xs = tiny::embed(transformer, prompt)?;
     let z = transformer.forward(&xs, 0..span.start, Pass::Causal(&layout))?;
     let mut entering = think(transformer, thinking, &z, &layout)?.z;
@@ -237,7 +249,7 @@ fn generating_is_encode_think_hand_off_and_decode() -> Result {
             let logprobs = Tensor::new(logprobs, &Device::Cpu)?;
             let got = Tensor::new(answer.logprobs.as_slice(), &Device::Cpu)?;
             assert_close("logprobs", &got, &logprobs, 1e-5)?;
-            assert_eq!(answer.drift.len(), 3);
+            assert_eq!(answer.drift().len(), 3);
             assert_ne!(answer.logprobs, plain.logprobs, "thinking changed nothing");
         }
     }

@@ -1,9 +1,9 @@
 //! A projection without bias. Its weight is dense or quantised; nobody else needs to know which.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::quantized::{QMatMul, QTensor};
-use candle_core::{DType, Module, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Module, Shape, Tensor};
 
 use super::kernels;
 use crate::error::{Error, Result};
@@ -74,7 +74,10 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let tracked = xs.track_op() || weight.track_op();
     let on_cpu = xs.device().is_cpu() && xs.dtype() == DType::F32;
 
-    let ys = if on_cpu && !tracked && xs.dim(0)? <= FEW_ROWS {
+    let ys = if on_cpu && tracked && !weight.track_op() {
+        let product = Mutex::new(Some(dense(&xs.detach(), weight)?));
+        xs.apply_op1(Frozen { weight: weight.clone(), product })?
+    } else if on_cpu && !tracked && xs.dim(0)? <= FEW_ROWS {
         kernels::matvec(&xs, weight)?
     } else if xs.dtype() == weight.dtype() {
         xs.matmul(&weight.t()?)?
@@ -86,17 +89,58 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     Ok(ys.reshape(shape)?)
 }
 
+/// `x Wᵀ` in a graph that ends at `x`. candle's own product computes the gradient of both factors,
+/// also when nothing asks for that of a weight, which is as dear as the whole forward pass.
+struct Frozen {
+    weight: Tensor,
+    /// `x Wᵀ`, computed without a graph; taken by the one forward call.
+    product: Mutex<Option<Tensor>>,
+}
+
+impl CustomOp1 for Frozen {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let taken = self.product.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(product) = taken else { candle_core::bail!("frozen-linear: run twice") };
+        let values = product.flatten_all()?.to_vec1::<f32>()?;
+        Ok((CpuStorage::F32(values), product.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let mut sum: Option<Tensor> = None;
+        for (start, rows) in row_blocks(&self.weight)? {
+            let grad = grad.narrow(1, start, rows.dim(0)?)?;
+            let part = grad.matmul(&kernels::widen(&rows, grad.dtype())?)?; // (rows of x, in)
+            sum = Some(match sum {
+                Some(sum) => (sum + part)?,
+                None => part,
+            });
+        }
+        Ok(sum)
+    }
+}
+
 /// `x Wᵀ` for a weight kept in a narrower type than `x`, widened a block of rows at a time so that
 /// the whole weight never stands in memory twice.
 fn widening_matmul(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let product = |(_, rows): (usize, Tensor)| xs.matmul(&kernels::widen(&rows, xs.dtype())?.t()?);
+    let blocks = row_blocks(weight)?.into_iter().map(product);
+    Ok(Tensor::cat(&blocks.collect::<candle_core::Result<Vec<_>>>()?, 1)?)
+}
+
+/// Runs of rows of a weight and where they begin, each small enough to be widened; all of an `f32`
+/// weight, which needs no widening.
+fn row_blocks(weight: &Tensor) -> candle_core::Result<Vec<(usize, Tensor)>> {
     let (out_features, in_features) = weight.dims2()?;
-    let step = (WIDEN_AT_ONCE / in_features).max(1);
-    let blocks = (0..out_features)
-        .step_by(step)
-        .map(|start| {
-            let rows = weight.narrow(0, start, step.min(out_features - start))?;
-            xs.matmul(&kernels::widen(&rows, xs.dtype())?.t()?)
-        })
-        .collect::<candle_core::Result<Vec<_>>>()?;
-    Ok(Tensor::cat(&blocks, 1)?)
+    let step = match weight.dtype() {
+        DType::F32 => out_features,
+        _ => WIDEN_AT_ONCE / in_features.max(1),
+    };
+    let starts = (0..out_features).step_by(step.max(1));
+    starts
+        .map(|start| Ok((start, weight.narrow(0, start, step.max(1).min(out_features - start))?)))
+        .collect()
 }

@@ -60,10 +60,10 @@ impl<'a> Halting<'a> {
         self.halted.into_iter().map(|halted| halted.unwrap_or(Halted::Cap)).collect()
     }
 
-    /// The mean of one number per row over the rows that still think.
-    pub(super) fn mean_of_active(&self, values: &[f64]) -> f64 {
-        let active = || self.halted.iter().zip(values).filter(|(halted, _)| halted.is_none());
-        active().map(|(_, value)| value).sum::<f64>() / active().count().max(1) as f64
+    /// The mean over all tokens of the rows that still think.
+    pub(super) fn mean_of_active(&self, rows: &[Vec<f32>]) -> f64 {
+        let active = self.halted.iter().zip(rows).filter(|(halted, _)| halted.is_none());
+        measure::mean(active.flat_map(|(_, row)| row))
     }
 
     /// `refined`, but `z` in the rows that have halted.
@@ -79,17 +79,19 @@ impl<'a> Halting<'a> {
     /// Halts the rows that this pass, from `before` to `after`, moved little enough.
     pub(super) fn look(
         &mut self,
-        drift: &[f64],
+        drift: &[Vec<f32>],
         before: &Tensor,
         after: &Tensor,
         readout: &CausalReadout<'_>,
     ) -> Result<()> {
         for rule in self.rules {
             let (moved, tolerance, reason) = match *rule {
-                Halt::Drift(tolerance) => (drift.to_vec(), tolerance, Halted::Drift),
+                Halt::Drift(tolerance) => {
+                    (drift.iter().map(measure::mean).collect(), tolerance, Halted::Drift)
+                }
                 Halt::Cosine(tolerance) => {
                     let cosine = measure::cosine(before, after, self.layout)?;
-                    let distance = measure::means(&cosine).into_iter().map(|mean| 1.0 - mean);
+                    let distance = cosine.iter().map(|row| 1.0 - measure::mean(row));
                     (distance.collect(), tolerance, Halted::Cosine)
                 }
                 Halt::Kl(tolerance) => (self.kl(before, after, readout)?, tolerance, Halted::Kl),

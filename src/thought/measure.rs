@@ -8,10 +8,10 @@ use crate::model::Layout;
 /// Keeps quotients of lengths finite.
 const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
 
-/// `‖z' - z‖ / ‖z‖` of each row of the batch, mean over its tokens.
-pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<Vec<f64>> {
+/// `‖z' - z‖ / ‖z‖` of every thought: per row of the batch, per token.
+pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>>> {
     let ratio = (norms(&(after - before)?)? / norms(before)?.maximum(SMALLEST)?)?;
-    Ok(means(&of_tokens(&ratio, layout)?))
+    of_tokens(&ratio, layout)
 }
 
 /// The cosine of every thought with the one in the same place: per row of the batch, per token.
@@ -20,6 +20,13 @@ pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<Vec<Vec<
     let dots = (&a32 * &b32)?.sum(D::Minus1)?; // (batch, seq)
     let lengths = (norms(a)?.maximum(SMALLEST)? * norms(b)?.maximum(SMALLEST)?)?;
     of_tokens(&(dots / lengths)?, layout)
+}
+
+/// The cosine of every thought with every other: `(batch, seq, hidden) -> (batch, seq, seq)`.
+pub(super) fn similarity(xs: &Tensor) -> Result<Tensor> {
+    let lengths = norms(xs)?.maximum(SMALLEST)?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
+    let directions = xs.to_dtype(DType::F32)?.broadcast_div(&lengths)?;
+    Ok(directions.matmul(&directions.t()?)?)
 }
 
 /// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`.
@@ -33,10 +40,11 @@ pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<Vec<Vec<f32>
     Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
 }
 
-/// The mean of each row; 0 for a row without tokens.
-pub(super) fn means(rows: &[Vec<f32>]) -> Vec<f64> {
-    let mean = |row: &Vec<f32>| {
-        row.iter().map(|&value| f64::from(value)).sum::<f64>() / row.len().max(1) as f64
-    };
-    rows.iter().map(mean).collect()
+/// The mean of some numbers; 0 of none.
+pub(super) fn mean<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
+    let (mut sum, mut count) = (0.0, 0usize);
+    for &value in values {
+        (sum, count) = (sum + f64::from(value), count + 1);
+    }
+    sum / count.max(1) as f64
 }

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use hybrid_attention::model::{Pass, Transformer};
+use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::thought::Text;
 use hybrid_attention::{Config, HybridModel};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
@@ -93,6 +94,12 @@ pub(crate) fn tokens(config: &Config, seed: u64, count: usize) -> Vec<u32> {
 /// The embeddings of one row of tokens: `(1, seq, hidden)`.
 pub(crate) fn embed(model: &Transformer, ids: &[u32]) -> Result<Tensor> {
     Ok(model.embed(&Tensor::new(ids, model.device())?.unsqueeze(0)?)?)
+}
+
+/// Random tokens in every slot of `layout`.
+pub(crate) fn text(model: &Transformer, layout: &Layout, seed: u64) -> Result<Text> {
+    let ids = tokens(model.config(), seed, layout.batch() * layout.seq());
+    Ok(Text::new(model, &ids, layout.clone())?)
 }
 
 /// All layers over `xs`, and the logits after them.

@@ -56,9 +56,9 @@ struct Cli {
     #[arg(long, value_name = "A..B", value_parser = common::parse_span)]
     span: Option<Range<usize>>,
 
-    /// Print one JSON object, with the figures of each passage, instead of a table
-    #[arg(long)]
-    json: bool,
+    /// Also write the figures as JSON, those of each passage included
+    #[arg(long, value_name = "F")]
+    json: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -69,6 +69,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     if cli.passages < 2 || cli.tokens < 2 {
         return Err("expected at least 2 --passages and 2 --tokens".into());
     }
+    cli.json.iter().try_for_each(|path| common::check_folder(path))?;
     let text = common::read_text(&cli.text)?;
     let (model, _) = cli.model.load()?;
     let passages = passages(&model, &text, cli.passages, cli.tokens)?;
@@ -88,11 +89,10 @@ fn run(cli: &Cli) -> common::Result<()> {
     bar.finish_and_clear();
 
     let report = Report { tokens: cli.tokens, plain, repeated, settings, thought };
-    match cli.json {
-        true => writeln!(stdout(), "{}", report.json())?,
-        false => write!(stdout(), "{}", report.table())?,
+    if let Some(path) = &cli.json {
+        common::write(path, |file| Ok(serde_json::to_writer(file, &report.json())?))?;
     }
-    Ok(())
+    Ok(write!(stdout(), "{}", report.table())?)
 }
 
 /// Two neighbouring stretches of a text.

@@ -4,7 +4,8 @@
 #![allow(dead_code, reason = "not every example uses everything")]
 
 use std::error::Error;
-use std::io::{ErrorKind, Write, stderr};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Write, stderr};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -249,6 +250,25 @@ pub fn read_text(path: &Path) -> Result<String> {
         format!("{}: not UTF-8 at byte {at}", path.display())
     })?;
     Ok(text)
+}
+
+/// Whether a file could stand there: worth knowing before the work on its content.
+pub fn check_folder(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    match folder.is_none_or(Path::is_dir) {
+        true => Ok(()),
+        false => Err(format!("{}: its folder does not exist", path.display()).into()),
+    }
+}
+
+/// Writes a file, and says so.
+pub fn write(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let with_path = |error: std::io::Error| format!("{}: {error}", path.display());
+    let mut file = BufWriter::new(File::create(path).map_err(with_path)?);
+    content(&mut file)?;
+    file.flush().map_err(with_path)?;
+    say(&format!("[wrote {}]", path.display()));
+    Ok(())
 }
 
 /// A line on standard error, as far as anybody listens. What is in it may come from a file, so

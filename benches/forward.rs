@@ -9,7 +9,8 @@
 #![allow(missing_docs, reason = "criterion's macros")]
 #![allow(clippy::print_stderr)]
 
-use std::collections::HashMap;
+mod common;
+
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -20,12 +21,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use hybrid_attention::model::{KvCache, Layout, Pass, Transformer};
 use hybrid_attention::{Config, Result};
 
-const SHAPE: &str = r#"{
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
-    "tie_word_embeddings": true
-}"#;
+use common::{SHAPE, ids, random_weights};
 
 struct Engines {
     ours: Transformer,
@@ -36,10 +32,7 @@ struct Engines {
 impl Engines {
     fn new() -> Result<Self> {
         let config = Config::from_json(SHAPE)?;
-        let random = |(name, shape): (String, Vec<usize>)| {
-            Ok((name, Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?))
-        };
-        let mut weights: HashMap<_, _> = config.weights().map(random).collect::<Result<_>>()?;
+        let mut weights = random_weights(&config)?;
         let candle_config = serde_json::from_str::<llama::LlamaConfig>(SHAPE)
             .map_err(candle_core::Error::wrap)?
             .into_config(false);
@@ -67,8 +60,7 @@ impl Engines {
 }
 
 fn tokens(count: usize) -> Result<Tensor> {
-    let ids: Vec<u32> = (0..count).map(|i| (3 + i * 7919 % 40_000) as u32).collect();
-    Ok(Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)
+    Ok(Tensor::new(ids(count), &Device::Cpu)?.unsqueeze(0)?)
 }
 
 fn run(c: &mut Criterion) -> Result<()> {

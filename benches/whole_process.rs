@@ -10,6 +10,8 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod common;
+
 use std::collections::HashMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,8 @@ use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::Weights;
 use hybrid_attention::{GenerationConfig, HybridModel};
 use serde_json::{Value, json};
+
+use common::{ids, median, peak_memory, sorted};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -92,15 +96,6 @@ fn compare(this: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn sorted(mut values: Vec<f64>) -> Vec<f64> {
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-fn median(sorted: &[f64]) -> f64 {
-    sorted[sorted.len() / 2]
-}
-
 /// Writes a GGUF file as a Hugging Face folder in `f32`.
 fn unpack(gguf: &Path, folder: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(gguf)?;
@@ -128,10 +123,10 @@ fn unpack(gguf: &Path, folder: &Path) -> Result<()> {
 }
 
 fn run(engine: &str, folder: &Path) -> Result<Value> {
-    let prompt: Vec<u32> = (0..PROMPT).map(|i| (3 + i * 7919 % 40_000) as u32).collect();
+    let prompt = ids(PROMPT);
     let mut figures =
         if engine == ENGINES[0] { ours(folder, prompt) } else { candle(folder, prompt) }?;
-    figures["memory"] = json!(peak_memory()?);
+    figures["memory"] = json!(peak_memory());
     Ok(figures)
 }
 
@@ -180,12 +175,4 @@ fn candle(folder: &Path, prompt: Vec<u32>) -> Result<Value> {
         "prefill": PROMPT as f64 / prefill,
         "decode": DECODE as f64 / start.elapsed().as_secs_f64(),
     }))
-}
-
-/// In MiB, as Linux counts it; zero elsewhere.
-fn peak_memory() -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()).unwrap_or("0");
-    Ok(kib.parse::<f64>()? / 1024.0)
 }

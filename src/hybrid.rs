@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Conversation, GenerationConfig, Progress, Prompt, Source, TokenStream,
 };
-use crate::load::Checkpoint;
+use crate::load::{Checkpoint, HYBRID_JSON};
 use crate::model::{Layout, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
 use crate::thought::{Text, Thinking, Thoughts};
@@ -43,7 +44,8 @@ pub struct HybridModel {
 /// How [`HybridModel::embed`] makes one vector of a text.
 ///
 /// The default reads each text once in both directions and averages its tokens' vectors.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct EmbedConfig {
     pooling: Pooling,
     sight: Sight,
@@ -181,12 +183,24 @@ impl HybridModel {
             Error::malformed(checkpoint.path().join("generation_config.json"), error)
         })?;
 
+        let hybrid_json = checkpoint.path().join(HYBRID_JSON);
+        let malformed = |error| match error {
+            Error::Malformed { message, .. } => Error::malformed(&hybrid_json, message),
+            other => Error::malformed(&hybrid_json, other),
+        };
+        let thinking = match checkpoint.hybrid_json()? {
+            Some(text) => Thinking::from_json(&text).map_err(malformed)?,
+            None => Thinking::none(),
+        };
+
         let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
         let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
         weights.finish()?;
+        thinking.on(&transformer).map_err(malformed)?;
 
         let mut model = Self::new(transformer, tokenizer)?;
         model.defaults = defaults;
+        model.thinking = thinking;
         if !said.eos_token_ids.is_empty() {
             model.eos_ids = said.eos_token_ids;
         }
@@ -232,8 +246,15 @@ impl HybridModel {
         &self.eos_ids
     }
 
+    /// The checkpoint's own way to think, from its `hybrid.json`; not at all without one. Used
+    /// wherever a [`GenerationConfig`] says nothing about thinking.
+    #[must_use]
+    pub fn thinking(&self) -> &Thinking {
+        &self.thinking
+    }
+
     /// The checkpoint's own way to generate: [`GenerationConfig::default`] with what its
-    /// `generation_config.json` says. Thinking is off.
+    /// `generation_config.json` says.
     #[must_use]
     pub fn generation_config(&self) -> GenerationConfig {
         self.defaults.clone()

@@ -1,12 +1,14 @@
 //! From one vector per token to one per text.
 
 use candle_core::{D, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::Layout;
 
 /// How the vectors of a text's tokens become one. Padding never takes part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Pooling {
     /// Their mean (GritLM, LLM2Vec). The right one for bidirectional passes.

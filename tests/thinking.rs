@@ -3,10 +3,10 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use hybrid_attention::model::{Layout, Pass, Transformer};
-use hybrid_attention::refine::{Interpolate, Refine, Step};
-use hybrid_attention::thought::Thoughts;
-use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
+use hybrid_attention::model::{Layout, Pass, Sight, Transformer};
+use hybrid_attention::refine::{Interpolate, OutputNudge, Refine, Step};
+use hybrid_attention::thought::{HandOff, Text, Thoughts};
+use hybrid_attention::{Config, GenerationConfig, HybridModel, Prompt, Thinking};
 use proptest::prelude::*;
 
 use common::tiny::{self, holds};
@@ -254,4 +254,78 @@ fn generating_is_encode_think_hand_off_and_decode() -> Result {
         }
     }
     Ok(())
+}
+
+/// Read, fit, then the likeliest token of what the head says of nudged states, again and again.
+#[test]
+fn an_output_nudge_serves_every_token_of_the_answer() -> Result {
+    let config = tiny::config();
+    let model = tiny::hybrid(&config, 6)?;
+    let transformer = model.transformer();
+    let prompt = tiny::tokens(&config, 6, 90); // more than are scored at a time
+    let nudge = OutputNudge::new(4).learning_rate(0.3);
+    let how = GenerationConfig::default().max_tokens(5);
+    for thinking in [Thinking::none(), thinking(0.4), thinking(0.4).hand_off(HandOff::KeyValue)] {
+        let nudged = thinking.clone().output_nudge(nudge);
+        let answer = model.generate(prompt.as_slice(), &how.clone().thinking(nudged))?;
+
+        let layout = Layout::dense(1, prompt.len()).with_context(0, &[0..prompt.len() - 1])?;
+        let text = Text::new(transformer, &prompt, layout)?;
+        let mind = thinking.on(transformer)?;
+        let mut cache = transformer.new_cache(text.layout(), prompt.len() + 5)?;
+        let z = mind.encode(&text, Pass::Cached(&mut cache))?;
+        let thoughts = mind.think(&text, z, |_, _| ())?;
+        let mut h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
+        let normed = transformer.norm(&h)?;
+        let delta = nudge.fit(&normed, &prompt, &|xs| transformer.head(xs))?;
+        let mut ids = Vec::new();
+        for _ in 0..5 {
+            let last = transformer.norm(&h.narrow(1, h.dim(1)? - 1, 1)?)?;
+            let logits = transformer.head(&last.broadcast_add(&delta)?)?.flatten_all()?;
+            ids.push(logits.argmax(0)?.to_scalar::<u32>()?);
+            let xs = tiny::embed(transformer, &ids[ids.len() - 1..])?;
+            h = transformer.forward(&xs, transformer.all_layers(), Pass::Cached(&mut cache))?;
+        }
+        assert_eq!(answer.ids, ids);
+        let plain = model.generate(prompt.as_slice(), &how.clone().thinking(thinking))?;
+        assert_ne!(answer.logprobs, plain.logprobs, "the nudge changed nothing");
+    }
+    Ok(())
+}
+
+/// Thinking again, the output nudge is fitted again, to all of the text.
+#[test]
+fn an_output_nudge_is_fitted_anew_after_thinking_again() -> Result {
+    let model = tiny::hybrid(&tiny::config(), 7)?;
+    let ids = tiny::tokens(model.config(), 7, 9);
+    let nudged = thinking(0.4).output_nudge(OutputNudge::new(3).learning_rate(0.3));
+    let how = |thinking: &Thinking| GenerationConfig::default().thinking(thinking.clone());
+    let prompt = || Prompt::default().context_ids(&ids[..4]).plain_ids(&ids[4..]);
+    let again = how(&nudged.clone().rethink_every(3)).max_tokens(6);
+    let answer = model.generate(prompt(), &again)?;
+    let first = model.generate(prompt(), &how(&nudged).max_tokens(3))?;
+    let rest = prompt().context_ids(&first.ids);
+    let rest = model.generate(rest, &how(&nudged).max_tokens(3))?;
+    assert_eq!(answer.ids, [first.ids, rest.ids].concat());
+    let logprobs = Tensor::new([first.logprobs, rest.logprobs].concat(), &Device::Cpu)?;
+    let got = Tensor::new(answer.logprobs, &Device::Cpu)?;
+    assert_close("logprobs", &got, &logprobs, 1e-5)
+}
+
+#[test]
+fn a_causal_loop_is_a_control_of_equal_cost() -> Result {
+    let model = tiny::transformer(&tiny::config(), 8)?;
+    let layout = layout()?;
+    let causal = thinking(0.3).sight(Sight::Causal);
+    let text = tiny::text(&model, &layout, 8)?;
+    let mind = causal.on(&model)?;
+    let h = mind.think_once(text.embeddings(), &layout)?;
+    let expected = model.forward(text.embeddings(), 1..3, Pass::Causal(&layout))?;
+    assert_identical("think_once", &h, &expected)?;
+    // Handed over causally, keys and values are those of re-reading the thoughts.
+    let thoughts = mind.think(&text, text.embeddings().clone(), |_, _| ())?;
+    let refined = mind.hand_off(&text, &thoughts, Pass::Causal(&layout))?;
+    let key_value = causal.clone().hand_off(HandOff::KeyValue);
+    let handed = key_value.on(&model)?.hand_off(&text, &thoughts, Pass::Causal(&layout))?;
+    assert_identical("hand_off", &handed, &refined)
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::thought::Thinking;
 
@@ -29,7 +31,7 @@ pub enum Progress {
 /// How to generate. The default is greedy, without thinking, at most 128 tokens.
 ///
 /// Values are checked when generation starts; one outside its range is an
-/// [`Error::Parameter`] that names it.
+/// [`Error::Parameter`] that names it. Everything but the progress call is serialised.
 ///
 /// ```
 /// use hybrid_attention::{GenerationConfig, Thinking};
@@ -40,7 +42,8 @@ pub enum Progress {
 ///     .max_tokens(256).stop("\n\n");
 /// # let _ = config;
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct GenerationConfig {
     pub(super) thinking: Option<Thinking>,
     pub(super) max_tokens: usize,
@@ -57,6 +60,7 @@ pub struct GenerationConfig {
     pub(super) eos_ids: Option<Vec<u32>>,
     pub(super) top_logprobs: usize,
     pub(super) prompt_logprobs: bool,
+    #[serde(skip)]
     pub(super) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 

@@ -29,6 +29,8 @@ pub(super) struct Reader<'a> {
     /// The first thoughts of all tokens that have run, `(1, seq, hidden)` in pieces; kept only where
     /// they will be thought about again.
     first: Vec<Tensor>,
+    /// What is added to the final hidden states of the answer, `(1, hidden)`.
+    output_nudge: Option<Tensor>,
 }
 
 /// What is left of the work before the first token.
@@ -49,8 +51,14 @@ impl<'a> Reader<'a> {
         prompt: EncodedPrompt,
     ) -> Result<Self> {
         thinking.on(transformer)?;
-        let (new, first) = (Vec::new(), Vec::new());
-        Ok(Self { transformer, thinking: Arc::new(thinking.clone()), text: prompt, new, first })
+        Ok(Self {
+            transformer,
+            thinking: Arc::new(thinking.clone()),
+            text: prompt,
+            new: Vec::new(),
+            first: Vec::new(),
+            output_nudge: None,
+        })
     }
 
     /// Thinks about the prompt and reads it into the conversation's cache, as far as it is not
@@ -68,9 +76,10 @@ impl<'a> Reader<'a> {
             return Err(Error::ContextFull { capacity, requested: total });
         }
         let plain = self.thinking.is_none();
-        // Thoughts depend on the whole prompt, and prompt logprobs need every position's logits:
-        // then nothing from before can be kept.
-        if !plain || config.prompt_logprobs {
+        // Thoughts depend on the whole prompt; prompt logprobs and an output nudge need what leaves
+        // the last layer at every position: then nothing from before can be kept.
+        let fits_output = self.thinking.chosen_output_nudge().is_some();
+        if !plain || config.prompt_logprobs || fits_output {
             conversation.reset();
         }
         let kept = conversation.rewind(ids);
@@ -96,7 +105,7 @@ impl<'a> Reader<'a> {
 
         let mut scores = PromptLogProbs::new(config.prompt_logprobs, ids);
         let (xs, layers) = mind.enter(&text, &thoughts, Some(&mut conversation.cache))?;
-        let mut last = None;
+        let mut hidden = Vec::new();
         config.report(Progress::Prefill { done: kept, total });
         for from in (0..new.len()).step_by(CHUNK) {
             let length = CHUNK.min(new.len() - from);
@@ -104,16 +113,22 @@ impl<'a> Reader<'a> {
             let pass = Pass::Cached(&mut conversation.cache);
             let h = self.transformer.forward(&xs, layers.clone(), pass)?;
             scores.add(self.transformer, &h)?;
-            last = Some(h.narrow(1, length - 1, 1)?);
+            match fits_output {
+                true => hidden.push(h),
+                false => hidden = vec![h.narrow(1, length - 1, 1)?],
+            }
             if plain {
                 conversation.ids.extend(new.iter().skip(from).take(length));
             }
             config.report(Progress::Prefill { done: kept + from + length, total });
         }
-        let logits = self.logits(&last.ok_or(Error::EmptyPrompt)?)?;
+        let prompt_logprobs = scores.done;
+        let hidden = Tensor::cat(&hidden, 1)?;
+        self.fit_output(&hidden)?;
+        let logits = self.logits(&hidden)?;
         let traces = if plain { Vec::new() } else { vec![thoughts.trace] };
         let seconds = Seconds { think, prefill: seconds_since(start) - think, decode: 0.0 };
-        Ok(PromptRead { logits, kept, prompt_logprobs: scores.done, traces, seconds })
+        Ok(PromptRead { logits, kept, prompt_logprobs, traces, seconds })
     }
 
     /// Goes on after a generated token: gives the logits after it.
@@ -157,6 +172,8 @@ impl<'a> Reader<'a> {
         seconds: &mut Seconds,
     ) -> Result<Vec<f32>> {
         let changed = self.text.extend(&std::mem::take(&mut self.new));
+        // An output nudge is fitted to all that leaves the last layer.
+        let changed = if self.output_nudge.is_some() { 0 } else { changed };
         let text = Text::new(self.transformer, &self.text.ids, self.text.layout()?)?;
         let first = Tensor::cat(&self.first, 1)?;
         self.first = vec![first.clone()];
@@ -168,16 +185,32 @@ impl<'a> Reader<'a> {
         let (xs, layers) = mind.enter_again(&text, &thoughts, cache, changed)?;
         let h = self.transformer.forward(&xs, layers, Pass::Cached(cache))?;
         traces.push(thoughts.trace);
-        self.logits(&h.narrow(1, h.dim(1)? - 1, 1)?)
+        self.fit_output(&h)?;
+        self.logits(&h)
+    }
+
+    /// Fits the output nudge, if there is one, to what leaves the last layer: `(1, seq, hidden)`.
+    fn fit_output(&mut self, hidden: &Tensor) -> Result<()> {
+        if let Some(nudge) = self.thinking.chosen_output_nudge() {
+            let normed = self.transformer.norm(hidden)?;
+            let head = |xs: &Tensor| self.transformer.head(xs);
+            self.output_nudge = Some(nudge.fit(&normed, &self.text.ids, &head)?);
+        }
+        Ok(())
     }
 
     fn thinks_again(&self) -> bool {
         !self.thinking.is_none() && self.thinking.rethinks_every() > 0
     }
 
-    /// The scores after one position, `(1, 1, hidden)`.
+    /// The scores after the last position of `h`, `(1, seq, hidden)`.
     fn logits(&self, h: &Tensor) -> Result<Vec<f32>> {
-        Ok(self.transformer.logits(h)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+        let mut normed = self.transformer.norm(&h.narrow(1, h.dim(1)? - 1, 1)?)?;
+        if let Some(nudge) = &self.output_nudge {
+            normed = normed.broadcast_add(nudge)?;
+        }
+        let logits = self.transformer.head(&normed)?;
+        Ok(logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 }
 

@@ -42,6 +42,9 @@ pub use self::weights::CheckpointWeights;
 use crate::config::{Config, integer};
 use crate::error::{Error, Result};
 
+/// The file beside the weights that says how to think with them.
+pub(crate) const HYBRID_JSON: &str = "hybrid.json";
+
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
@@ -206,6 +209,19 @@ impl Checkpoint {
             return Ok(GenerationDefaults::default());
         }
         GenerationDefaults::read(&self.path)
+    }
+
+    /// The text of `hybrid.json`: how the makers of a checkpoint think with it. `None` if there is
+    /// none, or for a GGUF file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn hybrid_json(&self) -> Result<Option<String>> {
+        let path = self.path.join(HYBRID_JSON);
+        if self.gguf_metadata.is_some() || !path.is_file() {
+            return Ok(None);
+        }
+        std::fs::read_to_string(&path).map(Some).map_err(Error::io(&path))
     }
 
     /// The weights, as tensors of `dtype` on `device`.

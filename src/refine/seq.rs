@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
-use super::{Interpolate, Refine, Step};
+use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step, check_fits};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
@@ -31,14 +31,23 @@ pub struct Seq {
 #[serde(tag = "op", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum OpConfig {
+    /// [`CosineReweight`].
+    CosineReweight(CosineReweight),
     /// [`Interpolate`].
     Interpolate(Interpolate),
+    /// [`GradientNudge`].
+    GradientNudge(GradientNudge),
+    /// [`ForwardNudge`].
+    ForwardNudge(ForwardNudge),
 }
 
 impl OpConfig {
     fn build(self) -> Arc<dyn Refine> {
         match self {
+            Self::CosineReweight(op) => Arc::new(op),
             Self::Interpolate(op) => Arc::new(op),
+            Self::GradientNudge(op) => Arc::new(op),
+            Self::ForwardNudge(op) => Arc::new(op),
         }
     }
 }
@@ -77,8 +86,10 @@ impl Seq {
     ///
     /// # Errors
     /// [`Error::Refinement`] that names the op: what it returned itself, or what is wrong with its
-    /// result.
+    /// result; [`Error::Parameter`] for a step whose tensors do not fit each other or its layout.
     pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
+        check_fits(step.z, step.layout)?;
+        check_alike(step.h, step.z)?;
         let thinks = Thinks::new(step.layout, step.z)?;
         let first = thinks.or(step.h, step.z)?;
         self.ops.iter().enumerate().try_fold(first, |xs, (index, op)| {
@@ -143,10 +154,10 @@ fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
 }
 
 /// Which rows think: `None` when all do.
-struct Thinks(Option<Tensor>);
+pub(super) struct Thinks(Option<Tensor>);
 
 impl Thinks {
-    fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
+    pub(super) fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
         if layout.is_all_context() {
             return Ok(Self(None));
         }
@@ -155,7 +166,7 @@ impl Thinks {
     }
 
     /// `xs` where a row thinks, `z` where it is plain or padding.
-    fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
+    pub(super) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Some(thinks) => Ok(thinks.broadcast_as(z.shape())?.where_cond(xs, z)?),
             None => Ok(xs.clone()),

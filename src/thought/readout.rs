@@ -64,7 +64,7 @@ impl<'a> CausalReadout<'a> {
             let losses = (logprobs * weight)?.neg()?.sum(D::Minus1)?; // (batch)
             if gradient {
                 let mut of = losses.sum_all()?.backward()?;
-                gradients.push(of.remove(&hidden).ok_or_else(no_gradient)?);
+                gradients.push(of.remove(&hidden).ok_or_else(no_gradient)?.detach());
             }
             loss = (loss + losses.detach())?;
         }
@@ -120,7 +120,8 @@ impl Readout for CausalReadout<'_> {
         for (layer, xs) in layers.zip(entering).rev() {
             let xs = Var::from_tensor(&xs)?;
             let pulled = (run(&xs, layer)? * gradient)?.sum_all()?;
-            gradient = pulled.backward()?.remove(&xs).ok_or_else(no_gradient)?;
+            // candle's gradients are tracked: the next layer's would lead back through this one again
+            gradient = pulled.backward()?.remove(&xs).ok_or_else(no_gradient)?.detach();
         }
         Ok((loss, gradient))
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::log_softmax;
 
-use super::measure;
+use super::measure::{self, PerToken};
 use super::readout::{CausalReadout, LOGITS_AT_ONCE};
 use super::trace::{Detail, Map, Maps, TokenTrace};
 use crate::error::Result;
@@ -44,11 +44,7 @@ impl Recorder<'_> {
 
     /// Entropy of the next-token distributions after `after`, and their divergence from those after
     /// `before`, in blocks: the scores of a whole text never stand in memory.
-    fn distributions(
-        &self,
-        before: &Tensor,
-        after: &Tensor,
-    ) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
+    fn distributions(&self, before: &Tensor, after: &Tensor) -> Result<(PerToken, PerToken)> {
         let seq = self.layout.seq();
         let (mut entropies, mut divergences) = (Vec::new(), Vec::new());
         for from in (0..seq).step_by(LOGITS_AT_ONCE) {

@@ -9,7 +9,7 @@ use super::halting::Halt;
 use super::trace::Detail;
 use crate::error::{Error, Result};
 use crate::model::{Sight, Transformer};
-use crate::refine::{Interpolate, Seq};
+use crate::refine::{Interpolate, OutputNudge, Seq};
 
 /// How the decoder receives the thoughts.
 ///
@@ -72,6 +72,7 @@ pub struct Thinking {
     pub(super) refine: Option<Seq>,
     pub(super) halt: Vec<Halt>,
     pub(super) hand_off: HandOff,
+    pub(super) output_nudge: Option<OutputNudge>,
     pub(super) rethink_every: usize,
     pub(super) detail: Detail,
 }
@@ -84,6 +85,32 @@ impl Thinking {
     #[must_use]
     pub fn none() -> Self {
         Self::default()
+    }
+
+    /// Reads what `hybrid.json` holds: these settings as JSON, where what is left out has its
+    /// default.
+    ///
+    /// ```
+    /// use hybrid_attention::Thinking;
+    ///
+    /// let thinking = Thinking::from_json(r#"{
+    ///     "passes": 3, "span": [14, 18],
+    ///     "refine": [{"op": "interpolate", "weight": 0.1}],
+    ///     "halt": [{"drift": 0.03}],
+    ///     "hand_off": {"mixed": {"weight": 0.5}}
+    /// }"#)?;
+    /// # assert!(!thinking.is_none());
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for text that is something else, or names a setting there is not; as
+    /// [`Thinking::validate`] for values.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let thinking: Self =
+            serde_json::from_str(text).map_err(|error| Error::malformed("hybrid.json", error))?;
+        thinking.validate()?;
+        Ok(thinking)
     }
 
     /// At most this many thought passes, up to [`Thinking::MAX_PASSES`], over the whole stack unless
@@ -109,7 +136,8 @@ impl Thinking {
     }
 
     /// What becomes of the thoughts after each pass: one op, or a [`seq`](crate::refine::seq) of
-    /// them. Default [`Interpolate::damped`].
+    /// them. Default [`Interpolate::gated`] for a checkpoint that has learned a gate, and
+    /// [`Interpolate::damped`] for any other.
     #[must_use]
     pub fn refine(mut self, refine: impl Into<Seq>) -> Self {
         self.refine = Some(refine.into());
@@ -131,7 +159,18 @@ impl Thinking {
         self
     }
 
-    /// Thinks again, over prompt and answer, after every `tokens` new tokens. Default 0: never.
+    /// Fits one vector to the prompt, once it has been read, and adds it to every final hidden state
+    /// that answers (SLOT, arXiv 2505.12392). Default: none. Needs no passes: after
+    /// [`Thinking::none`] it is all there is.
+    #[must_use]
+    pub fn output_nudge(mut self, nudge: OutputNudge) -> Self {
+        self.output_nudge = Some(nudge);
+        self
+    }
+
+    /// Thinks again, over prompt and answer, after every `tokens` new tokens: the answer becomes more
+    /// of the prompt's last part if that is context, and a part of its own otherwise. Default 0:
+    /// never.
     #[must_use]
     pub fn rethink_every(mut self, tokens: usize) -> Self {
         self.rethink_every = tokens;
@@ -145,10 +184,15 @@ impl Thinking {
         self
     }
 
-    /// Whether there is any thinking to do.
+    /// Whether there are no passes.
     #[must_use]
     pub fn is_none(&self) -> bool {
         self.passes == 0
+    }
+
+    /// What to add to the final hidden states of an answer.
+    pub(crate) fn chosen_output_nudge(&self) -> Option<&OutputNudge> {
+        self.output_nudge.as_ref()
     }
 
     /// After how many new tokens to think again; 0 is never.
@@ -170,7 +214,10 @@ impl Thinking {
             return Err(Error::parameter("span", expected, format!("{span:?}")));
         }
         let span = if self.is_none() { all } else { span };
-        let refine = self.refine.clone().unwrap_or_else(|| Interpolate::damped().into());
+        let refine = self.refine.clone().unwrap_or_else(|| match transformer.thought_gate() {
+            Some(_) => Interpolate::gated().into(),
+            None => Interpolate::damped().into(),
+        });
         Ok(ThoughtLoop { thinking: self, transformer, span, refine })
     }
 
@@ -185,6 +232,7 @@ impl Thinking {
             return Err(Error::parameter("passes", expected, self.passes));
         }
         self.hand_off.validate()?;
+        self.output_nudge.as_ref().map_or(Ok(()), OutputNudge::validate)?;
         self.halt.iter().try_for_each(Halt::validate)?;
         self.refine.as_ref().map_or(Ok(()), Seq::validate)
     }

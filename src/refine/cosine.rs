@@ -1,0 +1,373 @@
+//! Re-weighting of thoughts by how alike they are.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use candle_core::{D, Tensor};
+use candle_nn::ops;
+use serde::{Deserialize, Serialize};
+
+use super::{OpConfig, Refine, Step, check_fits, directions, is_default, wide};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+
+/// Lets every row move towards those like it, or strengthens the rows that matter to a focus.
+///
+/// Each row `i` of a context segment weighs the rows `j` of the same segment that it may look at by
+/// `w_ij = softmax_j(cos(x_i, x_j) / temperature)`. Rows never see another segment, nor anything
+/// that does not think, so nothing leaks through plain text. The rows are those of the op before,
+/// `(batch, seq, hidden)`; a row of zeros is unlike all, with a cosine of 0.
+///
+/// * [`mix`](Self::mix): `x_i + strength · (Σ_j w_ij x_j - x_i)` for every row in focus. At strength
+///   1 this is one retrieval from a modern Hopfield network (Ramsauer et al. 2021) that stores the
+///   segment, its patterns compared by direction.
+/// * [`scale`](Self::scale): with `r_j` the mean of `w_ij` over the rows in focus, each of the `n`
+///   rows is multiplied by `(1 - strength) + strength · n · r_j`, then all of them by one number
+///   that gives the segment the mean norm it had.
+///
+/// Rows are scored in blocks: memory grows with the length of a segment, not with its square.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use hybrid_attention::{Result, model::Layout};
+/// use hybrid_attention::refine::{Among, CosineReweight, Focus, Refine, Step};
+///
+/// # fn main() -> Result<()> {
+/// let xs = Tensor::new(&[[[1f32, 0.0], [0.0, 2.0], [0.0, 4.0]]], &Device::Cpu)?;
+/// let layout = Layout::dense(1, 3);
+/// let step = Step::new(&xs, &xs, &layout);
+/// let refined = |op: CosineReweight| -> Result<_> {
+///     Ok(op.refine(&xs, &step)?.round()?.to_vec3::<f32>()?)
+/// };
+///
+/// // Halfway towards those like it: the last two meet the other halfway, at 3
+/// let mix = CosineReweight::mix(1.0).temperature(0.01);
+/// assert_eq!(refined(mix.clone())?, [[[1.0, 0.0], [0.0, 3.0], [0.0, 3.0]]]);
+/// let backward = mix.among(Among::Past).exclude_self();
+/// assert_eq!(refined(backward)?, [[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]]);
+/// // All strength to what the first row is about, which is itself: 7 = 1 + 2 + 4
+/// let scale = CosineReweight::scale(1.0).temperature(0.01).focus(Focus::Rows(vec![0]));
+/// assert_eq!(refined(scale)?, [[[7.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CosineReweight {
+    how: How,
+    strength: f64,
+    #[serde(default, skip_serializing_if = "is_default")]
+    temperature: Temperature,
+    #[serde(default, skip_serializing_if = "is_default")]
+    among: Among,
+    #[serde(default, skip_serializing_if = "is_default")]
+    exclude_self: bool,
+    #[serde(default, skip_serializing_if = "is_default")]
+    focus: Focus,
+}
+
+/// Which rows of its segment a row may look at, besides itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Among {
+    /// All of them.
+    #[default]
+    Both,
+    /// Those before it.
+    Past,
+    /// Those after it.
+    Future,
+}
+
+/// The rows that look at others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Focus {
+    /// All of them.
+    #[default]
+    All,
+    /// The last row of each segment.
+    Last,
+    /// These tokens, counted from the first token of every text of the batch. Each must be part of
+    /// a context segment; at least one. Order and repetitions do not matter.
+    Rows(Vec<usize>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum How {
+    Mix,
+    Scale,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Temperature(f64);
+
+impl Default for Temperature {
+    fn default() -> Self {
+        Self(0.1)
+    }
+}
+
+impl CosineReweight {
+    /// Moves each row in focus by this share, in `[0, 1]`, of the way to the weighted mean of the
+    /// rows it looks at. 0 changes nothing; 1 keeps nothing of the row but what it has a weight for.
+    #[must_use]
+    pub fn mix(strength: f64) -> Self {
+        Self::new(How::Mix, strength)
+    }
+
+    /// Makes rows longer that the focus finds relevant and others shorter, by a share in `[0, 1]`.
+    /// 0 changes nothing; at 1 a row without any relevance becomes zero.
+    #[must_use]
+    pub fn scale(strength: f64) -> Self {
+        Self::new(How::Scale, strength)
+    }
+
+    fn new(how: How, strength: f64) -> Self {
+        Self {
+            how,
+            strength,
+            temperature: Temperature::default(),
+            among: Among::Both,
+            exclude_self: false,
+            focus: Focus::All,
+        }
+    }
+
+    /// What cosines are divided by before the softmax, above 0. Default 0.1. Small temperatures
+    /// leave the likest row only, large ones weigh all alike.
+    #[must_use]
+    pub fn temperature(mut self, temperature: f64) -> Self {
+        self.temperature = Temperature(temperature);
+        self
+    }
+
+    /// Which rows a row may look at. Default [`Among::Both`].
+    #[must_use]
+    pub fn among(mut self, among: Among) -> Self {
+        self.among = among;
+        self
+    }
+
+    /// Does not let a row look at itself. Default: it does, so that a row without its like stays
+    /// about where it was. A row that has nothing else to look at keeps its place.
+    #[must_use]
+    pub fn exclude_self(mut self) -> Self {
+        self.exclude_self = true;
+        self
+    }
+
+    /// The rows that look at others: with [`mix`](Self::mix) those that move, with
+    /// [`scale`](Self::scale) those that say what is relevant, and a segment without any stays.
+    /// Default [`Focus::All`].
+    #[must_use]
+    pub fn focus(mut self, focus: Focus) -> Self {
+        self.focus = focus;
+        self
+    }
+
+    /// The slots of `text` that are listed in the focus; all others are told by the segment.
+    fn listed(&self, text: usize, start: usize, layout: &Layout) -> Result<BTreeSet<usize>> {
+        let Focus::Rows(rows) = &self.focus else {
+            return Ok(BTreeSet::new());
+        };
+        let length = layout.seq() - start;
+        let slot = |row: &usize| {
+            if *row >= length {
+                let expected = format!("rows below the {length} tokens of text {text}");
+                return Err(Error::parameter("focus", expected, row));
+            }
+            let slot = start + row;
+            if layout.context(text).iter().all(|segment| !segment.contains(&slot)) {
+                let expected = format!("rows in a context segment of text {text}");
+                return Err(Error::parameter("focus", expected, format!("{row}, which is plain")));
+            }
+            Ok(slot)
+        };
+        rows.iter().map(slot).collect()
+    }
+
+    /// The rows of a segment that look at others and have any to look at, counted from its first.
+    fn queries(&self, segment: &Range<usize>, listed: &BTreeSet<usize>) -> Vec<usize> {
+        let n = segment.len();
+        let sees_any = |row: &usize| match (self.exclude_self, self.among) {
+            (false, _) => true,
+            (true, Among::Both) => n > 1,
+            (true, Among::Past) => *row > 0,
+            (true, Among::Future) => row + 1 < n,
+        };
+        match &self.focus {
+            Focus::All => (0..n).filter(sees_any).collect(),
+            Focus::Last => n.checked_sub(1).into_iter().filter(sees_any).collect(),
+            Focus::Rows(_) => {
+                let rows = listed.range(segment.clone()).map(|slot| slot - segment.start);
+                rows.filter(sees_any).collect()
+            }
+        }
+    }
+
+    /// One text, `(seq, hidden)`, segment by segment; the slots between them as they are.
+    fn text(
+        &self,
+        slots: &Tensor,
+        segments: &[Range<usize>],
+        listed: &BTreeSet<usize>,
+    ) -> Result<Tensor> {
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        for segment in segments {
+            let rows = slots.narrow(0, segment.start, segment.len())?;
+            pieces.push(slots.narrow(0, done, segment.start - done)?);
+            pieces.push(self.segment(&rows, &self.queries(segment, listed))?);
+            done = segment.end;
+        }
+        pieces.push(slots.narrow(0, done, slots.dim(0)? - done)?);
+        Ok(Tensor::cat(&pieces, 0)?)
+    }
+
+    /// One segment, `(rows, hidden)`.
+    fn segment(&self, rows: &Tensor, queries: &[usize]) -> Result<Tensor> {
+        if queries.is_empty() {
+            return Ok(rows.clone());
+        }
+        let wide = wide(rows)?.contiguous()?;
+        let refined = match self.how {
+            How::Mix => self.mixed(&wide, queries)?,
+            How::Scale => self.scaled(&wide, queries)?,
+        };
+        Ok(refined.to_dtype(rows.dtype())?)
+    }
+
+    fn mixed(&self, rows: &Tensor, queries: &[usize]) -> Result<Tensor> {
+        let mut pieces = vec![rows.clone()];
+        self.each_block(rows, queries, |block, weights| {
+            let own = rows.index_select(block, 0)?;
+            let step = ((weights.matmul(rows)? - &own)? * self.strength)?;
+            pieces.push((own + step)?);
+            Ok(())
+        })?;
+        // Row i of the result is row i of the segment, or where it has moved to.
+        let n = rows.dim(0)?;
+        let mut source: Vec<usize> = (0..n).collect();
+        for (place, query) in queries.iter().enumerate() {
+            if let Some(source) = source.get_mut(*query) {
+                *source = n + place;
+            }
+        }
+        Ok(Tensor::cat(&pieces, 0)?.index_select(&indices(&source, rows)?, 0)?)
+    }
+
+    fn scaled(&self, rows: &Tensor, queries: &[usize]) -> Result<Tensor> {
+        let n = rows.dim(0)?;
+        let mut relevance = Tensor::zeros((n, 1), rows.dtype(), rows.device())?;
+        self.each_block(rows, queries, |_, weights| {
+            relevance = (&relevance + weights.sum(0)?.unsqueeze(1)?)?;
+            Ok(())
+        })?;
+        let (strength, spread) = (self.strength, n as f64 / queries.len() as f64);
+        let factors = relevance.affine(strength * spread, 1.0 - strength)?;
+        let (_, lengths) = directions(rows)?;
+        let (before, after) = (lengths.sum_all()?, (&lengths * &factors)?.sum_all()?);
+        if after.eq(0.0)?.to_scalar::<u8>()? == 1 {
+            // All that is relevant has no length: nothing can make up for that of the others.
+            return Ok(rows.clone());
+        }
+        Ok(rows.broadcast_mul(&factors.broadcast_mul(&(before / after)?)?)?)
+    }
+
+    /// Hands over a block of `queries` after the other, with their weights, `(block, rows)`.
+    fn each_block(
+        &self,
+        rows: &Tensor,
+        queries: &[usize],
+        mut block: impl FnMut(&Tensor, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        /// The most queries at once, and the most scores.
+        const QUERIES: usize = 256;
+        const SCORES: usize = 1 << 20;
+        let n = rows.dim(0)?;
+        let (units, _) = directions(rows)?;
+        let keys = units.t()?; // (hidden, rows)
+        // A colder one leaves nothing but the likest row, but could overflow.
+        let sharpness = (1.0 / self.temperature.0).min(1e30);
+        for queries in queries.chunks((SCORES / n.max(1)).clamp(1, QUERIES)) {
+            let index = indices(queries, rows)?;
+            let cosines = units.index_select(&index, 0)?.matmul(&keys)?; // (block, rows)
+            let scores = self.masked((cosines * sharpness)?, queries)?;
+            let weights = match scores.track_op() {
+                true => ops::softmax(&scores, D::Minus1)?,
+                false => ops::softmax_last_dim(&scores)?,
+            };
+            block(&index, &weights)?;
+        }
+        Ok(())
+    }
+
+    /// `scores`, `(block, rows)`, with minus infinity for what the query may not look at.
+    fn masked(&self, scores: Tensor, queries: &[usize]) -> Result<Tensor> {
+        if self.among == Among::Both && !self.exclude_self {
+            return Ok(scores);
+        }
+        let n = scores.dim(1)?;
+        let mut bias = vec![0f32; queries.len() * n];
+        for (query, bias) in queries.iter().zip(bias.chunks_mut(n.max(1))) {
+            let (past, rest) = bias.split_at_mut((*query).min(n));
+            let (own, future) = rest.split_at_mut(rest.len().min(1));
+            match self.among {
+                Among::Both => (),
+                Among::Past => future.fill(f32::NEG_INFINITY),
+                Among::Future => past.fill(f32::NEG_INFINITY),
+            }
+            if self.exclude_self {
+                own.fill(f32::NEG_INFINITY);
+            }
+        }
+        let bias = Tensor::from_vec(bias, scores.shape(), scores.device())?;
+        Ok((&scores + bias.to_dtype(scores.dtype())?)?)
+    }
+}
+
+impl Refine for CosineReweight {
+    fn refine(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+        self.validate()?;
+        let layout = step.layout;
+        check_fits(xs, layout)?;
+        let starts = layout.starts().into_iter().enumerate();
+        let listed = starts.map(|(text, start)| self.listed(text, start, layout));
+        let listed = listed.collect::<Result<Vec<_>>>()?;
+        if self.strength == 0.0 || xs.elem_count() == 0 {
+            return Ok(xs.clone());
+        }
+        let texts = listed.iter().enumerate();
+        let texts =
+            texts.map(|(text, listed)| self.text(&xs.get(text)?, layout.context(text), listed));
+        Ok(Tensor::stack(&texts.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    fn validate(&self) -> Result<()> {
+        let Self { strength, temperature: Temperature(temperature), focus, .. } = self;
+        if !(0.0..=1.0).contains(strength) {
+            return Err(Error::parameter("strength", "a share in [0, 1]", strength));
+        }
+        if !(temperature.is_finite() && *temperature > 0.0) {
+            return Err(Error::parameter("temperature", "a finite number above 0", temperature));
+        }
+        if *focus == Focus::Rows(Vec::new()) {
+            return Err(Error::parameter("focus", "at least one row", "[]"));
+        }
+        Ok(())
+    }
+
+    fn to_config(&self) -> Option<OpConfig> {
+        Some(OpConfig::CosineReweight(self.clone()))
+    }
+}
+
+/// As an index into the rows of `of`. They are fewer than candle can count.
+fn indices(rows: &[usize], of: &Tensor) -> Result<Tensor> {
+    let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+    Ok(Tensor::new(rows, of.device())?)
+}

@@ -737,8 +737,7 @@ fn measure_sets_every_way_to_think_beside_its_controls() -> Result {
     let folder = checkpoint(true)?;
     let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
-    let lines =
-        ["the cat sat on the mat about the dog", "too short", "on the mat the dog sat about"];
+    let lines = ["the cat sat on the mat about the dog", "the", "on the mat the dog sat about"];
     let (text, json) = (folder.path().join("text.txt"), folder.path().join("out.json"));
     fs::write(&text, lines.join("\n"))?;
     let arg = |name, path: &Path| format!("--{name}={}", path.display());
@@ -774,10 +773,13 @@ fn measure_sets_every_way_to_think_beside_its_controls() -> Result {
         let ids = tokenizer.encode(line, true)?;
         let prompt = Prompt::default().context_ids(&ids[..2]).plain_ids(&ids[2..6]);
         let twice = [&ids[..3], &ids[1..3], &ids[3..6]].concat();
-        let plain = loss(prompt.clone(), Thinking::none())?;
-        assert_eq!(losses(&report["plain"])?[index], plain);
-        assert_eq!(losses(&report["repeated"])?[index], loss(twice.into(), Thinking::none())?);
-        assert_eq!(losses(setting)?[index], loss(prompt, thinking.clone())?);
+        for (reported, expected) in [
+            (&report["plain"], loss(prompt.clone(), Thinking::none())?),
+            (&report["repeated"], loss(twice.into(), Thinking::none())?),
+            (setting, loss(prompt, thinking.clone())?),
+        ] {
+            assert!((losses(reported)?[index] - expected).abs() < 1e-9, "{reported} {expected}");
+        }
     }
     let differences: Vec<f64> =
         losses(setting)?.iter().zip(losses(&report["plain"])?).map(|(a, b)| a - b).collect();

@@ -17,11 +17,13 @@ mod common;
 
 use std::ops::Range;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use candle_core::Tensor;
 use hybrid_attention::generate::Sampler;
 use hybrid_attention::model::{KvCache, Layout, Pass, Transformer};
+use hybrid_attention::refine::seq;
 use hybrid_attention::thought::{HandOff, Text};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
 
@@ -48,6 +50,7 @@ fn main() -> Result<()> {
             pass(model.transformer(), count, span, pairs)?;
         }
     }
+    gradient(model.transformer(), 128)?;
     decode(&model)?;
     let plain = peak_of("plain")?;
     for how in ["refined", "key_value", "mixed"] {
@@ -105,6 +108,35 @@ fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usiz
         }
     }
     line(&format!("one pass, {count} tokens, layers {span:?}"), here, plain);
+    Ok(())
+}
+
+/// What a step of a gradient nudge costs, beside reading the thoughts and scoring every token.
+fn gradient(transformer: &Transformer, count: usize) -> Result<()> {
+    let text = Text::new(transformer, &ids(count), Layout::dense(1, count))?;
+    let (here, plain) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
+    let (gradients, losses) = (Arc::clone(&here), Arc::clone(&plain));
+    let time = seq().add_fn(move |xs, step| {
+        let readout = step.readout.ok_or(hybrid_attention::Error::EmptyPrompt)?;
+        for pair in 0..=3 {
+            let start = Instant::now();
+            readout.loss_and_gradient(xs)?;
+            let between = Instant::now();
+            readout.loss(xs)?;
+            if let (Ok(mut gradients), Ok(mut losses), 1..) =
+                (gradients.lock(), losses.lock(), pair)
+            {
+                gradients.push((between - start).as_secs_f64() * 1e3);
+                losses.push(between.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        Ok(xs.clone())
+    });
+    let thinking = Thinking::passes(1).span(0..1).refine(time);
+    thinking.on(transformer)?.think(&text, text.embeddings().clone(), |_, _| ())?;
+    let taken =
+        |times: &Mutex<Vec<f64>>| times.lock().map(|times| times.clone()).unwrap_or_default();
+    line(&format!("one gradient beside one loss, {count} tokens"), taken(&here), taken(&plain));
     Ok(())
 }
 

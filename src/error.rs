@@ -181,7 +181,8 @@ pub enum Error {
         /// What was computed, e.g. `logits`.
         what: &'static str,
         /// For `logits`, the position in the text of the token they are about; for the `vectors` of
-        /// texts, the index of the text; for `thoughts`, the index of the pass.
+        /// texts, the index of the text; for `thoughts`, the index of the pass; for `losses` and
+        /// `gradients` of a nudge, the row of the batch, or the position where a block of them begins.
         position: usize,
     },
 

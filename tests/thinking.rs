@@ -184,7 +184,7 @@ fn the_models_thoughts_are_the_loops() -> Result {
 
     // A plain string is context up to its last token.
     let transformer = model.transformer();
-    let layout = Layout::dense(1, 9).with_context(0, &[0..8])?;
+    let layout = tiny::prompt(9)?;
     let z = transformer.forward(&tiny::embed(transformer, &ids)?, 0..1, Pass::Causal(&layout))?;
     let expected = think(transformer, &thinking(0.3), &z, &layout)?;
     assert_close("thoughts", &got.z, &expected.z, 1e-6)?;
@@ -207,7 +207,7 @@ fn answer_by_hand(
 ) -> Result<(Vec<u32>, Vec<f32>)> {
     let transformer = model.transformer();
     let layers = transformer.all_layers();
-    let layout = Layout::dense(1, prompt.len()).with_context(0, &[0..prompt.len() - 1])?;
+    let layout = tiny::prompt(prompt.len())?;
     let xs = tiny::embed(transformer, prompt)?;
     let z = transformer.forward(&xs, 0..span.start, Pass::Causal(&layout))?;
     let mut entering = think(transformer, thinking, &z, &layout)?.z;
@@ -269,7 +269,7 @@ fn an_output_nudge_serves_every_token_of_the_answer() -> Result {
         let nudged = thinking.clone().output_nudge(nudge);
         let answer = model.generate(prompt.as_slice(), &how.clone().thinking(nudged))?;
 
-        let layout = Layout::dense(1, prompt.len()).with_context(0, &[0..prompt.len() - 1])?;
+        let layout = tiny::prompt(prompt.len())?;
         let text = Text::new(transformer, &prompt, layout)?;
         let mind = thinking.on(transformer)?;
         let mut cache = transformer.new_cache(text.layout(), prompt.len() + 5)?;

@@ -7,7 +7,8 @@ use candle_core::{D, Tensor};
 use candle_nn::ops;
 use serde::{Deserialize, Serialize};
 
-use super::{OpConfig, Refine, Step, check_fits, directions, is_default, wide};
+use super::rows::{check_fits, directions, wide};
+use super::{OpConfig, Refine, Step, is_default};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 

@@ -6,7 +6,8 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::sigmoid;
 use serde::{Deserialize, Serialize};
 
-use super::{OpConfig, Refine, Step, directions, is_default, wide};
+use super::rows::{directions, wide};
+use super::{OpConfig, Refine, Step, is_default};
 use crate::error::{Error, Result};
 
 /// Rows that point closer than this to opposite ways, in radians, share no one great circle.

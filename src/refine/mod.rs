@@ -19,23 +19,28 @@
 mod cosine;
 mod interpolate;
 mod nudge;
+mod objective;
 mod optimizer;
 mod output;
+mod rows;
 mod search;
 mod seq;
+mod trust;
 
 use std::fmt::Debug;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::Tensor;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layout::Layout;
 
 pub use self::cosine::{Among, CosineReweight, Focus};
 pub use self::interpolate::{Anchor, Interpolate};
-pub use self::nudge::{GradientNudge, Objective};
+pub use self::nudge::GradientNudge;
+pub use self::objective::Objective;
 pub use self::optimizer::Optimizer;
 pub use self::output::OutputNudge;
+pub(crate) use self::rows::directions;
 pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 
@@ -159,7 +164,7 @@ pub trait Refine: Debug + Send + Sync {
     /// Checks the parameters before any pass is run.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for one outside its range.
+    /// [`Error::Parameter`](crate::Error::Parameter) for one outside its range.
     fn validate(&self) -> Result<()> {
         Ok(())
     }
@@ -168,34 +173,6 @@ pub trait Refine: Debug + Send + Sync {
     fn to_config(&self) -> Option<OpConfig> {
         None
     }
-}
-
-/// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
-/// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
-fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
-    let nonzero = |xs: &Tensor| -> Result<Tensor> { Ok((xs + xs.eq(0.0)?.to_dtype(xs.dtype())?)?) };
-    // The unit of length cancels out, so its gradient may be left out.
-    let unit = nonzero(&rows.detach().abs()?.max_keepdim(D::Minus1)?)?;
-    let scaled = rows.broadcast_div(&unit)?;
-    let square = scaled.sqr()?.sum_keepdim(D::Minus1)?;
-    let (length, real) = (nonzero(&square)?.sqrt()?, square.ne(0.0)?.to_dtype(rows.dtype())?);
-    Ok((scaled.broadcast_div(&length)?, ((length * real)? * unit)?))
-}
-
-/// Refuses thoughts that are not laid out as `layout` says.
-fn check_fits(thoughts: &Tensor, layout: &Layout) -> Result<()> {
-    let (batch, seq, _) = thoughts.dims3()?;
-    if (batch, seq) == (layout.batch(), layout.seq()) {
-        return Ok(());
-    }
-    let expected = format!("{} rows of {} slots", layout.batch(), layout.seq());
-    Err(Error::parameter("thoughts", expected, format!("{:?}", thoughts.dims())))
-}
-
-/// In a type that sums over many rows and channels lose nothing in: half precision as `f32`.
-fn wide(xs: &Tensor) -> Result<Tensor> {
-    let dtype = if xs.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    Ok(xs.to_dtype(dtype)?)
 }
 
 /// Whether a setting can be left out when it is written.

@@ -1,16 +1,13 @@
-//! Steps down the gradient of an objective, and what every nudge of thoughts shares: the objective,
-//! the trust region, and the best place found.
+//! Steps down the gradient of an objective.
 
-use std::fmt;
-use std::sync::Arc;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
-use candle_core::{D, DType, Tensor, Var};
-use serde::{Deserialize, Serialize, Serializer, ser};
-
+use super::objective::{Goal, Objective};
 use super::optimizer::{Optimizer, check_ratio, check_steps};
-use super::seq::Thinks;
+use super::trust::{Best, Trust, default_trust};
 use super::{OpConfig, Refine, Step};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Moves thoughts down the gradient of an objective, the weights frozen.
 ///
@@ -59,10 +56,6 @@ pub struct GradientNudge {
 
 fn default_optimizer() -> Optimizer {
     Optimizer::Adam { learning_rate: 0.01 }
-}
-
-pub(super) fn default_trust() -> f64 {
-    0.1
 }
 
 impl GradientNudge {
@@ -136,215 +129,5 @@ impl Refine for GradientNudge {
 
     fn to_config(&self) -> Option<OpConfig> {
         self.goal.is_next_token().then(|| OpConfig::GradientNudge(self.clone()))
-    }
-}
-
-/// What a nudge lowers.
-///
-/// ```
-/// use candle_core::Tensor;
-/// use hybrid_attention::Result;
-/// use hybrid_attention::refine::{GradientNudge, Objective, Step};
-///
-/// /// Thoughts near the embeddings.
-/// #[derive(Debug)]
-/// struct Grounded;
-///
-/// impl Objective for Grounded {
-///     fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
-///         Ok((xs - step.embeddings)?.sqr()?.sum((1, 2))?) // (batch)
-///     }
-/// }
-/// let nudge = GradientNudge::new(4).objective(Grounded);
-/// # let _ = nudge;
-/// ```
-pub trait Objective: fmt::Debug + Send + Sync {
-    /// One number for each row of the batch, `(batch)` in `f32`, that depends on no other row of
-    /// `xs`, which is `(batch, seq, hidden)`. For a [`GradientNudge`] `xs` is tracked, and the loss
-    /// must be differentiable in it.
-    ///
-    /// # Errors
-    /// When the computation fails; the nudge ends with that error. It also ends with
-    /// [`Error::NotFinite`], at the row of the batch, for a loss or a gradient that is not, and with
-    /// [`Error::Parameter`] for a loss of another shape or one that no gradient leads back from.
-    fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor>;
-}
-
-/// An objective made of a function.
-struct Function<F>(F);
-
-impl<F> fmt::Debug for Function<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Function")
-    }
-}
-
-impl<F> Objective for Function<F>
-where
-    F: Fn(&Tensor, &Step<'_>) -> Result<Tensor> + Send + Sync,
-{
-    fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
-        self.0(xs, step)
-    }
-}
-
-/// The objective of a nudge: the readout's own loss, unless there is another.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Goal(Option<Arc<dyn Objective>>);
-
-impl Goal {
-    pub(super) fn own(objective: impl Objective + 'static) -> Self {
-        Self(Some(Arc::new(objective)))
-    }
-
-    pub(super) fn function<F>(function: F) -> Self
-    where
-        F: Fn(&Tensor, &Step<'_>) -> Result<Tensor> + Send + Sync + 'static,
-    {
-        Self::own(Function(function))
-    }
-
-    pub(super) fn is_next_token(&self) -> bool {
-        self.0.is_none()
-    }
-
-    /// The loss of each row of the batch.
-    pub(super) fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Vec<f32>> {
-        let loss = match &self.0 {
-            Some(objective) => objective.loss(xs, step)?,
-            None => readout(step)?.loss(xs)?,
-        };
-        losses(&loss, xs.dim(0)?)
-    }
-
-    /// [`Goal::loss`], and its gradient with respect to `xs`.
-    fn loss_and_gradient(&self, xs: &Tensor, step: &Step<'_>) -> Result<(Vec<f32>, Tensor)> {
-        let batch = xs.dim(0)?;
-        let Some(objective) = &self.0 else {
-            let (loss, gradient) = readout(step)?.loss_and_gradient(xs)?;
-            return Ok((losses(&loss, batch)?, gradient));
-        };
-        let xs = Var::from_tensor(xs)?;
-        let loss = objective.loss(xs.as_tensor(), step)?;
-        let losses = losses(&loss, batch)?;
-        // rows do not depend on each other: the slope of the sum is that of each
-        let gradient = loss.sum_all()?.backward()?.remove(&xs).ok_or_else(|| {
-            let expected = "a loss that is differentiable in the thoughts";
-            Error::parameter("objective", expected, "one that no gradient leads back from")
-        })?;
-        Ok((losses, gradient))
-    }
-}
-
-impl PartialEq for Goal {
-    fn eq(&self, other: &Self) -> bool {
-        match (&self.0, &other.0) {
-            (None, None) => true,
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            _ => false,
-        }
-    }
-}
-
-impl Serialize for Goal {
-    fn serialize<S: Serializer>(&self, _serializer: S) -> Result<S::Ok, S::Error> {
-        Err(ser::Error::custom("an objective of its own cannot be written: only code can make it"))
-    }
-}
-
-fn readout<'a>(step: &Step<'a>) -> Result<&'a dyn super::Readout> {
-    step.readout.ok_or_else(|| {
-        Error::parameter("readout", "a model behind the step, or an objective of its own", "none")
-    })
-}
-
-/// Refuses a loss that is not one finite number for each row.
-fn losses(loss: &Tensor, batch: usize) -> Result<Vec<f32>> {
-    if loss.dims() != [batch] || loss.dtype() != DType::F32 {
-        let got = format!("{:?} of {:?}", loss.dims(), loss.dtype());
-        return Err(Error::parameter("objective", format!("a loss of [{batch}] of F32"), got));
-    }
-    let losses = loss.to_vec1::<f32>()?;
-    match losses.iter().position(|loss| !loss.is_finite()) {
-        Some(position) => Err(Error::NotFinite { what: "losses", position }),
-        None => Ok(losses),
-    }
-}
-
-/// How far thoughts may go from where a nudge found them. Computes in `f32` at least.
-pub(super) struct Trust {
-    /// Where the nudge found them.
-    pub(super) start: Tensor,
-    /// Their lengths, `(batch, seq, 1)`.
-    lengths: Tensor,
-    ratio: f64,
-    thinks: Thinks,
-}
-
-impl Trust {
-    pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'_>) -> Result<Self> {
-        let (batch, seq, _) = xs.dims3()?;
-        if (batch, seq) != (step.layout.batch(), step.layout.seq()) {
-            let expected = format!("{batch} rows of {seq} slots, as the thoughts have");
-            let got = format!("{} of {}", step.layout.batch(), step.layout.seq());
-            return Err(Error::parameter("layout", expected, got));
-        }
-        let start = match xs.dtype() {
-            DType::F64 => xs.clone(),
-            _ => xs.to_dtype(DType::F32)?,
-        };
-        let lengths = lengths(&start)?;
-        Ok(Self { thinks: Thinks::new(step.layout, xs)?, start, lengths, ratio })
-    }
-
-    /// The root mean square of each thought: `(batch, seq, 1)`.
-    pub(super) fn unit(&self) -> Result<Tensor> {
-        Ok((&self.lengths / (self.start.dim(D::Minus1)? as f64).sqrt())?)
-    }
-
-    /// `x`, each thought brought back within its bound; those that do not think, to their start.
-    pub(super) fn hold(&self, x: &Tensor) -> Result<Tensor> {
-        const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
-        const LARGEST: f64 = f32::MAX as f64;
-        // an infinite offset times 0 is NaN; one whose length overflows goes nowhere
-        let offset = (x - &self.start)?.clamp(-LARGEST, LARGEST)?;
-        let allowed = ((&self.lengths * self.ratio)? / lengths(&offset)?.maximum(SMALLEST)?)?;
-        let held = (&self.start + offset.broadcast_mul(&allowed.minimum(1.0)?)?)?;
-        self.thinks.or(&held, &self.start)
-    }
-
-    /// `gradient` where a token thinks, 0 elsewhere.
-    fn moving(&self, gradient: &Tensor) -> Result<Tensor> {
-        let gradient = gradient.detach().to_dtype(self.start.dtype())?;
-        let moving = self.thinks.or(&gradient, &gradient.zeros_like()?)?;
-        // 0 for finite numbers, NaN for others
-        let zeros = (&moving * 0.0)?.sum((1, 2))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        match zeros.iter().position(|zero| zero.is_nan()) {
-            Some(position) => Err(Error::NotFinite { what: "gradients", position }),
-            None => Ok(moving),
-        }
-    }
-}
-
-fn lengths(xs: &Tensor) -> Result<Tensor> {
-    Ok(xs.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
-}
-
-/// The best thoughts so far, each row of the batch for itself.
-pub(super) struct Best {
-    pub(super) xs: Tensor,
-    losses: Vec<f32>,
-}
-
-impl Best {
-    /// The better of what there was and `xs`; of equals, what there was.
-    pub(super) fn of(before: Option<Self>, xs: &Tensor, losses: Vec<f32>) -> Result<Self> {
-        let Some(before) = before else { return Ok(Self { xs: xs.clone(), losses }) };
-        let better: Vec<u8> =
-            losses.iter().zip(&before.losses).map(|(new, old)| u8::from(new < old)).collect();
-        let lower = losses.iter().zip(&before.losses).map(|(new, old)| new.min(*old)).collect();
-        let better = Tensor::new(better, xs.device())?.reshape(((), 1, 1))?; // (batch, 1, 1)
-        let xs = better.broadcast_as(xs.shape())?.where_cond(xs, &before.xs)?;
-        Ok(Self { xs, losses: lower })
     }
 }

@@ -5,8 +5,9 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::nudge::{Best, Goal, Objective, Trust, default_trust};
+use super::objective::{Goal, Objective};
 use super::optimizer::{check_ratio, check_steps};
+use super::trust::{Best, Trust, default_trust};
 use super::{OpConfig, Refine, Step};
 use crate::error::{Error, Result};
 use crate::layout::Layout;

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
-use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step, check_fits};
+use super::rows::{Thinks, check_fits};
+use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
 
 /// An empty sequence of ops, to be added to: `seq().add(..).add(..).add_fn(..)`.
 #[must_use]
@@ -151,27 +151,6 @@ fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
         return Ok(());
     }
     Err(Error::parameter("thoughts", describe(z), describe(refined)))
-}
-
-/// Which rows think: `None` when all do.
-pub(super) struct Thinks(Option<Tensor>);
-
-impl Thinks {
-    pub(super) fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
-        if layout.is_all_context() {
-            return Ok(Self(None));
-        }
-        let thinks = Tensor::new(layout.thinks(), z.device())?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
-        Ok(Self(Some(thinks)))
-    }
-
-    /// `xs` where a row thinks, `z` where it is plain or padding.
-    pub(super) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
-        match &self.0 {
-            Some(thinks) => Ok(thinks.broadcast_as(z.shape())?.where_cond(xs, z)?),
-            None => Ok(xs.clone()),
-        }
-    }
 }
 
 /// An op made of a function.

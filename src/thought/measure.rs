@@ -4,37 +4,38 @@ use candle_core::{D, DType, Tensor};
 
 use crate::error::Result;
 use crate::model::Layout;
+use crate::refine::directions;
 
 /// One number per row of the batch and token, padding left out.
 pub(super) type PerToken = Vec<Vec<f32>>;
 
-/// Keeps quotients of lengths finite.
-const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
-
-/// `‖z' - z‖ / ‖z‖` of every thought: per row of the batch, per token.
+/// `‖z' - z‖ / ‖z‖` of every thought.
 pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<PerToken> {
-    let ratio = (norms(&(after - before)?)? / norms(before)?.maximum(SMALLEST)?)?;
+    // Keeps the quotient finite; overflow shows in it all the same.
+    let smallest = f64::from(f32::MIN_POSITIVE);
+    let ratio = (norms(&(after - before)?)? / norms(before)?.maximum(smallest)?)?;
     of_tokens(&ratio, layout)
 }
 
-/// The cosine of every thought with the one in the same place: per row of the batch, per token.
+/// The cosine of every thought with the one in the same place.
 pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<PerToken> {
-    let (a32, b32) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
-    let dots = (&a32 * &b32)?.sum(D::Minus1)?; // (batch, seq)
-    let lengths = (norms(a)?.maximum(SMALLEST)? * norms(b)?.maximum(SMALLEST)?)?;
-    of_tokens(&(dots / lengths)?, layout)
+    of_tokens(&(units(a)? * units(b)?)?.sum(D::Minus1)?, layout)
 }
 
 /// The cosine of every thought with every other: `(batch, seq, hidden) -> (batch, seq, seq)`.
 pub(super) fn similarity(xs: &Tensor) -> Result<Tensor> {
-    let lengths = norms(xs)?.maximum(SMALLEST)?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
-    let directions = xs.to_dtype(DType::F32)?.broadcast_div(&lengths)?;
-    Ok(directions.matmul(&directions.t()?)?)
+    let units = units(xs)?;
+    Ok(units.matmul(&units.t()?)?)
 }
 
 /// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`.
 pub(super) fn norms(xs: &Tensor) -> Result<Tensor> {
-    Ok(xs.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?)
+    Ok(directions(&xs.detach().to_dtype(DType::F32)?)?.1.squeeze(D::Minus1)?)
+}
+
+/// Every thought at length 1, in `f32`.
+fn units(xs: &Tensor) -> Result<Tensor> {
+    Ok(directions(&xs.detach().to_dtype(DType::F32)?)?.0)
 }
 
 /// `(batch, seq)` as numbers.

@@ -96,6 +96,12 @@ pub(crate) fn embed(model: &Transformer, ids: &[u32]) -> Result<Tensor> {
     Ok(model.embed(&Tensor::new(ids, model.device())?.unsqueeze(0)?)?)
 }
 
+/// How a prompt of one piece is laid out: context up to its last token.
+pub(crate) fn prompt(length: usize) -> Result<Layout> {
+    let context = 0..length - 1;
+    Ok(Layout::dense(1, length).with_context(0, std::slice::from_ref(&context))?)
+}
+
 /// Random tokens in every slot of `layout`.
 pub(crate) fn text(model: &Transformer, layout: &Layout, seed: u64) -> Result<Text> {
     let ids = tokens(model.config(), seed, layout.batch() * layout.seq());

@@ -1,0 +1,82 @@
+//! How far a nudge may go, and the best place it came by.
+
+use candle_core::{D, DType, Tensor};
+
+use super::Step;
+use super::rows::{Thinks, check_fits, wide};
+use crate::error::{Error, Result};
+
+/// The bound of a nudge that is given none.
+pub(super) fn default_trust() -> f64 {
+    0.1
+}
+
+/// How far thoughts may go from where a nudge found them. Computes in `f32` at least.
+pub(super) struct Trust {
+    /// Where the nudge found them.
+    pub(super) start: Tensor,
+    /// Their lengths, `(batch, seq, 1)`.
+    lengths: Tensor,
+    ratio: f64,
+    thinks: Thinks,
+}
+
+impl Trust {
+    pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'_>) -> Result<Self> {
+        check_fits(xs, step.layout)?;
+        let start = wide(xs)?;
+        let lengths = lengths(&start)?;
+        Ok(Self { thinks: Thinks::new(step.layout, xs)?, start, lengths, ratio })
+    }
+
+    /// The root mean square of each thought: `(batch, seq, 1)`.
+    pub(super) fn unit(&self) -> Result<Tensor> {
+        Ok((&self.lengths / (self.start.dim(D::Minus1)? as f64).sqrt())?)
+    }
+
+    /// `x`, each thought brought back within its bound; those that do not think, to their start.
+    pub(super) fn hold(&self, x: &Tensor) -> Result<Tensor> {
+        const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
+        const LARGEST: f64 = f32::MAX as f64;
+        // an infinite offset times 0 is NaN; one whose length overflows goes nowhere
+        let offset = (x - &self.start)?.clamp(-LARGEST, LARGEST)?;
+        let allowed = ((&self.lengths * self.ratio)? / lengths(&offset)?.maximum(SMALLEST)?)?;
+        let held = (&self.start + offset.broadcast_mul(&allowed.minimum(1.0)?)?)?;
+        self.thinks.or(&held, &self.start)
+    }
+
+    /// `gradient` where a token thinks, 0 elsewhere.
+    pub(super) fn moving(&self, gradient: &Tensor) -> Result<Tensor> {
+        let gradient = gradient.detach().to_dtype(self.start.dtype())?;
+        let moving = self.thinks.or(&gradient, &gradient.zeros_like()?)?;
+        // 0 for finite numbers, NaN for others
+        let zeros = (&moving * 0.0)?.sum((1, 2))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        match zeros.iter().position(|zero| zero.is_nan()) {
+            Some(position) => Err(Error::NotFinite { what: "gradients", position }),
+            None => Ok(moving),
+        }
+    }
+}
+
+fn lengths(xs: &Tensor) -> Result<Tensor> {
+    Ok(xs.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
+}
+
+/// The best thoughts so far, each row of the batch for itself.
+pub(super) struct Best {
+    pub(super) xs: Tensor,
+    losses: Vec<f32>,
+}
+
+impl Best {
+    /// The better of what there was and `xs`; of equals, what there was.
+    pub(super) fn of(before: Option<Self>, xs: &Tensor, losses: Vec<f32>) -> Result<Self> {
+        let Some(before) = before else { return Ok(Self { xs: xs.clone(), losses }) };
+        let better: Vec<u8> =
+            losses.iter().zip(&before.losses).map(|(new, old)| u8::from(new < old)).collect();
+        let lower = losses.iter().zip(&before.losses).map(|(new, old)| new.min(*old)).collect();
+        let better = Tensor::new(better, xs.device())?.reshape(((), 1, 1))?; // (batch, 1, 1)
+        let xs = better.broadcast_as(xs.shape())?.where_cond(xs, &before.xs)?;
+        Ok(Self { xs, losses: lower })
+    }
+}

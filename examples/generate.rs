@@ -48,11 +48,8 @@ struct Cli {
 impl Cli {
     /// `config` with what was given on the command line.
     fn config(&self, config: GenerationConfig) -> GenerationConfig {
-        let config = config
-            .thinking(self.thinking.thinking())
-            .max_tokens(self.max_tokens)
-            .prompt_logprobs(self.prompt_logprobs);
-        let config = self.sampling.apply(config);
+        let config = config.max_tokens(self.max_tokens).prompt_logprobs(self.prompt_logprobs);
+        let config = self.sampling.apply(self.thinking.apply(config));
         self.stop.iter().fold(config, GenerationConfig::stop)
     }
 }

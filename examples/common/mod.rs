@@ -131,12 +131,13 @@ impl PromptArgs {
     }
 }
 
-/// How to think; by default not at all.
+/// How to think; by default as the checkpoint says, which for most is not at all.
 #[derive(Args, Debug)]
 pub struct ThinkingArgs {
-    /// Bidirectional thought passes over the prompt; 0 is a plain Mistral
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub passes: usize,
+    /// Bidirectional thought passes over the prompt; 0 is a plain Mistral [default: for answers as
+    /// the checkpoint's hybrid.json says, else 0]
+    #[arg(long, value_name = "N")]
+    pub passes: Option<usize>,
 
     /// The layers that a thought pass runs [default: all]
     #[arg(long, value_name = "A..B", value_parser = parse_span)]
@@ -158,12 +159,19 @@ pub struct ThinkingArgs {
 }
 
 impl ThinkingArgs {
-    pub fn thinking(&self) -> Thinking {
+    /// What was asked for, if anything was.
+    pub fn thinking(&self) -> Option<Thinking> {
+        let passes = self.passes?;
         let refine = self.weight.map_or_else(Interpolate::damped, Interpolate::new);
-        let mut thinking = Thinking::passes(self.passes).refine(refine);
+        let mut thinking = Thinking::passes(passes).refine(refine);
         thinking = self.span.iter().cloned().fold(thinking, Thinking::span);
         thinking = self.halt_drift.map(Halt::Drift).into_iter().fold(thinking, Thinking::halt);
-        self.hand_off.into_iter().fold(thinking, Thinking::hand_off)
+        Some(self.hand_off.into_iter().fold(thinking, Thinking::hand_off))
+    }
+
+    /// `config` with what was given on the command line.
+    pub fn apply(&self, config: GenerationConfig) -> GenerationConfig {
+        self.thinking().into_iter().fold(config, GenerationConfig::thinking)
     }
 
     /// Says so where options do nothing.
@@ -174,7 +182,9 @@ impl ThinkingArgs {
             ("--halt-drift", self.halt_drift.is_some()),
             ("--hand-off", self.hand_off.is_some()),
         ];
-        for (option, _) in options.iter().filter(|(_, given)| *given && self.passes == 0) {
+        for (option, _) in
+            options.iter().filter(|(_, given)| *given && self.passes.unwrap_or(0) == 0)
+        {
             say(&format!("note: {option} does nothing without --passes"));
         }
     }

@@ -72,9 +72,13 @@ impl Cli {
         self.plain.as_ref().map(|_| Ok(self.input.text()?.len())).transpose()
     }
 
-    fn thinking(&self) -> Thinking {
-        let detail = if self.no_maps { Detail::Tokens } else { Detail::Maps };
-        self.thinking.thinking().detail(detail)
+    /// What was asked for, or else the checkpoint's `own` way to think.
+    fn thinking(&self, own: &Thinking) -> common::Result<Thinking> {
+        let thinking = self.thinking.thinking().unwrap_or_else(|| own.clone());
+        if thinking.is_none() {
+            return Err("nothing to look into without thinking: give --passes".into());
+        }
+        Ok(thinking.detail(if self.no_maps { Detail::Tokens } else { Detail::Maps }))
     }
 
     fn config(&self, config: GenerationConfig, thinking: Thinking) -> GenerationConfig {
@@ -83,11 +87,10 @@ impl Cli {
 
     /// Finds now what would be an error when all the work is done.
     fn check(&self) -> common::Result<()> {
-        if self.thinking.passes == 0 {
-            return Err("nothing to look into without thinking: give --passes".into());
-        }
         self.json.iter().chain([&self.out]).try_for_each(|path| common::check_folder(path))?;
-        Ok(self.config(GenerationConfig::default(), self.thinking()).validate()?)
+        // What the checkpoint says is not known yet.
+        let thinking = self.thinking(&Thinking::passes(1))?;
+        Ok(self.config(GenerationConfig::default(), thinking).validate()?)
     }
 }
 
@@ -127,16 +130,16 @@ fn run(cli: &Cli) -> common::Result<()> {
         bar.finish_and_clear();
         stream.collect_answer()
     };
-    let mut thought = answer(cli.thinking())?;
+    let thinking = cli.thinking(model.thinking())?;
+    let mut thought = answer(thinking.clone())?;
     let plain = answer(Thinking::none())?;
     if thought.traces.is_empty() {
         return Err("the model left no trace of its thinking".into());
     }
-
     let inspection = Inspection {
         model: cli.model.model.display().to_string(),
         layers: model.config().num_hidden_layers,
-        settings: cli.thinking(),
+        settings: thinking,
         tokens: tokens::of_prompt(model.tokenizer(), &thought.prompt_ids, context_bytes),
         trace: thought.traces.swap_remove(0),
         plain: said(&model, &plain),
@@ -145,7 +148,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     if let Some(path) = &cli.json {
         common::write(path, |file| Ok(serde_json::to_writer(file, &inspection)?))?;
     }
-    let page = page::render(&inspection, &cli.thinking)?;
+    let page = page::render(&inspection)?;
     common::write(&cli.out, |file| Ok(file.write_all(page.as_bytes())?))
 }
 

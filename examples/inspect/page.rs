@@ -1,8 +1,9 @@
 //! The page: one HTML file that needs nothing beside it.
 
-use hybrid_attention::thought::{Halted, HandOff, Map, Maps, TokenTrace};
+use hybrid_attention::thought::{Halted, Map, Maps, TokenTrace};
+use serde_json::Value;
 
-use super::common::{Result, ThinkingArgs};
+use super::common::Result;
 use super::draw::{self, Label, Scale};
 use super::tokens::{Token, escape, label, plain, visible};
 use super::{Inspection, Said};
@@ -16,7 +17,8 @@ const MOST_SMALL: usize = 32;
 /// Columns of the names along a drawing.
 const LABEL: usize = 14;
 
-pub(super) fn render(inspection: &Inspection, thinking: &ThinkingArgs) -> Result<String> {
+pub(super) fn render(inspection: &Inspection) -> Result<String> {
+    let settings = serde_json::to_value(&inspection.settings)?;
     let count = inspection.tokens.len();
     let mut page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
@@ -25,32 +27,29 @@ pub(super) fn render(inspection: &Inspection, thinking: &ThinkingArgs) -> Result
          <h1>What the thought passes did to {count} tokens</h1>\n",
         include_str!("style.css"),
     );
-    page += &facts(inspection, thinking);
+    page += &facts(inspection, &settings);
     page += &answers(inspection);
     page += &drift(inspection)?;
     page += &table(inspection);
-    page += &maps(inspection, thinking)?;
+    page += &maps(inspection, &settings)?;
     page += "</body>\n</html>\n";
     Ok(page)
 }
 
 /// What was run, and how it ended.
-fn facts(inspection: &Inspection, thinking: &ThinkingArgs) -> String {
-    let all = 0..inspection.layers;
-    let span = thinking.span.clone().unwrap_or(all.clone());
-    let weight = match thinking.weight {
-        Some(weight) => format!("{weight}"),
-        None => "one over the passes".to_owned(),
+fn facts(inspection: &Inspection, settings: &Value) -> String {
+    let span = match (span_end(settings, 0), span_end(settings, 1)) {
+        (Some(a), Some(b)) => format!("{a}..{b} of {}", inspection.layers),
+        _ => format!("all {}", inspection.layers),
     };
-    let hand_off = match thinking.hand_off.unwrap_or_default() {
-        HandOff::Refined => {
-            "refined: the model reads the thoughts in place of its embeddings".into()
+    let hand_off = match &settings["hand_off"] {
+        Value::String(name) if name == "refined" => {
+            "refined: the model reads the thoughts in place of its embeddings".to_owned()
         }
-        HandOff::KeyValue => "key-value: the model attends to the thoughts' keys and values".into(),
-        HandOff::Mixed { weight } => {
-            format!("mixed: {weight} of the thoughts' keys and values, the rest the plain model's")
+        Value::String(name) if name == "key_value" => {
+            "key-value: the model attends to the keys and values of the thoughts".to_owned()
         }
-        other => format!("{other:?}"),
+        other => other.to_string(),
     };
     let tokens = &inspection.tokens;
     let thinks = tokens.iter().filter(|token| token.thinks).count();
@@ -60,10 +59,10 @@ fn facts(inspection: &Inspection, thinking: &ThinkingArgs) -> String {
     let rows = [
         ("Model", inspection.model.clone()),
         ("Prompt", format!("{} tokens, {thinks} of them thought about", tokens.len())),
-        ("Passes", format!("{} of at most {}", trace.passes.len(), thinking.passes)),
-        ("Ended", why(inspection, thinking)),
-        ("Layers", format!("{}..{} of {}", span.start, span.end, all.end)),
-        ("Refinement", format!("z += w (h − z), where w is {weight}")),
+        ("Passes", format!("{} of at most {}", trace.passes.len(), settings["passes"])),
+        ("Ended", why(inspection, settings)),
+        ("Layers", span),
+        ("Refinement", refinement(&settings["refine"])),
         ("Hand-off", hand_off),
         ("Seconds", format!("{} for each pass", seconds.join(", "))),
     ];
@@ -76,14 +75,32 @@ fn facts(inspection: &Inspection, thinking: &ThinkingArgs) -> String {
     )
 }
 
+/// One end of the layers that were chosen, if any were.
+fn span_end(settings: &Value, end: usize) -> Option<u64> {
+    settings["span"][end].as_u64()
+}
+
+/// The common ones as equations, where h is what the layers make of the thoughts z.
+fn refinement(refine: &Value) -> String {
+    let Some([Value::Object(op)]) = refine.as_array().map(Vec::as_slice) else {
+        return if refine.is_null() { "the checkpoint's own".into() } else { refine.to_string() };
+    };
+    match (op.len(), op.get("op").and_then(Value::as_str), op.get("weight")) {
+        (1, Some("interpolate"), None) => "z += (h − z) / passes".into(),
+        (2, Some("interpolate"), Some(Value::Number(weight))) => format!("z += {weight} (h − z)"),
+        _ => refine.to_string(),
+    }
+}
+
 /// Why the loop ended.
-fn why(inspection: &Inspection, thinking: &ThinkingArgs) -> String {
-    let tolerance = thinking.halt_drift.unwrap_or_default();
+fn why(inspection: &Inspection, settings: &Value) -> String {
+    let rules = settings["halt"].as_array().into_iter().flatten();
+    let tolerance = |name| rules.clone().find_map(|rule| rule[name].as_f64()).unwrap_or_default();
     match inspection.trace.halted.first() {
         Some(Halted::Cap) => "all passes were run".into(),
-        Some(Halted::Drift) => format!("drift fell below {tolerance}"),
-        Some(Halted::Cosine) => "the thoughts' direction changed too little".into(),
-        Some(Halted::Kl) => "the next word's probabilities changed too little".into(),
+        Some(Halted::Drift) => format!("drift fell below {}", tolerance("drift")),
+        Some(Halted::Cosine) => format!("1 − cosine fell below {}", tolerance("cosine")),
+        Some(Halted::Kl) => format!("KL fell below {} nats", tolerance("kl")),
         Some(other) => format!("{other:?}"),
         None => "nothing was thought about".into(),
     }
@@ -179,7 +196,7 @@ fn table(inspection: &Inspection) -> String {
 }
 
 /// Similarity and attention, pass by pass.
-fn maps(inspection: &Inspection, thinking: &ThinkingArgs) -> Result<String> {
+fn maps(inspection: &Inspection, settings: &Value) -> Result<String> {
     let passes: Vec<&Maps> =
         inspection.trace.passes.iter().filter_map(|pass| pass.maps.as_ref()).collect();
     if passes.is_empty() {
@@ -205,7 +222,7 @@ fn maps(inspection: &Inspection, thinking: &ThinkingArgs) -> Result<String> {
     let most = attention.iter().flatten().flatten().copied().fold(0.0, f32::max);
     let seen = Scale { name: "share of the row's attention", min: 0.0, max: most, root: true };
 
-    let first_layer = thinking.span.as_ref().map_or(0, |span| span.start);
+    let first_layer = span_end(settings, 0).unwrap_or(0) as usize;
     let mut page = format!(
         "<h2>Similarity and attention</h2>\n\
          <p><em>Similarity</em> is how alike the thoughts of two tokens are after the pass: the cosine \

@@ -91,7 +91,7 @@ pub(super) fn drift(drift: &[f64]) -> Result<String> {
             .margin(12)
             .x_label_area_size(44)
             .y_label_area_size(76)
-            .build_cartesian_2d(0.5..passes + 0.5, (bottom..top).log_scale())?;
+            .build_cartesian_2d(0.5..passes + 0.5, (bottom * 0.99..top * 1.01).log_scale())?;
         let words = |size| text_style(size, &INK, HPos::Center, VPos::Center);
         let whole = |x: &f64| if x.fract() == 0.0 { format!("{x}") } else { String::new() };
         chart

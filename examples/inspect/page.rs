@@ -69,7 +69,7 @@ fn facts(inspection: &Inspection, settings: &Value) -> String {
     let rows = rows.map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", text(&value)));
     format!(
         "<p>Before it answered, the model passed over the prompt several times. In a pass every token \
-         sees every other, also those after it, and its <em>thought</em>, the vector that enters the \
+         of the context sees every other, also those after it, and its <em>thought</em>, the vector that enters the \
          layers, is refined.</p>\n<dl>\n{}</dl>\n",
         rows.concat(),
     )

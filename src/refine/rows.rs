@@ -33,23 +33,30 @@ pub(crate) fn wide(xs: &Tensor) -> Result<Tensor> {
     Ok(xs.to_dtype(dtype)?)
 }
 
-/// Which rows think: `None` when all do.
-pub(super) struct Thinks(Option<Tensor>);
+/// Which rows think.
+pub(super) struct Thinks<'a>(pub(super) &'a Layout);
 
-impl Thinks {
-    pub(super) fn new(layout: &Layout, z: &Tensor) -> Result<Self> {
-        if layout.is_all_context() {
-            return Ok(Self(None));
-        }
-        let thinks = Tensor::new(layout.thinks(), z.device())?.unsqueeze(D::Minus1)?; // (batch, seq, 1)
-        Ok(Self(Some(thinks)))
-    }
-
-    /// `xs` where a row thinks, `z` where it is plain or padding.
+impl Thinks<'_> {
+    /// `xs` where a row thinks, `z` where it is plain or padding: both `(batch, seq, hidden)`, as
+    /// the layout says. Put together run by run, which costs one copy; a choice element by element
+    /// costs several.
     pub(super) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
-        match &self.0 {
-            Some(thinks) => Ok(thinks.broadcast_as(z.shape())?.where_cond(xs, z)?),
-            None => Ok(xs.clone()),
+        let layout = self.0;
+        if layout.is_all_context() {
+            return Ok(xs.clone());
         }
+        let row = |row: usize| -> Result<Tensor> {
+            let (xs, z) = (xs.narrow(0, row, 1)?, z.narrow(0, row, 1)?);
+            let (mut runs, mut at) = (Vec::new(), 0);
+            for run in layout.context(row) {
+                runs.push(z.narrow(1, at, run.start - at)?);
+                runs.push(xs.narrow(1, run.start, run.len())?);
+                at = run.end;
+            }
+            runs.push(z.narrow(1, at, layout.seq() - at)?);
+            Ok(Tensor::cat(&runs, 1)?)
+        };
+        let rows = (0..layout.batch()).map(row).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&rows, 0)?)
     }
 }

@@ -90,7 +90,7 @@ impl Seq {
     pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
         check_fits(step.z, step.layout)?;
         check_alike(step.h, step.z)?;
-        let thinks = Thinks::new(step.layout, step.z)?;
+        let thinks = Thinks(step.layout);
         let first = thinks.or(step.h, step.z)?;
         self.ops.iter().enumerate().try_fold(first, |xs, (index, op)| {
             let refined = op.refine(&xs, step).and_then(|refined| {

@@ -12,21 +12,21 @@ pub(super) fn default_trust() -> f64 {
 }
 
 /// How far thoughts may go from where a nudge found them. Computes in `f32` at least.
-pub(super) struct Trust {
+pub(super) struct Trust<'a> {
     /// Where the nudge found them.
     pub(super) start: Tensor,
     /// Their lengths, `(batch, seq, 1)`.
     lengths: Tensor,
     ratio: f64,
-    thinks: Thinks,
+    thinks: Thinks<'a>,
 }
 
-impl Trust {
-    pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'_>) -> Result<Self> {
+impl<'a> Trust<'a> {
+    pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'a>) -> Result<Self> {
         check_fits(xs, step.layout)?;
         let start = wide(xs)?;
         let lengths = lengths(&start)?;
-        Ok(Self { thinks: Thinks::new(step.layout, xs)?, start, lengths, ratio })
+        Ok(Self { thinks: Thinks(step.layout), start, lengths, ratio })
     }
 
     /// The root mean square of each thought: `(batch, seq, 1)`.

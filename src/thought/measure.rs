@@ -28,9 +28,10 @@ pub(super) fn similarity(xs: &Tensor) -> Result<Tensor> {
     Ok(units.matmul(&units.t()?)?)
 }
 
-/// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`.
+/// The length of every thought: `(batch, seq, hidden) -> (batch, seq)` in `f32`. Taken in every
+/// pass, so the short way: where this overflows, so does a norm of the model.
 pub(super) fn norms(xs: &Tensor) -> Result<Tensor> {
-    Ok(directions(&xs.detach().to_dtype(DType::F32)?)?.1.squeeze(D::Minus1)?)
+    Ok(xs.detach().to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?)
 }
 
 /// Every thought at length 1, in `f32`.

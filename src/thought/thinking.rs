@@ -67,11 +67,14 @@ impl HandOff {
 #[serde(default, deny_unknown_fields)]
 pub struct Thinking {
     pub(super) passes: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) span: Option<(usize, usize)>,
     pub(super) sight: Sight,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) refine: Option<Seq>,
     pub(super) halt: Vec<Halt>,
     pub(super) hand_off: HandOff,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) output_nudge: Option<OutputNudge>,
     pub(super) rethink_every: usize,
     pub(super) detail: Detail,

@@ -76,9 +76,10 @@ fn per_token<const N: usize>(
         *values = thoughts.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
     }
     let seq = layout.seq();
-    let of_slot = |values: &Vec<f32>, slot: usize| values.get(slot * hidden..(slot + 1) * hidden);
-    let token =
-        |slot| measure(values.each_ref().map(|values| of_slot(values, slot).unwrap_or(&[]))) as f32;
+    let token = |slot: usize| {
+        let range = slot * hidden..(slot + 1) * hidden;
+        measure(values.each_ref().map(|of| of.get(range.clone()).unwrap_or(&[]))) as f32
+    };
     let rows = layout.starts().into_iter().enumerate();
     Ok(rows.map(|(row, start)| (row * seq + start..(row + 1) * seq).map(token).collect()).collect())
 }

@@ -49,7 +49,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> common::Result<()> {
     let config = cli.sampling.apply(GenerationConfig::default());
-    config.thinking(cli.thinking.thinking()).validate()?; // before the wait for the weights
+    cli.thinking.apply(config).validate()?; // before the wait for the weights
     cli.thinking.warn();
     let (model, load) = cli.model.load()?;
     let mut chat = Chat::new(cli, &model)?;
@@ -97,16 +97,12 @@ impl<'a> Chat<'a> {
         let tokenizer = model.tokenizer().filter(|tokenizer| tokenizer.has_chat_template());
         let tokenizer = tokenizer.ok_or("the checkpoint has no chat template")?;
         let (bar, update) = common::reading_bar();
-        let config = model
-            .generation_config()
-            .thinking(cli.thinking.thinking())
-            .max_tokens(cli.max_tokens)
-            .on_progress(update);
+        let config = model.generation_config().max_tokens(cli.max_tokens).on_progress(update);
         let context = cli.context.unwrap_or(model.config().max_position_embeddings.min(4096));
         Ok(Self {
             model,
             tokenizer,
-            config: cli.sampling.apply(config),
+            config: cli.sampling.apply(cli.thinking.apply(config)),
             bar,
             conversation: model.conversation(context)?,
             answer_room: cli.max_tokens.min(context / 4),

@@ -80,8 +80,8 @@ impl Cli {
             Pool::Last => Pooling::LastToken,
         };
         let sight = if self.causal { Sight::Causal } else { Sight::Bidirectional };
-        let thinking = self.thinking.thinking();
-        EmbedConfig::default().pooling(pooling).sight(sight).thinking(thinking).batch_size(BATCH)
+        let config = EmbedConfig::default().pooling(pooling).sight(sight).batch_size(BATCH);
+        self.thinking.thinking().into_iter().fold(config, EmbedConfig::thinking)
     }
 }
 

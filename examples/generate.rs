@@ -7,40 +7,20 @@
 mod common;
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgGroup, Parser};
-use hybrid_attention::{Answer, GenerationConfig, HybridModel, Message, Prompt};
+use clap::Parser;
+use hybrid_attention::{Answer, GenerationConfig, HybridModel};
 use serde_json::json;
 
 /// Answer one prompt, with or without thinking about it first.
 #[derive(Parser)]
-#[command(group(ArgGroup::new("input").required(true).args(["prompt", "prompt_file", "ids"])))]
 struct Cli {
     #[command(flatten)]
     model: common::ModelArgs,
 
-    /// The prompt
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: Option<String>,
-
-    /// A UTF-8 file that holds the prompt, taken as it is
-    #[arg(long, value_name = "F")]
-    prompt_file: Option<PathBuf>,
-
-    /// The prompt as token ids; needs no tokenizer
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = parse_id)]
-    #[arg(conflicts_with = "chat")]
-    ids: Option<Vec<u32>>,
-
-    /// Put the prompt into the model's chat template, as a user's message
-    #[arg(long)]
-    chat: bool,
-
-    /// A system message in front of it
-    #[arg(long, value_name = "TEXT", requires = "chat")]
-    system: Option<String>,
+    #[command(flatten)]
+    input: common::PromptArgs,
 
     #[command(flatten)]
     thinking: common::ThinkingArgs,
@@ -66,35 +46,12 @@ struct Cli {
 }
 
 impl Cli {
-    fn prompt(&self) -> common::Result<Prompt> {
-        let text = match (&self.ids, &self.prompt, &self.prompt_file) {
-            (Some(ids), ..) => return Ok(ids.clone().into()),
-            (_, Some(text), _) => text.clone(),
-            (_, _, Some(path)) => common::read_text(path)?,
-            _ => return Err("no prompt: give --prompt, --prompt-file or --ids".into()),
-        };
-        if !self.chat {
-            return Ok(text.into());
-        }
-        let system = self.system.iter().map(Message::system);
-        let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
-        Ok(Prompt::chat(&messages))
-    }
-
     /// `config` with what was given on the command line.
     fn config(&self, config: GenerationConfig) -> GenerationConfig {
-        let config = config
-            .thinking(self.thinking.thinking())
-            .max_tokens(self.max_tokens)
-            .prompt_logprobs(self.prompt_logprobs);
-        let config = self.sampling.apply(config);
+        let config = config.max_tokens(self.max_tokens).prompt_logprobs(self.prompt_logprobs);
+        let config = self.sampling.apply(self.thinking.apply(config));
         self.stop.iter().fold(config, GenerationConfig::stop)
     }
-}
-
-/// A token id, with or without blanks around it.
-fn parse_id(text: &str) -> Result<u32, String> {
-    text.trim().parse().map_err(|_| "expected token ids like 1,2,3".to_string())
 }
 
 fn main() -> ExitCode {
@@ -102,7 +59,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> common::Result<()> {
-    let prompt = cli.prompt()?;
+    let prompt = cli.input.prompt()?;
     cli.config(GenerationConfig::default()).validate()?; // before the wait for the weights
     cli.thinking.warn();
     let (model, load) = cli.model.load()?;

@@ -10,8 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use candle_core::{Device, Tensor};
+use hybrid_attention::model::Sight;
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::{Config, EmbedConfig, GenerationConfig, HybridModel, Message, Thinking};
+use hybrid_attention::thought::{Detail, HandOff};
+use hybrid_attention::{
+    Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
@@ -96,15 +100,22 @@ fn help(name: &str) -> Result<String> {
 
 #[test]
 fn help_lists_every_option() -> Result {
-    let shared = ["--model", "--dtype", "--device", "--passes", "--span", "--weight"];
+    let model = ["--model", "--dtype", "--device"];
+    let thinking = ["--passes", "--span", "--weight", "--halt-drift", "--hand-off"];
+    let shared = [&model[..], &thinking].concat();
     let sampling = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed"];
-    let generate = ["--prompt", "--prompt-file", "--ids", "--chat", "--json", "--prompt-logprobs"];
+    let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system"];
+    let generate = ["--json", "--prompt-logprobs"];
     let chat = ["--system", "--context"];
     let embed = ["--file", "--pooling", "--causal", "--json", "weighted-mean"];
+    let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
+    let measure = ["--text", "--passages", "--tokens", "--span", "--json"];
     for (name, options) in [
-        ("generate", [&shared[..], &sampling, &generate].concat()),
+        ("generate", [&shared[..], &sampling, &prompt, &generate].concat()),
         ("chat", [&shared[..], &sampling, &chat].concat()),
         ("embed", [&shared[..], &embed].concat()),
+        ("inspect", [&shared[..], &prompt, &inspect].concat()),
+        ("measure", [&model[..], &measure].concat()),
     ] {
         let help = help(name)?;
         let words: Vec<&str> =
@@ -177,6 +188,8 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
             "prompt_ids": [1, 2, 3], "ids": answer.ids, "text": answer.text,
             "stop": answer.stop, "drift": answer.drift(),
         });
+        // Read from text as the report was: numbers may lose their last digit in it.
+        let answer_json: Value = serde_json::from_str(&answer_json.to_string())?;
         for (key, value) in answer_json.as_object().ok_or("no object")? {
             assert_eq!(&report[key], value, "{key}");
         }
@@ -414,7 +427,7 @@ fn embed_gives_the_librarys_vectors_and_their_cosines() -> Result {
     let bidirectional = EmbedConfig::default();
     let causal = EmbedConfig::default()
         .pooling(hybrid_attention::Pooling::WeightedMean)
-        .sight(hybrid_attention::model::Sight::Causal)
+        .sight(Sight::Causal)
         .thinking(Thinking::passes(1));
     let last = EmbedConfig::default().pooling(hybrid_attention::Pooling::LastToken);
     for (args, config) in [
@@ -468,6 +481,358 @@ fn embed_needs_texts_and_a_tokenizer() -> Result {
         fail("embed", without.path(), &["the cat"])?,
         "error: no tokenizer in this checkpoint: a text prompt needs one; hand in token ids instead\n"
     );
+    Ok(())
+}
+
+// ---- inspect ----
+
+/// What a run of `inspect` writes.
+struct Inspected {
+    page: String,
+    json: Value,
+}
+
+fn inspect(model: &Path, args: &[&str]) -> Result<Inspected> {
+    let folder = tempfile::tempdir()?;
+    let path = |name| folder.path().join(name).display().to_string();
+    let (out, json) = (path("page.html"), path("trace.json"));
+    let files = ["--out", &out, "--json", &json];
+    let (stdout, stderr) = succeed("inspect", model, &[args, &files].concat(), "")?;
+    assert_eq!(stdout, "");
+    assert_eq!(stderr.matches("[wrote ").count(), 2, "{stderr}");
+    let json = serde_json::from_str(&fs::read_to_string(json)?)?;
+    Ok(Inspected { page: fs::read_to_string(out)?, json })
+}
+
+/// The page is well-formed XML but for its first line.
+fn parse(page: &str) -> Result<roxmltree::Document<'_>> {
+    let page = page.strip_prefix("<!DOCTYPE html>\n").ok_or("no document type")?;
+    Ok(roxmltree::Document::parse(page)?)
+}
+
+fn elements<'a>(
+    node: roxmltree::Node<'a, 'a>,
+    name: &'static str,
+) -> impl Iterator<Item = roxmltree::Node<'a, 'a>> {
+    node.descendants().filter(move |node| node.has_tag_name(name))
+}
+
+fn all_text(node: roxmltree::Node<'_, '_>) -> String {
+    node.descendants().filter(roxmltree::Node::is_text).filter_map(|node| node.text()).collect()
+}
+
+/// Nothing is fetched, nothing is run.
+fn assert_self_contained(page: &str) -> Result {
+    for outside in ["http:", "https:", "url(", "@import", "srcset"] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    let parsed = parse(page)?;
+    for node in parsed.descendants() {
+        let name = node.tag_name().name();
+        let fetches = ["script", "link", "img", "image", "iframe", "object", "embed", "use", "a"];
+        assert!(!fetches.contains(&name), "{name}");
+        for attribute in node.attributes() {
+            let name = attribute.name();
+            assert!(!["src", "href"].contains(&name) && !name.starts_with("on"), "{name}");
+        }
+    }
+    Ok(())
+}
+
+/// Without what the clock says.
+fn timeless(mut trace: Value) -> Value {
+    for pass in trace["passes"].as_array_mut().into_iter().flatten() {
+        pass["seconds"] = Value::Null;
+    }
+    trace
+}
+
+#[test]
+fn inspect_reports_the_librarys_trace() -> Result {
+    let folder = checkpoint(true)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let prompt = Prompt::default().context("the cat sat on the mat").plain(" the dog");
+    let thinking = Thinking::passes(2)
+        .span(1..3)
+        .refine(Interpolate::new(0.3))
+        .hand_off(HandOff::KeyValue)
+        .detail(Detail::Maps);
+    let config = GenerationConfig::default().max_tokens(6);
+    let plain = model.generate(prompt.clone(), &config)?;
+    let thought = model.generate(prompt, &config.thinking(thinking.clone()))?;
+
+    let args = [
+        "--prompt=the cat sat on the mat",
+        "--plain= the dog",
+        "--passes=2",
+        "--span=1..3",
+        "--weight=0.3",
+        "--hand-off=key-value",
+        "--max-tokens=6",
+    ];
+    let Inspected { page, json } = inspect(folder.path(), &args)?;
+    let trace: Value = serde_json::from_str(&serde_json::to_string(&thought.traces[0])?)?;
+    assert_eq!(timeless(json["trace"].clone()), timeless(trace));
+    assert_eq!(json["settings"], serde_json::to_value(&thinking)?);
+    let ids = |tokens: &Value| -> Result<Vec<u64>> {
+        let tokens = tokens.as_array().ok_or("no tokens")?;
+        Ok(tokens.iter().filter_map(|token| token["id"].as_u64()).collect())
+    };
+    let wide = |ids: &[u32]| ids.iter().copied().map(u64::from).collect::<Vec<_>>();
+    assert_eq!(ids(&json["tokens"])?, wide(&thought.prompt_ids));
+    assert_eq!(ids(&json["thought"]["tokens"])?, wide(&thought.ids));
+    assert_eq!(ids(&json["plain"]["tokens"])?, wide(&plain.ids));
+
+    // The plain part, and no token of the other, keeps its thoughts.
+    let cosines = json["trace"]["passes"][1]["tokens"]["cosine"][0].as_array().ok_or("none")?;
+    for (token, cosine) in json["tokens"].as_array().into_iter().flatten().zip(cosines) {
+        let moved = cosine.as_f64().is_some_and(|cosine| (cosine - 1.0).abs() > 1e-5);
+        assert_eq!(token["thinks"].as_bool(), Some(moved), "{token}");
+    }
+    assert_self_contained(&page)
+}
+
+#[test]
+fn inspect_draws_every_pass() -> Result {
+    let folder = checkpoint(true)?;
+    let args = ["--prompt=the cat sat on the mat", "--passes=2", "--span=1..3"];
+    let Inspected { page, json } = inspect(folder.path(), &args)?;
+    let parsed = parse(&page)?;
+    let of = |id: &str| {
+        let found = parsed.descendants().find(|node| node.attribute("id") == Some(id));
+        found.ok_or_else(|| format!("no {id}"))
+    };
+    assert_eq!(elements(of("drift")?, "circle").count(), 2);
+    let tokens = json["tokens"].as_array().ok_or("no tokens")?;
+    let rows: Vec<_> = elements(of("tokens")?, "tr").skip(1).collect();
+    assert_eq!(rows.len(), tokens.len());
+    let mut shown = Vec::new();
+    for (row, token) in rows.iter().zip(tokens) {
+        let cells: Vec<String> = elements(*row, "td").map(all_text).collect();
+        let text = token["text"].as_str().unwrap_or_default().replace(' ', "␣");
+        assert_eq!(cells[1], text);
+        shown.push(text);
+        assert_eq!(cells[2] == "context", token["thinks"].as_bool() == Some(true), "{token}");
+    }
+    for pass in ["pass-1", "pass-2"] {
+        let pass = of(pass)?;
+        for class in ["similarity", "attention"] {
+            let mut figures = pass.descendants();
+            let figure = figures.find(|node| node.attribute("class") == Some(class));
+            let figure = figure.ok_or("no figure")?;
+            assert!(elements(figure, "rect").count() > tokens.len(), "{class}");
+            let names = elements(figure, "text").map(all_text).map(|text| text.trim().to_owned());
+            let named = names.filter(|name| shown.contains(name)).count();
+            assert_eq!(named, 2 * tokens.len(), "{class}: along both sides");
+        }
+        let layers = elements(pass, "details").flat_map(|node| elements(node, "figcaption"));
+        assert_eq!(layers.map(all_text).collect::<Vec<_>>(), ["layer 1", "layer 2"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn inspect_says_why_thinking_ended() -> Result {
+    let folder = checkpoint(false)?;
+    for (args, passes, why) in [
+        (vec!["--passes=3"], "3 of at most 3", "all passes were run"),
+        (vec!["--passes=3", "--halt-drift=1e9"], "1 of at most 3", "drift fell below 1000000000"),
+    ] {
+        let args = [args, vec!["--ids=1,2,3", "--no-maps"]].concat();
+        let Inspected { page, json } = inspect(folder.path(), &args)?;
+        let parsed = parse(&page)?;
+        let facts: Vec<String> = elements(parsed.root(), "dd").map(all_text).collect();
+        assert!(facts.iter().any(|fact| fact == passes), "{facts:?}");
+        assert!(facts.iter().any(|fact| fact == why), "{facts:?}");
+        // Neither a tokenizer nor maps.
+        assert_eq!(json["tokens"][1]["text"], "#2");
+        assert_eq!(json["trace"]["passes"][0]["maps"], Value::Null);
+        assert_eq!(elements(parsed.root(), "section").count(), 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn inspect_pools_long_prompts_in_the_drawings_only() -> Result {
+    let folder = checkpoint(false)?;
+    let ids: Vec<String> = (0..200).map(|id| id.to_string()).collect();
+    let args = ["--ids", &ids.join(","), "--passes=1", "--max-tokens=1"];
+    let Inspected { page, json } = inspect(folder.path(), &args)?;
+    let parsed = parse(&page)?;
+    let note = parsed.descendants().find(|node| node.attribute("id") == Some("pooled"));
+    let note = all_text(note.ok_or("no note")?);
+    assert!(note.starts_with("The prompt has 200 tokens. Here 2 neighbouring tokens "), "{note}");
+    let names: Vec<String> =
+        elements(parsed.root(), "text").map(all_text).map(|text| text.trim().to_owned()).collect();
+    let count = |name: &str| names.iter().filter(|it| *it == name).count();
+    assert_eq!((count("#198"), count("#199")), (4, 0), "two drawings with two sides");
+    let map = &json["trace"]["passes"][0]["maps"]["similarity"][0];
+    assert_eq!(map.as_array().map(Vec::len), Some(200));
+    assert_eq!(elements(parsed.root(), "tr").count(), 201);
+    Ok(())
+}
+
+#[test]
+fn inspect_escapes_whatever_tokens_and_paths_spell() -> Result {
+    let folder = checkpoint(true)?;
+    let hostile =
+        "</p><script>alert(\"x\")</script>&amp;' onload='\u{202e}\u{7}\u{200b}\n]]>--><!--";
+    let name = "<script>&'\"";
+    let model = folder.path().join(name);
+    fs::create_dir(&model)?;
+    for entry in fs::read_dir(folder.path())?.flatten().filter(|entry| entry.path().is_file()) {
+        fs::copy(entry.path(), model.join(entry.file_name()))?;
+    }
+    let args = ["--passes=1", "--max-tokens=40", "--prompt", hostile];
+    let Inspected { page, json } = inspect(&model, &args)?;
+    assert_self_contained(&page)?;
+    for c in page.chars() {
+        let invisible = ['\u{202e}', '\u{200b}'].contains(&c) || (c.is_control() && c != '\n');
+        assert!(!invisible, "{c:?}");
+    }
+    // What was escaped is still what was there.
+    let text: String = json["tokens"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|token| token["text"].as_str())
+        .collect();
+    assert!(text.ends_with(hostile), "{text}");
+    let parsed = parse(&page)?;
+    let shown: String = elements(parsed.root(), "td")
+        .filter(|cell| cell.attribute("class") == Some("text"))
+        .step_by(2)
+        .map(all_text)
+        .collect();
+    assert!(
+        shown.replace('⋯', "").ends_with("&amp;'␣onload='\\u{202e}\\u{7}\\u{200b}⏎]]>--><!--"),
+        "{shown}"
+    );
+    assert!(elements(parsed.root(), "dd").map(all_text).any(|fact| fact.ends_with(name)));
+    Ok(())
+}
+
+/// What `hybrid.json` says holds until the command line says something else.
+#[test]
+fn inspect_and_generate_think_as_the_checkpoint_says() -> Result {
+    let folder = checkpoint(false)?;
+    let stderr = fail("inspect", folder.path(), &["--ids=1,2,3"])?;
+    assert_eq!(stderr, "error: nothing to look into without thinking: give --passes\n");
+
+    let own = r#"{"passes": 2, "span": [1, 2], "refine": [{"op": "interpolate", "weight": 0.1}]}"#;
+    fs::write(folder.path().join("hybrid.json"), own)?;
+    let Inspected { page, json } = inspect(folder.path(), &["--ids=1,2,3"])?;
+    assert_eq!(json["settings"]["span"], serde_json::json!([1, 2]));
+    let parsed = parse(&page)?;
+    let facts: Vec<String> = elements(parsed.root(), "dd").map(all_text).collect();
+    for fact in ["2 of at most 2", "1..2 of 3", "z += 0.1 (h − z)"] {
+        assert!(facts.iter().any(|it| it == fact), "{facts:?}");
+    }
+    for (args, passes) in [(vec![], 2), (vec!["--passes=0"], 0), (vec!["--passes=1"], 1)] {
+        let args = [vec!["--ids=1,2,3", "--json", "--max-tokens=1"], args].concat();
+        let report: Value =
+            serde_json::from_str(&succeed("generate", folder.path(), &args, "")?.0)?;
+        assert_eq!(report["drift"].as_array().map(Vec::len), Some(passes));
+    }
+    Ok(())
+}
+
+#[test]
+fn inspect_names_the_problem_before_it_loads() -> Result {
+    let folder = tempfile::tempdir()?;
+    let nowhere = folder.path().join("absent").join("page.html");
+    let nowhere = nowhere.to_str().ok_or("a path that is no text")?;
+    for (args, expected) in [
+        (vec!["--passes=0"], "nothing to look into without thinking: give --passes"),
+        (vec!["--passes=1", "--out", nowhere], &format!("{nowhere}: its folder does not exist")),
+        (vec!["--passes=1", "--json", nowhere], &format!("{nowhere}: its folder does not exist")),
+        (
+            vec!["--passes=1", "--hand-off=mixed:2"],
+            "parameter hand_off weight: expected a share in [0, 1], got 2",
+        ),
+    ] {
+        let args = [vec!["--ids=1,2"], args].concat();
+        assert_eq!(fail("inspect", folder.path(), &args)?, format!("error: {expected}\n"));
+    }
+    Ok(())
+}
+
+// ---- measure ----
+
+#[test]
+fn measure_sets_every_way_to_think_beside_its_controls() -> Result {
+    let folder = checkpoint(true)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let lines = ["the cat sat on the mat about the dog", "the", "on the mat the dog sat about"];
+    let (text, json) = (folder.path().join("text.txt"), folder.path().join("out.json"));
+    fs::write(&text, lines.join("\n"))?;
+    let arg = |name, path: &Path| format!("--{name}={}", path.display());
+    let args = ["--passages=2", "--tokens=3", &arg("text", &text), &arg("json", &json)];
+    let (table, _) = succeed("measure", folder.path(), &args, "")?;
+    let (again, _) = succeed("measure", folder.path(), &args, "")?;
+    assert_eq!(table, again);
+
+    let report: Value = serde_json::from_str(&fs::read_to_string(json)?)?;
+    let losses = |value: &Value| serde_json::from_value::<Vec<f64>>(value["losses"].clone());
+    let config = GenerationConfig::default().prompt_logprobs(true).max_tokens(0);
+    let loss = |prompt: Prompt, thinking: Thinking| -> Result<f64> {
+        let answer = model.generate(prompt, &config.clone().thinking(thinking))?;
+        let logprobs = answer.prompt_logprobs.ok_or("none")?;
+        let second = logprobs.iter().rev().take(3).flatten();
+        Ok(-second.map(|&logprob| f64::from(logprob)).sum::<f64>() / 3.0)
+    };
+    // The middle third, three passes, weight 0.2, causal, mixed.
+    let setting = &report["thought"][70];
+    assert_eq!(
+        setting["setting"],
+        serde_json::json!({
+            "hand_off": { "mixed": { "weight": 0.5 } }, "span": { "start": 1, "end": 2 },
+            "passes": 3, "sight": "causal", "weight": 0.2,
+        })
+    );
+    let thinking = Thinking::passes(3)
+        .span(1..2)
+        .sight(Sight::Causal)
+        .refine(Interpolate::new(0.2))
+        .hand_off(HandOff::Mixed { weight: 0.5 });
+    for (index, line) in [lines[0], lines[2]].iter().enumerate() {
+        let ids = tokenizer.encode(line, true)?;
+        let prompt = Prompt::default().context_ids(&ids[..2]).plain_ids(&ids[2..6]);
+        let twice = [&ids[..3], &ids[1..3], &ids[3..6]].concat();
+        for (reported, expected) in [
+            (&report["plain"], loss(prompt.clone(), Thinking::none())?),
+            (&report["repeated"], loss(twice.into(), Thinking::none())?),
+            (setting, loss(prompt, thinking.clone())?),
+        ] {
+            assert!((losses(reported)?[index] - expected).abs() < 1e-9, "{reported} {expected}");
+        }
+    }
+    let differences: Vec<f64> =
+        losses(setting)?.iter().zip(losses(&report["plain"])?).map(|(a, b)| a - b).collect();
+    let [a, b] = differences[..] else { return Err("not two passages".into()) };
+    let cell = format!("{:+.3} ± {:.3}", (a + b) / 2.0, (a - b).abs() / 2.0);
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with('|')).collect();
+    assert_eq!(rows.len(), 2 + 12, "{table}");
+    let cells: Vec<&str> = rows[13].split('|').map(str::trim).collect();
+    assert_eq!(cells[1..4], ["mixed, 0.5", "1..2", "3"], "{table}");
+    assert_eq!(cells[8], cell, "{table}");
+    Ok(())
+}
+
+#[test]
+fn measure_needs_enough_text() -> Result {
+    let folder = checkpoint(true)?;
+    let text = folder.path().join("text.txt");
+    fs::write(&text, "the cat sat on the mat\n")?;
+    let text = format!("--text={}", text.display());
+    for (args, expected) in [
+        (["--passages=2", "--tokens=2"], "only 1 of 2 passages have 2 tokens twice"),
+        (["--passages=1", "--tokens=2"], "expected at least 2 --passages and 2 --tokens"),
+    ] {
+        let stderr = fail("measure", folder.path(), &[&args[..], &[&text]].concat())?;
+        assert_eq!(stderr, format!("error: {expected}\n"));
+    }
     Ok(())
 }
 

@@ -4,18 +4,20 @@
 #![allow(dead_code, reason = "not every example uses everything")]
 
 use std::error::Error;
-use std::io::{ErrorKind, Write, stderr};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Write, stderr};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use hybrid_attention::generate::Progress;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::{GenerationConfig, HybridModel, StopReason, Thinking};
+use hybrid_attention::thought::{Halt, HandOff};
+use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt, StopReason, Thinking};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -78,12 +80,64 @@ impl ModelArgs {
     }
 }
 
-/// How to think; by default not at all.
+/// One prompt: text, a file of text, or token ids.
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("input").required(true).args(["prompt", "prompt_file", "ids"])))]
+pub struct PromptArgs {
+    /// The prompt
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+
+    /// A UTF-8 file that holds the prompt, taken as it is
+    #[arg(long, value_name = "F")]
+    pub prompt_file: Option<PathBuf>,
+
+    /// The prompt as token ids; needs no tokenizer
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = parse_id)]
+    #[arg(conflicts_with = "chat")]
+    pub ids: Option<Vec<u32>>,
+
+    /// Put the prompt into the model's chat template, as a user's message
+    #[arg(long)]
+    pub chat: bool,
+
+    /// A system message in front of it
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+}
+
+impl PromptArgs {
+    /// The prompt, all of it thought about if there is thinking.
+    pub fn prompt(&self) -> Result<Prompt> {
+        if let Some(ids) = &self.ids {
+            return Ok(ids.clone().into());
+        }
+        let text = self.text()?;
+        if !self.chat {
+            return Ok(text.into());
+        }
+        let system = self.system.iter().map(Message::system);
+        let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
+        Ok(Prompt::chat(&messages))
+    }
+
+    /// What was given as text.
+    pub fn text(&self) -> Result<String> {
+        match (&self.prompt, &self.prompt_file) {
+            (Some(text), _) => Ok(text.clone()),
+            (_, Some(path)) => read_text(path),
+            _ => Err("no prompt: give --prompt, --prompt-file or --ids".into()),
+        }
+    }
+}
+
+/// How to think; by default as the checkpoint says, which for most is not at all.
 #[derive(Args, Debug)]
 pub struct ThinkingArgs {
-    /// Bidirectional thought passes over the prompt; 0 is a plain Mistral
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub passes: usize,
+    /// Bidirectional thought passes over the prompt; 0 is a plain Mistral [default: for answers as
+    /// the checkpoint's hybrid.json says, else 0]
+    #[arg(long, value_name = "N")]
+    pub passes: Option<usize>,
 
     /// The layers that a thought pass runs [default: all]
     #[arg(long, value_name = "A..B", value_parser = parse_span)]
@@ -92,22 +146,46 @@ pub struct ThinkingArgs {
     /// Share of the new state in z += w (h - z), in [0, 1] [default: one over the passes]
     #[arg(long, value_name = "W")]
     pub weight: Option<f64>,
+
+    /// Stop thinking after a pass that moves the thoughts by less than this share of their length;
+    /// 0.03 is a good exit [default: never]
+    #[arg(long, value_name = "D")]
+    pub halt_drift: Option<f64>,
+
+    /// How the decoder receives the thoughts: refined, key-value, or mixed:W with the share W of
+    /// their keys and values [default: refined]
+    #[arg(long, value_name = "H", value_parser = parse_hand_off)]
+    pub hand_off: Option<HandOff>,
 }
 
 impl ThinkingArgs {
-    pub fn thinking(&self) -> Thinking {
+    /// What was asked for, if anything was.
+    pub fn thinking(&self) -> Option<Thinking> {
+        let passes = self.passes?;
         let refine = self.weight.map_or_else(Interpolate::damped, Interpolate::new);
-        let thinking = Thinking::passes(self.passes).refine(refine);
-        match &self.span {
-            Some(span) => thinking.span(span.clone()),
-            None => thinking,
-        }
+        let mut thinking = Thinking::passes(passes).refine(refine);
+        thinking = self.span.iter().cloned().fold(thinking, Thinking::span);
+        thinking = self.halt_drift.map(Halt::Drift).into_iter().fold(thinking, Thinking::halt);
+        Some(self.hand_off.into_iter().fold(thinking, Thinking::hand_off))
+    }
+
+    /// `config` with what was given on the command line.
+    pub fn apply(&self, config: GenerationConfig) -> GenerationConfig {
+        self.thinking().into_iter().fold(config, GenerationConfig::thinking)
     }
 
     /// Says so where options do nothing.
     pub fn warn(&self) {
-        if self.passes == 0 && (self.span.is_some() || self.weight.is_some()) {
-            say("note: --span and --weight do nothing without --passes");
+        let options = [
+            ("--span", self.span.is_some()),
+            ("--weight", self.weight.is_some()),
+            ("--halt-drift", self.halt_drift.is_some()),
+            ("--hand-off", self.hand_off.is_some()),
+        ];
+        for (option, _) in
+            options.iter().filter(|(_, given)| *given && self.passes.unwrap_or(0) == 0)
+        {
+            say(&format!("note: {option} does nothing without --passes"));
         }
     }
 }
@@ -153,10 +231,25 @@ impl SamplingArgs {
     }
 }
 
+/// A token id, with or without blanks around it.
+fn parse_id(text: &str) -> std::result::Result<u32, String> {
+    text.trim().parse().map_err(|_| "expected token ids like 1,2,3".to_string())
+}
+
 /// `14..18`
-fn parse_span(text: &str) -> std::result::Result<Range<usize>, String> {
+pub fn parse_span(text: &str) -> std::result::Result<Range<usize>, String> {
     let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
     ends.map(|(a, b)| a..b).ok_or_else(|| "expected two layer numbers like 14..18".to_string())
+}
+
+/// `refined`, `key-value` or `mixed:0.5`
+fn parse_hand_off(text: &str) -> std::result::Result<HandOff, String> {
+    match (text, text.strip_prefix("mixed:").map(str::parse)) {
+        ("refined", _) => Ok(HandOff::Refined),
+        ("key-value", _) => Ok(HandOff::KeyValue),
+        (_, Some(Ok(weight))) => Ok(HandOff::Mixed { weight }),
+        _ => Err("expected refined, key-value or mixed:W with a share W, as in mixed:0.5".into()),
+    }
 }
 
 /// The content of a text file, which must be UTF-8.
@@ -167,6 +260,25 @@ pub fn read_text(path: &Path) -> Result<String> {
         format!("{}: not UTF-8 at byte {at}", path.display())
     })?;
     Ok(text)
+}
+
+/// Whether a file could stand there: worth knowing before the work on its content.
+pub fn check_folder(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    match folder.is_none_or(Path::is_dir) {
+        true => Ok(()),
+        false => Err(format!("{}: its folder does not exist", path.display()).into()),
+    }
+}
+
+/// Writes a file, and says so.
+pub fn write(path: &Path, content: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let with_path = |error: std::io::Error| format!("{}: {error}", path.display());
+    let mut file = BufWriter::new(File::create(path).map_err(with_path)?);
+    content(&mut file)?;
+    file.flush().map_err(with_path)?;
+    say(&format!("[wrote {}]", path.display()));
+    Ok(())
 }
 
 /// A line on standard error, as far as anybody listens. What is in it may come from a file, so

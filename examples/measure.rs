@@ -1,0 +1,300 @@
+//! Does thinking about a text help to predict how it goes on?
+//!
+//! Each passage is cut in two. The first half is thought about, the second only read, and the figure
+//! is the negative log-likelihood of the second half's tokens: how surprised the model is by them,
+//! in nats per token, lower being better. Beside every setting stand its controls: no thinking, the
+//! first half read twice, and a loop of the same cost whose passes see only what comes before.
+//!
+//! ```text
+//! pip download --no-deps gensim && python3 -m zipfile -e gensim-*.whl .
+//! cargo run --release --example measure -- --model PATH --text gensim/test/test_data/lee_background.cor
+//! ```
+//!
+//! Nothing is drawn at random: the same model and text give the same table.
+
+mod common;
+
+use std::io::{Write, stdout};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use hybrid_attention::model::Sight;
+use hybrid_attention::refine::Interpolate;
+use hybrid_attention::thought::HandOff;
+use hybrid_attention::{GenerationConfig, HybridModel, Prompt, Thinking};
+use indicatif::ProgressBar;
+use serde::Serialize;
+use serde_json::json;
+
+const HAND_OFFS: [HandOff; 3] =
+    [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.5 }];
+const PASSES: [usize; 2] = [1, 3];
+const WEIGHTS: [f64; 3] = [0.05, 0.2, 1.0];
+const SIGHTS: [Sight; 2] = [Sight::Bidirectional, Sight::Causal];
+
+/// Measure whether thinking about the first half of a passage helps to predict the second.
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    model: common::ModelArgs,
+
+    /// A UTF-8 file of passages, one a line; those that are too short are skipped
+    #[arg(long, value_name = "F")]
+    text: PathBuf,
+
+    /// How many passages to take, from the first on
+    #[arg(long, default_value_t = 40, value_name = "N")]
+    passages: usize,
+
+    /// Tokens of each half; what a passage has beyond the second half is not used
+    #[arg(long, default_value_t = 96, value_name = "N")]
+    tokens: usize,
+
+    /// The layers to think with besides all of them [default: the middle third]
+    #[arg(long, value_name = "A..B", value_parser = common::parse_span)]
+    span: Option<Range<usize>>,
+
+    /// Also write the figures as JSON, those of each passage included
+    #[arg(long, value_name = "F")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    common::main(|| run(&Cli::parse()))
+}
+
+fn run(cli: &Cli) -> common::Result<()> {
+    if cli.passages < 2 || cli.tokens < 2 {
+        return Err("expected at least 2 --passages and 2 --tokens".into());
+    }
+    cli.json.iter().try_for_each(|path| common::check_folder(path))?;
+    let text = common::read_text(&cli.text)?;
+    let (model, _) = cli.model.load()?;
+    let passages = passages(&model, &text, cli.passages, cli.tokens)?;
+    let layers = model.config().num_hidden_layers;
+    let middle = cli.span.clone().unwrap_or(layers / 3..(2 * layers / 3).max(layers / 3 + 1));
+    let settings = settings(&[0..layers, middle]);
+
+    let count = (settings.len() + 2) * passages.len();
+    let bar = common::bar(count as u64, "measuring [{bar:30}] {pos}/{len}, {eta} to go");
+    let measure = |prompt: &dyn Fn(&Passage) -> Prompt, thinking: &Thinking| {
+        losses(&model, &passages, prompt, thinking, &bar)
+    };
+    let plain = measure(&Passage::prompt, &Thinking::none())?;
+    let repeated = measure(&Passage::repeated, &Thinking::none())?;
+    let thought = settings.iter().map(|setting| measure(&Passage::prompt, &setting.thinking()));
+    let thought = thought.collect::<common::Result<Vec<_>>>()?;
+    bar.finish_and_clear();
+
+    let report = Report { tokens: cli.tokens, plain, repeated, settings, thought };
+    if let Some(path) = &cli.json {
+        common::write(path, |file| Ok(serde_json::to_writer(file, &report.json())?))?;
+    }
+    Ok(write!(stdout(), "{}", report.table())?)
+}
+
+/// Two neighbouring stretches of a text.
+struct Passage {
+    first: Vec<u32>,
+    second: Vec<u32>,
+    /// Whether `first` opens with the token that begins a text.
+    begins: bool,
+}
+
+impl Passage {
+    /// As when `first` is a prompt and `second` its answer: the prompt's last token is only read.
+    fn prompt(&self) -> Prompt {
+        let (context, last) = self.first.split_at(self.first.len().saturating_sub(1));
+        Prompt::default().context_ids(context).plain_ids(last).plain_ids(&self.second)
+    }
+
+    /// The control that reads the first half twice, as one text.
+    fn repeated(&self) -> Prompt {
+        let again: Vec<u32> = self.first.iter().copied().skip(usize::from(self.begins)).collect();
+        Prompt::default().plain_ids(&self.first).plain_ids(&again).plain_ids(&self.second)
+    }
+}
+
+/// The first `count` lines of `text` that have two halves of `tokens` tokens.
+fn passages(
+    model: &HybridModel,
+    text: &str,
+    count: usize,
+    tokens: usize,
+) -> common::Result<Vec<Passage>> {
+    let tokenizer = model.tokenizer().ok_or("the checkpoint has no tokenizer")?;
+    let mut passages = Vec::new();
+    for line in text.lines() {
+        let ids = tokenizer.encode(line.trim(), true)?;
+        let halves = (ids.get(..tokens), ids.get(tokens..2 * tokens));
+        if let (Some(first), Some(second)) = halves
+            && passages.len() < count
+        {
+            let begins = ids.first().copied() == tokenizer.bos_token_id();
+            passages.push(Passage { first: first.to_vec(), second: second.to_vec(), begins });
+        }
+    }
+    match passages.len() {
+        found if found == count => Ok(passages),
+        found => Err(format!("only {found} of {count} passages have {tokens} tokens twice").into()),
+    }
+}
+
+/// One way to think.
+#[derive(Clone, Debug, Serialize)]
+struct Setting {
+    hand_off: HandOff,
+    span: Range<usize>,
+    passes: usize,
+    sight: Sight,
+    weight: f64,
+}
+
+impl Setting {
+    fn thinking(&self) -> Thinking {
+        Thinking::passes(self.passes)
+            .span(self.span.clone())
+            .sight(self.sight)
+            .refine(Interpolate::new(self.weight))
+            .hand_off(self.hand_off)
+    }
+}
+
+/// All combinations, in the order of the table: one row after the other.
+fn settings(spans: &[Range<usize>]) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    for hand_off in HAND_OFFS {
+        for span in spans {
+            for passes in PASSES {
+                for sight in SIGHTS {
+                    settings.extend(WEIGHTS.map(|weight| Setting {
+                        hand_off,
+                        span: span.clone(),
+                        passes,
+                        sight,
+                        weight,
+                    }));
+                }
+            }
+        }
+    }
+    settings
+}
+
+/// The loss of each passage's second half, in nats per token.
+fn losses(
+    model: &HybridModel,
+    passages: &[Passage],
+    prompt: &dyn Fn(&Passage) -> Prompt,
+    thinking: &Thinking,
+    bar: &ProgressBar,
+) -> common::Result<Vec<f64>> {
+    let config = GenerationConfig::default().prompt_logprobs(true).max_tokens(0);
+    let config = config.thinking(thinking.clone());
+    let loss = |passage: &Passage| {
+        let answer = model.generate(prompt(passage), &config)?;
+        bar.inc(1);
+        let logprobs = answer.prompt_logprobs.unwrap_or_default();
+        let second = logprobs.iter().rev().take(passage.second.len()).flatten();
+        Ok(-second.map(|&logprob| f64::from(logprob)).sum::<f64>() / passage.second.len() as f64)
+    };
+    passages.iter().map(loss).collect()
+}
+
+/// A mean over passages and its standard error.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Estimate {
+    mean: f64,
+    standard_error: f64,
+}
+
+impl Estimate {
+    fn of(values: &[f64]) -> Self {
+        let count = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / count;
+        let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+        Self { mean, standard_error: (squares / (count - 1.0) / count).sqrt() }
+    }
+
+    /// How much higher `values` are than `base`, passage by passage.
+    fn of_difference(values: &[f64], base: &[f64]) -> Self {
+        let differences: Vec<f64> = values.iter().zip(base).map(|(a, b)| a - b).collect();
+        Self::of(&differences)
+    }
+
+    /// A difference: `+0.031 ± 0.004`
+    fn signed(self) -> String {
+        format!("{:+.3} ± {:.3}", self.mean, self.standard_error)
+    }
+}
+
+/// Losses in nats per token, one for each passage.
+struct Report {
+    tokens: usize,
+    plain: Vec<f64>,
+    repeated: Vec<f64>,
+    settings: Vec<Setting>,
+    /// For each setting.
+    thought: Vec<Vec<f64>>,
+}
+
+impl Report {
+    fn json(&self) -> serde_json::Value {
+        let row = |(setting, losses): (&Setting, &Vec<f64>)| {
+            let difference = Estimate::of_difference(losses, &self.plain);
+            json!({ "setting": setting, "difference": difference, "losses": losses })
+        };
+        json!({
+            "passages": self.plain.len(),
+            "tokens": self.tokens,
+            "plain": { "mean": Estimate::of(&self.plain), "losses": self.plain },
+            "repeated": {
+                "difference": Estimate::of_difference(&self.repeated, &self.plain),
+                "losses": self.repeated,
+            },
+            "thought": self.settings.iter().zip(&self.thought).map(row).collect::<Vec<_>>(),
+        })
+    }
+
+    /// A Markdown table; a row has every sight and weight of one hand-off, span and passes.
+    fn table(&self) -> String {
+        let plain = Estimate::of(&self.plain);
+        let mut table = format!(
+            "{} passages, {} tokens thought about, {} predicted. Nats per token, ± standard error.\n\
+             No thinking: {:.3} ± {:.3}. First half read twice: {}. The others, less no thinking:\n\n",
+            self.plain.len(),
+            self.tokens,
+            self.tokens,
+            plain.mean,
+            plain.standard_error,
+            Estimate::of_difference(&self.repeated, &self.plain).signed(),
+        );
+        let columns = SIGHTS.iter().flat_map(|sight| WEIGHTS.map(|weight| (*sight, weight)));
+        let heads: Vec<String> = columns
+            .map(|(sight, weight)| match sight {
+                Sight::Bidirectional => format!("both ways, w = {weight}"),
+                Sight::Causal => format!("causal, w = {weight}"),
+            })
+            .collect();
+        table += &format!("| hand-off | layers | passes | {} |\n", heads.join(" | "));
+        table += &format!("|---|---|---|{}\n", "---|".repeat(heads.len()));
+        let rows = self.settings.chunks(heads.len()).zip(self.thought.chunks(heads.len()));
+        for (settings, losses) in rows {
+            let Some(Setting { hand_off, span, passes, .. }) = settings.first() else { continue };
+            let cells: Vec<String> = losses
+                .iter()
+                .map(|losses| Estimate::of_difference(losses, &self.plain).signed())
+                .collect();
+            let hand_off = match hand_off {
+                HandOff::Refined => "refined".to_owned(),
+                HandOff::KeyValue => "key-value".to_owned(),
+                HandOff::Mixed { weight } => format!("mixed, {weight}"),
+                other => format!("{other:?}"),
+            };
+            table += &format!("| {hand_off} | {span:?} | {passes} | {} |\n", cells.join(" | "));
+        }
+        table
+    }
+}

@@ -131,7 +131,7 @@ fn each_rule_stops_where_its_quantity_first_falls_below_the_tolerance() -> Resul
 fn a_quantity_at_the_tolerance_does_not_stop() -> Result {
     let model = tiny::transformer(&tiny::config(), 5)?;
     let ids = tiny::tokens(model.config(), 5, 8);
-    let text = text(&model, &ids, &[0..7])?;
+    let text = text(&model, &ids, &[0..3, 3..7])?;
     let drift = think(&model, &thinking(1, 0..3), &text)?.trace.drift()[0];
     let reason = |tolerance: f64| -> Result<Halted> {
         let thinking = thinking(1, 0..3).halt(Halt::Drift(tolerance));
@@ -276,7 +276,7 @@ fn rows_of_a_batch_stop_one_by_one() -> Result {
 fn a_row_that_stopped_keeps_its_thoughts() -> Result {
     let model = tiny::transformer(&tiny::config(), 20)?;
     let ids = tiny::tokens(model.config(), 20, 16);
-    let layout = Layout::dense(2, 8).with_context(0, &[0..2])?;
+    let layout = Layout::dense(2, 8).with_context(0, &[0..1, 2..3])?;
     let text = Text::new(&model, &ids, layout)?;
     let after = |passes, rule: Option<Halt>| {
         think(&model, &rule.into_iter().fold(thinking(passes, 0..3), Thinking::halt), &text)

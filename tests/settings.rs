@@ -8,7 +8,8 @@ use std::path::Path;
 use candle_core::Device;
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
-    Among, Anchor, CosineReweight, Focus, Interpolate, OpConfig, Refine, Seq, Step, seq,
+    Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, OpConfig,
+    Optimizer, OutputNudge, Refine, Seq, Step, seq,
 };
 use hybrid_attention::thought::{Detail, Halt, HandOff};
 use hybrid_attention::{
@@ -228,13 +229,35 @@ fn ops() -> impl Strategy<Value = OpConfig> {
             OpConfig::CosineReweight(if exclude_self { op.exclude_self() } else { op })
         },
     );
-    prop_oneof![interpolate, reweight, Just(OpConfig::Interpolate(Interpolate::gated()))]
+    let optimizer = prop_oneof![
+        shares().prop_map(|learning_rate| Optimizer::Sgd { learning_rate }),
+        shares().prop_map(|learning_rate| Optimizer::Adam { learning_rate }),
+    ];
+    let gradient = (0usize..3, optimizer, 0.01..1.0).prop_map(|(steps, optimizer, trust)| {
+        OpConfig::GradientNudge(GradientNudge::new(steps).optimizer(optimizer).trust(trust))
+    });
+    let sizes = (0.01..1.0, 0.01..10.0, 0.01..1.0);
+    let forward = (0usize..3, 1usize..4, sizes, any::<u64>()).prop_map(
+        |(steps, directions, (sigma, temperature, trust), seed)| {
+            let op = ForwardNudge::new(steps).directions(directions).sigma(sigma);
+            OpConfig::ForwardNudge(op.temperature(temperature).trust(trust).seed(seed))
+        },
+    );
+    prop_oneof![
+        interpolate,
+        reweight,
+        gradient,
+        forward,
+        Just(OpConfig::Interpolate(Interpolate::gated()))
+    ]
 }
 
 fn sequence(ops: Vec<OpConfig>) -> Option<Seq> {
     ops.into_iter().try_fold(seq(), |seq, op| match op {
         OpConfig::Interpolate(op) => Some(seq.add(op)),
         OpConfig::CosineReweight(op) => Some(seq.add(op)),
+        OpConfig::GradientNudge(op) => Some(seq.add(op)),
+        OpConfig::ForwardNudge(op) => Some(seq.add(op)),
         _ => None,
     })
 }
@@ -259,13 +282,17 @@ fn thinkings() -> impl Strategy<Value = Thinking> {
         hand_off,
         select(vec![Detail::Drift, Detail::Tokens, Detail::Maps]),
     );
+    let nudge = (0usize..3, shares())
+        .prop_map(|(steps, learning_rate)| OutputNudge::new(steps).learning_rate(learning_rate));
+    let refine = (refine, prop::option::of(nudge));
     let when = (0usize..4, prop::collection::vec(halt, 0..4), 0usize..5);
     (when, how, refine).prop_map(
-        |((passes, halts, every), (span, sight, hand_off, detail), refine)| {
+        |((passes, halts, every), (span, sight, hand_off, detail), (refine, nudge))| {
             let thinking = Thinking::passes(passes).sight(sight).hand_off(hand_off);
             let thinking = thinking.rethink_every(every).detail(detail);
             let thinking = halts.into_iter().fold(thinking, Thinking::halt);
             let thinking = refine.into_iter().fold(thinking, Thinking::refine);
+            let thinking = nudge.into_iter().fold(thinking, Thinking::output_nudge);
             span.into_iter().fold(thinking, |it, (from, to)| it.span(from..to.max(from + 1)))
         },
     )
@@ -376,6 +403,7 @@ proptest! {
 #[test]
 fn settings_are_spelled_plainly() -> Result {
     let thinking = own().sight(Sight::Causal).rethink_every(7).detail(Detail::Maps);
+    let thinking = thinking.output_nudge(OutputNudge::new(3).learning_rate(0.1));
     let thinking = thinking.halt(Halt::Drift(0.03)).halt(Halt::Cosine(0.01)).halt(Halt::Kl(0.5));
     let refine = json!([
         {"op": "cosine_reweight", "how": "mix", "strength": 0.2},
@@ -384,7 +412,7 @@ fn settings_are_spelled_plainly() -> Result {
     let mut written = json!({
         "passes": 2, "span": [1, 3], "sight": "causal", "refine": refine,
         "halt": [{"drift": 0.03}, {"cosine": 0.01}, {"kl": 0.5}], "hand_off": "key_value",
-        "rethink_every": 7, "detail": "maps",
+        "output_nudge": {"steps": 3, "learning_rate": 0.1}, "rethink_every": 7, "detail": "maps",
     });
     assert_eq!(serde_json::to_value(&thinking)?, written);
     let mixed = thinking.clone().hand_off(HandOff::Mixed { weight: 0.25 });

@@ -88,7 +88,7 @@ fn refusal(weights: &Weights) -> Result<Error> {
 }
 
 fn layout() -> Result<Layout> {
-    Ok(Layout::ragged(&[9, 6]).with_context(0, &[0..4, 5..8])?.with_context(1, &[1..6])?)
+    Ok(Layout::ragged(&[9, 6]).with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?)
 }
 
 fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {

@@ -1,6 +1,6 @@
 //! The model as its user meets it: weights, tokenizer and defaults of one checkpoint together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Conversation, GenerationConfig, Progress, Prompt, Source, TokenStream,
 };
-use crate::load::{Checkpoint, HYBRID_JSON};
+use crate::load::Checkpoint;
 use crate::model::{Layout, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
 use crate::thought::{Text, Thinking, Thoughts};
@@ -183,15 +183,15 @@ impl HybridModel {
             Error::malformed(checkpoint.path().join("generation_config.json"), error)
         })?;
 
-        let hybrid_json = checkpoint.path().join(HYBRID_JSON);
+        let (thinking_file, thinking) = match checkpoint.hybrid_json()? {
+            Some((path, text)) => (path, Thinking::from_json(&text)),
+            None => (PathBuf::new(), Ok(Thinking::none())),
+        };
         let malformed = |error| match error {
-            Error::Malformed { message, .. } => Error::malformed(&hybrid_json, message),
-            other => Error::malformed(&hybrid_json, other),
+            Error::Malformed { message, .. } => Error::malformed(&thinking_file, message),
+            other => Error::malformed(&thinking_file, other),
         };
-        let thinking = match checkpoint.hybrid_json()? {
-            Some(text) => Thinking::from_json(&text).map_err(malformed)?,
-            None => Thinking::none(),
-        };
+        let thinking = thinking.map_err(malformed)?;
 
         let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
         let transformer = Transformer::new(checkpoint.config(), &mut weights)?;

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::Device;
+use candle_core::quantized::GgmlDType;
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
     Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, OpConfig,
@@ -23,7 +24,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use common::tiny::{self, holds};
-use common::{Result, assert_identical, fixture, write_hugging_face};
+use common::{Result, assert_identical, fixture, write_gguf, write_hugging_face};
 
 // ---- the checkpoint's own thinking ----
 
@@ -130,10 +131,10 @@ fn so_it_does_for_thoughts_and_chats() -> Result {
 #[test]
 fn a_hybrid_json_that_is_none_is_refused() -> Result {
     for (text, expected) in [
-        ("", "EOF while parsing"),
+        ("", "expected a JSON object"),
         ("{", "EOF while parsing"),
-        ("[1, 2]", "expected a tuple"),
-        ("null", "invalid type: null"),
+        ("[]", "expected a JSON object"),
+        ("null", "expected a JSON object"),
         (r#"{"pases": 3}"#, "unknown field `pases`"),
         (r#"{"passes": 3} x"#, "trailing characters"),
         (r#"{"passes": 3, "passes": 4}"#, "duplicate field `passes`"),
@@ -180,6 +181,23 @@ fn a_hybrid_json_that_is_none_is_refused() -> Result {
         Err(Error::Io { path, .. }) => assert!(path.ends_with("hybrid.json"), "{path:?}"),
         other => return Err(format!("{:?}", other.map(|_| "loaded")).into()),
     }
+    Ok(())
+}
+
+/// Beside a GGUF file it counts as in a folder, and a file elsewhere does not.
+#[test]
+fn a_gguf_file_has_its_hybrid_json_beside_it() -> Result {
+    let (folder, config) = (tempfile::tempdir()?, tiny::config());
+    let weights = tiny::weights(&config, 1)?.into_iter().collect();
+    let path = folder.path().join("model.gguf");
+    write_gguf(&path, &config, &weights, GgmlDType::F32)?;
+    let load = || HybridModel::from_gguf(&path, None, &Device::Cpu);
+    assert!(load()?.thinking().is_none());
+    fs::write(folder.path().join("hybrid.json"), OWN)?;
+    assert_eq!(serde_json::to_value(load()?.thinking())?, serde_json::to_value(own())?);
+    fs::write(folder.path().join("hybrid.json"), "{")?;
+    let refused = load().err().map(|error| error.to_string()).unwrap_or_default();
+    assert!(refused.contains("hybrid.json") && refused.contains("EOF"), "{refused}");
     Ok(())
 }
 

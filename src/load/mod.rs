@@ -42,9 +42,6 @@ pub use self::weights::CheckpointWeights;
 use crate::config::{Config, integer};
 use crate::error::{Error, Result};
 
-/// The file beside the weights that says how to think with them.
-pub(crate) const HYBRID_JSON: &str = "hybrid.json";
-
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
@@ -211,17 +208,21 @@ impl Checkpoint {
         GenerationDefaults::read(&self.path)
     }
 
-    /// The text of `hybrid.json`: how the makers of a checkpoint think with it. `None` if there is
-    /// none, or for a GGUF file.
+    /// The `hybrid.json` beside the weights, in the folder itself or in that of a GGUF file: how the
+    /// makers of a checkpoint think with it. Where it is, and its text; `None` if there is none.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn hybrid_json(&self) -> Result<Option<String>> {
-        let path = self.path.join(HYBRID_JSON);
-        if self.gguf_metadata.is_some() || !path.is_file() {
-            return Ok(None);
-        }
-        std::fs::read_to_string(&path).map(Some).map_err(Error::io(&path))
+    pub fn hybrid_json(&self) -> Result<Option<(PathBuf, String)>> {
+        let folder = match &self.gguf_metadata {
+            Some(_) if self.path.is_file() => self.path.parent(),
+            Some(_) => None,
+            None => Some(self.path.as_path()),
+        };
+        let path = folder.map(|folder| folder.join("hybrid.json"));
+        let Some(path) = path.filter(|path| path.is_file()) else { return Ok(None) };
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        Ok(Some((path, text)))
     }
 
     /// The weights, as tensors of `dtype` on `device`.

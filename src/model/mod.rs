@@ -274,9 +274,11 @@ impl Transformer {
         layout: &Layout,
         sight: Sight,
     ) -> Result<Tensor> {
+        if self.thought_layers.is_empty() {
+            return Ok(xs.clone());
+        }
         let view = self.view(xs, layout, sight)?;
-        let blocks = self.thought_layers.iter();
-        blocks.into_iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+        self.thought_layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
     }
 
     /// Where attention goes when `layers` run over `xs`: for each layer the share of every token's

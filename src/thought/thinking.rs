@@ -1,5 +1,6 @@
 //! How to think: the settings of the thought loop.
 
+use std::fmt::Display;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -110,8 +111,11 @@ impl Thinking {
     /// [`Error::Malformed`] for text that is something else, or names a setting there is not; as
     /// [`Thinking::validate`] for values.
     pub fn from_json(text: &str) -> Result<Self> {
-        let thinking: Self =
-            serde_json::from_str(text).map_err(|error| Error::malformed("hybrid.json", error))?;
+        let malformed = |error: &dyn Display| Error::malformed("hybrid.json", error);
+        if !text.trim_start().starts_with('{') {
+            return Err(malformed(&"expected a JSON object")); // serde would take a list, too
+        }
+        let thinking: Self = serde_json::from_str(text).map_err(|error| malformed(&error))?;
         thinking.validate()?;
         Ok(thinking)
     }

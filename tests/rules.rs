@@ -573,3 +573,19 @@ fn weights_are_shared_between_threads() -> Result {
     }
     Ok(())
 }
+
+/// Longer than what any part of a block takes at a time, at once and through a cache.
+#[test]
+fn a_long_text_at_once_is_the_same_in_chunks() -> Result {
+    let model = tiny::transformer(&tiny::config(), 14)?;
+    let layout = Layout::ragged(&[1300, 900]);
+    let xs = tiny::text(&model, &layout, 14)?.embeddings().clone();
+    let whole = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
+    let mut cache = model.new_cache(&layout, 1300)?;
+    let chunks = model.forward(&xs, 0..3, Pass::Cached(&mut cache))?;
+    for (row, length) in [(0, 1300), (1, 900)] {
+        let text = |xs: &Tensor| xs.narrow(0, row, 1)?.narrow(1, 1300 - length, length);
+        assert_close("row", &text(&whole)?, &text(&chunks)?, ROUNDING)?;
+    }
+    Ok(())
+}

@@ -8,6 +8,9 @@ use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
 
+/// Tokens that are widened at a time; enough that reading the weights again costs nothing.
+const TOKENS_AT_ONCE: usize = 1024;
+
 /// `down(silu(gate(x)) · up(x))`
 #[derive(Debug)]
 pub(super) struct Mlp {
@@ -28,8 +31,21 @@ impl Mlp {
         })
     }
 
-    /// `(batch, seq, hidden) -> (batch, seq, hidden)`
+    /// `(batch, seq, hidden) -> (batch, seq, hidden)`. A long text goes piece by piece, because what
+    /// stands inside is several times as wide.
     pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let (batch, seq, _) = xs.dims3()?;
+        let step = (TOKENS_AT_ONCE / batch).max(1);
+        if seq <= step || xs.track_op() {
+            return self.forward_whole(xs);
+        }
+        let pieces = (0..seq).step_by(step).map(|start| {
+            self.forward_whole(&xs.narrow(1, start, step.min(seq - start))?.contiguous()?)
+        });
+        Ok(Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)?)
+    }
+
+    fn forward_whole(&self, xs: &Tensor) -> Result<Tensor> {
         let (gate, up) = (self.gate_proj.forward(xs)?, self.up_proj.forward(xs)?);
         self.down_proj.forward(&ops::swiglu(gate, &up)?) // (batch, seq, intermediate) inside
     }

@@ -5,6 +5,11 @@
 //! in nats per token, lower being better. Beside every setting stand its controls: no thinking, the
 //! first half read twice, and a loop of the same cost whose passes see only what comes before.
 //!
+//! Thoughts move along the sphere and keep their length: what leaves a stack is many times as long as
+//! what enters it, and a straight step, however small, would be mostly a change of length. The first
+//! token is only read, unless `--first` says otherwise: models rest their attention on it (attention
+//! sinks, Xiao et al. 2023), and they lose that when it changes.
+//!
 //! ```text
 //! pip download --no-deps gensim && python3 -m zipfile -e gensim-*.whl .
 //! cargo run --release --example measure -- --model PATH --text gensim/test/test_data/lee_background.cor
@@ -52,6 +57,10 @@ struct Cli {
     #[arg(long, default_value_t = 96, value_name = "N")]
     tokens: usize,
 
+    /// Think about the first token, too
+    #[arg(long)]
+    first: bool,
+
     /// The layers to think with besides all of them [default: the middle third]
     #[arg(long, value_name = "A..B", value_parser = common::parse_span)]
     span: Option<Range<usize>>,
@@ -72,20 +81,27 @@ fn run(cli: &Cli) -> common::Result<()> {
     cli.json.iter().try_for_each(|path| common::check_folder(path))?;
     let text = common::read_text(&cli.text)?;
     let (model, _) = cli.model.load()?;
-    let passages = passages(&model, &text, cli.passages, cli.tokens)?;
+    let passages = passages(&model, &text, cli)?;
     let layers = model.config().num_hidden_layers;
     let middle = cli.span.clone().unwrap_or(layers / 3..(2 * layers / 3).max(layers / 3 + 1));
     let settings = settings(&[0..layers, middle]);
 
-    let count = (settings.len() + 2) * passages.len();
+    let own = settings.iter().filter(|setting| **setting == setting.equal()).count();
+    let count = (own + 2) * passages.len();
     let bar = common::bar(count as u64, "measuring [{bar:30}] {pos}/{len}, {eta} to go");
     let measure = |prompt: &dyn Fn(&Passage) -> Prompt, thinking: &Thinking| {
         losses(&model, &passages, prompt, thinking, &bar)
     };
     let plain = measure(&Passage::prompt, &Thinking::none())?;
     let repeated = measure(&Passage::repeated, &Thinking::none())?;
-    let thought = settings.iter().map(|setting| measure(&Passage::prompt, &setting.thinking()));
-    let thought = thought.collect::<common::Result<Vec<_>>>()?;
+    let mut thought: Vec<Vec<f64>> = Vec::new();
+    for setting in &settings {
+        let same = settings.iter().zip(&thought).find(|(done, _)| **done == setting.equal());
+        thought.push(match same {
+            Some((_, losses)) => losses.clone(),
+            None => measure(&Passage::prompt, &setting.thinking())?,
+        });
+    }
     bar.finish_and_clear();
 
     let report = Report { tokens: cli.tokens, plain, repeated, settings, thought };
@@ -101,13 +117,17 @@ struct Passage {
     second: Vec<u32>,
     /// Whether `first` opens with the token that begins a text.
     begins: bool,
+    /// Tokens from the first on that are only read.
+    only_read: usize,
 }
 
 impl Passage {
     /// As when `first` is a prompt and `second` its answer: the prompt's last token is only read.
     fn prompt(&self) -> Prompt {
         let (context, last) = self.first.split_at(self.first.len().saturating_sub(1));
-        Prompt::default().context_ids(context).plain_ids(last).plain_ids(&self.second)
+        let (read, context) = context.split_at(self.only_read.min(context.len()));
+        let prompt = Prompt::default().plain_ids(read).context_ids(context);
+        prompt.plain_ids(last).plain_ids(&self.second)
     }
 
     /// The control that reads the first half twice, as one text.
@@ -117,13 +137,9 @@ impl Passage {
     }
 }
 
-/// The first `count` lines of `text` that have two halves of `tokens` tokens.
-fn passages(
-    model: &HybridModel,
-    text: &str,
-    count: usize,
-    tokens: usize,
-) -> common::Result<Vec<Passage>> {
+/// The first `--passages` lines of `text` that have two halves of `--tokens` tokens.
+fn passages(model: &HybridModel, text: &str, cli: &Cli) -> common::Result<Vec<Passage>> {
+    let (count, tokens, only_read) = (cli.passages, cli.tokens, usize::from(!cli.first));
     let tokenizer = model.tokenizer().ok_or("the checkpoint has no tokenizer")?;
     let mut passages = Vec::new();
     for line in text.lines() {
@@ -133,7 +149,8 @@ fn passages(
             && passages.len() < count
         {
             let begins = ids.first().copied() == tokenizer.bos_token_id();
-            passages.push(Passage { first: first.to_vec(), second: second.to_vec(), begins });
+            let (first, second) = (first.to_vec(), second.to_vec());
+            passages.push(Passage { first, second, begins, only_read });
         }
     }
     match passages.len() {
@@ -143,7 +160,7 @@ fn passages(
 }
 
 /// One way to think.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 struct Setting {
     hand_off: HandOff,
     span: Range<usize>,
@@ -157,8 +174,17 @@ impl Setting {
         Thinking::passes(self.passes)
             .span(self.span.clone())
             .sight(self.sight)
-            .refine(Interpolate::new(self.weight))
+            .refine(Interpolate::new(self.weight).slerp().match_norm())
             .hand_off(self.hand_off)
+    }
+
+    /// A setting that computes the same: keys and values of a causal run are those of re-reading.
+    fn equal(&self) -> Self {
+        let hand_off = match (self.hand_off, self.sight) {
+            (HandOff::KeyValue, Sight::Causal) => HandOff::Refined,
+            (other, _) => other,
+        };
+        Self { hand_off, ..self.clone() }
     }
 }
 

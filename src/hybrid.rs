@@ -88,7 +88,8 @@ impl EmbedConfig {
         self
     }
 
-    /// How to think about a text before it is read. Default: not at all.
+    /// How to think about a text before it is read. Default: not at all; a checkpoint's `hybrid.json`
+    /// is about answers.
     #[must_use]
     pub fn thinking(mut self, thinking: Thinking) -> Self {
         self.thinking = thinking;

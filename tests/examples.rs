@@ -109,7 +109,7 @@ fn help_lists_every_option() -> Result {
     let chat = ["--system", "--context"];
     let embed = ["--file", "--pooling", "--causal", "--json", "weighted-mean"];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
-    let measure = ["--text", "--passages", "--tokens", "--span", "--json"];
+    let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
     for (name, options) in [
         ("generate", [&shared[..], &sampling, &prompt, &generate].concat()),
         ("chat", [&shared[..], &sampling, &chat].concat()),
@@ -794,11 +794,12 @@ fn measure_sets_every_way_to_think_beside_its_controls() -> Result {
     let thinking = Thinking::passes(3)
         .span(1..2)
         .sight(Sight::Causal)
-        .refine(Interpolate::new(0.2))
+        .refine(Interpolate::new(0.2).slerp().match_norm())
         .hand_off(HandOff::Mixed { weight: 0.5 });
     for (index, line) in [lines[0], lines[2]].iter().enumerate() {
         let ids = tokenizer.encode(line, true)?;
-        let prompt = Prompt::default().context_ids(&ids[..2]).plain_ids(&ids[2..6]);
+        let prompt = Prompt::default().plain_ids(&ids[..1]).context_ids(&ids[1..2]);
+        let prompt = prompt.plain_ids(&ids[2..6]);
         let twice = [&ids[..3], &ids[1..3], &ids[3..6]].concat();
         for (reported, expected) in [
             (&report["plain"], loss(prompt.clone(), Thinking::none())?),

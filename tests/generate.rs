@@ -122,10 +122,12 @@ fn settings() -> impl Strategy<Value = GenerationConfig> {
         prop::collection::vec(0..VOCAB, 0..8),
         prop::collection::vec(0..VOCAB, 0..8),
     );
-    let more = (0usize..20, 0usize..4, any::<bool>(), 0usize..3, 0.0..=1.0f64);
+    let thinking = (0usize..3, 0.0..=1.0f64, 0usize..4);
+    let more = (0usize..20, 0usize..4, any::<bool>(), thinking);
     (sampling, stops, more).prop_map(|(sampling, (texts, ids, eos), more)| {
         let (temperature, top_k, top_p, min_p, repetition, seed) = sampling;
-        let (max_tokens, top, prompt_logprobs, passes, weight) = more;
+        let (max_tokens, top, prompt_logprobs, (passes, weight, every)) = more;
+        let thinking = Thinking::passes(passes).span(1..3).refine(Interpolate::new(weight));
         let config = GenerationConfig::default()
             .temperature(temperature)
             .top_k(top_k)
@@ -137,7 +139,7 @@ fn settings() -> impl Strategy<Value = GenerationConfig> {
             .top_logprobs(top)
             .prompt_logprobs(prompt_logprobs)
             .eos_ids(eos)
-            .thinking(Thinking::passes(passes).span(1..3).refine(Interpolate::new(weight)));
+            .thinking(thinking.rethink_every(every));
         let config = texts.into_iter().fold(config, GenerationConfig::stop);
         ids.into_iter().fold(config, GenerationConfig::stop_id)
     })
@@ -179,6 +181,26 @@ proptest! {
         prop_assert_eq!(answer.stop, StopReason::StopString);
         prop_assert_eq!(Some(answer.text), text.split(&stop).next().map(str::to_owned));
     }
+}
+
+/// Thinking again on the way changes what is said, not how it is told: the stop string ends the same
+/// text, and every token has the same log-probabilities.
+#[test]
+fn stop_strings_and_logprobs_hold_while_thinking_again() -> Result {
+    let model = shared()?;
+    let thinking = Thinking::passes(1).span(1..3).refine(Interpolate::new(0.5)).rethink_every(4);
+    let how = free_run().max_tokens(24).top_logprobs(2).thinking(thinking);
+    let whole = model.generate("the cat", &how)?;
+    assert_eq!(whole.traces.len(), 1 + 23 / 4);
+    for (from, _) in whole.text.char_indices() {
+        let stop: String = whole.text[from..].chars().take(2).collect();
+        let answer = model.generate("the cat", &how.clone().stop(&stop))?;
+        assert_eq!(Some(answer.text.as_str()), whole.text.split(&stop).next());
+        assert_eq!(answer.stop, StopReason::StopString);
+        assert_eq!(answer.ids, whole.ids[..answer.ids.len()]);
+        assert_eq!(answer.top_logprobs, whole.top_logprobs[..answer.ids.len()]);
+    }
+    Ok(())
 }
 
 #[test]

@@ -101,7 +101,8 @@ fn help(name: &str) -> Result<String> {
 #[test]
 fn help_lists_every_option() -> Result {
     let model = ["--model", "--dtype", "--device"];
-    let thinking = ["--passes", "--span", "--weight", "--halt-drift", "--hand-off"];
+    let thinking =
+        ["--passes", "--span", "--weight", "--halt-drift", "--hand-off", "--rethink-every"];
     let shared = [&model[..], &thinking].concat();
     let sampling = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed"];
     let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system"];
@@ -139,7 +140,17 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
         (vec![], base.clone()),
         (
             vec!["--passes=2", "--span=1..3", "--weight=0.3", "--max-tokens=5"],
-            base.clone().thinking(thinking).max_tokens(5),
+            base.clone().thinking(thinking.clone()).max_tokens(5),
+        ),
+        (
+            vec![
+                "--passes=2",
+                "--span=1..3",
+                "--weight=0.3",
+                "--max-tokens=5",
+                "--rethink-every=2",
+            ],
+            base.clone().thinking(thinking.rethink_every(2)).max_tokens(5),
         ),
         (
             vec![

@@ -143,7 +143,8 @@ pub struct ThinkingArgs {
     #[arg(long, value_name = "A..B", value_parser = parse_span)]
     pub span: Option<Range<usize>>,
 
-    /// Share of the new state in z += w (h - z), in [0, 1] [default: one over the passes]
+    /// Share of the new state in z += w (h - z), in [0, 1] [default: one over the passes, or the
+    /// checkpoint's own gate]
     #[arg(long, value_name = "W")]
     pub weight: Option<f64>,
 
@@ -156,14 +157,20 @@ pub struct ThinkingArgs {
     /// their keys and values [default: refined]
     #[arg(long, value_name = "H", value_parser = parse_hand_off)]
     pub hand_off: Option<HandOff>,
+
+    /// Think again over prompt and answer after every N new tokens; of no use where there is no
+    /// answer [default: never]
+    #[arg(long, value_name = "N")]
+    pub rethink_every: Option<usize>,
 }
 
 impl ThinkingArgs {
     /// What was asked for, if anything was.
     pub fn thinking(&self) -> Option<Thinking> {
-        let passes = self.passes?;
-        let refine = self.weight.map_or_else(Interpolate::damped, Interpolate::new);
-        let mut thinking = Thinking::passes(passes).refine(refine);
+        let mut thinking = Thinking::passes(self.passes?);
+        thinking = thinking.rethink_every(self.rethink_every.unwrap_or(0));
+        let weight = self.weight.map(Interpolate::new);
+        thinking = weight.into_iter().fold(thinking, Thinking::refine);
         thinking = self.span.iter().cloned().fold(thinking, Thinking::span);
         thinking = self.halt_drift.map(Halt::Drift).into_iter().fold(thinking, Thinking::halt);
         Some(self.hand_off.into_iter().fold(thinking, Thinking::hand_off))
@@ -181,6 +188,7 @@ impl ThinkingArgs {
             ("--weight", self.weight.is_some()),
             ("--halt-drift", self.halt_drift.is_some()),
             ("--hand-off", self.hand_off.is_some()),
+            ("--rethink-every", self.rethink_every.is_some()),
         ];
         for (option, _) in
             options.iter().filter(|(_, given)| *given && self.passes.unwrap_or(0) == 0)

@@ -102,7 +102,7 @@ pub trait Readout: Debug {
     /// Differentiable when `z` is tracked.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`] for a tracked `z` over weights that carry
+    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) for a tracked `z` over weights that carry
     /// no gradient.
     fn logits(&self, z: &Tensor) -> Result<Tensor>;
 
@@ -117,7 +117,7 @@ pub trait Readout: Debug {
     /// memory of one layer's graph, not of all.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`] over weights that carry no gradient.
+    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) over weights that carry no gradient.
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)>;
 }
 

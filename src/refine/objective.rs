@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 /// ```
 pub trait Objective: fmt::Debug + Send + Sync {
     /// One number for each row of the batch, `(batch)` in `f32`, that depends on no other row of
-    /// `xs`, which is `(batch, seq, hidden)`. For a [`GradientNudge`] `xs` is tracked, and the loss
+    /// `xs`, which is `(batch, seq, hidden)`. For a [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss
     /// must be differentiable in it.
     ///
     /// # Errors

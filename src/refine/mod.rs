@@ -102,8 +102,8 @@ pub trait Readout: Debug {
     /// Differentiable when `z` is tracked.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) for a tracked `z` over weights that carry
-    /// no gradient.
+    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) for a tracked
+    /// `z` over weights that carry no gradient.
     fn logits(&self, z: &Tensor) -> Result<Tensor>;
 
     /// How badly each batch row's own next tokens are predicted: `(batch)` in `f32`, the mean
@@ -117,7 +117,8 @@ pub trait Readout: Debug {
     /// memory of one layer's graph, not of all.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) over weights that carry no gradient.
+    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) over weights
+    /// that carry no gradient.
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)>;
 }
 

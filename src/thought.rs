@@ -60,6 +60,7 @@ use crate::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
 use crate::refine::{Seq, Step};
 
 pub use self::halting::Halt;
+pub(crate) use self::readout::LOGITS_AT_ONCE;
 pub use self::thinking::{HandOff, Thinking};
 pub use self::trace::{Detail, Halted, Map, Maps, PassTrace, TokenTrace, Trace};
 

@@ -12,10 +12,7 @@ use super::prompt::EncodedPrompt;
 use super::sampler::LogProbs;
 use crate::error::{Error, Result};
 use crate::model::{CHUNK, Layout, Pass, Transformer};
-use crate::thought::{Text, Thinking, ThoughtLoop, Trace};
-
-/// Prompt positions whose logits stand in memory at a time.
-const LOGITS_AT_ONCE: usize = 64;
+use crate::thought::{LOGITS_AT_ONCE, Text, Thinking, ThoughtLoop, Trace};
 
 /// What a text has been read with, and what of it must be kept to think about it again.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use crate::model::{Pass, Transformer};
 use crate::refine::Readout;
 
 /// Positions whose logits stand in memory at a time.
-pub(super) const LOGITS_AT_ONCE: usize = 64;
+pub(crate) const LOGITS_AT_ONCE: usize = 64;
 
 /// Layers `a..n` over thoughts about a text, causally and without a cache, then the head.
 #[derive(Debug)]

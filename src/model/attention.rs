@@ -1,9 +1,11 @@
 //! Grouped-query attention: project, rotate, remember, attend (Ainslie et al. 2023).
 
+use std::sync::Arc;
+
 use candle_core::{D, Tensor};
 
 use super::View;
-use super::kernels::MaskedSoftmax;
+use super::kernels::{Attend, MaskedSoftmax};
 use super::kv_cache::KeyValues;
 use super::linear::Linear;
 use super::mask::Mask;
@@ -49,24 +51,16 @@ impl Attention {
         view: &View,
         remember: impl FnOnce(KeyValues) -> Result<KeyValues>,
     ) -> Result<Tensor> {
-        let (batch, seq, _) = xs.dims3()?;
         let (q, new) = self.project(xs, view)?;
         let KeyValues { keys, values, .. } = remember(new)?; // (batch, kv_heads, keys, head_dim)
-        let ys = attend(&q, &keys, &values, &view.mask)?;
-        let ys = ys.transpose(1, 2)?; // (batch, seq, heads, head_dim)
-        self.o_proj.forward(&ys.reshape((batch, seq, self.heads * self.head_dim))?)
+        self.o_proj.forward(&attend(&q, &keys, &values, &view.mask)?)
     }
 
     /// Queries, keys and values of `xs`, each `(batch, heads or kv_heads, seq, head_dim)`.
     fn project(&self, xs: &Tensor, view: &View) -> Result<(Tensor, KeyValues)> {
-        let (batch, seq, _) = xs.dims3()?;
-        let split = |xs: Tensor, heads: usize| -> Result<Tensor> {
-            let xs = xs.reshape((batch, seq, heads, self.head_dim))?;
-            Ok(xs.transpose(1, 2)?.contiguous()?) // (batch, heads, seq, head_dim)
-        };
-        let q = view.rotation.apply(&split(self.q_proj.forward(xs)?, self.heads)?)?;
-        let keys = view.rotation.apply(&split(self.k_proj.forward(xs)?, self.kv_heads)?)?;
-        let values = split(self.v_proj.forward(xs)?, self.kv_heads)?;
+        let q = view.rotation.split_heads(&self.q_proj.forward(xs)?, self.heads)?;
+        let keys = view.rotation.split_heads(&self.k_proj.forward(xs)?, self.kv_heads)?;
+        let values = ops::split_heads(&self.v_proj.forward(xs)?, self.kv_heads, None)?;
         let tracked = [&q, &keys, &values].iter().any(|tensor| tensor.track_op());
         Ok((q, KeyValues { keys, values, tracked }))
     }
@@ -107,12 +101,19 @@ const SCORES_AT_ONCE: [usize; 2] = [1 << 21, 1 << 26];
 /// and stay as they are: the `heads / kv_heads` query heads of a group are laid one below the
 /// other and scored against their one key head. Queries go block by block, each against the keys
 /// that some query of the block sees, so a long prompt never has all its scores in memory and a
-/// causal one never computes the half that is masked away. Returns the shape of `q`.
-pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
+/// causal one never computes the half that is masked away. Returns the heads side by side:
+/// `(batch, queries, heads · head_dim)`.
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Tensor> {
     let (batch, heads, queries, head_dim) = q.dims4()?;
     let kv_heads = k.dim(1)?;
     let group = heads / kv_heads;
-    let q = (q * (1.0 / (head_dim as f64).sqrt()))?;
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    let tracked = [q, k, v].iter().any(|tensor| tensor.track_op());
+    if tracked && [q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {
+        let op = Attend { mask: Arc::clone(mask), scale: scale as f32 };
+        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
+    }
+    let q = (q * scale)?;
 
     let (scores_at_once, most) = match q.device().is_cpu() {
         true => (SCORES_AT_ONCE[0], QUERIES_AT_ONCE),
@@ -129,7 +130,7 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<
         let q = q.narrow(2, start, rows)?.reshape((batch, kv_heads, group * rows, head_dim))?;
 
         let scores = q.matmul(&k.t()?)?.reshape((batch, heads, rows, keys))?;
-        let probabilities = if ops::kernels_apply(&scores) {
+        let probabilities = if ops::kernels_fit(&scores) && !tracked {
             let (queries, keys) = (block, seen);
             scores.inplace_op1(&MaskedSoftmax { mask, queries, keys, heads })?;
             scores
@@ -142,10 +143,11 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<
         let ys = probabilities.reshape((batch, kv_heads, group * rows, keys))?.matmul(&v)?;
         blocks.push(ys.reshape((batch, heads, rows, head_dim))?);
     }
-    match <[Tensor; 1]>::try_from(blocks) {
-        Ok([only]) => Ok(only),
-        Err(blocks) => Ok(Tensor::cat(&blocks, D::Minus2)?),
-    }
+    let ys = match <[Tensor; 1]>::try_from(blocks) {
+        Ok([only]) => only,
+        Err(blocks) => Tensor::cat(&blocks, D::Minus2)?,
+    };
+    Ok(ys.transpose(1, 2)?.reshape((batch, queries, heads * head_dim))?)
 }
 
 #[cfg(test)]
@@ -157,52 +159,74 @@ mod tests {
 
     /// The definition: every score, every mask entry, one softmax.
     fn naive(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let group = q.dim(1)? / k.dim(1)?;
-        let head_of: Vec<u32> = (0..q.dim(1)?).map(|head| (head / group) as u32).collect();
+        let (batch, heads, queries, head_dim) = q.dims4()?;
+        let group = heads / k.dim(1)?;
+        let head_of: Vec<u32> = (0..heads).map(|head| (head / group) as u32).collect();
         let head_of = Tensor::new(head_of, q.device())?;
         let (k, v) = (k.index_select(&head_of, 1)?, v.index_select(&head_of, 1)?);
-        let scores = (q.matmul(&k.t()?.contiguous()?)? / (q.dim(3)? as f64).sqrt())?;
+        let scores = (q.matmul(&k.t()?.contiguous()?)? / (head_dim as f64).sqrt())?;
         let all = (0..mask.queries(), 0..mask.keys());
         let scores = match mask.bias(&all.0, &all.1, scores.dtype(), scores.device())? {
             Some(bias) => scores.broadcast_add(&bias)?,
             None => scores,
         };
-        Ok(candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v.contiguous()?)?)
+        let ys = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v.contiguous()?)?;
+        Ok(ys.transpose(1, 2)?.reshape((batch, queries, heads * head_dim))?)
     }
 
     fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
         Ok((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?)
     }
 
+    /// What `attend` gives for tracked inputs, and the gradients of a sum of it that weighs every
+    /// element by `weights`.
+    fn with_gradients(
+        inputs: &[Tensor; 3],
+        weights: &Tensor,
+        attend: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<[Tensor; 4]> {
+        let [q, k, v] = inputs.each_ref().map(Var::from_tensor);
+        let (q, k, v) = (q?, k?, v?);
+        let ys = attend(q.as_tensor(), k.as_tensor(), v.as_tensor())?;
+        let gradients = (&ys * weights)?.sum_all()?.backward()?;
+        let of = |input: &Var| -> Result<Tensor> {
+            Ok(gradients.get(input).map_or_else(|| input.zeros_like(), |it| Ok(it.detach()))?)
+        };
+        Ok([ys.detach(), of(&q)?, of(&k)?, of(&v)?])
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// The blocked kernel, the blocked differentiable form and the definition agree.
+        /// The blocked kernel, the differentiable kernel, its gradients and the definition agree.
         #[test]
         fn blocked_attention_is_the_definition(
             batch in 1usize..3, kv_heads in 1usize..3, group in 1usize..4, head_dim in 1usize..9,
             past in 0usize..5, queries in 1usize..300, window in prop::option::of(1usize..40),
             bidirectional: bool, pad in 0usize..4,
         ) {
-            let run = || -> Result<(f32, f32)> {
+            let run = || -> Result<(f32, Vec<f32>)> {
                 let device = Device::Cpu;
                 let total = past + queries;
                 let lengths: Vec<usize> = (0..batch).map(|row| total - pad.min(total) * row).collect();
                 let layout = Layout::ragged(&lengths);
                 let sight = if bidirectional { Sight::Bidirectional } else { Sight::Causal };
-                let mask = Mask::new(&layout, sight, past..total, 0, window);
+                let mask = Arc::new(Mask::new(&layout, sight, past..total, 0, window));
                 let random = |heads, len| Tensor::randn(0f32, 1.0, (batch, heads, len, head_dim), &device);
-                let q = random(kv_heads * group, queries)?;
-                let (k, v) = (random(kv_heads, total)?, random(kv_heads, total)?);
-                let expected = naive(&q, &k, &v, &mask)?;
-                let fused = attend(&q, &k, &v, &mask)?;
-                let tracked = Var::from_tensor(&q)?;
-                let differentiable = attend(tracked.as_tensor(), &k, &v, &mask)?;
-                Ok((largest_difference(&fused, &expected)?, largest_difference(&differentiable, &expected)?))
+                let inputs =
+                    [random(kv_heads * group, queries)?, random(kv_heads, total)?, random(kv_heads, total)?];
+                let [q, k, v] = &inputs;
+                let weights = Tensor::randn(0f32, 1.0, (batch, queries, kv_heads * group * head_dim), &device)?;
+                let expected = with_gradients(&inputs, &weights, |q, k, v| naive(q, k, v, &mask))?;
+                let got = with_gradients(&inputs, &weights, |q, k, v| attend(q, k, v, &mask))?;
+                let fused = attend(q, k, v, &mask)?;
+                let differences = expected.iter().zip(&got).map(|(a, b)| largest_difference(a, b));
+                Ok((largest_difference(&fused, &expected[0])?, differences.collect::<Result<_>>()?))
             };
-            let (fused, differentiable) = run().map_err(|e| TestCaseError::fail(e.to_string()))?;
+            let (fused, differences) = run().map_err(|e| TestCaseError::fail(e.to_string()))?;
             prop_assert!(fused < 1e-5, "fused differs by {fused}");
-            prop_assert!(differentiable < 1e-5, "differentiable differs by {differentiable}");
+            prop_assert!(differences[0] < 1e-5, "differentiable differs by {}", differences[0]);
+            prop_assert!(differences.iter().all(|it| *it < 1e-4), "gradients: {differences:?}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Keys and values of thoughts, handed to the decoder as they are.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
@@ -168,13 +169,13 @@ impl Tail {
         let view = match start < seq {
             true => Some(View {
                 rotation: transformer.rope.at(start, seq - start, &starts)?,
-                mask: Mask::new(
+                mask: Arc::new(Mask::new(
                     layout,
                     Sight::Causal,
                     start..seq,
                     0,
                     transformer.config.sliding_window,
-                ),
+                )),
             }),
             false => None,
         };

@@ -2,8 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::backend::BackendStorage;
 use candle_core::quantized::{QMatMul, QTensor};
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Module, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Shape, Tensor};
 
 use super::kernels;
 use crate::error::{Error, Result};
@@ -66,18 +67,22 @@ impl Linear {
 
 fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (out_features, in_features) = weight.dims2()?;
+    let tracked = xs.track_op() || weight.track_op();
+    let on_cpu = xs.device().is_cpu() && xs.dtype() == DType::F32;
+    if on_cpu && tracked && (weight.track_op() || weight.dtype() == DType::F32) {
+        let weight = weight.to_dtype(DType::F32)?.contiguous()?;
+        return Ok(xs.contiguous()?.apply_op2(&weight, Product)?);
+    }
+
     let mut shape = xs.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = out_features;
     }
     let xs = xs.reshape(((), in_features))?; // (rows, in)
-    let tracked = xs.track_op() || weight.track_op();
-    let on_cpu = xs.device().is_cpu() && xs.dtype() == DType::F32;
-
-    let ys = if on_cpu && tracked && !weight.track_op() {
+    let ys = if on_cpu && tracked {
         let product = Mutex::new(Some(dense(&xs.detach(), weight)?));
         xs.apply_op1(Frozen { weight: weight.clone(), product })?
-    } else if on_cpu && !tracked && xs.dim(0)? <= FEW_ROWS {
+    } else if on_cpu && xs.dim(0)? <= FEW_ROWS {
         kernels::matvec(&xs, weight)?
     } else if xs.dtype() == weight.dtype() {
         xs.matmul(&weight.t()?)?
@@ -89,8 +94,58 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     Ok(ys.reshape(shape)?)
 }
 
-/// `x Wᵀ` in a graph that ends at `x`. candle's own product computes the gradient of both factors,
-/// also when nothing asks for that of a weight, which is as dear as the whole forward pass.
+/// `x Wᵀ` on the CPU in `f32`, with a gradient for those of the two that want one. Of a product of
+/// candle's own it would be computed for both, and every reshaping around it copied.
+struct Product;
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        xs_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (out_features, in_features) = weight_layout.shape().dims2()?;
+        let mut shape = xs_layout.dims().to_vec();
+        if shape.pop() != Some(in_features) || !xs_layout.is_contiguous() {
+            candle_core::bail!("linear: {xs_layout:?} does not fit weight {weight_layout:?}");
+        }
+        let rows = shape.iter().product();
+        shape.push(out_features);
+        let flat = Layout::contiguous_with_offset((rows, in_features), xs_layout.start_offset());
+        let sizes = (1, rows, out_features, in_features);
+        let ys = xs.matmul(weight, sizes, &flat, &weight_layout.transpose(0, 1)?)?;
+        Ok((ys, shape.into()))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (out_features, in_features) = weight.dims2()?;
+        let grad = grad.contiguous()?.reshape(((), out_features))?; // (rows, out)
+        let of_xs = match xs.track_op() {
+            true => Some(grad.matmul(&weight.detach())?.reshape(xs.shape())?),
+            false => None,
+        };
+        let of_weight = match weight.track_op() {
+            true => Some(grad.t()?.matmul(&xs.detach().reshape(((), in_features))?)?),
+            false => None,
+        };
+        Ok((of_xs, of_weight))
+    }
+}
+
+/// `x Wᵀ` in a graph that ends at `x`, for a weight of a narrower type, which is widened a part at a
+/// time.
 struct Frozen {
     weight: Tensor,
     /// `x Wᵀ`, computed without a graph; taken by the one forward call.

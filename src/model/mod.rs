@@ -46,6 +46,7 @@ mod rope;
 mod weights;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
@@ -102,7 +103,7 @@ pub struct Transformer {
 #[derive(Debug)]
 struct View {
     rotation: Rotation,
-    mask: Mask,
+    mask: Arc<Mask>,
 }
 
 impl Transformer {
@@ -316,7 +317,7 @@ impl Transformer {
         self.check_context(seq)?;
         Ok(View {
             rotation: self.rope.at(0, seq, &layout.starts())?,
-            mask: Mask::new(layout, sight, 0..seq, 0, self.config.sliding_window),
+            mask: Arc::new(Mask::new(layout, sight, 0..seq, 0, self.config.sliding_window)),
         })
     }
 
@@ -330,7 +331,13 @@ impl Transformer {
         let layout = cache.layout();
         let view = View {
             rotation: self.rope.at(past, seq, &layout.starts())?,
-            mask: Mask::new(layout, Sight::Causal, new, first, self.config.sliding_window),
+            mask: Arc::new(Mask::new(
+                layout,
+                Sight::Causal,
+                new,
+                first,
+                self.config.sliding_window,
+            )),
         };
         let mut xs = xs.clone();
         for (index, block) in layers.clone().zip(&self.layers[layers]) {

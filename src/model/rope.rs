@@ -36,9 +36,9 @@ pub(super) struct Rotation {
 }
 
 impl Rotation {
-    /// Rotates `(batch, heads, seq, head_dim)`.
-    pub(super) fn apply(&self, xs: &Tensor) -> Result<Tensor> {
-        ops::rope(xs, &self.cos, &self.sin)
+    /// Cuts `(batch, seq, heads · head_dim)` into rotated heads, `(batch, heads, seq, head_dim)`.
+    pub(super) fn split_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
+        ops::split_heads(xs, heads, Some((&self.cos, &self.sin)))
     }
 }
 

@@ -1,17 +1,29 @@
 //! CPU kernels where candle's own are slow. Each is compiled for the processor's vector units by
 //! run-time detection ([`pulp`]), and is tested against its plain twin in candle operations.
 
+mod attend;
 mod dot;
 mod exp;
+mod heads;
+mod product;
+mod rms_norm;
 mod softmax;
 mod swiglu;
+
+use std::ops::Deref;
 
 use candle_core::{CpuStorage, DType, Error, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+pub(crate) use attend::Attend;
+pub(crate) use heads::SplitHeads;
+pub(crate) use rms_norm::RmsNorm;
 pub(crate) use softmax::MaskedSoftmax;
 pub(crate) use swiglu::SwiGlu;
+
+/// Partial results side by side: one alone would wait for its own previous step.
+const LANES: usize = 32;
 
 /// Rows of the weight that one task multiplies: enough to outweigh handing out the task.
 const ROWS_PER_TASK: usize = 32;
@@ -91,5 +103,41 @@ fn within<'a, T>(storage: &'a [T], layout: &candle_core::Layout, count: usize) -
     match storage.get(start..start + count) {
         Some(elements) => Ok(elements),
         None => candle_core::bail!("{count} elements at {start} of a storage of {}", storage.len()),
+    }
+}
+
+/// The elements of a contiguous `f32` storage.
+fn f32s<'a>(storage: &'a CpuStorage, layout: &candle_core::Layout) -> Result<&'a [f32]> {
+    let (CpuStorage::F32(values), true) = (storage, layout.is_contiguous()) else {
+        candle_core::bail!("expected contiguous f32 values");
+    };
+    within(values, layout, layout.shape().elem_count())
+}
+
+/// The elements of a contiguous `f32` tensor on the CPU, held for reading as long as this lives.
+struct Values<'a, S> {
+    storage: S,
+    layout: &'a candle_core::Layout,
+}
+
+fn values(tensor: &Tensor) -> Values<'_, impl Deref<Target = Storage>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    Values { storage, layout }
+}
+
+impl<S: Deref<Target = Storage>> Values<'_, S> {
+    fn get(&self) -> Result<&[f32]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => f32s(storage, self.layout),
+            _ => candle_core::bail!("expected values on the CPU"),
+        }
+    }
+}
+
+/// A gradient for `input`, if it wants one.
+fn gradient_for(input: &Tensor, gradient: Vec<f32>) -> Result<Option<Tensor>> {
+    match input.track_op() {
+        true => Tensor::from_vec(gradient, input.shape(), input.device()).map(Some),
+        false => Ok(None),
     }
 }

@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::LANES;
 use super::exp::exp;
 use crate::model::mask::Mask;
 
@@ -55,11 +56,8 @@ impl InplaceOp1 for MaskedSoftmax<'_> {
     }
 }
 
-/// Partial results side by side: one alone would wait for its own previous step.
-const LANES: usize = 32;
-
 #[inline(always)]
-fn softmax(scores: &mut [f32]) {
+pub(super) fn softmax(scores: &mut [f32]) {
     let max = largest(scores);
     let mut sums = [0f32; LANES];
     let (chunks, rest) = scores.as_chunks_mut::<LANES>();

@@ -110,6 +110,18 @@ impl Layout {
         self.rows.iter().map(|row| (0..self.seq).map(|slot| inside(row, slot)).collect()).collect()
     }
 
+    /// The slot after the last that belongs to a context segment, in any row; 0 where none does.
+    pub(crate) fn context_end(&self) -> usize {
+        let ends = self.rows.iter().filter_map(|row| row.context.last());
+        ends.map(|segment| segment.end).max().unwrap_or(0)
+    }
+
+    /// The first `seq` slots, which hold all context. A row that begins later is all padding.
+    pub(crate) fn front(&self, seq: usize) -> Self {
+        let front = |row: &Row| Row { start: row.start.min(seq), context: row.context.clone() };
+        Self { seq, rows: self.rows.iter().map(front).collect() }
+    }
+
     /// Whether every token of every row is context and no row is padded.
     #[must_use]
     pub fn is_all_context(&self) -> bool {

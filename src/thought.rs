@@ -64,6 +64,10 @@ pub(crate) use self::readout::LOGITS_AT_ONCE;
 pub use self::thinking::{HandOff, Thinking};
 pub use self::trace::{Detail, Halted, Map, Maps, PassTrace, TokenTrace, Trace};
 
+/// Plain tokens at the end of a text are left out of the passes if they are at least one in this
+/// many: to cut fewer off, and to put them back, costs more than to take them along.
+const LEAST_TAIL: usize = 16;
+
 /// A batch of texts to think about.
 #[derive(Clone, Debug)]
 pub struct Text {
@@ -164,6 +168,20 @@ impl<'a> ThoughtLoop<'a> {
         self.transformer.forward_thought_layers(&h, layout, self.thinking.sight)
     }
 
+    /// [`think_once`](Self::think_once) for what thinks: plain tokens behind all context, which no
+    /// context sees, keep `z`.
+    fn think_ahead(&self, z: &Tensor, layout: &Layout) -> Result<Tensor> {
+        let (seq, end) = (layout.seq(), layout.context_end());
+        if end == 0 {
+            return Ok(z.clone());
+        }
+        if (seq - end) * LEAST_TAIL < seq {
+            return self.think_once(z, layout);
+        }
+        let h = self.think_once(&z.narrow(1, 0, end)?.contiguous()?, &layout.front(end))?;
+        Ok(Tensor::cat(&[h, z.narrow(1, end, seq - end)?], 1)?)
+    }
+
     /// All passes over the first thoughts `z`, refined after each; `progress` is told how many are
     /// done, from 0 on, and how many there are. Plain tokens keep the thoughts they came with, and
     /// a row that halts keeps those it has.
@@ -200,7 +218,7 @@ impl<'a> ThoughtLoop<'a> {
         progress(0, passes);
         for index in 0..passes {
             let started = Instant::now();
-            let h = self.think_once(&z, layout)?;
+            let h = self.think_ahead(&z, layout)?;
             let step = Step {
                 z: &z,
                 first: &first,

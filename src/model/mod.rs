@@ -36,7 +36,7 @@
 mod attention;
 mod block;
 mod hand_over;
-mod kernels;
+pub(crate) mod kernels;
 mod kv_cache;
 mod linear;
 mod mask;

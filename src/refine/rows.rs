@@ -1,9 +1,12 @@
 //! What ops share about rows of thoughts: how long they are, where they point, which of them think.
 
-use candle_core::{D, DType, Tensor};
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp2, D, DType, Shape, Tensor};
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+use crate::model::kernels::{f32s, gradient_for, values};
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
@@ -34,17 +37,26 @@ pub(crate) fn wide(xs: &Tensor) -> Result<Tensor> {
 }
 
 /// Which rows think.
-pub(super) struct Thinks<'a>(pub(super) &'a Layout);
+pub(crate) struct Thinks<'a>(pub(crate) &'a Layout);
 
 impl Thinks<'_> {
     /// `xs` where a row thinks, `z` where it is plain or padding: both `(batch, seq, hidden)`, as
-    /// the layout says. Put together run by run, which costs one copy; a choice element by element
-    /// costs several.
-    pub(super) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
+    /// the layout says.
+    pub(crate) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
         let layout = self.0;
         if layout.is_all_context() {
             return Ok(xs.clone());
         }
+        if [xs, z].iter().all(|it| it.device().is_cpu() && it.dtype() == DType::F32) {
+            let op = Choose { layout: layout.clone() };
+            return Ok(xs.contiguous()?.apply_op2(&z.contiguous()?, op)?);
+        }
+        self.run_by_run(xs, z)
+    }
+
+    /// Put together run by run, which costs one copy; a choice element by element costs several.
+    fn run_by_run(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
+        let layout = self.0;
         let row = |row: usize| -> Result<Tensor> {
             let (xs, z) = (xs.narrow(0, row, 1)?, z.narrow(0, row, 1)?);
             let (mut runs, mut at) = (Vec::new(), 0);
@@ -58,5 +70,70 @@ impl Thinks<'_> {
         };
         let rows = (0..layout.batch()).map(row).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&rows, 0)?)
+    }
+}
+
+/// [`Thinks::or`] on the CPU. Composed of candle's operations it has a gradient that is as large as
+/// the whole batch for every row of it.
+struct Choose {
+    layout: Layout,
+}
+
+impl Choose {
+    /// Every run of elements that think.
+    fn runs(&self, hidden: usize) -> impl Iterator<Item = Range<usize>> {
+        let rows = (0..self.layout.batch()).flat_map(|row| {
+            let runs = self.layout.context(row).iter();
+            runs.map(move |run| (row, run.clone()))
+        });
+        let seq = self.layout.seq();
+        rows.map(move |(row, run)| (row * seq + run.start) * hidden..(row * seq + run.end) * hidden)
+    }
+}
+
+impl CustomOp2 for Choose {
+    fn name(&self) -> &'static str {
+        "choose"
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        xs_layout: &candle_core::Layout,
+        z: &CpuStorage,
+        z_layout: &candle_core::Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (batch, seq, hidden) = xs_layout.shape().dims3()?;
+        let fits = (batch, seq) == (self.layout.batch(), self.layout.seq());
+        if !fits || xs_layout.dims() != z_layout.dims() {
+            candle_core::bail!("choose: {xs_layout:?} or {z_layout:?} does not fit the layout");
+        }
+        let (xs, z) = (f32s(xs, xs_layout)?, f32s(z, z_layout)?);
+        let mut ys = z.to_vec();
+        for run in self.runs(hidden) {
+            ys[run.clone()].copy_from_slice(&xs[run]);
+        }
+        Ok((CpuStorage::F32(ys), xs_layout.shape().clone()))
+    }
+
+    /// Each element of the gradient goes to where the value came from.
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        z: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let hidden = xs.dims3()?.2;
+        let grad = grad.contiguous()?;
+        let grad = values(&grad);
+        let grad = grad.get()?;
+        let mut of_xs = vec![0f32; grad.len()];
+        let mut of_z = grad.to_vec();
+        for run in self.runs(hidden) {
+            of_xs[run.clone()].copy_from_slice(&grad[run.clone()]);
+            of_z[run].fill(0.0);
+        }
+        Ok((gradient_for(xs, of_xs)?, gradient_for(z, of_z)?))
     }
 }

@@ -107,7 +107,7 @@ fn within<'a, T>(storage: &'a [T], layout: &candle_core::Layout, count: usize) -
 }
 
 /// The elements of a contiguous `f32` storage.
-fn f32s<'a>(storage: &'a CpuStorage, layout: &candle_core::Layout) -> Result<&'a [f32]> {
+pub(crate) fn f32s<'a>(storage: &'a CpuStorage, layout: &candle_core::Layout) -> Result<&'a [f32]> {
     let (CpuStorage::F32(values), true) = (storage, layout.is_contiguous()) else {
         candle_core::bail!("expected contiguous f32 values");
     };
@@ -115,18 +115,18 @@ fn f32s<'a>(storage: &'a CpuStorage, layout: &candle_core::Layout) -> Result<&'a
 }
 
 /// The elements of a contiguous `f32` tensor on the CPU, held for reading as long as this lives.
-struct Values<'a, S> {
+pub(crate) struct Values<'a, S> {
     storage: S,
     layout: &'a candle_core::Layout,
 }
 
-fn values(tensor: &Tensor) -> Values<'_, impl Deref<Target = Storage>> {
+pub(crate) fn values(tensor: &Tensor) -> Values<'_, impl Deref<Target = Storage>> {
     let (storage, layout) = tensor.storage_and_layout();
     Values { storage, layout }
 }
 
 impl<S: Deref<Target = Storage>> Values<'_, S> {
-    fn get(&self) -> Result<&[f32]> {
+    pub(crate) fn get(&self) -> Result<&[f32]> {
         match &*self.storage {
             Storage::Cpu(storage) => f32s(storage, self.layout),
             _ => candle_core::bail!("expected values on the CPU"),
@@ -135,7 +135,7 @@ impl<S: Deref<Target = Storage>> Values<'_, S> {
 }
 
 /// A gradient for `input`, if it wants one.
-fn gradient_for(input: &Tensor, gradient: Vec<f32>) -> Result<Option<Tensor>> {
+pub(crate) fn gradient_for(input: &Tensor, gradient: Vec<f32>) -> Result<Option<Tensor>> {
     match input.track_op() {
         true => Tensor::from_vec(gradient, input.shape(), input.device()).map(Some),
         false => Ok(None),

@@ -137,3 +137,50 @@ impl CustomOp2 for Choose {
         Ok((gradient_for(xs, of_xs)?, gradient_for(z, of_z)?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Values and gradients of a choice in one copy are those of one run by run.
+        #[test]
+        fn both_choices_agree(
+            lengths in prop::collection::vec(0usize..7, 1..4), hidden in 1usize..5,
+            cuts in prop::collection::vec(0usize..7, 3),
+        ) {
+            let run = || -> Result<()> {
+                let mut layout = Layout::ragged(&lengths);
+                for (row, length) in lengths.iter().enumerate() {
+                    let mut cuts = cuts.clone();
+                    cuts.iter_mut().for_each(|cut| *cut = (*cut).min(*length));
+                    cuts.sort_unstable();
+                    layout = layout.with_context(row, &[cuts[0]..cuts[1], cuts[2]..*length])?;
+                }
+                if layout.seq() == 0 {
+                    return Ok(());
+                }
+                let shape = (layout.batch(), layout.seq(), hidden);
+                let random = || Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+                let (xs, z) = (Var::from_tensor(&random()?)?, Var::from_tensor(&random()?)?);
+                let weights = random()?;
+                let numbers = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+                let all = |ys: Tensor| -> Result<[Vec<f32>; 3]> {
+                    let gradients = (&ys * &weights)?.sum_all()?.backward()?;
+                    let of = |it: &Var| match gradients.get(it) {
+                        Some(gradient) => numbers(gradient),
+                        None => numbers(&it.zeros_like()?),
+                    };
+                    Ok([numbers(&ys)?, of(&xs)?, of(&z)?])
+                };
+                let thinks = Thinks(&layout);
+                let (in_one, run_by_run) = (thinks.or(&xs, &z)?, thinks.run_by_run(&xs, &z)?);
+                assert_eq!(all(in_one)?, all(run_by_run)?);
+                Ok(())
+            };
+            run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+        }
+    }
+}

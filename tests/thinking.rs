@@ -173,7 +173,7 @@ proptest! {
 #[test]
 fn ops_see_the_whole_text() -> Result {
     let model = tiny::transformer(&tiny::config(), 6)?;
-    let layout = Layout::dense(1, 9).with_context(0, &[1..4])?;
+    let layout = Layout::dense(1, 9).with_context(0, &[1..2, 2..4])?;
     let seen = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&seen);
     let refine = seq().add_fn(move |xs, step| {

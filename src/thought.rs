@@ -57,7 +57,7 @@ use self::readout::CausalReadout;
 use self::recorder::Recorder;
 use crate::error::{Error, Result};
 use crate::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
-use crate::refine::{Seq, Step};
+use crate::refine::{Seq, Step, Thinks};
 
 pub use self::halting::Halt;
 pub(crate) use self::readout::LOGITS_AT_ONCE;
@@ -216,14 +216,24 @@ impl<'a> ThoughtLoop<'a> {
         let mut halting = Halting::new(&self.thinking.halt, layout);
         let (mut z, mut first_h) = (z, None);
         progress(0, passes);
+        let without_gradient =
+            passes.saturating_sub(self.thinking.gradient_passes.unwrap_or(passes));
         for index in 0..passes {
             let started = Instant::now();
+            if (1..=without_gradient).contains(&index) {
+                // Plain rows are as they came, whatever the passes.
+                z = Thinks(layout).or(&z.detach(), &first)?;
+            }
             let h = self.think_ahead(&z, layout)?;
+            let first_h: &Tensor = first_h.get_or_insert_with(|| match without_gradient {
+                0 => h.clone(),
+                _ => h.detach(),
+            });
             let step = Step {
                 z: &z,
                 first: &first,
                 h: &h,
-                first_h: first_h.get_or_insert_with(|| h.clone()),
+                first_h,
                 embeddings: &text.embeddings,
                 layout,
                 index,

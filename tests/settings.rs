@@ -303,12 +303,14 @@ fn thinkings() -> impl Strategy<Value = Thinking> {
     let nudge = (0usize..3, shares())
         .prop_map(|(steps, learning_rate)| OutputNudge::new(steps).learning_rate(learning_rate));
     let refine = (refine, prop::option::of(nudge));
-    let when = (0usize..4, prop::collection::vec(halt, 0..4), 0usize..5);
+    let gradient = prop::option::of(1usize..4);
+    let when = (0usize..4, prop::collection::vec(halt, 0..4), 0usize..5, gradient);
     (when, how, refine).prop_map(
-        |((passes, halts, every), (span, sight, hand_off, detail), (refine, nudge))| {
+        |((passes, halts, every, gradient), (span, sight, hand_off, detail), (refine, nudge))| {
             let thinking = Thinking::passes(passes).sight(sight).hand_off(hand_off);
             let thinking = thinking.rethink_every(every).detail(detail);
             let thinking = halts.into_iter().fold(thinking, Thinking::halt);
+            let thinking = gradient.into_iter().fold(thinking, Thinking::gradient_passes);
             let thinking = refine.into_iter().fold(thinking, Thinking::refine);
             let thinking = nudge.into_iter().fold(thinking, Thinking::output_nudge);
             span.into_iter().fold(thinking, |it, (from, to)| it.span(from..to.max(from + 1)))

@@ -62,6 +62,9 @@ pub(super) struct LayerCache {
     /// `(batch, kv_heads, slots, head_dim)`, of which `len - first` slots are filled.
     keys: Tensor,
     values: Tensor,
+    /// What the filled slots hold, with the graph it came from, while one pass takes up more
+    /// tokens than one chunk.
+    live: Option<(Tensor, Tensor)>,
     /// The position that slot 0 holds.
     first: usize,
     /// The position that the next token takes.
@@ -86,8 +89,10 @@ impl KvCache {
             }
             _ => Err(Error::parameter("capacity", "a cache that fits memory", capacity)),
         };
-        let layer =
-            |_| Ok(LayerCache { keys: zeros()?, values: zeros()?, first: 0, len: 0, window });
+        let layer = |_| {
+            let (keys, values) = (zeros()?, zeros()?);
+            Ok(LayerCache { keys, values, live: None, first: 0, len: 0, window })
+        };
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         Ok(Self { owner: *id, layers, capacity, layout: layout.clone() })
     }
@@ -213,6 +218,13 @@ impl KvCache {
         Ok(())
     }
 
+    /// Makes what is held a constant: no gradient will lead back to the pass that computed it.
+    pub(super) fn cut_graph(&mut self) {
+        for layer in &mut self.layers {
+            layer.live = None;
+        }
+    }
+
     /// The position that slot 0 of `layers` holds.
     pub(super) fn first(&self, layers: &Range<usize>) -> usize {
         self.layers.get(layers.start).map_or(0, |layer| layer.first)
@@ -255,6 +267,10 @@ impl LayerCache {
                 tensor.slice_set(&recent, 2, 0)?;
             }
         }
+        if let Some((keys, values)) = self.live.take() {
+            let recent = |tensor: Tensor| tensor.narrow(2, held - keep, keep);
+            self.live = Some((recent(keys)?, recent(values)?));
+        }
         self.first = self.len - keep;
         Ok(())
     }
@@ -287,14 +303,20 @@ impl LayerCache {
     pub(super) fn append(&mut self, new: &KeyValues) -> Result<KeyValues> {
         let held = self.len - self.first;
         let count = new.keys.dim(2)?;
-        let put = |all: &Tensor, new_rows: &Tensor| -> Result<Tensor> {
-            all.slice_set(&new_rows.detach().contiguous()?, 2, held)?;
-            match new.tracked {
-                true => Ok(Tensor::cat(&[&all.narrow(2, 0, held)?, new_rows], 2)?),
-                false => Ok(all.narrow(2, 0, held + count)?),
-            }
+        for (all, new) in [(&self.keys, &new.keys), (&self.values, &new.values)] {
+            all.slice_set(&new.detach().contiguous()?, 2, held)?;
+        }
+        let (keys, values) = if new.tracked {
+            let constant = || -> Result<(Tensor, Tensor)> {
+                Ok((self.keys.narrow(2, 0, held)?, self.values.narrow(2, 0, held)?))
+            };
+            let (keys, values) = self.live.take().map_or_else(constant, Ok)?;
+            let all =
+                (Tensor::cat(&[&keys, &new.keys], 2)?, Tensor::cat(&[&values, &new.values], 2)?);
+            self.live.insert(all).clone()
+        } else {
+            (self.keys.narrow(2, 0, held + count)?, self.values.narrow(2, 0, held + count)?)
         };
-        let (keys, values) = (put(&self.keys, &new.keys)?, put(&self.values, &new.values)?);
         self.len += count;
         Ok(KeyValues { keys, values, tracked: new.tracked })
     }

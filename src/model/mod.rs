@@ -71,7 +71,8 @@ pub enum Pass<'a> {
     /// Every token sees itself and what came before it in this very pass. Nothing is remembered.
     Causal(&'a Layout),
     /// Causal, going on after what the cache holds; the new tokens are added to it. New tokens
-    /// are taken up in chunks, so a long prompt needs no more memory than a short one.
+    /// are taken up in chunks, so a long prompt needs no more memory than a short one. Gradients
+    /// flow through all new tokens; what the cache holds already is a constant to them.
     Cached(&'a mut KvCache),
     /// A thought pass: inside each context segment every token sees every other; plain tokens
     /// stay causal. Nothing is remembered.
@@ -82,6 +83,11 @@ pub enum Pass<'a> {
 ///
 /// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices
 /// it has the type of the weights.
+///
+/// Every pass is differentiable in its input and in its weights, the quantised ones excepted. To
+/// train a model, hand over the tensors of candle `Var`s as its weights: it then sees every step an
+/// optimiser takes, as long as they are `f32`. Of half-precision norms and gates it keeps a wider
+/// copy, so it has to be built anew after a step. Gradients are of first order only.
 #[derive(Debug)]
 pub struct Transformer {
     /// Tells this one from all others of the process.
@@ -241,11 +247,14 @@ impl Transformer {
                 cache.check_owner(self.id)?;
                 check_batch(cache.layout().batch(), batch)?;
                 cache.check_room(&layers, seq)?; // before the first chunk is taken up
+                cache.cut_graph();
                 let chunks = (0..seq).step_by(CHUNK).map(|start| {
                     let chunk = xs.narrow(1, start, CHUNK.min(seq - start))?;
                     self.cached(&chunk, layers.clone(), cache)
                 });
-                match chunks.collect::<Result<Vec<_>>>()?.as_slice() {
+                let chunks = chunks.collect::<Result<Vec<_>>>();
+                cache.cut_graph();
+                match chunks?.as_slice() {
                     [only] => Ok(only.clone()),
                     chunks => Ok(Tensor::cat(chunks, 1)?),
                 }

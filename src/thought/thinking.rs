@@ -79,6 +79,8 @@ pub struct Thinking {
     pub(super) output_nudge: Option<OutputNudge>,
     pub(super) rethink_every: usize,
     pub(super) detail: Detail,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) gradient_passes: Option<usize>,
 }
 
 impl Thinking {
@@ -191,6 +193,21 @@ impl Thinking {
         self
     }
 
+    /// For training through the loop: gradients flow back through the last `passes` passes only, at
+    /// least one, which bounds what they cost in memory (truncated backpropagation). Changes no
+    /// thought. Default: through all of them.
+    ///
+    /// What came before, the layers before the span and the embeddings, then learns nothing through
+    /// the thoughts of context, not even through an anchor to what the first pass made of them. It
+    /// still does through plain rows, which no pass changes, and through
+    /// [`first`](super::Thoughts::first), where an anchor or a hand-off reads it. Counted from the
+    /// cap: where thinking halts before the last `passes`, gradients flow through one pass.
+    #[must_use]
+    pub fn gradient_passes(mut self, passes: usize) -> Self {
+        self.gradient_passes = Some(passes);
+        self
+    }
+
     /// Whether there are no passes.
     #[must_use]
     pub fn is_none(&self) -> bool {
@@ -231,12 +248,16 @@ impl Thinking {
     /// Checks what does not depend on the model.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for too many passes or a tolerance outside its range,
+    /// [`Error::Parameter`] for too many passes, gradients through none, or a tolerance outside its
+    /// range;
     /// [`Error::Refinement`] for an op's own parameter.
     pub fn validate(&self) -> Result<()> {
         if self.passes > Self::MAX_PASSES {
             let expected = format!("at most {}", Self::MAX_PASSES);
             return Err(Error::parameter("passes", expected, self.passes));
+        }
+        if self.gradient_passes == Some(0) {
+            return Err(Error::parameter("gradient_passes", "at least one", 0));
         }
         self.hand_off.validate()?;
         self.output_nudge.as_ref().map_or(Ok(()), OutputNudge::validate)?;

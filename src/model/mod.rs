@@ -40,12 +40,14 @@ mod kernels;
 mod kv_cache;
 mod linear;
 mod mask;
+mod minds;
 mod mlp;
 mod ops;
 mod rope;
 mod weights;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
@@ -59,7 +61,9 @@ pub use self::hand_over::HandOver;
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::linear::Linear;
+pub(crate) use self::linear::LowRank;
 pub use self::mask::{Mask, Sight};
+pub use self::minds::Mind;
 pub use self::weights::Weights;
 pub(crate) use self::weights::is_or_is_under;
 pub use crate::layout::Layout;
@@ -81,6 +85,9 @@ pub enum Pass<'a> {
 ///
 /// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices
 /// it has the type of the weights.
+///
+/// Thought passes may run on a variant of it that shares the weights and has other low-rank adapters:
+/// its [`thinker`](Transformer::thinker).
 #[derive(Debug)]
 pub struct Transformer {
     /// Tells this one from all others of the process.
@@ -93,9 +100,11 @@ pub struct Transformer {
     thought_gate: Option<Tensor>,
     norm: RmsNorm,
     lm_head: Linear,
-    rope: Rope,
+    rope: Arc<Rope>,
     dtype: DType,
     device: Device,
+    /// What runs thought passes, where that is not this very transformer. It has none of its own.
+    thinker: Option<Box<Self>>,
 }
 
 /// What all blocks of one pass share.
@@ -141,22 +150,19 @@ impl Transformer {
         } else {
             weights.linear("lm_head.weight", table.0, table.1)?
         };
-        let rope = Rope::new(config, dtype, &device)?;
-        let config = config.clone();
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         Ok(Self {
-            id,
-            config,
+            id: next_id(),
+            config: config.clone(),
             embed_tokens,
             layers,
             thought_layers,
             thought_gate,
             norm,
             lm_head,
-            rope,
+            rope: Arc::new(Rope::new(config, dtype, &device)?),
             dtype,
             device,
+            thinker: None,
         })
     }
 
@@ -187,14 +193,14 @@ impl Transformer {
     /// How many blocks the checkpoint has that run in thought passes only.
     #[must_use]
     pub fn thought_layers(&self) -> usize {
-        self.thought_layers.len()
+        self.thinker().thought_layers.len()
     }
 
     /// The checkpoint's `thought.gate`, `(hidden)`, if it has one. Its sigmoid is the share of the
     /// new state that a thought takes over, channel by channel.
     #[must_use]
     pub fn thought_gate(&self) -> Option<&Tensor> {
-        self.thought_gate.as_ref()
+        self.thinker().thought_gate.as_ref()
     }
 
     /// Rows of the embedding table: `(batch, seq)` of `u32` to `(batch, seq, hidden)`.
@@ -274,11 +280,12 @@ impl Transformer {
         layout: &Layout,
         sight: Sight,
     ) -> Result<Tensor> {
-        if self.thought_layers.is_empty() {
+        let layers = &self.thinker().thought_layers;
+        if layers.is_empty() {
             return Ok(xs.clone());
         }
         let view = self.view(xs, layout, sight)?;
-        self.thought_layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+        layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
     }
 
     /// Where attention goes when `layers` run over `xs`: for each layer the share of every token's
@@ -410,6 +417,11 @@ impl Transformer {
         }
         Ok(())
     }
+}
+
+fn next_id() -> u64 {
+    static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
 }
 
 fn check_batch(expected: usize, got: usize) -> Result<()> {

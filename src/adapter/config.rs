@@ -258,7 +258,7 @@ impl AdapterConfig {
             exclude_modules: &'a Option<Modules>,
             layers_to_transform: &'a Option<Layers>,
             rank_pattern: &'a Ordered<usize>,
-            alpha_pattern: &'a Ordered<f64>,
+            alpha_pattern: Ordered<Value>,
         }
         let mut rest = self.rest.clone();
         for (field, value) in [
@@ -276,18 +276,21 @@ impl AdapterConfig {
             rest.entry(field).or_insert(value);
         }
         // PEFT writes whole numbers without a point.
-        let whole = self.alpha.fract() == 0.0 && self.alpha.abs() < 1e15;
-        let alpha = if whole { json!(self.alpha as i64) } else { json!(self.alpha) };
+        let number = |alpha: f64| match alpha.fract() == 0.0 && alpha.abs() < 1e15 {
+            true => json!(alpha as i64),
+            false => json!(alpha),
+        };
+        let alphas = self.alpha_pattern.0.iter();
         let file = File {
             rest,
             r: self.rank,
-            lora_alpha: alpha,
+            lora_alpha: number(self.alpha),
             use_rslora: self.rslora,
             target_modules: &self.target_modules,
             exclude_modules: &self.exclude_modules,
             layers_to_transform: &self.layers_to_transform,
             rank_pattern: &self.rank_pattern,
-            alpha_pattern: &self.alpha_pattern,
+            alpha_pattern: Ordered(alphas.map(|(it, a)| (it.clone(), number(*a))).collect()),
         };
         // Strings, numbers and lists of them can always be written.
         serde_json::to_string_pretty(&file).unwrap_or_default()

@@ -115,7 +115,8 @@ impl Adapter {
     ///
     /// # Errors
     /// As [`AdapterConfig::validate`] and [`Config::validate`]; [`Error::Parameter`] for one of
-    /// `target_modules` that the model has not, or if there is nothing to adapt.
+    /// `target_modules` that the model has not, if there is nothing to adapt, or for a rank larger
+    /// than both sides of a projection.
     pub fn new(model: &Config, config: &AdapterConfig, seed: u64, device: &Device) -> Result<Self> {
         config.validate()?;
         model.validate()?;
@@ -135,11 +136,11 @@ impl Adapter {
                 continue;
             }
             let rank = rules.rank(&module);
-            let elements = rank.checked_mul(input.max(out)).filter(|&count| count < 1 << 40);
-            let Some(_) = elements else {
-                let expected = "a rank whose matrices fit memory";
+            let widest = out.max(input);
+            if rank > widest {
+                let expected = format!("at most {widest}, the larger side of {module}");
                 return Err(Error::parameter("r", expected, rank));
-            };
+            }
             // Kaiming's uniform distribution with a = sqrt(5), as torch initialises a projection.
             let reach = 1.0 / (input as f32).sqrt();
             let values = (0..rank * input).map(|_| rng.random_range(-reach..=reach)).collect();

@@ -82,6 +82,13 @@ impl Default for AdapterConfig {
     /// As PEFT for a Mistral: rank 8 and alpha 8 in `q_proj` and `v_proj` of every layer.
     fn default() -> Self {
         let names = ["q_proj", "v_proj"].map(str::to_string);
+        let rest = [
+            ("base_model_name_or_path", Value::Null),
+            ("inference_mode", json!(true)),
+            ("init_lora_weights", json!(true)),
+            ("lora_dropout", json!(0.0)),
+            ("task_type", json!("CAUSAL_LM")),
+        ];
         Self {
             rank: 8,
             alpha: 8.0,
@@ -91,7 +98,7 @@ impl Default for AdapterConfig {
             layers_to_transform: None,
             rank_pattern: Ordered::default(),
             alpha_pattern: Ordered::default(),
-            rest: Map::new(),
+            rest: rest.map(|(field, value)| (field.to_string(), value)).into_iter().collect(),
         }
     }
 }
@@ -261,19 +268,15 @@ impl AdapterConfig {
             alpha_pattern: Ordered<Value>,
         }
         let mut rest = self.rest.clone();
+        // What from_json takes at one value only; readers of other ages have other defaults.
         for (field, value) in [
             ("peft_type", json!("LORA")),
-            ("task_type", json!("CAUSAL_LM")),
-            ("base_model_name_or_path", Value::Null),
             ("bias", json!("none")),
             ("fan_in_fan_out", json!(false)),
-            ("inference_mode", json!(true)),
-            ("init_lora_weights", json!(true)),
-            ("lora_dropout", json!(0.0)),
             ("modules_to_save", Value::Null),
             ("use_dora", json!(false)),
         ] {
-            rest.entry(field).or_insert(value);
+            rest.insert(field.to_string(), value);
         }
         // PEFT writes whole numbers without a point.
         let number = |alpha: f64| match alpha.fract() == 0.0 && alpha.abs() < 1e15 {

@@ -464,6 +464,18 @@ fn adapters_add_up() -> Result {
     ] {
         assert_close("both", &causal(&model, &ids)?, &expected, 1e-5)?;
     }
+
+    // One for both minds reaches each of them where they differ already.
+    let plain = causal(&base.adapted(&two)?, &ids)?;
+    for (mind, decodes, thinks) in
+        [(Mind::Thinking, &plain, &expected), (Mind::Decoding, &expected, &plain)]
+    {
+        let first = base.adapted_for(&one, mind)?;
+        for model in [first.adapted(&two)?, first.merged(&two)?] {
+            assert_close("decodes", &causal(&model, &ids)?, decodes, 1e-5)?;
+            assert_close("thinks", &causal(model.thinker(), &ids)?, thinks, 1e-5)?;
+        }
+    }
     Ok(())
 }
 

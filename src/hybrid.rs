@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::Adapter;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Conversation, GenerationConfig, Progress, Prompt, Source, TokenStream,
 };
 use crate::load::Checkpoint;
-use crate::model::{Layout, Pass, Sight, Transformer};
+use crate::model::{Layout, Mind, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
 use crate::thought::{Text, Thinking, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
@@ -223,6 +224,30 @@ impl HybridModel {
         Ok(Self { transformer, tokenizer, defaults, eos_ids, thinking })
     }
 
+    /// The model with a low-rank adapter that is active in one mind, or in both; more may follow. Give
+    /// [`Mind::Thinking`] what was trained to read in both directions (LLM2Vec): thought passes and
+    /// bidirectional [`embed`](Self::embed) then use it, and answers are decoded as ever.
+    ///
+    /// ```no_run
+    /// # use candle_core::{DType, Device};
+    /// # use hybrid_attention::{Adapter, HybridModel};
+    /// use hybrid_attention::model::Mind;
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::from_folder("Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
+    /// let adapter = Adapter::from_folder("both-ways-adapter", &Device::Cpu)?;
+    /// let model = model.with_adapter(&adapter, Mind::Thinking)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Transformer::adapted_for`].
+    pub fn with_adapter(mut self, adapter: &Adapter, mind: Mind) -> Result<Self> {
+        self.transformer = self.transformer.adapted_for(adapter, mind)?;
+        Ok(self)
+    }
+
     /// The blocks, to be driven by hand.
     #[must_use]
     pub fn transformer(&self) -> &Transformer {
@@ -339,7 +364,9 @@ impl HybridModel {
         TokenStream::new(self.source(), &prompt.into(), config, Some(conversation))
     }
 
-    /// One vector for each text: `(texts, hidden)`, in `f32`.
+    /// One vector for each text: `(texts, hidden)`, in `f32`. What is read in both directions is read
+    /// with the adapters for [`Mind::Thinking`], what is read causally with those for
+    /// [`Mind::Decoding`].
     ///
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all, and

@@ -154,7 +154,7 @@ impl<'a> ThoughtLoop<'a> {
         }
     }
 
-    /// One thought pass over `z`, unrefined: the span, then the checkpoint's own
+    /// One thought pass over `z`, unrefined: the span of the [thinker](Transformer::thinker), then the checkpoint's own
     /// [thought layers](Transformer::thought_layers). `(batch, seq, hidden)` in and out.
     ///
     /// # Errors
@@ -164,7 +164,7 @@ impl<'a> ThoughtLoop<'a> {
             Sight::Causal => Pass::Causal(layout),
             Sight::Bidirectional => Pass::Bidirectional(layout),
         };
-        let h = self.transformer.forward(z, self.span(), pass)?;
+        let h = self.transformer.thinker().forward(z, self.span(), pass)?;
         self.transformer.forward_thought_layers(&h, layout, self.thinking.sight)
     }
 
@@ -265,7 +265,7 @@ impl<'a> ThoughtLoop<'a> {
 
     /// Hands thoughts over and gives the stream that leaves the last layer, `(batch, seq, hidden)`.
     /// For decoding, `pass` is the causal one over the cache that [`encode`](Self::encode) began to
-    /// fill.
+    /// fill. A bidirectional one, for embedding, is run by the [thinker](Transformer::thinker).
     ///
     /// # Errors
     /// As [`Transformer::forward`] and [`Transformer::hand_over`].
@@ -275,7 +275,11 @@ impl<'a> ThoughtLoop<'a> {
             Pass::Causal(_) | Pass::Bidirectional(_) => None,
         };
         let (xs, layers) = self.enter(text, thoughts, cache)?;
-        self.transformer.forward(&xs, layers, pass)
+        let reader = match pass {
+            Pass::Bidirectional(_) => self.transformer.thinker(),
+            Pass::Causal(_) | Pass::Cached(_) => self.transformer,
+        };
+        reader.forward(&xs, layers, pass)
     }
 
     /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: gives the stream

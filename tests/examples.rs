@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use candle_core::{Device, Tensor};
-use hybrid_attention::model::Sight;
+use hybrid_attention::adapter::{Adapter, AdapterConfig};
+use hybrid_attention::model::{Mind, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Detail, HandOff};
 use hybrid_attention::{
@@ -100,7 +101,7 @@ fn help(name: &str) -> Result<String> {
 
 #[test]
 fn help_lists_every_option() -> Result {
-    let model = ["--model", "--dtype", "--device"];
+    let model = ["--model", "--dtype", "--device", "--adapter", "--adapter-for"];
     let thinking =
         ["--passes", "--span", "--weight", "--halt-drift", "--hand-off", "--rethink-every"];
     let shared = [&model[..], &thinking].concat();
@@ -215,6 +216,50 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
             assert!(report["seconds"][key].as_f64().is_some_and(|s| s >= 0.0), "{key}");
         }
     }
+    Ok(())
+}
+
+/// A low-rank adapter that changes what is said, as PEFT would have saved it.
+fn adapter(folder: &Path) -> Result<Adapter> {
+    let how = AdapterConfig::rank(2).target_modules(["q_proj", "v_proj", "down_proj"]);
+    let adapter = Adapter::new(&Config::from_json(CONFIG)?, &how, 4, &Device::Cpu)?.trainable()?;
+    for variable in adapter.variables()? {
+        variable.set(&Tensor::full(0.3f32, variable.shape(), &Device::Cpu)?)?;
+    }
+    adapter.save(folder)?;
+    Ok(Adapter::from_folder(folder, &Device::Cpu)?)
+}
+
+#[test]
+fn generate_uses_an_adapter_in_the_mind_it_is_for() -> Result {
+    let (folder, saved) = (checkpoint(true)?, tempfile::tempdir()?);
+    let adapter = adapter(saved.path())?;
+    let path = saved.path().to_str().ok_or("no text")?;
+    let ids = |args: &[&str]| -> Result<Value> {
+        let args = [&["--ids=1,2,3", "--json", "--passes=2", "--max-tokens=6"], args].concat();
+        let (stdout, _) = succeed("generate", folder.path(), &args, "")?;
+        let report: Value = serde_json::from_str(&stdout)?;
+        Ok(serde_json::json!([report["ids"], report["drift"]]))
+    };
+    let config = GenerationConfig::default().thinking(Thinking::passes(2)).max_tokens(6);
+    let bare = ids(&[])?;
+    for (more, mind) in [
+        (None, Mind::Both),
+        (Some("--adapter-for=both"), Mind::Both),
+        (Some("--adapter-for=thinking"), Mind::Thinking),
+        (Some("--adapter-for=decoding"), Mind::Decoding),
+    ] {
+        let args: Vec<&str> = ["--adapter", path].into_iter().chain(more).collect();
+        let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+        let answer = model.with_adapter(&adapter, mind)?.generate([1, 2, 3], &config)?;
+        let expected = serde_json::json!([answer.ids, answer.drift()]);
+        assert_eq!(ids(&args)?, expected, "{mind:?}");
+        assert_ne!(expected, bare, "{mind:?}");
+    }
+    let stderr = fail("generate", folder.path(), &["--ids=1", "--adapter=nowhere"])?;
+    assert!(stderr.contains("nowhere"), "{stderr}");
+    let stderr = fail("generate", folder.path(), &["--ids=1", "--adapter-for=thinking"])?;
+    assert!(stderr.contains("--adapter <PATH>"), "{stderr}");
     Ok(())
 }
 

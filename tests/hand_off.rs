@@ -11,7 +11,7 @@ use hybrid_attention::thought::{HandOff, Text, Thoughts};
 use hybrid_attention::{Config, GenerationConfig, Prompt, Thinking};
 use proptest::prelude::*;
 
-use common::reference::{Heads, Reference, Stream};
+use common::reference::{ByDefinition, Reference, Stream};
 use common::tiny::{self, holds};
 use common::{Result, assert_close, assert_identical};
 
@@ -41,110 +41,6 @@ fn rows(xs: &Tensor) -> Result<Stream> {
     Ok(xs.to_dtype(candle_core::DType::F64)?.squeeze(0)?.to_vec2()?)
 }
 
-fn mix<T>(a: &[T], b: &[T], weight: f64) -> Vec<T>
-where
-    T: Mix,
-{
-    a.iter().zip(b).map(|(a, b)| a.mix(b, weight)).collect()
-}
-
-trait Mix: Sized {
-    fn mix(&self, other: &Self, weight: f64) -> Self;
-}
-
-impl Mix for f64 {
-    fn mix(&self, other: &Self, weight: f64) -> Self {
-        (1.0 - weight) * self + weight * other
-    }
-}
-
-impl<T: Mix> Mix for Vec<T> {
-    fn mix(&self, other: &Self, weight: f64) -> Self {
-        mix(self, other, weight)
-    }
-}
-
-/// A prompt handed over by its definition, then decoded token by token; the logits after the last
-/// prompt token and after each answer token.
-struct ByDefinition<'a> {
-    reference: &'a Reference,
-    window: Option<usize>,
-    segments: &'a [Range<usize>],
-}
-
-impl ByDefinition<'_> {
-    fn causal(&self, i: usize, j: usize) -> bool {
-        j <= i && self.window.is_none_or(|w| i < j + w)
-    }
-
-    fn both_ways(&self, i: usize, j: usize) -> bool {
-        let together = self.segments.iter().any(|run| run.contains(&i) && run.contains(&j));
-        self.causal(i, j) || together && self.window.is_none_or(|w| i.abs_diff(j) < w)
-    }
-
-    /// `z` and `plain` enter layer `span.start`; layers before it have read `ids` plainly.
-    fn logits(
-        &self,
-        layers: usize,
-        span: Range<usize>,
-        weight: f64,
-        (ids, answer): (&[u32], &[u32]),
-        (z, plain): (&Stream, &Stream),
-    ) -> Vec<Vec<f64>> {
-        let (r, seq) = (self.reference, ids.len());
-        let positions: Vec<usize> = (0..seq).collect();
-        let thinks = |i: usize| self.segments.iter().any(|run| run.contains(&i));
-        let mut caches: Vec<(Heads, Heads)> = Vec::new();
-        let mut xs = r.embed(ids);
-        for layer in 0..span.start {
-            let name = format!("model.layers.{layer}");
-            caches.push(r.keys_and_values(&name, &xs, &positions));
-            xs = r.layer(&name, &xs, |i, j| self.causal(i, j));
-        }
-        // Three streams: the plain model's, the thoughts', and that of plain tokens over both.
-        let (mut a, mut b, mut own) = (plain.clone(), z.clone(), plain.clone());
-        for layer in span.clone() {
-            let name = format!("model.layers.{layer}");
-            let of = |xs: &Stream| r.keys_and_values(&name, xs, &positions);
-            let ((ka, va), (kb, vb), (ko, vo)) = (of(&a), of(&b), of(&own));
-            let pick = |mixed: Heads, own: Heads| -> Heads {
-                let each = mixed.into_iter().zip(own).enumerate();
-                each.map(|(i, (mixed, own))| if thinks(i) { mixed } else { own }).collect()
-            };
-            let (k, v) = (pick(mix(&ka, &kb, weight), ko), pick(mix(&va, &vb, weight), vo));
-            a = r.layer(&name, &a, |i, j| self.causal(i, j));
-            b = r.layer(&name, &b, |i, j| self.both_ways(i, j));
-            let through = |(i, x): (usize, &Vec<f64>)| {
-                r.token(&name, x, i, (&k, &v), |j| self.causal(i, j)).0
-            };
-            own = own.iter().enumerate().map(through).collect();
-            caches.push((k, v));
-        }
-        let mixed = mix(&a, &b, weight);
-        let each = mixed.into_iter().zip(own).enumerate();
-        let mut xs: Stream =
-            each.map(|(i, (mixed, own))| if thinks(i) { mixed } else { own }).collect();
-        for layer in span.end..layers {
-            let name = format!("model.layers.{layer}");
-            caches.push(r.keys_and_values(&name, &xs, &positions));
-            xs = r.layer(&name, &xs, |i, j| self.causal(i, j));
-        }
-        let mut logits = vec![r.logits(&xs[seq - 1])];
-        for (at, &id) in (seq..).zip(answer) {
-            let mut x = r.embed(&[id]).remove(0);
-            for (layer, (keys, values)) in caches.iter_mut().enumerate() {
-                let name = format!("model.layers.{layer}");
-                let (k, v) = r.keys_and_values(&name, std::slice::from_ref(&x), &[at]);
-                keys.extend(k);
-                values.extend(v);
-                x = r.token(&name, &x, at, (keys, values), |j| self.causal(at, j)).0;
-            }
-            logits.push(r.logits(&x));
-        }
-        logits
-    }
-}
-
 /// Two context segments around a plain one, and a plain end.
 const SEGMENTS: [Range<usize>; 2] = [1..4, 6..9];
 
@@ -165,8 +61,7 @@ fn agrees_with_its_definition(
     let text = Text::new(&model, &ids, layout)?;
     let (h, thoughts, mut cache) = think(&model, &thinking(span.clone(), hand_off), &text, 3)?;
 
-    let definition =
-        ByDefinition { reference: &reference, window: config.sliding_window, segments: &SEGMENTS };
+    let definition = ByDefinition { decoder: &reference, thinker: &reference, segments: &SEGMENTS };
     let streams = (&rows(&thoughts.z)?, &rows(&thoughts.first)?);
     let layers = config.num_hidden_layers;
     let expected = definition.logits(layers, span, weight, (&ids, &answer), streams);

@@ -15,9 +15,12 @@ use candle_core::{DType, Device};
 use clap::{ArgGroup, Args, ValueEnum};
 use hybrid_attention::generate::Progress;
 use hybrid_attention::load::Checkpoint;
+use hybrid_attention::model::Mind;
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Halt, HandOff};
-use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt, StopReason, Thinking};
+use hybrid_attention::{
+    Adapter, GenerationConfig, HybridModel, Message, Prompt, StopReason, Thinking,
+};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -36,6 +39,25 @@ pub struct ModelArgs {
     /// The device to run on; other than cpu needs the feature of that name
     #[arg(long, value_enum, default_value_t = RunOn::Cpu)]
     pub device: RunOn,
+
+    /// A low-rank adapter as PEFT saves it: a folder with adapter_config.json and
+    /// adapter_model.safetensors
+    #[arg(long, value_name = "PATH")]
+    pub adapter: Option<PathBuf>,
+
+    /// When the adapter is active
+    #[arg(long, value_enum, default_value_t = AdapterFor::Both, requires = "adapter")]
+    pub adapter_for: AdapterFor,
+}
+
+/// When an adapter is active, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum AdapterFor {
+    /// In thought passes, and when text is read in both directions
+    Thinking,
+    /// Whenever text is read causally
+    Decoding,
+    Both,
 }
 
 /// A weight type on the command line.
@@ -69,13 +91,25 @@ impl ModelArgs {
             RunOn::Metal => Device::new_metal(0)?,
         };
         let checkpoint = Checkpoint::open(&self.model)?;
+        // Before the weights, which take longer.
+        let adapter =
+            self.adapter.as_ref().map(|path| Adapter::from_folder(path, &device)).transpose()?;
         let bar = bar(0, "{msg} [{bar:30}] {percent}%");
-        let model = HybridModel::from_checkpoint(&checkpoint, dtype, &device, |done, total| {
-            bar.set_length(total);
-            bar.set_message(format!("loading {}", HumanBytes(total)));
-            bar.set_position(done);
-        })?;
+        let mut model =
+            HybridModel::from_checkpoint(&checkpoint, dtype, &device, |done, total| {
+                bar.set_length(total);
+                bar.set_message(format!("loading {}", HumanBytes(total)));
+                bar.set_position(done);
+            })?;
         bar.finish_and_clear();
+        if let Some(adapter) = adapter {
+            let mind = match self.adapter_for {
+                AdapterFor::Thinking => Mind::Thinking,
+                AdapterFor::Decoding => Mind::Decoding,
+                AdapterFor::Both => Mind::Both,
+            };
+            model = model.with_adapter(&adapter, mind)?;
+        }
         Ok((model, start.elapsed().as_secs_f64()))
     }
 }

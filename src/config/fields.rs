@@ -26,6 +26,11 @@ impl Fields {
         self.0.contains_key(field)
     }
 
+    /// All fields, those that are `null` too.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value))
+    }
+
     pub(crate) fn get(&self, field: &str) -> Option<&Value> {
         self.0.get(field).filter(|value| !value.is_null())
     }

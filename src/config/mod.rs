@@ -5,7 +5,7 @@ mod gguf;
 mod hugging_face;
 mod params;
 
-pub(crate) use fields::Fields;
+pub(crate) use fields::{Fields, brief};
 pub(crate) use gguf::integer;
 
 use crate::error::{Error, Result};

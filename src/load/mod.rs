@@ -30,14 +30,14 @@ use std::sync::Arc;
 use ::safetensors::tensor::Dtype;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use memmap2::{Mmap, MmapMut};
 
-use self::convert::Stored;
+use self::convert::{Refusal, Source, Stored};
 use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
 use self::gguf::Gguf;
-use self::names::Naming;
+use self::names::{Naming, Rows};
 pub use self::weights::CheckpointWeights;
 use crate::config::{Config, integer};
 use crate::error::{Error, Result};
@@ -155,15 +155,12 @@ impl Checkpoint {
 
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
-            let file = Arc::new(Mapped::open(path)?);
-            let malformed = |message: String| Error::malformed(path, message);
-            for (name, tensor) in safetensors::parse(&file.bytes).map_err(malformed)? {
+            for (name, entry) in entries(path)? {
                 if tensors.contains_key(&name) {
-                    return Err(malformed(format!("{name} is in another shard too")));
+                    let message = format!("{name} is in another shard too");
+                    return Err(Error::malformed(path, message));
                 }
-                let (shape, range) = (tensor.shape, tensor.range);
-                let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
-                tensors.insert(name, Entry { file, stored, shape, range });
+                tensors.insert(name, entry);
             }
         }
         if let Some(index) = &folder.index {
@@ -235,7 +232,83 @@ impl Checkpoint {
     }
 }
 
+/// The tensors of one safetensors file by itself, in its own names. What is said of changes to the
+/// file of a [`Checkpoint`] holds for it too.
+#[derive(Debug)]
+pub(crate) struct TensorFile(BTreeMap<String, Entry>);
+
+impl TensorFile {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        entries(path).map(Self)
+    }
+
+    /// Names and shapes.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.0.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
+    }
+
+    /// A tensor of this shape, in `f32`. Values are checked to be finite.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+        let Some(entry) = self.0.get(name) else {
+            let place = self.0.values().next().map_or_else(|| "an empty file".into(), Entry::place);
+            return Err(Error::MissingWeight { name: name.to_string(), place });
+        };
+        let as_f32 = |_| DType::F32;
+        entry.tensor(name, shape, Rows::InOrder, as_f32, device)
+    }
+}
+
+/// Reads the header of a safetensors file.
+fn entries(path: &Path) -> Result<BTreeMap<String, Entry>> {
+    let file = Arc::new(Mapped::open(path)?);
+    let tensors = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(path, it))?;
+    let entries = tensors.into_iter().map(|(name, tensor)| {
+        let (shape, range) = (tensor.shape, tensor.range);
+        let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
+        (name, Entry { file, stored, shape, range })
+    });
+    Ok(entries.collect())
+}
+
 impl Entry {
+    /// The tensor, called `name` in its file, if it has this shape; in the type that `dtype` gives
+    /// for the stored one.
+    fn tensor(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Rows,
+        dtype: impl FnOnce(Stored) -> DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let (name, place) = (name.to_string(), self.place());
+        if self.shape != shape {
+            let (expected, got) = (shape.to_vec(), self.shape.clone());
+            return Err(Error::WeightShape { name, place, expected, got });
+        }
+        let stored = match &self.stored {
+            Ok(stored) => *stored,
+            Err(got) => {
+                let expected = "F64, F32, F16 or BF16";
+                return Err(Error::WeightDType { name, place, expected, got: got.clone() });
+            }
+        };
+        let dtype = dtype(stored);
+        let source = Source { bytes: self.bytes(), stored, shape, rows };
+        let tensor = source.convert(dtype, device).map_err(|refusal| match refusal {
+            Refusal::NotFinite { index, got, stored: true } => {
+                Error::WeightValue { name, place, index, got }
+            }
+            Refusal::NotFinite { index, got, stored: false } => {
+                let place = format!("{place}, converted to {}", dtype.as_str());
+                Error::WeightValue { name, place, index, got }
+            }
+            Refusal::Other(error) => error,
+        })?;
+        self.file.release(&self.range);
+        Ok(tensor)
+    }
+
     fn bytes(&self) -> &[u8] {
         self.file.bytes.get(self.range.clone()).unwrap_or_default()
     }

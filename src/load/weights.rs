@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::convert::{Refusal, Source};
+use super::convert::Stored;
 use super::names::Naming;
 use super::{Checkpoint, Entry};
 use crate::error::{Error, Result};
@@ -43,34 +43,12 @@ impl Weights for CheckpointWeights<'_> {
             return Err(Error::MissingWeight { name: spelled, place: path.display().to_string() });
         };
         let rows = naming.rows(name, config.head_dim);
-        let (name, place) = (spelled.clone(), entry.place());
-        if entry.shape != shape {
-            let (expected, got) = (shape.to_vec(), entry.shape.clone());
-            return Err(Error::WeightShape { name, place, expected, got });
-        }
-        let stored = match &entry.stored {
-            Ok(stored) => *stored,
-            Err(got) => {
-                let expected = "F64, F32, F16 or BF16";
-                return Err(Error::WeightDType { name, place, expected, got: got.clone() });
-            }
-        };
-        let dtype = self.dtype.unwrap_or(match naming {
+        let as_stored = |stored: Stored| match naming {
             Naming::Gguf => DType::F32,
             Naming::HuggingFace | Naming::Mistral => stored.dtype(),
-        });
-        let source = Source { bytes: entry.bytes(), stored, shape, rows };
-        let tensor = source.convert(dtype, &self.device).map_err(|refusal| match refusal {
-            Refusal::NotFinite { index, got, stored: true } => {
-                Error::WeightValue { name, place, index, got }
-            }
-            Refusal::NotFinite { index, got, stored: false } => {
-                let place = format!("{place}, converted to {}", dtype.as_str());
-                Error::WeightValue { name, place, index, got }
-            }
-            Refusal::Other(error) => error,
-        })?;
-        entry.file.release(&entry.range);
+        };
+        let dtype = |stored| self.dtype.unwrap_or_else(|| as_stored(stored));
+        let tensor = entry.tensor(spelled, shape, rows, dtype, &self.device)?;
         self.used.insert(spelled);
         self.advance(entry.range.len());
         Ok(tensor)

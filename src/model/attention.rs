@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::error::Result;
 
 /// The attention of one block.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Attention {
     q_proj: Linear,
     k_proj: Linear,
@@ -41,6 +41,16 @@ impl Attention {
             kv_heads,
             head_dim,
         })
+    }
+
+    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
+        match name {
+            "q_proj" => Some(&mut self.q_proj),
+            "k_proj" => Some(&mut self.k_proj),
+            "v_proj" => Some(&mut self.v_proj),
+            "o_proj" => Some(&mut self.o_proj),
+            _ => None,
+        }
     }
 
     /// `(batch, seq, hidden) -> (batch, seq, hidden)`. `remember` is given the keys and values of

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use super::View;
 use super::attention::Attention;
 use super::kv_cache::KeyValues;
+use super::linear::Linear;
 use super::mlp::Mlp;
 use super::ops;
 use super::weights::Weights;
@@ -12,7 +13,7 @@ use crate::config::Config;
 use crate::error::Result;
 
 /// Attention, then MLP, each behind its norm and added to the residual stream.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Block {
     input_layernorm: RmsNorm,
     self_attn: Attention,
@@ -51,6 +52,15 @@ impl Block {
         Ok((xs + ys)?)
     }
 
+    /// The projection called `self_attn.q_proj` or the like.
+    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
+        match name.split_once('.')? {
+            ("self_attn", name) => self.self_attn.projection_mut(name),
+            ("mlp", name) => self.mlp.projection_mut(name),
+            _ => None,
+        }
+    }
+
     /// Who attends to whom in this block, see [`Attention::shares`].
     pub(super) fn attention_shares(&self, xs: &Tensor, view: &View) -> Result<Tensor> {
         self.self_attn.shares(&self.input_layernorm.forward(xs)?, view)
@@ -58,7 +68,7 @@ impl Block {
 }
 
 /// Root-mean-square norm with a learned scale.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct RmsNorm {
     weight: Tensor,
     eps: f64,

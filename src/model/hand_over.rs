@@ -28,7 +28,8 @@ impl Transformer {
     /// Runs `layers` over the thoughts and, causally, over the plain stream, and gives the decoder
     /// of each context token `(1 - weight) · plain + weight · thoughts`: of its keys and values in
     /// every layer, which begin `cache`, and of the stream that leaves the last, which is returned.
-    /// Plain tokens run causally over these keys and values. Mixing is done in `f32` (Bitune,
+    /// Plain tokens run causally over these keys and values. The run over the thoughts is that of the
+    /// [`thinker`](Transformer::thinker), all else the decoder's own. Mixing is done in `f32` (Bitune,
     /// Kopiczko et al. 2024).
     ///
     /// At weight 0 this is the causal pass over the plain stream and nothing else, at 1 the
@@ -59,7 +60,7 @@ impl Transformer {
         self.check_layers(&layers)?;
         let thought = self.view(z, layout, sight)?;
         let mut keep = Keep::new(self, &layers, layout, cache)?;
-        if weight == 1.0 {
+        if weight == 1.0 && self.thinker.is_none() {
             let mut xs = z.clone();
             for index in layers {
                 let mut new = None;
@@ -80,10 +81,15 @@ impl Transformer {
         let mut own = tail.of(plain, 1)?;
         for index in layers {
             let (mut keys_a, mut keys_b, mut handed) = (None, None, None);
-            a = self.run(index, &a, &causal, &mut keys_a)?;
-            b = self.run(index, &b, &thought, &mut keys_b)?;
-            let (Some(keys_a), Some(keys_b)) = (keys_a, keys_b) else { continue };
-            let mixed = keys_a.zip(&keys_b, mix)?;
+            if weight < 1.0 {
+                a = self.run(index, &a, &causal, &mut keys_a)?;
+            }
+            b = self.thinker().run(index, &b, &thought, &mut keys_b)?;
+            let Some(keys_b) = keys_b else { continue };
+            let mixed = match keys_a {
+                Some(keys_a) => keys_a.zip(&keys_b, mix)?,
+                None => keys_b,
+            };
             if let Some(view) = &tail.view {
                 own = self.layers[index].forward(&own, view, |new| {
                     let all = mixed.zip(&new, |mixed, new| tail.put(mixed, new, 2))?;
@@ -95,7 +101,8 @@ impl Transformer {
             }
             keep.layer(index, handed)?;
         }
-        tail.put(&mix(&a, &b)?, &own, 1)
+        let left = if weight < 1.0 { mix(&a, &b)? } else { b };
+        tail.put(&left, &own, 1)
     }
 
     /// One block over `xs`, its keys and values laid aside.

@@ -1,4 +1,5 @@
-//! A projection without bias. Its weight is dense or quantised; nobody else needs to know which.
+//! A projection without bias. Its weight is dense or quantised, with or without low-rank adapters;
+//! nobody else needs to know which.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,6 +22,10 @@ const WIDEN_AT_ONCE: usize = 1 << 22;
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Weight,
+    /// `(out_features, in_features)`
+    shape: (usize, usize),
+    /// Added to the weight.
+    low_rank: Vec<LowRank>,
 }
 
 #[derive(Clone, Debug)]
@@ -31,21 +36,56 @@ enum Weight {
     Quantized(QMatMul),
 }
 
+/// `scale · B A`, a change of a weight that is never multiplied out (LoRA, Hu et al. 2021).
+#[derive(Clone, Debug)]
+pub(crate) struct LowRank {
+    /// `A`, `(rank, in_features)`, in the type of the stream.
+    pub(crate) a: Tensor,
+    /// `B`, `(out_features, rank)`, in the type of the stream.
+    pub(crate) b: Tensor,
+    pub(crate) scale: f64,
+}
+
 impl Linear {
     /// A projection by a dense `weight` of shape `(out_features, in_features)`.
     ///
     /// # Errors
-    /// When a device has no room for a copy of a weight that is not contiguous.
+    /// When `weight` is no matrix, or a device has no room for a copy of one that is not contiguous.
     pub fn dense(weight: &Tensor) -> Result<Self> {
-        Ok(Self { weight: Weight::Dense(weight.contiguous()?) })
+        let shape = weight.dims2()?;
+        Ok(Self { weight: Weight::Dense(weight.contiguous()?), shape, low_rank: Vec::new() })
     }
 
     /// A projection by a quantised `weight` of shape `(out_features, in_features)`.
     ///
     /// # Errors
-    /// When candle cannot prepare that type.
+    /// When `weight` is no matrix, or candle cannot prepare that type.
     pub fn quantized(weight: Arc<QTensor>) -> Result<Self> {
-        Ok(Self { weight: Weight::Quantized(QMatMul::from_arc(weight)?) })
+        let shape = weight.shape().dims2()?;
+        let weight = Weight::Quantized(QMatMul::from_arc(weight)?);
+        Ok(Self { weight, shape, low_rank: Vec::new() })
+    }
+
+    /// `(out_features, in_features)`
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    /// Adds `low_rank` to the weight, which stays as it is.
+    pub(crate) fn adapt(&mut self, low_rank: LowRank) {
+        self.low_rank.push(low_rank);
+    }
+
+    /// The same with `change` multiplied out and added to the weight, computed in `f32` and rounded
+    /// to the weight's own type. No gradient comes back through it.
+    pub(crate) fn merged(&self, change: &LowRank) -> Result<Self> {
+        let Weight::Dense(weight) = &self.weight else {
+            return Err(Error::unsupported("merge", "into quantised weights"));
+        };
+        let of = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
+        let product = (of(&change.b)?.matmul(&of(&change.a)?)? * change.scale)?; // (out, in)
+        let sum = (of(weight)? + product)?.to_dtype(weight.dtype())?;
+        Ok(Self { weight: Weight::Dense(sum), ..self.clone() })
     }
 
     /// `(…, in_features) -> (…, out_features)`, in the type of `xs`.
@@ -55,13 +95,22 @@ impl Linear {
     /// [`Error::Unsupported`] when a gradient is wanted of a product with quantised weights, which
     /// candle would silently leave out.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Dense(weight) => dense(xs, weight),
+        let ys = match &self.weight {
+            Weight::Dense(weight) => dense(xs, weight)?,
             Weight::Quantized(_) if xs.track_op() => {
-                Err(Error::unsupported("gradient", "through quantised weights"))
+                return Err(Error::unsupported("gradient", "through quantised weights"));
             }
-            Weight::Quantized(weight) => Ok(weight.forward(&xs.contiguous()?)?),
-        }
+            Weight::Quantized(weight) => weight.forward(&xs.contiguous()?)?,
+        };
+        self.low_rank.iter().try_fold(ys, |ys, change| Ok((ys + change.forward(xs)?)?))
+    }
+}
+
+impl LowRank {
+    /// `scale · x Aᵀ Bᵀ`: the scale goes to the narrow product in the middle.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let narrow = (dense(xs, &self.a)? * self.scale)?; // (…, rank)
+        dense(&narrow, &self.b)
     }
 }
 

@@ -12,7 +12,7 @@ use crate::error::Result;
 const TOKENS_AT_ONCE: usize = 1024;
 
 /// `down(silu(gate(x)) · up(x))`
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
@@ -29,6 +29,15 @@ impl Mlp {
             up_proj: linear("up_proj", inner, hidden)?,
             down_proj: linear("down_proj", hidden, inner)?,
         })
+    }
+
+    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
+        match name {
+            "gate_proj" => Some(&mut self.gate_proj),
+            "up_proj" => Some(&mut self.up_proj),
+            "down_proj" => Some(&mut self.down_proj),
+            _ => None,
+        }
     }
 
     /// `(batch, seq, hidden) -> (batch, seq, hidden)`. A long text goes piece by piece, because what

@@ -40,6 +40,7 @@ pub(crate) mod kernels;
 mod kv_cache;
 mod linear;
 mod mask;
+mod minds;
 mod mlp;
 mod ops;
 mod rope;
@@ -60,7 +61,9 @@ pub use self::hand_over::HandOver;
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::linear::Linear;
+pub(crate) use self::linear::LowRank;
 pub use self::mask::{Mask, Sight};
+pub use self::minds::Mind;
 pub use self::weights::Weights;
 pub(crate) use self::weights::is_or_is_under;
 pub use crate::layout::Layout;
@@ -88,6 +91,9 @@ pub enum Pass<'a> {
 /// train a model, hand over the tensors of candle `Var`s as its weights: it then sees every step an
 /// optimiser takes, as long as they are `f32`. Of half-precision norms and gates it keeps a wider
 /// copy, so it has to be built anew after a step. Gradients are of first order only.
+///
+/// Thought passes may run on a variant of it that shares the weights and has other low-rank adapters:
+/// its [`thinker`](Transformer::thinker).
 #[derive(Debug)]
 pub struct Transformer {
     /// Tells this one from all others of the process.
@@ -100,9 +106,11 @@ pub struct Transformer {
     thought_gate: Option<Tensor>,
     norm: RmsNorm,
     lm_head: Linear,
-    rope: Rope,
+    rope: Arc<Rope>,
     dtype: DType,
     device: Device,
+    /// What runs thought passes, where that is not this very transformer. It has none of its own.
+    thinker: Option<Box<Self>>,
 }
 
 /// What all blocks of one pass share.
@@ -148,22 +156,19 @@ impl Transformer {
         } else {
             weights.linear("lm_head.weight", table.0, table.1)?
         };
-        let rope = Rope::new(config, dtype, &device)?;
-        let config = config.clone();
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         Ok(Self {
-            id,
-            config,
+            id: next_id(),
+            config: config.clone(),
             embed_tokens,
             layers,
             thought_layers,
             thought_gate,
             norm,
             lm_head,
-            rope,
+            rope: Arc::new(Rope::new(config, dtype, &device)?),
             dtype,
             device,
+            thinker: None,
         })
     }
 
@@ -194,14 +199,14 @@ impl Transformer {
     /// How many blocks the checkpoint has that run in thought passes only.
     #[must_use]
     pub fn thought_layers(&self) -> usize {
-        self.thought_layers.len()
+        self.thinker().thought_layers.len()
     }
 
     /// The checkpoint's `thought.gate`, `(hidden)`, if it has one. Its sigmoid is the share of the
     /// new state that a thought takes over, channel by channel.
     #[must_use]
     pub fn thought_gate(&self) -> Option<&Tensor> {
-        self.thought_gate.as_ref()
+        self.thinker().thought_gate.as_ref()
     }
 
     /// Rows of the embedding table: `(batch, seq)` of `u32` to `(batch, seq, hidden)`.
@@ -284,11 +289,12 @@ impl Transformer {
         layout: &Layout,
         sight: Sight,
     ) -> Result<Tensor> {
-        if self.thought_layers.is_empty() {
+        let layers = &self.thinker().thought_layers;
+        if layers.is_empty() {
             return Ok(xs.clone());
         }
         let view = self.view(xs, layout, sight)?;
-        self.thought_layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+        layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
     }
 
     /// Where attention goes when `layers` run over `xs`: for each layer the share of every token's
@@ -426,6 +432,11 @@ impl Transformer {
         }
         Ok(())
     }
+}
+
+fn next_id() -> u64 {
+    static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
 }
 
 fn check_batch(expected: usize, got: usize) -> Result<()> {

@@ -67,8 +67,12 @@ impl Recorder<'_> {
             return Ok(None);
         }
         let (span, layout) = (self.span.clone(), self.layout);
-        let attention =
-            self.transformer.attention_shares(&before.detach(), span, layout, self.sight)?;
+        let attention = self.transformer.thinker().attention_shares(
+            &before.detach(),
+            span,
+            layout,
+            self.sight,
+        )?;
         Ok(Some(Maps {
             similarity: self.of_rows(&measure::similarity(after)?)?,
             attention: attention.iter().map(|it| self.of_rows(it)).collect::<Result<_>>()?,

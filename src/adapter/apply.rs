@@ -1,0 +1,113 @@
+//! Adapters on a model.
+
+use super::{Adapter, Wrapped, projections};
+use crate::error::{Error, Result};
+use crate::model::{Linear, LowRank, Mind, Transformer};
+
+impl Transformer {
+    /// This model with an adapter in thought passes and in decoding: [`Transformer::adapted_for`] with
+    /// [`Mind::Both`].
+    ///
+    /// # Errors
+    /// As [`Transformer::adapted_for`].
+    pub fn adapted(&self, adapter: &Adapter) -> Result<Self> {
+        self.adapted_for(adapter, Mind::Both)
+    }
+
+    /// This model with an adapter that is active in one mind, or in both. The weights are shared, not
+    /// copied, and may be quantised; adapters add up, whatever others there are. A gate that the
+    /// adapter brings is for thinking and takes the place of the one there was.
+    ///
+    /// Gradients reach a [trainable](Adapter::trainable) adapter; for the weights none is computed.
+    ///
+    /// # Errors
+    /// [`Error::UnusedWeight`] for a projection or a layer that this model has not;
+    /// [`Error::WeightShape`]; [`Error::MissingWeight`] for a projection that has no adapter where the
+    /// configuration says that it has.
+    pub fn adapted_for(&self, adapter: &Adapter, mind: Mind) -> Result<Self> {
+        let dtype = self.dtype();
+        self.changed(mind, |transformer| {
+            adapter.apply(transformer, |projection, LowRank { a, b, scale }| {
+                let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
+                projection.adapt(LowRank { a, b, scale });
+                Ok(())
+            })
+        })
+    }
+
+    /// This model with an adapter multiplied out, `W + scale · B A`, computed in `f32` and rounded to
+    /// the type of the weights; in both minds. It runs as fast as the bare model and shares with it
+    /// the weights that have no adapter. No gradient reaches the adapter.
+    ///
+    /// # Errors
+    /// As [`Transformer::adapted_for`]; [`Error::Unsupported`] for quantised weights.
+    pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
+        self.changed(Mind::Both, |transformer| {
+            adapter.apply(transformer, |projection, change| {
+                *projection = projection.merged(&change)?;
+                Ok(())
+            })
+        })
+    }
+}
+
+impl Adapter {
+    /// Hands every projection that has an adapter to `change`, with its matrices in `f32` on the
+    /// device of the model.
+    fn apply(
+        &self,
+        transformer: &mut Transformer,
+        change: impl Fn(&mut Linear, LowRank) -> Result<()>,
+    ) -> Result<()> {
+        self.check_complete(transformer)?;
+        let (device, dtype) = (transformer.device().clone(), transformer.dtype());
+        let layers = transformer.config().num_hidden_layers;
+        for (module, pair) in &self.pairs {
+            let Some(projection) = transformer.projection_mut(module) else {
+                let name = self.wrapped.tensor(module, "A");
+                let reason = format!("this model has no {module}; it has {layers} layers");
+                return Err(Error::UnusedWeight { name, place: self.place.clone(), reason });
+            };
+            let (out, input) = projection.shape();
+            let rank = pair.a.dim(0)?;
+            for (half, tensor, expected) in
+                [("A", &pair.a, [rank, input]), ("B", &pair.b, [out, rank])]
+            {
+                if tensor.dims() != expected {
+                    let (name, place) = (self.wrapped.tensor(module, half), self.place.clone());
+                    let (expected, got) = (expected.to_vec(), tensor.dims().to_vec());
+                    return Err(Error::WeightShape { name, place, expected, got });
+                }
+            }
+            let (a, b) = (pair.a.to_device(&device)?, pair.b.to_device(&device)?);
+            change(projection, LowRank { a, b, scale: pair.scale })?;
+        }
+        if let Some(gate) = &self.thought_gate {
+            let expected = vec![transformer.config().hidden_size];
+            if gate.dims() != expected {
+                let (name, place) = ("thought.gate".to_string(), self.place.clone());
+                let got = gate.dims().to_vec();
+                return Err(Error::WeightShape { name, place, expected, got });
+            }
+            transformer.set_thought_gate(gate.to_device(&device)?.to_dtype(dtype)?);
+        }
+        Ok(())
+    }
+
+    /// A file that lacks a layer is more likely cut short than meant so.
+    fn check_complete(&self, transformer: &Transformer) -> Result<()> {
+        let rules = self.config.rules()?;
+        let wanted = projections(transformer.config())
+            .filter(|(module, _)| self.wrapped == Wrapped::CausalLm || module != "lm_head")
+            .find(|(module, _)| {
+                rules.targets(self.wrapped.inner(module)) && !self.pairs.contains_key(module)
+            });
+        match wanted {
+            Some((module, _)) => {
+                let name = self.wrapped.tensor(&module, "A");
+                Err(Error::MissingWeight { name, place: self.place.clone() })
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! What the flashback suite teaches, in which order.
+
+use hybrid_attention::Result;
+use hybrid_attention::model::Layout;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::settings::Arm;
+use super::suite::{Plan, Split, Story, Vocabulary};
+
+/// Rows of one length and what is to be said in them.
+pub(crate) struct Batch {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) layout: Layout,
+    /// Where something is to be said, counted through all rows, and what.
+    pub(crate) answers: Vec<(u32, u32)>,
+    /// Passes to think about it with.
+    pub(crate) passes: usize,
+    /// The token that ends an answer.
+    end: u32,
+}
+
+impl Batch {
+    /// The share of questions to which the right answer was `said`, one token for each of
+    /// [`Batch::answers`]. That an answer ends is not counted.
+    pub(crate) fn asked(&self, said: &[u32]) -> f64 {
+        let questions =
+            self.answers.iter().zip(said).filter(|((_, answer), _)| *answer != self.end);
+        let right: Vec<bool> = questions.map(|((_, answer), said)| answer == said).collect();
+        right.iter().filter(|&&right| right).count() as f64 / right.len().max(1) as f64
+    }
+}
+
+/// How stories are told.
+#[derive(Clone, Copy, PartialEq)]
+enum Wording {
+    /// Two names for a fact, nothing else: the binding of neighbours is learned soonest.
+    Terse,
+    /// By chance terse or full.
+    Both,
+    Full,
+}
+
+struct Lesson {
+    longest: usize,
+    wording: Wording,
+    passes: usize,
+    /// The share of the run at which it ends at the latest. A control that never learns its first
+    /// lessons is not examined on chains that it has never seen.
+    ends: f64,
+}
+
+/// Longer and longer chains. A model that has not found out how to look a name up learns nothing from
+/// passes or from long sentences, so these come later.
+const LESSONS: [Lesson; 10] = {
+    const fn lesson(longest: usize, wording: Wording, passes: usize, ends: f64) -> Lesson {
+        Lesson { longest, wording, passes, ends }
+    }
+    [
+        lesson(1, Wording::Terse, 0, 0.25),
+        lesson(2, Wording::Terse, 2, 0.45),
+        lesson(3, Wording::Terse, 4, 0.48),
+        lesson(3, Wording::Both, 4, 0.51),
+        lesson(3, Wording::Full, 4, 0.54),
+        lesson(4, Wording::Full, 4, 0.57),
+        lesson(5, Wording::Full, 4, 0.60),
+        lesson(6, Wording::Full, 4, 0.63),
+        lesson(7, Wording::Full, 4, 0.66),
+        lesson(8, Wording::Full, 4, 1.00),
+    ]
+};
+
+/// The share of right answers that ends a lesson.
+const LEARNED: f64 = 0.85;
+
+/// Questions to each story. The answers of all but the last are left out of the text: an answer
+/// might give away the next.
+const QUESTIONS: usize = 8;
+
+/// Where a run is in its lessons.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Lessons {
+    now: usize,
+    /// The running share of right answers in this lesson.
+    right: f64,
+}
+
+impl Lessons {
+    pub(crate) fn new() -> Self {
+        Self { now: 0, right: 0.0 }
+    }
+
+    pub(crate) fn now(&self) -> usize {
+        self.now
+    }
+
+    pub(crate) fn right(&self) -> f64 {
+        self.right
+    }
+
+    /// Draws a batch of the present lesson.
+    pub(crate) fn draw(
+        &self,
+        arm: Arm,
+        rows: usize,
+        vocabulary: &Vocabulary,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Batch> {
+        let Lesson { longest, wording, passes, .. } = &LESSONS[self.now];
+        let most = arm.most_passes().min(*passes);
+        let passes = if arm == Arm::OnePass { most } else { rng.random_range(0..=most) };
+        let terse = match wording {
+            Wording::Terse => true,
+            Wording::Both => rng.random(),
+            Wording::Full => false,
+        };
+        let facts = rng.random_range(longest + 2..=2 * longest + 4);
+        let plan = Plan { split: Split::Train, facts, longest: *longest, one_of: None };
+        let (mut ids, mut answers, mut context) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..rows {
+            let story = Story::draw(&plan, rng);
+            let told = if terse { story.terse_ids(vocabulary) } else { story.ids(vocabulary) };
+            context = told.len();
+            ids.extend(told);
+            let mut answer = 0;
+            for question in story.questions.iter().cycle().take(QUESTIONS) {
+                let [before, name, after] = story.ask_ids(question, vocabulary);
+                ids.extend([before, name]);
+                ids.extend((!terse).then_some(after));
+                answer = story.answer_id(question, vocabulary);
+                answers.push((ids.len() as u32 - 1, answer));
+            }
+            ids.push(answer);
+            answers.push((ids.len() as u32 - 1, vocabulary.end()));
+        }
+        let mut layout = Layout::dense(rows, ids.len() / rows);
+        for row in 0..rows {
+            layout = layout.with_context(row, std::slice::from_ref(&(0..context)))?;
+        }
+        Ok(Batch { ids, layout, answers, passes, end: vocabulary.end() })
+    }
+
+    /// Takes note of the share of right answers in a batch, and goes on to the next lesson when
+    /// this one is learned, or there is no more time for it. Says whether it did.
+    pub(crate) fn mark(&mut self, arm: Arm, passes: usize, right: f64, done: f64) -> bool {
+        let lesson = &LESSONS[self.now];
+        // Without passes little can be done about long chains: where there are any, they count.
+        if passes > 0 || arm.most_passes().min(lesson.passes) == 0 {
+            self.right += 0.03 * (right - self.right);
+        }
+        let last = self.now + 1 == LESSONS.len();
+        if last || (self.right < LEARNED && done < lesson.ends) {
+            return false;
+        }
+        *self = Self { now: self.now + 1, right: 0.5 };
+        true
+    }
+}

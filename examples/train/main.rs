@@ -26,6 +26,7 @@ use std::time::Instant;
 use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use clap::Parser;
+use hybrid_attention::model::Transformer;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -53,7 +54,7 @@ struct Cli {
     seed: u64,
 
     /// Steps of the whole run
-    #[arg(long, default_value_t = 3500, value_name = "N")]
+    #[arg(long, default_value_t = 4000, value_name = "N")]
     steps: usize,
 
     /// Texts in each step
@@ -77,7 +78,7 @@ struct Cli {
     save_every: usize,
 
     /// Stories for each length of chain in the examination at the end
-    #[arg(long, default_value_t = 500, value_name = "N")]
+    #[arg(long, default_value_t = 300, value_name = "N")]
     stories: usize,
 }
 
@@ -127,7 +128,8 @@ fn train(
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         rng.set_stream(saved.step as u64 + 1);
         let batch = saved.lessons.draw(settings.arm, settings.batch, vocabulary, &mut rng)?;
-        let (loss, right) = loss(trainee, settings, &batch)?;
+        let transformer = trainee.transformer(&mut rng)?;
+        let (loss, right) = loss(&transformer, settings, &batch)?;
         let grads = loss.backward()?;
         optimizer.step(&grads, settings.lr(saved.step), LONGEST_GRADIENT)?;
 
@@ -149,8 +151,7 @@ fn train(
 }
 
 /// How badly the answers of a batch are predicted, in nats, and the share that is right.
-fn loss(trainee: &Trainee, settings: &Settings, batch: &Batch) -> Result<(Tensor, f64)> {
-    let transformer = &trainee.transformer;
+fn loss(transformer: &Transformer, settings: &Settings, batch: &Batch) -> Result<(Tensor, f64)> {
     let thinking = settings.thinking(batch.passes).gradient_passes(settings.gradient_passes);
     let hidden = read(transformer, &thinking, &batch.ids, batch.layout.clone())?;
     let (at, answers): (Vec<u32>, Vec<u32>) = batch.answers.iter().copied().unzip();

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::Config;
 use hybrid_attention::model::Transformer;
 use rand::{Rng, SeedableRng};
@@ -14,20 +14,14 @@ use crate::common::Result;
 
 /// A model in training.
 pub(crate) struct Trainee {
-    pub(crate) transformer: Transformer,
+    config: Config,
     /// What changes, by name.
     pub(crate) vars: Vec<(String, Var)>,
-    /// What does not: with the variables, all weights of the checkpoint.
-    frozen: HashMap<String, Tensor>,
+    embeddings: Embeddings,
 }
 
-/// Channels of an embedding that tell names from what stands between them. Only through something
-/// that is alike in many tokens can attention find a position rather than a token.
-const KIND_CHANNELS: usize = 16;
-
 impl Trainee {
-    /// A small new model for the flashback suite. Its embeddings are drawn once and stay: so a name
-    /// that no training story has is as good as any other.
+    /// A small new model for the flashback suite.
     pub(crate) fn for_flashback(settings: &Settings, vocabulary: &Vocabulary) -> Result<Self> {
         let (a, b) = settings.span;
         let layers = match settings.arm {
@@ -35,14 +29,14 @@ impl Trainee {
             _ => b + 1,
         };
         let config = Config::from_json(&config_json(vocabulary, layers))?;
-        let hidden = config.hidden_size;
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-        let (mut vars, mut frozen) = (Vec::new(), HashMap::new());
-        let gate = (settings.arm.most_passes() > 0).then(|| ("thought.gate".into(), vec![hidden]));
+        let gate = ("thought.gate".to_string(), vec![config.hidden_size]);
+        let gate = (settings.arm.most_passes() > 0).then_some(gate);
+        let mut vars = Vec::new();
         for (name, shape) in config.weights().chain(gate) {
             let count: usize = shape.iter().product();
             let values = match (name.as_str(), shape.as_slice()) {
-                ("model.embed_tokens.weight", _) => embeddings(vocabulary, hidden, &mut rng),
+                (EMBEDDINGS, _) => continue,
                 ("thought.gate", _) => vec![0.0; count], // half of the new state
                 // the head is the embeddings, which are long
                 ("model.norm.weight", _) => vec![0.05; count],
@@ -52,15 +46,18 @@ impl Trainee {
                     normals(count, (3.0 * fan_in).sqrt().recip(), &mut rng)
                 }
             };
-            let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
-            match name.as_str() {
-                "model.embed_tokens.weight" => drop(frozen.insert(name, tensor)),
-                _ => vars.push((name, Var::from_tensor(&tensor)?)),
-            }
+            vars.push((name, Var::from_vec(values, shape, &Device::Cpu)?));
         }
-        let mut all = frozen.clone();
-        all.extend(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())));
-        Ok(Self { transformer: Transformer::new(&config, &mut all)?, vars, frozen })
+        let embeddings = Embeddings::new(vocabulary, config.hidden_size, &mut rng);
+        Ok(Self { config, vars, embeddings })
+    }
+
+    /// The model with names that are drawn from `rng`.
+    pub(crate) fn transformer(&self, rng: &mut impl Rng) -> Result<Transformer> {
+        let vars = self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
+        let mut weights: HashMap<_, _> = vars.collect();
+        weights.insert(EMBEDDINGS.to_string(), self.embeddings.draw(rng)?);
+        Ok(Transformer::new(&self.config, &mut weights)?)
     }
 
     /// Parameters that are trained.
@@ -68,10 +65,51 @@ impl Trainee {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }
 
-    /// All weights, as a checkpoint has them.
-    pub(crate) fn weights(&self) -> HashMap<String, Tensor> {
+    /// All weights in `bf16`, as a checkpoint has them, with names that are drawn from `rng`.
+    pub(crate) fn weights(&self, rng: &mut impl Rng) -> Result<HashMap<String, Tensor>> {
         let vars = self.vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
-        self.frozen.clone().into_iter().chain(vars).collect()
+        let all = vars.chain([(EMBEDDINGS.to_string(), self.embeddings.draw(rng)?)]);
+        let narrow = all.map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::BF16)?)));
+        Ok(narrow.collect::<candle_core::Result<_>>()?)
+    }
+}
+
+/// The embedding table. It is not trained. Names have other vectors in every step, so there is
+/// nothing to be learned about any of them, and one that no training story has is as good as
+/// another.
+struct Embeddings {
+    /// `(vocab, hidden)`, row by row.
+    rows: Vec<f32>,
+    hidden: usize,
+    /// Whether each token is a name.
+    is_name: Vec<bool>,
+}
+
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
+
+/// Channels that are alike in all names, or in all other tokens. Only through something that many
+/// tokens share can attention find a position, rather than a token.
+const KIND_CHANNELS: usize = 16;
+
+impl Embeddings {
+    fn new(vocabulary: &Vocabulary, hidden: usize, rng: &mut impl Rng) -> Self {
+        let mut rows = normals(vocabulary.len() * hidden, 1.0, rng);
+        let kinds = [normals(KIND_CHANNELS, 2.0, rng), normals(KIND_CHANNELS, 2.0, rng)];
+        let is_name: Vec<bool> =
+            (0..vocabulary.len() as u32).map(|id| vocabulary.is_name(id)).collect();
+        for (row, &is_name) in rows.chunks_mut(hidden).zip(&is_name) {
+            row[..KIND_CHANNELS].copy_from_slice(&kinds[usize::from(is_name)]);
+        }
+        Self { rows, hidden, is_name }
+    }
+
+    fn draw(&self, rng: &mut impl Rng) -> candle_core::Result<Tensor> {
+        let mut rows = self.rows.clone();
+        for (row, _) in rows.chunks_mut(self.hidden).zip(&self.is_name).filter(|(_, name)| **name) {
+            let own = &mut row[KIND_CHANNELS..];
+            own.copy_from_slice(&normals(own.len(), 1.0, rng));
+        }
+        Tensor::from_vec(rows, (self.is_name.len(), self.hidden), &Device::Cpu)
     }
 }
 
@@ -83,15 +121,15 @@ pub(crate) fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
   "model_type": "mistral",
   "vocab_size": {},
   "hidden_size": 128,
-  "intermediate_size": 448,
+  "intermediate_size": 384,
   "num_hidden_layers": {layers},
   "num_attention_heads": 4,
   "num_key_value_heads": 4,
-  "head_dim": 32,
+  "head_dim": 64,
   "hidden_act": "silu",
   "max_position_embeddings": 512,
   "rms_norm_eps": 1e-5,
-  "rope_theta": 10000.0,
+  "rope_theta": 1000000.0,
   "sliding_window": null,
   "tie_word_embeddings": true,
   "bos_token_id": null,
@@ -102,17 +140,6 @@ pub(crate) fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
         vocabulary.len(),
         vocabulary.end()
     )
-}
-
-/// Rows drawn at random but for what they have in common with all names, or with all other tokens.
-fn embeddings(vocabulary: &Vocabulary, hidden: usize, rng: &mut impl Rng) -> Vec<f32> {
-    let mut rows = normals(vocabulary.len() * hidden, 1.0, rng);
-    let kinds = [normals(KIND_CHANNELS, 2.0, rng), normals(KIND_CHANNELS, 2.0, rng)];
-    for (row, id) in rows.chunks_mut(hidden).zip(0..) {
-        let kind = &kinds[usize::from(vocabulary.is_name(id))];
-        row[..KIND_CHANNELS].copy_from_slice(kind);
-    }
-    rows
 }
 
 /// Normally distributed numbers (Box & Muller 1958).

@@ -1,5 +1,6 @@
 //! The model as its user meets it: weights, tokenizer and defaults of one checkpoint together.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -146,6 +147,39 @@ impl HybridModel {
             return Err(Error::malformed(path, message));
         }
         Self::from_checkpoint(&checkpoint, dtype, device, |_, _| ())
+    }
+
+    /// The small model that comes with this crate, in `f32`: a million parameters that were trained to
+    /// think both ways about the stories of the flashback suite (`examples/flashback`), and speak of
+    /// nothing else. It needs no files; `examples/tiny` is where it was compiled from.
+    ///
+    /// ```
+    /// use candle_core::Device;
+    /// use hybrid_attention::{GenerationConfig, HybridModel, Prompt};
+    ///
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let prompt = Prompt::default()
+    ///     .context("The jar is in the chest. Earlier, the coin was put in the jar.")
+    ///     .plain("\nWhere is the coin?\nIn the");
+    /// let answer = model.generate(prompt, &GenerationConfig::default())?;
+    /// assert_eq!(answer.text, " chest");
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn tiny(device: &Device) -> Result<Self> {
+        let config = Config::from_json(include_str!("../examples/tiny/config.json"))?;
+        let weights = include_bytes!("../examples/tiny/model.safetensors");
+        let weights = candle_core::safetensors::load_buffer(weights, device)?.into_iter();
+        let mut weights = weights
+            .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
+            .collect::<candle_core::Result<HashMap<_, _>>>()?;
+        let tokenizer = Tokenizer::from_bytes(include_bytes!("../examples/tiny/tokenizer.json"))?;
+        let thinking = Thinking::from_json(include_str!("../examples/tiny/hybrid.json"))?;
+        let transformer = Transformer::new(&config, &mut weights)?;
+        thinking.on(&transformer)?;
+        Ok(Self { thinking, ..Self::new(transformer, Some(tokenizer))? })
     }
 
     /// Loads an opened checkpoint, telling `progress` how many of its bytes are read, of how many.

@@ -28,12 +28,13 @@ pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 /// Which model, and where it runs.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file
+    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file [default: the small model
+    /// that comes with the crate, which knows the stories of the flashback suite only]
     #[arg(long, value_name = "PATH")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
 
     /// The type weights are kept in [default: as stored; f32 for GGUF]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, requires = "model")]
     pub dtype: Option<KeptIn>,
 
     /// The device to run on; other than cpu needs the feature of that name
@@ -77,6 +78,12 @@ pub enum RunOn {
 }
 
 impl ModelArgs {
+    /// What it is, for a person.
+    pub fn name(&self) -> String {
+        let path = self.model.as_ref().map(|path| path.display().to_string());
+        path.unwrap_or_else(|| "the crate's own small model".to_string())
+    }
+
     /// Loads the model with a progress bar on standard error. Gives the seconds it took.
     pub fn load(&self) -> Result<(HybridModel, f64)> {
         let start = Instant::now();
@@ -90,18 +97,24 @@ impl ModelArgs {
             RunOn::Cuda => Device::new_cuda(0)?,
             RunOn::Metal => Device::new_metal(0)?,
         };
-        let checkpoint = Checkpoint::open(&self.model)?;
+        let checkpoint = self.model.as_ref().map(Checkpoint::open).transpose()?;
         // Before the weights, which take longer.
         let adapter =
             self.adapter.as_ref().map(|path| Adapter::from_folder(path, &device)).transpose()?;
-        let bar = bar(0, "{msg} [{bar:30}] {percent}%");
-        let mut model =
-            HybridModel::from_checkpoint(&checkpoint, dtype, &device, |done, total| {
-                bar.set_length(total);
-                bar.set_message(format!("loading {}", HumanBytes(total)));
-                bar.set_position(done);
-            })?;
-        bar.finish_and_clear();
+        let mut model = match checkpoint {
+            None => HybridModel::tiny(&device)?,
+            Some(checkpoint) => {
+                let bar = bar(0, "{msg} [{bar:30}] {percent}%");
+                let progress = |done, total| {
+                    bar.set_length(total);
+                    bar.set_message(format!("loading {}", HumanBytes(total)));
+                    bar.set_position(done);
+                };
+                let model = HybridModel::from_checkpoint(&checkpoint, dtype, &device, progress)?;
+                bar.finish_and_clear();
+                model
+            }
+        };
         if let Some(adapter) = adapter {
             let mind = match self.adapter_for {
                 AdapterFor::Thinking => Mind::Thinking,

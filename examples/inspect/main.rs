@@ -137,7 +137,7 @@ fn run(cli: &Cli) -> common::Result<()> {
         return Err("the model left no trace of its thinking".into());
     }
     let inspection = Inspection {
-        model: cli.model.model.display().to_string(),
+        model: cli.model.name(),
         layers: model.config().num_hidden_layers,
         settings: thinking,
         tokens: tokens::of_prompt(model.tokenizer(), &thought.prompt_ids, context_bytes),

@@ -208,6 +208,21 @@ impl Thinking {
         self
     }
 
+    /// The same with at most this many passes: 0 is no thinking.
+    ///
+    /// ```
+    /// use hybrid_attention::Thinking;
+    ///
+    /// let own = Thinking::passes(4).span(1..3); // a checkpoint's, say
+    /// let (none, longer) = (own.clone().with_passes(0), own.with_passes(8));
+    /// assert!(none.is_none() && !longer.is_none());
+    /// ```
+    #[must_use]
+    pub fn with_passes(mut self, passes: usize) -> Self {
+        self.passes = passes;
+        self
+    }
+
     /// Whether there are no passes.
     #[must_use]
     pub fn is_none(&self) -> bool {

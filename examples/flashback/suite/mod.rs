@@ -213,6 +213,16 @@ impl Story {
         self.questions.iter().find(|question| question.hops == hops)
     }
 
+    /// Questions about all links of a chain of `length`, from the last one on.
+    pub fn chain_of(&self, length: usize) -> Vec<&Question> {
+        let Some(first) = self.question_of(length) else { return Vec::new() };
+        let same =
+            self.questions.iter().filter(|it| it.answer == first.answer && it.hops <= length);
+        let mut chain: Vec<_> = same.collect();
+        chain.sort_by_key(|question| question.hops);
+        chain
+    }
+
     /// The story as a person reads it.
     pub fn text(&self) -> String {
         self.pieces().chain([".".to_string()]).collect()

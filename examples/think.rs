@@ -55,7 +55,9 @@ fn run(cli: &Cli) -> common::Result<()> {
     let hops = usize::from(cli.hops);
     let story = draw(hops, &mut rng);
     let question = story.question_of(hops).ok_or("no such question")?;
-    writeln!(stdout(), "{}{} ... {}\n", story.text(), story.ask(question), question.answer)?;
+    writeln!(stdout(), "{}", wrap(&story.text()))?;
+    writeln!(stdout(), "{} …\n", story.ask(question))?;
+    writeln!(stdout(), "Right is {}, {hops} of {FACTS} facts away.\n", question.answer)?;
     follow(cli, &model, &story, hops)?;
     if cli.stories > 0 {
         examine(cli, &model, &mut rng)?;
@@ -69,14 +71,25 @@ fn draw(hops: usize, rng: &mut ChaCha8Rng) -> Story {
     Story::draw(&Plan { split: Split::Test, facts: FACTS, longest, one_of: Some(hops) }, rng)
 }
 
+/// The text in lines that are easily read.
+fn wrap(text: &str) -> String {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) if line.len() + word.len() < 100 => *line = format!("{line} {word}"),
+            _ => lines.push(word.to_string()),
+        }
+    }
+    lines.join("\n")
+}
+
 /// The answer after each number of passes, and what the pass has changed: how far the thoughts moved,
 /// and for which names of the same chain the end is now known.
 fn follow(cli: &Cli, model: &HybridModel, story: &Story, hops: usize) -> common::Result<()> {
     let chain = story.chain_of(hops);
-    writeln!(
-        stdout(),
-        "passes  answer      probability  drift  answers for names 1, 2, … facts from the end"
-    )?;
+    let about = "right about the names 1, 2, … facts from the end";
+    writeln!(stdout(), "passes  answer      probability  drift  {about}")?;
     for passes in 0..=usize::from(cli.passes) {
         let (mut said, mut marks) = (None, String::new());
         for question in &chain {
@@ -99,7 +112,9 @@ fn examine(cli: &Cli, model: &HybridModel, rng: &mut ChaCha8Rng) -> common::Resu
     let passes = usize::from(cli.passes) + 1;
     writeln!(stdout(), "\nright answers over {} fresh stories each, in percent", cli.stories)?;
     write!(stdout(), "facts  ")?;
-    (0..passes).try_for_each(|passes| write!(stdout(), "{passes:>4} passes"))?;
+    (0..passes).try_for_each(|passes| {
+        write!(stdout(), "{passes:>4} {:<6}", if passes == 1 { "pass" } else { "passes" })
+    })?;
     writeln!(stdout(), "  a guess")?;
     let bar = common::bar((LENGTHS.len() * cli.stories) as u64, "[{bar:30}] {pos}/{len}");
     for hops in LENGTHS {
@@ -115,7 +130,9 @@ fn examine(cli: &Cli, model: &HybridModel, rng: &mut ChaCha8Rng) -> common::Resu
         }
         let percent = |count: f64| 100.0 * count / cli.stories as f64;
         write!(stdout(), "{hops:>5}  ")?;
-        right.iter().try_for_each(|&right| write!(stdout(), "{:>11.0}", percent(right as f64)))?;
+        right
+            .iter()
+            .try_for_each(|&right| write!(stdout(), "{:>4.0}       ", percent(right as f64)))?;
         writeln!(stdout(), "  {:>7.0}", percent(chance))?;
     }
     bar.finish_and_clear();

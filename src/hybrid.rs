@@ -23,14 +23,16 @@ use crate::tokenizer::{Message, Tokenizer};
 /// It is `Send + Sync` and takes `&self` everywhere: one copy serves any number of threads, each
 /// answer having its own cache.
 ///
-/// ```no_run
+/// ```
 /// use candle_core::{DType, Device};
 /// use hybrid_attention::{GenerationConfig, HybridModel};
 ///
 /// # fn main() -> hybrid_attention::Result<()> {
-/// let model = HybridModel::from_folder("Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
-/// let answer = model.generate("Why is the sky blue?", &GenerationConfig::default())?;
-/// println!("{}", answer.text);
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny");
+/// let model = HybridModel::from_folder(folder, DType::BF16, &Device::Cpu)?; // or a Mistral 7B
+/// let config = GenerationConfig::default().max_tokens(3);
+/// let answer = model.generate("The coin is in the jar. The jar is in the chest.", &config)?;
+/// assert_eq!(answer.ids.len(), answer.logprobs.len());
 /// # Ok(())
 /// # }
 /// ```

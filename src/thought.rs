@@ -11,31 +11,25 @@
 //! [`Thinking`] says how, [`ThoughtLoop`] is the verbs, driven here by hand:
 //!
 //! ```
-//! # use std::collections::HashMap;
-//! # use candle_core::{Device, Tensor};
-//! use hybrid_attention::model::{Layout, Pass, Transformer};
+//! # use candle_core::Device;
+//! use hybrid_attention::HybridModel;
+//! use hybrid_attention::model::{Layout, Pass};
 //! use hybrid_attention::thought::{Text, Thinking};
-//! # use hybrid_attention::Config;
 //! # fn main() -> hybrid_attention::Result<()> {
-//! # let config = Config::from_json(r#"{
-//! #     "model_type": "mistral", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
-//! #     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2
-//! # }"#)?;
-//! # let mut weights: HashMap<_, _> = config.weights().map(|(name, shape)| {
-//! #     Ok((name, Tensor::randn(0f32, 0.1, shape, &Device::Cpu)?))
-//! # }).collect::<Result<_, candle_core::Error>>()?;
-//! # let transformer = Transformer::new(&config, &mut weights)?;
-//! let thinking = Thinking::passes(2).span(0..1);
-//! let mind = thinking.on(&transformer)?;
-//! let text = Text::new(&transformer, &[1, 5, 9], Layout::dense(1, 3))?;
+//! let model = HybridModel::tiny(&Device::Cpu)?;
+//! let transformer = model.transformer();
+//! let thinking = Thinking::passes(2).span(1..3);
+//! let mind = thinking.on(transformer)?;
+//! let text = Text::new(transformer, &[11, 150, 12], Layout::dense(1, 3))?;
 //! let mut cache = transformer.new_cache(text.layout(), 64)?;
 //!
-//! let z = mind.encode(&text, Pass::Cached(&mut cache))?;             // (1, 3, 16)
+//! let z = mind.encode(&text, Pass::Cached(&mut cache))?;             // (1, 3, 128)
 //! let h = mind.think_once(&z, text.layout())?;                       // one pass, unrefined
 //! let thoughts = mind.think(&text, z, |_done, _passes| ())?;         // all passes, refined
-//! let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?; // (1, 3, 16)
-//! let logits = transformer.logits(&h.narrow(1, 2, 1)?)?;             // (1, 1, 32)
-//! # assert_eq!((logits.dims3()?, cache.len()), ((1, 1, 32), 3));
+//! let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?; // (1, 3, 128)
+//! let logits = transformer.logits(&h.narrow(1, 2, 1)?)?;             // (1, 1, 191)
+//! # assert_eq!((logits.dims3()?, cache.len()), ((1, 1, model.config().vocab_size), 3));
+//! # assert_eq!((h.dim(2)?, model.config().vocab_size), (128, 191));
 //! # Ok(())
 //! # }
 //! ```

@@ -172,7 +172,7 @@ impl Run {
         };
         let bar = common::bar(2 * LONGEST as u64, "examination [{bar:30}] {pos}/{len}");
         let thinking = |passes: usize| -> Thinking { settings.thinking(passes) };
-        let examine = |split| {
+        let examine = |split, stories| {
             let progress = || bar.inc(1);
             score(&transformer, thinking, split, stories, &passes, EXAMINATION, progress)
         };
@@ -182,8 +182,8 @@ impl Run {
             seconds: saved.seconds,
             threads: candle_core::utils::get_num_threads(),
             curve: saved.curve.clone(),
-            test: examine(Split::Test)?,
-            train: examine(Split::Train)?,
+            test: examine(Split::Test, stories)?,
+            train: examine(Split::Train, stories.div_ceil(4))?,
         };
         bar.finish_and_clear();
         common::write(&file("record.json"), |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;

@@ -55,8 +55,9 @@ fn run(cli: &Cli) -> common::Result<()> {
     let hops = usize::from(cli.hops);
     let story = draw(hops, &mut rng);
     let question = story.question_of(hops).ok_or("no such question")?;
-    writeln!(stdout(), "{}", wrap(&story.text()))?;
-    writeln!(stdout(), "{} …\n", story.ask(question))?;
+    let text = format!("{}{} …", story.text(), story.ask(question));
+    text.lines().try_for_each(|line| writeln!(stdout(), "{}", wrap(line)))?;
+    writeln!(stdout())?;
     writeln!(stdout(), "Right is {}, {hops} of {FACTS} facts away.\n", question.answer)?;
     follow(cli, &model, &story, hops)?;
     if cli.stories > 0 {
@@ -100,8 +101,8 @@ fn follow(cli: &Cli, model: &HybridModel, story: &Story, hops: usize) -> common:
         let Some(answer) = said else { continue };
         let probability = answer.logprobs.first().map_or(0.0, |logprob| logprob.exp() * 100.0);
         let drift = answer.drift().last().map_or_else(String::new, |drift| format!("{drift:.2}"));
-        let text = answer.text.trim();
-        writeln!(stdout(), "{passes:>6}  {text:<10}  {probability:>9.1} %  {drift:>5} {marks}")?;
+        let word = first_word(&answer);
+        writeln!(stdout(), "{passes:>6}  {word:<10}  {probability:>9.1} %  {drift:>5} {marks}")?;
     }
     Ok(())
 }
@@ -154,6 +155,10 @@ fn ask(
 }
 
 fn is_right(answer: &Answer, question: &Question) -> bool {
-    let word = answer.text.split(|c: char| !c.is_alphanumeric()).find(|word| !word.is_empty());
-    word == Some(question.answer)
+    first_word(answer) == question.answer
+}
+
+fn first_word(answer: &Answer) -> &str {
+    let mut words = answer.text.split(|c: char| !c.is_alphanumeric());
+    words.find(|word| !word.is_empty()).unwrap_or("")
 }

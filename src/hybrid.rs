@@ -161,10 +161,14 @@ impl HybridModel {
     ///
     /// let model = HybridModel::tiny(&Device::Cpu)?;
     /// let prompt = Prompt::default()
-    ///     .context("The jar is in the chest. Earlier, the coin was put in the jar.")
-    ///     .plain("\nWhere is the coin?\nIn the");
+    ///     .context(
+    ///         "Then Eva gave everything to Max. Earlier, Leo had handed everything to Ida. \
+    ///          Before that, Max sent everything to Nora. By then, Ida left everything with Eva. \
+    ///          Then Paul gave everything to Otto",
+    ///     )
+    ///     .plain(".\nWho has what Leo had?\nIt is with");
     /// let answer = model.generate(prompt, &GenerationConfig::default())?;
-    /// assert_eq!(answer.text, " chest");
+    /// assert_eq!(answer.text, " Nora"); // Leo, Ida, Eva, Max, Nora
     /// # Ok::<_, hybrid_attention::Error>(())
     /// ```
     ///

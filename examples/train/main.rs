@@ -54,7 +54,7 @@ struct Cli {
     seed: u64,
 
     /// Steps of the whole run
-    #[arg(long, default_value_t = 4000, value_name = "N")]
+    #[arg(long, default_value_t = 6000, value_name = "N")]
     steps: usize,
 
     /// Texts in each step

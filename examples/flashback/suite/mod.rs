@@ -197,7 +197,7 @@ impl Story {
         Self { relation, facts, questions, ends: lengths.len() }
     }
 
-    /// The pieces of the story's text, each of them one token: all but the last full stop.
+    /// The pieces of the story's text, each of them one token.
     fn pieces(&self) -> impl Iterator<Item = String> {
         let wording = self.relation.wording();
         self.facts.iter().enumerate().flat_map(|(index, fact)| {
@@ -223,18 +223,19 @@ impl Story {
         chain
     }
 
-    /// The story as a person reads it.
+    /// The story as a person reads it, up to the last full stop. That one begins the question, so that
+    /// no token is part of both.
     pub fn text(&self) -> String {
-        self.pieces().chain([".".to_string()]).collect()
+        self.pieces().collect()
     }
 
     /// The question as it follows the story; the answer comes next.
     pub fn ask(&self, question: &Question) -> String {
         let [before, after] = self.relation.wording().question;
-        format!("\n{before} {}{after}", question.name)
+        format!(".\n{before} {}{after}", question.name)
     }
 
-    /// The tokens of [`Story::text`], but for the last full stop: it belongs to the question.
+    /// The tokens of [`Story::text`].
     pub fn ids(&self, vocabulary: &Vocabulary) -> Vec<u32> {
         self.pieces().map(|piece| vocabulary.id(&piece)).collect()
     }
@@ -245,7 +246,7 @@ impl Story {
         names.map(|it| vocabulary.id(&name(it))).collect()
     }
 
-    /// The tokens of the last full stop and [`Story::ask`].
+    /// The tokens of [`Story::ask`].
     pub fn ask_ids(&self, question: &Question, vocabulary: &Vocabulary) -> [u32; 3] {
         let [before, after] = self.relation.wording().question;
         let pieces = [format!(".\n{before}"), name(question.name), after.to_string()];

@@ -167,7 +167,7 @@ impl HybridModel {
     ///          Then Paul gave everything to Otto",
     ///     )
     ///     .plain(".\nWho has what Leo had?\nIt is with");
-    /// let answer = model.generate(prompt, &GenerationConfig::default())?;
+    /// let answer = model.generate(prompt, &GenerationConfig::default().max_tokens(1))?;
     /// assert_eq!(answer.text, " Nora"); // Leo, Ida, Eva, Max, Nora
     /// # Ok::<_, hybrid_attention::Error>(())
     /// ```

@@ -27,9 +27,9 @@
 //! let h = mind.think_once(&z, text.layout())?;                       // one pass, unrefined
 //! let thoughts = mind.think(&text, z, |_done, _passes| ())?;         // all passes, refined
 //! let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?; // (1, 3, 128)
-//! let logits = transformer.logits(&h.narrow(1, 2, 1)?)?;             // (1, 1, 191)
+//! let logits = transformer.logits(&h.narrow(1, 2, 1)?)?;             // (1, 1, 183)
 //! # assert_eq!((logits.dims3()?, cache.len()), ((1, 1, model.config().vocab_size), 3));
-//! # assert_eq!((h.dim(2)?, model.config().vocab_size), (128, 191));
+//! # assert_eq!((h.dim(2)?, model.config().vocab_size), (128, 183));
 //! # Ok(())
 //! # }
 //! ```

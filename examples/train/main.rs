@@ -145,6 +145,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    if let Some(model) = &cli.model {
+        check_apart(&cli.out, model)?;
+    }
     let base = cli.model.as_deref().map(Base::load).transpose()?;
     match (base, &cli.text) {
         (Some(base), Some(path)) => {
@@ -166,6 +169,17 @@ fn run(cli: &Cli) -> Result<()> {
             };
             teach(cli, &settings, &Flashback { vocabulary, stories }, &trainee)
         }
+    }
+}
+
+/// Refuses to leave results where they would change the checkpoint: a `hybrid.json` beside its weights
+/// is its own.
+fn check_apart(out: &Path, model: &Path) -> Result<()> {
+    let (Ok(out), Ok(model)) = (out.canonicalize(), model.canonicalize()) else { return Ok(()) };
+    let folder = if model.is_dir() { Some(model.as_path()) } else { model.parent() };
+    match folder == Some(out.as_path()) {
+        true => Err(format!("--out: {} is the folder of the checkpoint", out.display()).into()),
+        false => Ok(()),
     }
 }
 

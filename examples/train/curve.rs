@@ -22,7 +22,10 @@ pub(crate) fn draw(path: &Path, settings: &Settings, curve: &[Point]) -> Result<
         .x_label_area_size(36)
         .y_label_area_size(48)
         .build_cartesian_2d(0..settings.steps.max(1), lowest..highest.max(lowest + 0.1))?;
-    let label = |value: &f32| format!("{value:.1}");
+    let label = |value: &f32| match lowest {
+        0.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    };
     chart
         .configure_mesh()
         .disable_x_mesh()

@@ -28,10 +28,11 @@ use clap::Parser;
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::HandOff;
-use hybrid_attention::{GenerationConfig, HybridModel, Prompt, Thinking};
-use indicatif::ProgressBar;
+use hybrid_attention::{HybridModel, Prompt, Thinking};
 use serde::Serialize;
 use serde_json::json;
+
+use crate::common::passages::{Estimate, Passage, losses};
 
 const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.5 }];
@@ -90,7 +91,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     let count = (own + 2) * passages.len();
     let bar = common::bar(count as u64, "measuring [{bar:30}] {pos}/{len}, {eta} to go");
     let measure = |prompt: &dyn Fn(&Passage) -> Prompt, thinking: &Thinking| {
-        losses(&model, &passages, prompt, thinking, &bar)
+        losses(&model, &passages, prompt, thinking, || bar.inc(1))
     };
     let plain = measure(&Passage::prompt, &Thinking::none())?;
     let repeated = measure(&Passage::repeated, &Thinking::none())?;
@@ -109,32 +110,6 @@ fn run(cli: &Cli) -> common::Result<()> {
         common::write(path, |file| Ok(serde_json::to_writer(file, &report.json())?))?;
     }
     Ok(write!(stdout(), "{}", report.table())?)
-}
-
-/// Two neighbouring stretches of a text.
-struct Passage {
-    first: Vec<u32>,
-    second: Vec<u32>,
-    /// Whether `first` opens with the token that begins a text.
-    begins: bool,
-    /// Tokens from the first on that are only read.
-    only_read: usize,
-}
-
-impl Passage {
-    /// As when `first` is a prompt and `second` its answer: the prompt's last token is only read.
-    fn prompt(&self) -> Prompt {
-        let (context, last) = self.first.split_at(self.first.len().saturating_sub(1));
-        let (read, context) = context.split_at(self.only_read.min(context.len()));
-        let prompt = Prompt::default().plain_ids(read).context_ids(context);
-        prompt.plain_ids(last).plain_ids(&self.second)
-    }
-
-    /// The control that reads the first half twice, as one text.
-    fn repeated(&self) -> Prompt {
-        let again: Vec<u32> = self.first.iter().copied().skip(usize::from(self.begins)).collect();
-        Prompt::default().plain_ids(&self.first).plain_ids(&again).plain_ids(&self.second)
-    }
 }
 
 /// The first `--passages` lines of `text` that have two halves of `--tokens` tokens.
@@ -207,53 +182,6 @@ fn settings(spans: &[Range<usize>]) -> Vec<Setting> {
         }
     }
     settings
-}
-
-/// The loss of each passage's second half, in nats per token.
-fn losses(
-    model: &HybridModel,
-    passages: &[Passage],
-    prompt: &dyn Fn(&Passage) -> Prompt,
-    thinking: &Thinking,
-    bar: &ProgressBar,
-) -> common::Result<Vec<f64>> {
-    let config = GenerationConfig::default().prompt_logprobs(true).max_tokens(0);
-    let config = config.thinking(thinking.clone());
-    let loss = |passage: &Passage| {
-        let answer = model.generate(prompt(passage), &config)?;
-        bar.inc(1);
-        let logprobs = answer.prompt_logprobs.unwrap_or_default();
-        let second = logprobs.iter().rev().take(passage.second.len()).flatten();
-        Ok(-second.map(|&logprob| f64::from(logprob)).sum::<f64>() / passage.second.len() as f64)
-    };
-    passages.iter().map(loss).collect()
-}
-
-/// A mean over passages and its standard error.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Estimate {
-    mean: f64,
-    standard_error: f64,
-}
-
-impl Estimate {
-    fn of(values: &[f64]) -> Self {
-        let count = values.len() as f64;
-        let mean = values.iter().sum::<f64>() / count;
-        let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-        Self { mean, standard_error: (squares / (count - 1.0) / count).sqrt() }
-    }
-
-    /// How much higher `values` are than `base`, passage by passage.
-    fn of_difference(values: &[f64], base: &[f64]) -> Self {
-        let differences: Vec<f64> = values.iter().zip(base).map(|(a, b)| a - b).collect();
-        Self::of(&differences)
-    }
-
-    /// A difference: `+0.031 ± 0.004`
-    fn signed(self) -> String {
-        format!("{:+.3} ± {:.3}", self.mean, self.standard_error)
-    }
 }
 
 /// Losses in nats per token, one for each passage.

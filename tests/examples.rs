@@ -112,12 +112,31 @@ fn help_lists_every_option() -> Result {
     let embed = ["--file", "--pooling", "--causal", "--json", "weighted-mean"];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
     let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
+    let train = [
+        "--out",
+        "--arm",
+        "--model",
+        "--seed",
+        "--steps",
+        "--batch",
+        "--lr",
+        "--span",
+        "--gradient-passes",
+        "--save-every",
+        "--stories",
+        "both-ways",
+    ];
+    let adapter = ["--rank", "--alpha", "--target"];
+    let text = ["--text", "--tokens", "--passes", "--passages"];
     for (name, options) in [
         ("generate", [&shared[..], &sampling, &prompt, &generate].concat()),
         ("chat", [&shared[..], &sampling, &chat].concat()),
         ("embed", [&shared[..], &embed].concat()),
         ("inspect", [&shared[..], &prompt, &inspect].concat()),
         ("measure", [&model[..], &measure].concat()),
+        ("think", [&model[..], &["--hops", "--passes", "--seed", "--stories"]].concat()),
+        ("train", [&train[..], &adapter, &text].concat()),
+        ("flashback", vec!["story", "test", "report"]),
     ] {
         let help = help(name)?;
         let words: Vec<&str> =

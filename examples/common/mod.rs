@@ -3,6 +3,8 @@
 #![allow(unreachable_pub, reason = "each example is its own crate")]
 #![allow(dead_code, reason = "not every example uses everything")]
 
+pub mod passages;
+
 use std::error::Error;
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Write, stderr};

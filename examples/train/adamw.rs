@@ -21,16 +21,26 @@ struct Parameter {
     var: Var,
     /// Running means of the gradient and of its square.
     moments: [Tensor; 2],
+    /// Its learning rate, over that of all.
+    rate: f64,
 }
 
 impl AdamW {
     pub(crate) fn new(vars: &[(String, Var)], beta2: f64, weight_decay: f64) -> Result<Self> {
         let parameter = |(name, var): &(String, Var)| {
             let zeros = var.as_detached_tensor().zeros_like()?;
-            Ok(Parameter { name: name.clone(), var: var.clone(), moments: [zeros.clone(), zeros] })
+            let moments = [zeros.clone(), zeros];
+            Ok(Parameter { name: name.clone(), var: var.clone(), moments, rate: 1.0 })
         };
         let parameters = vars.iter().map(parameter).collect::<Result<_>>()?;
         Ok(Self { parameters, beta1: 0.9, beta2, eps: 1e-8, weight_decay, steps: 0 })
+    }
+
+    /// Lets one variable learn `rate` times as fast as the others.
+    pub(crate) fn with_rate(mut self, name: &str, rate: f64) -> Self {
+        let of_name = self.parameters.iter_mut().filter(|it| it.name == name);
+        of_name.for_each(|parameter| parameter.rate = rate);
+        self
     }
 
     /// One step down `grads`, which are scaled down first if they are longer than `longest` all
@@ -46,8 +56,9 @@ impl AdamW {
         let scale = if length > longest { longest / length } else { 1.0 };
         self.steps += 1;
         let correct = [self.beta1, self.beta2].map(|beta| 1.0 / (1.0 - beta.powi(self.steps)));
-        for Parameter { var, moments: [m, v], .. } in &mut self.parameters {
+        for Parameter { var, moments: [m, v], rate, .. } in &mut self.parameters {
             let Some(grad) = grads.get(var) else { continue };
+            let lr = lr * *rate;
             let grad = (grad.detach() * scale)?;
             *m = ((&*m * self.beta1)? + (&grad * (1.0 - self.beta1))?)?;
             *v = ((&*v * self.beta2)? + (grad.sqr()? * (1.0 - self.beta2))?)?;
@@ -61,7 +72,7 @@ impl AdamW {
     /// The variables and their moments by name, for [`AdamW::restore`].
     pub(crate) fn state(&self) -> HashMap<String, Tensor> {
         let entries =
-            self.parameters.iter().flat_map(|Parameter { name, var, moments: [m, v] }| {
+            self.parameters.iter().flat_map(|Parameter { name, var, moments: [m, v], .. }| {
                 let named =
                     |kind: &str, tensor: &Tensor| (format!("{kind}/{name}"), tensor.clone());
                 [named("weight", &var.as_detached_tensor()), named("mean", m), named("square", v)]
@@ -71,7 +82,7 @@ impl AdamW {
 
     /// Goes on after `steps` steps from a [`AdamW::state`].
     pub(crate) fn restore(&mut self, steps: i32, state: &HashMap<String, Tensor>) -> Result<()> {
-        for Parameter { name, var, moments } in &mut self.parameters {
+        for Parameter { name, var, moments, .. } in &mut self.parameters {
             let find = |kind: &str| match state.get(&format!("{kind}/{name}")) {
                 Some(tensor) if tensor.shape() == var.shape() => Ok(tensor.clone()),
                 _ => candle_core::bail!("the saved run has no {kind} for {name}"),

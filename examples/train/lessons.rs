@@ -6,31 +6,9 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::settings::Arm;
+use super::settings::Settings;
 use super::suite::{Plan, Split, Story, Vocabulary};
-
-/// Rows of one length and what is to be said in them.
-pub(crate) struct Batch {
-    pub(crate) ids: Vec<u32>,
-    pub(crate) layout: Layout,
-    /// Where something is to be said, counted through all rows, and what.
-    pub(crate) answers: Vec<(u32, u32)>,
-    /// Passes to think about it with.
-    pub(crate) passes: usize,
-    /// The token that ends an answer.
-    end: u32,
-}
-
-impl Batch {
-    /// The share of questions to which the right answer was `said`, one token for each of
-    /// [`Batch::answers`]. That an answer ends is not counted.
-    pub(crate) fn asked(&self, said: &[u32]) -> f64 {
-        let questions =
-            self.answers.iter().zip(said).filter(|((_, answer), _)| *answer != self.end);
-        let right: Vec<bool> = questions.map(|((_, answer), said)| answer == said).collect();
-        right.iter().filter(|&&right| right).count() as f64 / right.len().max(1) as f64
-    }
-}
+use super::task::Batch;
 
 /// How stories are told.
 #[derive(Clone, Copy, PartialEq)]
@@ -102,14 +80,12 @@ impl Lessons {
     /// Draws a batch of the present lesson.
     pub(crate) fn draw(
         &self,
-        arm: Arm,
-        rows: usize,
+        settings: &Settings,
         vocabulary: &Vocabulary,
         rng: &mut ChaCha8Rng,
     ) -> Result<Batch> {
         let Lesson { longest, wording, passes, .. } = &LESSONS[self.now];
-        let most = arm.most_passes().min(*passes);
-        let passes = if arm == Arm::OnePass { most } else { rng.random_range(0..=most) };
+        let passes = settings.draw_passes(*passes, rng);
         let terse = match wording {
             Wording::Terse => true,
             Wording::Both => rng.random(),
@@ -118,7 +94,7 @@ impl Lessons {
         let facts = rng.random_range(longest + 2..=2 * longest + 4);
         let plan = Plan { split: Split::Train, facts, longest: *longest, one_of: None };
         let (mut ids, mut answers, mut context) = (Vec::new(), Vec::new(), 0);
-        for _ in 0..rows {
+        for _ in 0..settings.batch {
             let story = Story::draw(&plan, rng);
             let told = if terse { story.terse_ids(vocabulary) } else { story.ids(vocabulary) };
             context = told.len();
@@ -134,26 +110,24 @@ impl Lessons {
             ids.push(answer);
             answers.push((ids.len() as u32 - 1, vocabulary.end()));
         }
-        let mut layout = Layout::dense(rows, ids.len() / rows);
-        for row in 0..rows {
+        let mut layout = Layout::dense(settings.batch, ids.len() / settings.batch);
+        for row in 0..settings.batch {
             layout = layout.with_context(row, std::slice::from_ref(&(0..context)))?;
         }
-        Ok(Batch { ids, layout, answers, passes, end: vocabulary.end() })
+        Ok(Batch { ids, layout, answers, passes, end: Some(vocabulary.end()) })
     }
 
     /// Takes note of the share of right answers in a batch, and goes on to the next lesson when
-    /// this one is learned, or there is no more time for it. Says whether it did.
-    pub(crate) fn mark(&mut self, arm: Arm, passes: usize, right: f64, done: f64) -> bool {
+    /// this one is learned, or there is no more time for it.
+    pub(crate) fn mark(&mut self, most_passes: usize, passes: usize, right: f64, done: f64) {
         let lesson = &LESSONS[self.now];
         // Without passes little can be done about long chains: where there are any, they count.
-        if passes > 0 || arm.most_passes().min(lesson.passes) == 0 {
+        if passes > 0 || most_passes.min(lesson.passes) == 0 {
             self.right += 0.03 * (right - self.right);
         }
         let last = self.now + 1 == LESSONS.len();
-        if last || (self.right < LEARNED && done < lesson.ends) {
-            return false;
+        if !last && (self.right >= LEARNED || done >= lesson.ends) {
+            *self = Self { now: self.now + 1, right: 0.5 };
         }
-        *self = Self { now: self.now + 1, right: 0.5 };
-        true
     }
 }

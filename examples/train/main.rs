@@ -4,9 +4,19 @@
 //! cargo run --release --example train -- --out target/runs/both-ways-1
 //! ```
 //!
-//! trains a small model from nothing on the flashback suite (see `examples/flashback`). A run that was
-//! stopped, in whatever way, goes on when the same command is given again, and ends as if it had
-//! never been.
+//! trains a small model from nothing on the flashback suite (see `examples/flashback`), and
+//!
+//! ```text
+//! cargo run --release --example train -- --out target/runs/smollm2-both-ways --rank 8 \
+//!     --model SmolLM2-135M-Instruct.Q4_1.gguf --text gensim/test/test_data/lee_background.cor
+//! ```
+//!
+//! an adapter for the thought passes of a checkpoint on a text, one passage a line, of which every
+//! fifth is held out for the examination. `--arm no-passes` makes it a plain causal adapter, the
+//! control of the same size; without `--rank` all weights are trained.
+//!
+//! A run that was stopped, in whatever way, goes on when the same command is given again, and ends as
+//! if it had never been.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,12 +24,19 @@ mod common;
 mod suite;
 
 mod adamw;
+mod base;
+mod curve;
+mod flashback;
 mod lessons;
+mod names;
 mod record;
 mod settings;
+mod task;
+mod text;
 mod trainee;
 
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -27,18 +44,19 @@ use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use clap::Parser;
 use hybrid_attention::model::Transformer;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 
-use crate::adamw::AdamW;
+use crate::base::Base;
 use crate::common::Result;
-use crate::lessons::Batch;
+use crate::flashback::Flashback;
 use crate::record::{Run, Saved};
-use crate::settings::{Arm, Settings};
+use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Settings};
 use crate::suite::{Vocabulary, read};
+use crate::task::{Batch, Task};
+use crate::text::Text;
 use crate::trainee::Trainee;
 
-/// Train a small model on the flashback suite.
+/// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
+/// or on any text.
 #[derive(Parser)]
 struct Cli {
     /// The folder of this run: where it is saved and goes on from, and where its results go
@@ -49,73 +67,138 @@ struct Cli {
     #[arg(long, value_enum, default_value_t = Arm::BothWays)]
     arm: Arm,
 
+    /// A checkpoint to train: a folder with safetensors, or a .gguf file [default: a new small model]
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+
+    /// Train a low-rank adapter of this rank in the layers of the span: for thought passes, or for
+    /// decoding where there are none [default: train all weights]
+    #[arg(long, value_name = "R", requires = "model")]
+    rank: Option<usize>,
+
+    /// What the adapter adds is scaled by alpha / rank [default: the rank]
+    #[arg(long, value_name = "A", requires = "rank")]
+    alpha: Option<f64>,
+
+    /// The projections that have an adapter
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "rank")]
+    #[arg(default_value = "q_proj,k_proj,v_proj,o_proj")]
+    target: Vec<String>,
+
+    /// A UTF-8 file of passages to learn from, one a line; those that are too short are skipped
+    /// [default: learn the flashback suite]
+    #[arg(long, value_name = "F", requires = "model")]
+    text: Option<PathBuf>,
+
+    /// Tokens that are thought about, and as many to be predicted after them
+    #[arg(long, default_value_t = 64, value_name = "N", requires = "text")]
+    tokens: usize,
+
+    /// The most passes to think about a text with
+    #[arg(long, default_value_t = 2, value_name = "N", requires = "text")]
+    passes: usize,
+
     /// Decides the first weights and every text
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
-    /// Steps of the whole run
-    #[arg(long, default_value_t = 6000, value_name = "N")]
-    steps: usize,
+    /// Steps of the whole run [default: 6000; 300 for --text]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
 
-    /// Texts in each step
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    batch: usize,
+    /// Texts in each step [default: 64; 4 for --text]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
 
-    /// The learning rate after the warm-up
-    #[arg(long, default_value_t = 2e-3)]
-    lr: f64,
+    /// The learning rate after the warm-up [default: 2e-3; 1e-3 for --rank; 3e-5 for a checkpoint]
+    #[arg(long)]
+    lr: Option<f64>,
 
-    /// The layers that a thought pass runs; one more follows
-    #[arg(long, default_value = "1..3", value_name = "A..B", value_parser = common::parse_span)]
-    span: std::ops::Range<usize>,
+    /// The layers that a thought pass runs; a new model has one more [default: 1..3; the middle
+    /// third for --text]
+    #[arg(long, value_name = "A..B", value_parser = common::parse_span)]
+    span: Option<Range<usize>>,
 
     /// Let gradients flow through the last K passes only [default: all]
     #[arg(long, value_name = "K")]
     gradient_passes: Option<usize>,
 
-    /// Steps between two saved states; a run that is killed does at most as many again
-    #[arg(long, default_value_t = 100, value_name = "N")]
-    save_every: usize,
+    /// Steps between two saved states; a run that is killed does at most as many again [default: 100;
+    /// 10 for --rank]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    save_every: Option<u64>,
 
     /// Stories for each length of chain in the examination at the end
-    #[arg(long, default_value_t = 300, value_name = "N")]
+    #[arg(long, default_value_t = 300, value_name = "N", conflicts_with = "text")]
     stories: usize,
+
+    /// The most passages in the examination at the end, of those held out
+    #[arg(long, default_value_t = 60, value_name = "N", requires = "text")]
+    passages: usize,
 }
 
 /// Gradients longer than this are cut to it.
 const LONGEST_GRADIENT: f64 = 1.0;
 
 fn main() -> ExitCode {
-    common::main(|| {
-        let cli = Cli::parse();
-        let settings = Settings {
-            arm: cli.arm,
-            seed: cli.seed,
-            steps: cli.steps,
-            batch: cli.batch,
-            lr: cli.lr,
-            warm_up: 100,
-            span: (cli.span.start, cli.span.end),
-            gradient_passes: cli.gradient_passes.unwrap_or(settings::MOST_PASSES),
-        };
-        settings.check()?;
-        let vocabulary = Vocabulary::new();
-        let trainee = Trainee::for_flashback(&settings, &vocabulary)?;
-        let run = Run::open(&cli.out, &settings)?;
-        let saved = train(&cli, &settings, &vocabulary, &trainee, &run)?;
-        run.finish(&settings, &trainee, &vocabulary, &saved, cli.stories)
-    })
+    common::main(|| run(&Cli::parse()))
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    if let Some(model) = &cli.model {
+        check_apart(&cli.out, model)?;
+    }
+    let base = cli.model.as_deref().map(Base::load).transpose()?;
+    match (base, &cli.text) {
+        (Some(base), Some(path)) => {
+            let text = Text::read(path, &base, cli.tokens, cli.passages)?;
+            let settings = cli.settings(Some(&base), Some((path.as_path(), &text)));
+            settings.check(Some(base.config.num_hidden_layers))?;
+            teach(cli, &settings, &text, &Trainee::on(base, &settings, None)?)
+        }
+        (base, _) => {
+            let (vocabulary, stories) = (Vocabulary::new(), cli.stories);
+            let settings = cli.settings(base.as_ref(), None);
+            settings.check(base.as_ref().map(|base| base.config.num_hidden_layers))?;
+            let trainee = match base {
+                None => Trainee::for_flashback(&settings, &vocabulary)?,
+                Some(base) => {
+                    flashback::check_base(&base, &vocabulary)?;
+                    Trainee::on(base, &settings, Some(&vocabulary))?
+                }
+            };
+            teach(cli, &settings, &Flashback { vocabulary, stories }, &trainee)
+        }
+    }
+}
+
+/// Refuses to leave results where they would change the checkpoint: a `hybrid.json` beside its weights
+/// is its own.
+fn check_apart(out: &Path, model: &Path) -> Result<()> {
+    let (Ok(out), Ok(model)) = (out.canonicalize(), model.canonicalize()) else { return Ok(()) };
+    let folder = if model.is_dir() { Some(model.as_path()) } else { model.parent() };
+    match folder == Some(out.as_path()) {
+        true => Err(format!("--out: {} is the folder of the checkpoint", out.display()).into()),
+        false => Ok(()),
+    }
+}
+
+/// A run from where it is to its end.
+fn teach(cli: &Cli, settings: &Settings, task: &impl Task, trainee: &Trainee) -> Result<()> {
+    let run = Run::open(&cli.out, settings)?;
+    let saved = train(cli.saves_every(), settings, task, trainee, &run)?;
+    run.finish(trainee, task, &saved)
 }
 
 /// All steps that are not done yet.
-fn train(
-    cli: &Cli,
+fn train<T: Task>(
+    saves_every: u64,
     settings: &Settings,
-    vocabulary: &Vocabulary,
+    task: &T,
     trainee: &Trainee,
     run: &Run,
 ) -> Result<Saved> {
-    let mut optimizer = AdamW::new(&trainee.vars, 0.98, 0.01)?;
+    let mut optimizer = trainee.optimizer(settings)?;
     let mut saved = run.restore(&mut optimizer)?;
     if saved.step > 0 {
         common::say(&format!("[going on after step {}]", saved.step));
@@ -124,25 +207,22 @@ fn train(
     let before = saved.seconds;
     let started = Instant::now();
     while saved.step < settings.steps {
-        // Each step has random numbers of its own, so that a resumed run draws the same.
-        let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-        rng.set_stream(saved.step as u64 + 1);
-        let batch = saved.lessons.draw(settings.arm, settings.batch, vocabulary, &mut rng)?;
+        let mut rng = settings.rng(saved.step);
+        let batch = task.draw(settings, &saved.lessons, &mut rng)?;
         let transformer = trainee.transformer(&mut rng)?;
         let (loss, right) = loss(&transformer, settings, &batch)?;
         let grads = loss.backward()?;
         optimizer.step(&grads, settings.lr(saved.step), LONGEST_GRADIENT)?;
 
+        let (loss, lesson) = (loss.to_scalar()?, saved.lessons.now());
         let done = (saved.step + 1) as f64 / settings.steps as f64;
-        let lesson = saved.lessons.now();
-        saved.lessons.mark(settings.arm, batch.passes, right, done);
-        saved.note(loss.to_scalar()?, lesson);
+        task.mark(settings, &mut saved.lessons, batch.passes, right, done);
+        saved.note(loss, lesson, T::STEPS_PER_POINT);
         saved.step += 1;
         saved.seconds = before + started.elapsed().as_secs_f64();
-        let right = saved.lessons.right() * 100.0;
-        bar.set_message(format!("lesson {} right {right:.0} %", lesson + 1));
+        bar.set_message(task.status(&saved.lessons, loss));
         bar.set_position(saved.step as u64);
-        if saved.step.is_multiple_of(cli.save_every) || saved.step == settings.steps {
+        if (saved.step as u64).is_multiple_of(saves_every) || saved.step == settings.steps {
             run.save(&saved, &optimizer)?;
         }
     }
@@ -162,4 +242,54 @@ fn loss(transformer: &Transformer, settings: &Settings, batch: &Batch) -> Result
     let asked = batch.asked(&said);
     let loss = cross_entropy(&logits, &Tensor::new(answers, hidden.device())?)?;
     Ok((loss, asked))
+}
+
+impl Cli {
+    fn settings(&self, base: Option<&Base>, text: Option<(&Path, &Text)>) -> Settings {
+        let for_text = |of_text, other| if text.is_some() { of_text } else { other };
+        let steps = self.steps.unwrap_or(for_text(300, 6000));
+        let span = self.span.clone().unwrap_or_else(|| match base {
+            Some(base) if text.is_some() => base.middle(),
+            _ => 1..3,
+        });
+        let lr = match (self.rank, base) {
+            (_, None) => 2e-3,
+            (Some(_), _) => 1e-3,
+            (None, _) => 3e-5,
+        };
+        let low_rank = |rank| LowRank {
+            rank,
+            alpha: self.alpha.unwrap_or(rank as f64),
+            target: self.target.clone(),
+        };
+        let of_text = |(path, text): (&Path, &Text)| OfText {
+            file: name(path),
+            fingerprint: text.fingerprint.clone(),
+            tokens: self.tokens,
+            passes: self.passes,
+        };
+        Settings {
+            arm: self.arm,
+            seed: self.seed,
+            steps,
+            batch: self.batch.unwrap_or(for_text(4, 64)),
+            lr: self.lr.unwrap_or(lr),
+            warm_up: for_text(steps / 10, 100),
+            span: (span.start, span.end),
+            gradient_passes: self.gradient_passes.unwrap_or(MOST_PASSES.max(self.passes)),
+            model: base.map(|base| name(&base.path)),
+            adapter: self.rank.map(low_rank),
+            text: text.map(of_text),
+        }
+    }
+
+    fn saves_every(&self) -> u64 {
+        self.save_every.unwrap_or(if self.rank.is_some() { 10 } else { 100 })
+    }
+}
+
+/// The last part of a path: where a file stands makes no difference to a run.
+fn name(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    whole.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

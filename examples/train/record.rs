@@ -4,18 +4,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use hybrid_attention::Thinking;
-use plotters::prelude::*;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use super::adamw::AdamW;
+use super::curve;
 use super::lessons::Lessons;
-use super::settings::{Arm, Settings};
-use super::suite::{LONGEST, Scores, Split, Vocabulary, score};
-use super::trainee::{Trainee, config_json};
+use super::settings::Settings;
+use super::task::Task;
+use super::trainee::Trainee;
 use crate::common::{self, Result};
 
 /// The folder of a run.
@@ -49,39 +46,28 @@ pub(crate) struct Point {
 }
 
 /// What is kept of a run: all that the tables and figures are made of.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Record {
-    pub(crate) settings: Settings,
+#[derive(Debug, Serialize)]
+struct Record<'a, E> {
+    settings: &'a Settings,
     /// Parameters that were trained.
-    pub(crate) parameters: usize,
+    parameters: usize,
     /// Seconds of training, and the threads that worked.
-    pub(crate) seconds: f64,
-    pub(crate) threads: usize,
-    pub(crate) curve: Vec<Point>,
-    /// Names and wordings that no training story has.
-    pub(crate) test: Scores,
-    /// New stories like those of the training.
-    pub(crate) train: Scores,
+    seconds: f64,
+    threads: usize,
+    curve: &'a [Point],
+    #[serde(flatten)]
+    examination: E,
 }
-
-/// Steps to a point of the curve.
-const STEPS_PER_POINT: usize = 50;
-
-/// Passes that are examined.
-const PASSES: [usize; 7] = [0, 1, 2, 3, 4, 6, 8];
-
-/// The seed of the examination's stories, the same for all runs.
-const EXAMINATION: u64 = 20_261_122;
 
 /// The state's metadata entry.
 const RUN: &str = "run";
 
 impl Saved {
     /// Takes a step's loss into the curve.
-    pub(crate) fn note(&mut self, loss: f32, lesson: usize) {
+    pub(crate) fn note(&mut self, loss: f32, lesson: usize, steps_per_point: usize) {
         self.since.push(loss);
-        if self.since.len() == STEPS_PER_POINT {
-            let loss = self.since.iter().sum::<f32>() / STEPS_PER_POINT as f32;
+        if self.since.len() == steps_per_point {
+            let loss = self.since.iter().sum::<f32>() / steps_per_point as f32;
             self.curve.push(Point { step: self.step + 1, loss, lesson });
             self.since.clear();
         }
@@ -139,84 +125,26 @@ impl Run {
         Ok(std::fs::rename(&whole, &path)?)
     }
 
-    /// Examines what was trained and writes it down.
-    pub(crate) fn finish(
-        &self,
-        settings: &Settings,
-        trainee: &Trainee,
-        vocabulary: &Vocabulary,
-        saved: &Saved,
-        stories: usize,
-    ) -> Result<()> {
+    /// Writes down what was trained, examines it, and writes that down.
+    pub(crate) fn finish<T: Task>(&self, trainee: &Trainee, task: &T, saved: &Saved) -> Result<()> {
+        let settings = &self.settings;
         let file = |name: &str| self.folder.join(name);
         // As if the names of one more step.
-        let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-        rng.set_stream(settings.steps as u64 + 1);
-        let weights = trainee.weights(&mut rng.clone())?;
-        let transformer = trainee.transformer(&mut rng)?;
-        let layers = transformer.all_layers().end;
-        std::fs::write(file("config.json"), config_json(vocabulary, layers))?;
-        candle_core::safetensors::save(&weights, file("model.safetensors"))?;
-        let tokenizer = vocabulary.tokenizer().map_err(|error| error.to_string())?;
-        tokenizer.save(file("tokenizer.json"), true).map_err(|error| error.to_string())?;
-        if settings.arm.most_passes() > 0 {
-            let thinking = settings.thinking(settings.arm.most_passes());
+        trainee.save(&self.folder, &mut settings.rng(settings.steps))?;
+        if settings.most_passes() > 0 {
+            let thinking = settings.thinking(settings.most_passes());
             std::fs::write(file("hybrid.json"), serde_json::to_string_pretty(&thinking)?)?;
         }
-        if stories == 0 {
-            return Ok(());
-        }
-        let passes: Vec<usize> = match settings.arm.most_passes() {
-            0 => vec![0],
-            _ => PASSES.to_vec(),
-        };
-        let bar = common::bar(2 * LONGEST as u64, "examination [{bar:30}] {pos}/{len}");
-        let thinking = |passes: usize| -> Thinking { settings.thinking(passes) };
-        let examine = |split, stories| {
-            let progress = || bar.inc(1);
-            score(&transformer, thinking, split, stories, &passes, EXAMINATION, progress)
-        };
+        let Some(examination) = task.examine(settings, trainee)? else { return Ok(()) };
         let record = Record {
-            settings: settings.clone(),
+            settings,
             parameters: trainee.parameters(),
             seconds: saved.seconds,
             threads: candle_core::utils::get_num_threads(),
-            curve: saved.curve.clone(),
-            test: examine(Split::Test, stories)?,
-            train: examine(Split::Train, stories.div_ceil(4))?,
+            curve: &saved.curve,
+            examination,
         };
-        bar.finish_and_clear();
         common::write(&file("record.json"), |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
-        draw(&file("curve.svg"), settings.arm, &record)
+        curve::draw(&file("curve.svg"), settings, &saved.curve)
     }
-}
-
-/// The loss curve, and where each lesson began.
-fn draw(path: &Path, arm: Arm, record: &Record) -> Result<()> {
-    let root = SVGBackend::new(path, (720, 360)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let highest = record.curve.iter().map(|point| point.loss).fold(0.0, f32::max);
-    let mut chart = ChartBuilder::on(&root)
-        .caption(format!("{} (seed {})", arm.name(), record.settings.seed), ("sans-serif", 18))
-        .margin(10)
-        .x_label_area_size(36)
-        .y_label_area_size(48)
-        .build_cartesian_2d(0..record.settings.steps, 0f32..highest.max(0.1))?;
-    let label = |value: &f32| format!("{value:.1}");
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .x_desc("steps")
-        .y_desc("loss, nats")
-        .y_label_formatter(&label)
-        .draw()?;
-    for pair in record.curve.windows(2).filter(|pair| pair[0].lesson != pair[1].lesson) {
-        let at = pair[1].step;
-        chart.draw_series(LineSeries::new([(at, 0.0), (at, highest)], BLACK.mix(0.2)))?;
-    }
-    let points = record.curve.iter().map(|point| (point.step, point.loss));
-    chart.draw_series(LineSeries::new(points, BLUE.stroke_width(2)))?;
-    root.present()?;
-    common::say(&format!("[wrote {}]", path.display()));
-    Ok(())
 }

@@ -1,14 +1,19 @@
 //! What is trained: a transformer and the variables in it.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::Config;
-use hybrid_attention::model::Transformer;
+use hybrid_attention::adapter::AdapterConfig;
+use hybrid_attention::model::{Mind, Transformer};
+use hybrid_attention::{Adapter, Config};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::settings::{Arm, MOST_PASSES, Settings};
+use super::adamw::AdamW;
+use super::base::{self, Base};
+use super::names::{EMBEDDINGS, Embeddings, normals};
+use super::settings::{Arm, LowRank, MOST_PASSES, Settings};
 use super::suite::Vocabulary;
 use crate::common::Result;
 
@@ -17,8 +22,32 @@ pub(crate) struct Trainee {
     config: Config,
     /// What changes, by name.
     pub(crate) vars: Vec<(String, Var)>,
-    embeddings: Embeddings,
+    /// Weights that do not.
+    frozen: HashMap<String, Tensor>,
+    /// The embedding table, where its names are drawn anew in every step.
+    names: Option<Embeddings>,
+    kind: Kind,
 }
+
+/// What is trained, and so what is left at the end.
+enum Kind {
+    /// A new small model for the flashback suite.
+    New,
+    /// All weights of the checkpoint in this folder.
+    Whole(PathBuf),
+    /// A low-rank adapter, active in one mind.
+    Adapter(Box<Adapter>, Mind),
+}
+
+const GATE: &str = "thought.gate";
+
+/// Where the gate of a checkpoint that has none begins: a pass moves each channel by a twentieth of
+/// the way, so that at first the model is nearly what it was.
+const FIRST_GATE: f32 = -3.0;
+
+/// The learning rate of a checkpoint's gate. It has to go by several units to matter, where a weight
+/// goes by hundredths.
+const GATE_LR: f64 = 0.01;
 
 impl Trainee {
     /// A small new model for the flashback suite.
@@ -30,14 +59,14 @@ impl Trainee {
         };
         let config = Config::from_json(&config_json(vocabulary, layers))?;
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-        let gate = ("thought.gate".to_string(), vec![config.hidden_size]);
-        let gate = (settings.arm.most_passes() > 0).then_some(gate);
+        let gate = (GATE.to_string(), vec![config.hidden_size]);
+        let gate = (settings.most_passes() > 0).then_some(gate);
         let mut vars = Vec::new();
         for (name, shape) in config.weights().chain(gate) {
             let count: usize = shape.iter().product();
             let values = match (name.as_str(), shape.as_slice()) {
                 (EMBEDDINGS, _) => continue,
-                ("thought.gate", _) => vec![0.0; count], // half of the new state
+                (GATE, _) => vec![0.0; count], // half of the new state
                 // the head is the embeddings, which are long
                 ("model.norm.weight", _) => vec![0.05; count],
                 (_, [_]) => vec![1.0; count],
@@ -48,16 +77,93 @@ impl Trainee {
             };
             vars.push((name, Var::from_vec(values, shape, &Device::Cpu)?));
         }
-        let embeddings = Embeddings::new(vocabulary, config.hidden_size, &mut rng);
-        Ok(Self { config, vars, embeddings })
+        let names = Some(Embeddings::new(vocabulary, config.hidden_size, &mut rng));
+        Ok(Self { config, vars, frozen: HashMap::new(), names, kind: Kind::New })
+    }
+
+    /// A checkpoint, or an adapter on it. With a vocabulary, it is for the flashback suite.
+    pub(crate) fn on(
+        base: Base,
+        settings: &Settings,
+        vocabulary: Option<&Vocabulary>,
+    ) -> Result<Self> {
+        let Base { path, config, mut weights, .. } = base;
+        let mut names = None;
+        if let (Some(vocabulary), Some(table)) = (vocabulary, weights.get(EMBEDDINGS)) {
+            names = Some(Embeddings::of(table, vocabulary)?);
+            weights.remove(EMBEDDINGS);
+        }
+        let gate = match weights.get(GATE) {
+            Some(gate) => gate.clone(),
+            None => Tensor::full(FIRST_GATE, config.hidden_size, &Device::Cpu)?,
+        };
+        let thinks = settings.most_passes() > 0;
+        let Some(LowRank { rank, alpha, target }) = &settings.adapter else {
+            base::check_copyable(&path)?;
+            if thinks {
+                weights.insert(GATE.to_string(), gate);
+            }
+            let mut vars = Vec::with_capacity(weights.len());
+            for (name, tensor) in weights {
+                vars.push((name, Var::from_tensor(&tensor)?));
+            }
+            vars.sort_by(|(a, _), (b, _)| a.cmp(b));
+            return Ok(Self {
+                config,
+                vars,
+                frozen: HashMap::new(),
+                names,
+                kind: Kind::Whole(path),
+            });
+        };
+
+        let how = AdapterConfig::rank(*rank)
+            .alpha(*alpha)
+            .target_modules(target)
+            .layers_to_transform(settings.span.0..settings.span.1);
+        let how = settings.model.iter().fold(how, AdapterConfig::base_model);
+        let mut adapter = Adapter::new(&config, &how, settings.seed, &Device::Cpu)?;
+        if thinks {
+            adapter = adapter.with_thought_gate(&gate)?;
+        }
+        let adapter = adapter.trainable()?;
+        let tensors = adapter.tensors().map(|(name, _)| name);
+        let gate = adapter.thought_gate().map(|_| GATE.to_string());
+        let vars = tensors.chain(gate).zip(adapter.variables()?).collect();
+        let mind = if thinks { Mind::Thinking } else { Mind::Decoding };
+        Ok(Self {
+            config,
+            vars,
+            frozen: weights,
+            names,
+            kind: Kind::Adapter(Box::new(adapter), mind),
+        })
+    }
+
+    /// The optimiser of what changes.
+    pub(crate) fn optimizer(&self, settings: &Settings) -> Result<AdamW> {
+        let optimizer = AdamW::new(&self.vars, 0.98, 0.01)?;
+        Ok(match self.kind {
+            Kind::New => optimizer,
+            Kind::Whole(_) | Kind::Adapter(..) => optimizer.with_rate(GATE, GATE_LR / settings.lr),
+        })
     }
 
     /// The model with names that are drawn from `rng`.
     pub(crate) fn transformer(&self, rng: &mut impl Rng) -> Result<Transformer> {
-        let vars = self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
-        let mut weights: HashMap<_, _> = vars.collect();
-        weights.insert(EMBEDDINGS.to_string(), self.embeddings.draw(rng)?);
-        Ok(Transformer::new(&self.config, &mut weights)?)
+        let mut weights = self.frozen.clone();
+        if !matches!(self.kind, Kind::Adapter(..)) {
+            let vars = self.vars.iter();
+            weights.extend(vars.map(|(name, var)| (name.clone(), var.as_tensor().clone())));
+        }
+        if let Some(names) = &self.names {
+            weights.insert(EMBEDDINGS.to_string(), names.draw(rng)?);
+        }
+        let transformer = Transformer::new(&self.config, &mut weights)?;
+        Ok(match &self.kind {
+            Kind::Adapter(adapter, mind) => transformer.adapted_for(adapter, *mind)?,
+            Kind::New | Kind::Whole(_) => transformer,
+        })
     }
 
     /// Parameters that are trained.
@@ -65,62 +171,45 @@ impl Trainee {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }
 
-    /// All weights in `bf16`, as a checkpoint has them, with names that are drawn from `rng`.
-    pub(crate) fn weights(&self, rng: &mut impl Rng) -> Result<HashMap<String, Tensor>> {
-        let vars = self.vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
-        let all = vars.chain([(EMBEDDINGS.to_string(), self.embeddings.draw(rng)?)]);
-        let narrow = all.map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::BF16)?)));
-        Ok(narrow.collect::<candle_core::Result<_>>()?)
-    }
-}
-
-/// The embedding table. It is not trained. Names have other vectors in every step, so there is
-/// nothing to be learned about any of them, and one that no training story has is as good as
-/// another.
-struct Embeddings {
-    /// `(vocab, hidden)`, row by row.
-    rows: Vec<f32>,
-    hidden: usize,
-    /// Whether each token is a name.
-    is_name: Vec<bool>,
-}
-
-const EMBEDDINGS: &str = "model.embed_tokens.weight";
-
-/// Channels that are alike in all names, or in all other tokens. Only through something that many
-/// tokens share can attention find a position, rather than a token.
-const KIND_CHANNELS: usize = 16;
-
-/// How much longer the row is that ends an answer. It is said behind a name, whose own row is part of
-/// the stream there and scores high by itself, as the head is the embeddings.
-const LOUD: f32 = 4.0;
-
-impl Embeddings {
-    fn new(vocabulary: &Vocabulary, hidden: usize, rng: &mut impl Rng) -> Self {
-        let mut rows = normals(vocabulary.len() * hidden, 1.0, rng);
-        let kinds = [normals(KIND_CHANNELS, 2.0, rng), normals(KIND_CHANNELS, 2.0, rng)];
-        let is_name: Vec<bool> =
-            (0..vocabulary.len() as u32).map(|id| vocabulary.is_name(id)).collect();
-        for (row, &is_name) in rows.chunks_mut(hidden).zip(&is_name) {
-            row[..KIND_CHANNELS].copy_from_slice(&kinds[usize::from(is_name)]);
+    /// Writes what was trained, as it loads: a checkpoint, with names that are drawn from `rng`, or
+    /// an adapter.
+    pub(crate) fn save(&self, folder: &Path, rng: &mut impl Rng) -> Result<()> {
+        let weights = folder.join("model.safetensors");
+        match &self.kind {
+            Kind::New => {
+                let vocabulary = Vocabulary::new();
+                let config = config_json(&vocabulary, self.config.num_hidden_layers);
+                std::fs::write(folder.join("config.json"), config)?;
+                candle_core::safetensors::save(&self.weights(DType::BF16, rng)?, weights)?;
+                let tokenizer = vocabulary.tokenizer().map_err(|error| error.to_string())?;
+                let path = folder.join("tokenizer.json");
+                tokenizer.save(path, true).map_err(|error| error.to_string())?;
+            }
+            Kind::Whole(from) => {
+                base::copy_beside(from, folder)?;
+                // In `bf16` a small change of a large weight would be lost.
+                candle_core::safetensors::save(&self.weights(DType::F32, rng)?, weights)?;
+            }
+            Kind::Adapter(adapter, _) => adapter.save(folder)?,
         }
-        let end = vocabulary.end() as usize * hidden;
-        rows[end..end + hidden].iter_mut().for_each(|value| *value *= LOUD);
-        Self { rows, hidden, is_name }
+        Ok(())
     }
 
-    fn draw(&self, rng: &mut impl Rng) -> candle_core::Result<Tensor> {
-        let mut rows = self.rows.clone();
-        for (row, _) in rows.chunks_mut(self.hidden).zip(&self.is_name).filter(|(_, name)| **name) {
-            let own = &mut row[KIND_CHANNELS..];
-            own.copy_from_slice(&normals(own.len(), 1.0, rng));
+    /// All weights of a checkpoint.
+    fn weights(&self, dtype: DType, rng: &mut impl Rng) -> Result<HashMap<String, Tensor>> {
+        let mut all = HashMap::new();
+        for (name, var) in &self.vars {
+            all.insert(name.clone(), var.as_detached_tensor().to_dtype(dtype)?);
         }
-        Tensor::from_vec(rows, (self.is_name.len(), self.hidden), &Device::Cpu)
+        if let Some(names) = &self.names {
+            all.insert(EMBEDDINGS.to_string(), names.draw(rng)?.to_dtype(dtype)?);
+        }
+        Ok(all)
     }
 }
 
 /// The configuration of a model of that many layers, as `config.json` has it.
-pub(crate) fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
+fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
     format!(
         r#"{{
   "architectures": ["MistralForCausalLM"],
@@ -146,13 +235,4 @@ pub(crate) fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
         vocabulary.len(),
         vocabulary.end()
     )
-}
-
-/// Normally distributed numbers (Box & Muller 1958).
-fn normals(count: usize, deviation: f32, rng: &mut impl Rng) -> Vec<f32> {
-    let normal = |_| {
-        let (a, b) = (1.0 - rng.random::<f32>(), rng.random::<f32>()); // a is not 0
-        (-2.0 * a.ln()).sqrt() * (std::f32::consts::TAU * b).cos() * deviation
-    };
-    (0..count).map(normal).collect()
 }

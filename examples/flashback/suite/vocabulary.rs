@@ -65,6 +65,16 @@ impl Vocabulary {
         self.names.contains(&id)
     }
 
+    /// Whether a tokenizer has these tokens, and no others.
+    pub fn is_of(&self, tokenizer: &hybrid_attention::Tokenizer) -> bool {
+        tokenizer.vocab_size() == self.len()
+            && self
+                .pieces
+                .iter()
+                .zip(0..)
+                .all(|(piece, id)| tokenizer.token(id).as_ref() == Some(piece))
+    }
+
     /// The same as `tokenizer.json` has it: text is cut before and after each name.
     pub fn tokenizer(&self) -> tokenizers::Result<Tokenizer> {
         let vocabulary = self.ids.iter().map(|(piece, &id)| (piece.clone(), id)).collect();

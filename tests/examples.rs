@@ -935,3 +935,80 @@ fn chat_and_embed_work_on_smollm2() -> Result {
     assert!(cosine[0][1] > cosine[0][2], "{cosine:?}");
     Ok(())
 }
+
+/// An example without `--model`: standard output of a run that succeeds.
+fn on_its_own(name: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(example(name)?).args(args).output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[test]
+fn think_follows_one_story_and_examines_others() -> Result {
+    let args = ["--hops=3", "--passes=2", "--seed=5", "--stories=2"];
+    let text = on_its_own("think", &args)?;
+    assert_eq!(text, on_its_own("think", &args)?, "the seed decides everything");
+    let story = on_its_own("flashback", &["story", "--hops=3", "--seed=5"])?;
+    let in_one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let told = in_one_line(&story);
+    let (question, answer) = told.rsplit_once(' ').ok_or("no answer")?;
+    assert!(in_one_line(&text).contains(question), "{text}");
+    assert!(text.contains(&format!("Right is {answer}, 3 of 20 facts away.")), "{text}");
+    for passes in 0..=2 {
+        let line = text.lines().find(|line| line.starts_with(&format!("     {passes}  ")));
+        let marks = line.ok_or("no such pass")?.chars().filter(|c| ['✓', '·'].contains(c)).count();
+        assert_eq!(marks, 3, "{text}");
+    }
+    for length in [1, 2, 4, 6, 8, 10, 12] {
+        let row = text.lines().find(|line| line.starts_with(&format!("{length:>5}   ")));
+        let shares = row.ok_or("no such length")?.split_whitespace().skip(1);
+        let shares = shares.map(str::parse).collect::<std::result::Result<Vec<f64>, _>>()?;
+        assert_eq!(shares.len(), 3 + 1, "three numbers of passes and a guess: {text}");
+        assert!(shares.iter().all(|share| (0.0..=100.0).contains(share)), "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_readme_shows_what_the_recorded_runs_say() -> Result {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir()?;
+    let figure = folder.path().join("figure.svg");
+    let drawn = figure.to_str().ok_or("not UTF-8")?;
+    let table = on_its_own("flashback", &["report", "--figure", drawn])?;
+    assert!(fs::read_to_string(root.join("README.md"))?.contains(&table), "{table}");
+    assert_eq!(fs::read(&figure)?, fs::read(root.join("examples/flashback/accuracy.svg"))?);
+    roxmltree::Document::parse(&fs::read_to_string(&figure)?)?;
+
+    let test = folder.path().join("test.jsonl");
+    on_its_own("flashback", &["test", "--out", test.to_str().ok_or("not UTF-8")?])?;
+    let published = fs::read_to_string(root.join("examples/flashback/test.jsonl"))?;
+    assert_eq!(fs::read_to_string(&test)?, published);
+    for line in published.lines() {
+        let line: Value = serde_json::from_str(line)?;
+        assert!(line["hops"].as_u64().is_some_and(|hops| (1..=12).contains(&hops)), "{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn think_and_flashback_name_the_problem() -> Result {
+    let empty = tempfile::tempdir()?;
+    let nothing = empty.path().to_str().ok_or("not UTF-8")?;
+    for (name, args, message) in [
+        ("think", vec!["--hops=0"], "0 is not in 1..=12"),
+        ("think", vec!["--hops=1000000000"], "'--hops <N>'"),
+        ("think", vec!["--passes=1000000000"], "'--passes <N>'"),
+        ("think", vec!["--model", nothing], "no weights in this folder"),
+        ("flashback", vec!["story", "--hops=13"], "expected 1 to 12"),
+        ("flashback", vec!["report", "--runs", nothing], "no records of runs"),
+        ("flashback", vec!["report", "--runs", "/nowhere/at/all"], "/nowhere/at/all: "),
+        ("flashback", vec!["test", "--out", "/nowhere/at/all"], "its folder does not exist"),
+    ] {
+        let output = Command::new(example(name)?).args(&args).output()?;
+        let stderr = String::from_utf8(output.stderr)?;
+        assert!(!output.status.success() && output.stdout.is_empty(), "{name} {args:?}");
+        assert!(stderr.contains(message), "{name} {args:?}: {stderr}");
+    }
+    Ok(())
+}

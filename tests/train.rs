@@ -450,6 +450,17 @@ fn what_cannot_be_trained_is_refused() -> Result {
 
 /// Ours and candle's, on the same gradients.
 #[test]
+fn a_run_that_diverges_says_so() -> Result {
+    let out = tempfile::tempdir()?;
+    let args = ["--steps=6", "--stories=0", "--batch=2", "--lr=1e30", "--arm=no-passes"];
+    let output = Run::new(&args).output(out.path())?;
+    let stderr = String::from_utf8(output.stderr)?;
+    assert!(!output.status.success() && stderr.contains("try a lower --lr"), "{stderr}");
+    assert!(!out.path().join("model.safetensors").exists());
+    Ok(())
+}
+
+#[test]
 fn adamw_is_candles() -> Result {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let mut noise = |shape: &[usize]| -> Result<Tensor> {

@@ -53,6 +53,9 @@ impl AdamW {
             }
         }
         let length = square.sqrt();
+        if !length.is_finite() {
+            candle_core::bail!("a gradient of length {length}; try a lower --lr");
+        }
         let scale = if length > longest { longest / length } else { 1.0 };
         self.steps += 1;
         let correct = [self.beta1, self.beta2].map(|beta| 1.0 / (1.0 - beta.powi(self.steps)));

@@ -211,16 +211,21 @@ fn train<T: Task>(
         let batch = task.draw(settings, &saved.lessons, &mut rng)?;
         let transformer = trainee.transformer(&mut rng)?;
         let (loss, right) = loss(&transformer, settings, &batch)?;
+        let value = loss.to_scalar::<f32>()?;
+        if !value.is_finite() {
+            let step = saved.step + 1;
+            return Err(format!("step {step}: the loss is {value}; try a lower --lr").into());
+        }
         let grads = loss.backward()?;
         optimizer.step(&grads, settings.lr(saved.step), LONGEST_GRADIENT)?;
 
-        let (loss, lesson) = (loss.to_scalar()?, saved.lessons.now());
+        let lesson = saved.lessons.now();
         let done = (saved.step + 1) as f64 / settings.steps as f64;
         task.mark(settings, &mut saved.lessons, batch.passes, right, done);
-        saved.note(loss, lesson, T::STEPS_PER_POINT);
+        saved.note(value, lesson, T::STEPS_PER_POINT);
         saved.step += 1;
         saved.seconds = before + started.elapsed().as_secs_f64();
-        bar.set_message(task.status(&saved.lessons, loss));
+        bar.set_message(task.status(&saved.lessons, value));
         bar.set_position(saved.step as u64);
         if (saved.step as u64).is_multiple_of(saves_every) || saved.step == settings.steps {
             run.save(&saved, &optimizer)?;

@@ -20,7 +20,7 @@ use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::suite::{FACTS, LONGEST, LONGEST_TRAINED, Plan, Question, Split, Story};
+use crate::suite::{FACTS, LONGEST, Plan, Question, Split, Story};
 
 /// Tell a story in the wrong order and ask about it, after no thought pass, one, two, ...
 #[derive(Parser)]
@@ -68,8 +68,7 @@ fn run(cli: &Cli) -> common::Result<()> {
 
 /// A story of the test split that holds a chain of `hops` facts.
 fn draw(hops: usize, rng: &mut ChaCha8Rng) -> Story {
-    let longest = LONGEST_TRAINED;
-    Story::draw(&Plan { split: Split::Test, facts: FACTS, longest, one_of: Some(hops) }, rng)
+    Story::draw(&Plan::examination(Split::Test, hops), rng)
 }
 
 /// The text in lines that are easily read.

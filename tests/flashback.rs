@@ -149,9 +149,7 @@ fn scores_are_what_generate_answers() -> Result {
     for hops in 1..=LONGEST {
         let mut right = 0;
         for _ in 0..8 {
-            let longest = LONGEST_TRAINED;
-            let plan = Plan { split: Split::Test, facts: FACTS, longest, one_of: Some(hops) };
-            let story = Story::draw(&plan, &mut rng);
+            let story = Story::draw(&Plan::examination(Split::Test, hops), &mut rng);
             let question = story.question_of(hops).ok_or("no question")?;
             let prompt = Prompt::default().context(story.text()).plain(story.ask(question));
             let config = GenerationConfig::default().thinking(thinking(2)).max_tokens(1);

@@ -25,7 +25,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use crate::common::Result;
-use crate::suite::{FACTS, LONGEST, LONGEST_TRAINED, Plan, Split, Story};
+use crate::suite::{LONGEST, Plan, Split, Story};
 
 /// Stories whose facts come in the wrong order, and who understands them.
 #[derive(Parser)]
@@ -89,8 +89,7 @@ fn main() -> ExitCode {
 
 /// A story of the test split that holds a chain of `hops` facts.
 fn draw(hops: usize, rng: &mut ChaCha8Rng) -> Story {
-    let longest = LONGEST_TRAINED;
-    Story::draw(&Plan { split: Split::Test, facts: FACTS, longest, one_of: Some(hops) }, rng)
+    Story::draw(&Plan::examination(Split::Test, hops), rng)
 }
 
 fn tell(hops: usize, seed: u64) -> Result<()> {

@@ -140,6 +140,13 @@ pub struct Plan {
     pub one_of: Option<usize>,
 }
 
+impl Plan {
+    /// What examinations ask about: a chain of `hops` facts among others.
+    pub fn examination(split: Split, hops: usize) -> Self {
+        Self { split, facts: FACTS, longest: LONGEST_TRAINED, one_of: Some(hops) }
+    }
+}
+
 /// Facts in the order they are told, and all that can be asked about them.
 #[derive(Clone, Debug)]
 pub struct Story {

@@ -49,7 +49,7 @@ pub fn score(
     let mut chance = Vec::new();
     let mut right = vec![Vec::new(); passes.len()];
     for hops in 1..=LONGEST {
-        let plan = Plan { split, facts: FACTS, longest: LONGEST_TRAINED, one_of: Some(hops) };
+        let plan = Plan::examination(split, hops);
         let drawn: Vec<Story> = (0..stories).map(|_| Story::draw(&plan, &mut rng)).collect();
         chance.push(drawn.iter().map(|it| 1.0 / it.ends as f64).sum::<f64>() / stories as f64);
         for (right, &passes) in right.iter_mut().zip(passes) {

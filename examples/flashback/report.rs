@@ -63,7 +63,7 @@ pub(crate) fn report(runs: &Path, figure: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Percent, for each arm and number of passes: mean over the seeds, and how far they are apart.
+/// Percent, for each arm and number of passes: mean and standard deviation over the seeds.
 fn table(by_arm: &BTreeMap<(String, usize), Seeds>, chance: &[f64]) -> String {
     let mut text = String::from("| passes see | seeds | passes |");
     for length in 1..=LONGEST {
@@ -73,12 +73,12 @@ fn table(by_arm: &BTreeMap<(String, usize), Seeds>, chance: &[f64]) -> String {
     for (arm, name) in ARMS {
         for ((_, passes), seeds) in by_arm.iter().filter(|((of, _), _)| of == arm) {
             let _ = write!(text, "| {name} | {} | {passes} |", seeds.len());
-            for (mean, [low, high]) in means(seeds).iter().zip(ranges(seeds)) {
-                let [mean, low, high] = [*mean, low, high].map(|share| share * 100.0);
-                let _ = match high - low < 0.5 {
-                    true => write!(text, " {mean:.0} |"),
-                    false => write!(text, " {mean:.0} ({low:.0}..{high:.0}) |"),
-                };
+            for (mean, deviation) in means(seeds).iter().zip(deviations(seeds)) {
+                let _ = write!(text, " {:.0}", mean * 100.0);
+                if deviation >= 0.005 {
+                    let _ = write!(text, " ±{:.0}", deviation * 100.0);
+                }
+                text.push_str(" |");
             }
             text.push('\n');
         }
@@ -97,6 +97,15 @@ fn means(seeds: &[Vec<f64>]) -> Vec<f64> {
     (0..LONGEST).map(|length| at(length).sum::<f64>() / count).collect()
 }
 
+/// Of a sample; that of one seed is 0.
+fn deviations(seeds: &[Vec<f64>]) -> Vec<f64> {
+    let freedom = seeds.len().saturating_sub(1).max(1) as f64;
+    let squares = |(length, mean): (usize, f64)| -> f64 {
+        seeds.iter().filter_map(|seed| seed.get(length)).map(|share| (share - mean).powi(2)).sum()
+    };
+    means(seeds).into_iter().enumerate().map(|at| (squares(at) / freedom).sqrt()).collect()
+}
+
 /// The lowest and the highest of the seeds.
 fn ranges(seeds: &[Vec<f64>]) -> Vec<[f64; 2]> {
     let at = |length: usize| seeds.iter().filter_map(move |seed| seed.get(length).copied());
@@ -105,33 +114,40 @@ fn ranges(seeds: &[Vec<f64>]) -> Vec<[f64; 2]> {
         .collect()
 }
 
+struct Line {
+    name: &'static str,
+    color: RGBColor,
+    seeds: Seeds,
+}
+
 /// Left the method by passes, right its controls.
 fn draw(path: &Path, by_arm: &BTreeMap<(String, usize), Seeds>, chance: &[f64]) -> Result<()> {
     let root = SVGBackend::new(path, (960, 400)).into_drawing_area();
     root.fill(&WHITE)?;
     let (left, right) = root.split_horizontally(480);
     let of = |arm: &str, passes: usize| by_arm.get(&(arm.to_string(), passes));
-    let lines = |wanted: &[(&'static str, usize, &str)]| -> Vec<(String, Seeds)> {
-        let found = wanted.iter().filter_map(|(arm, passes, name)| {
-            Some(((*name).to_string(), of(arm, *passes)?.clone()))
+    let lines = |wanted: &[(&str, usize, &'static str, u32)]| -> Vec<Line> {
+        let found = wanted.iter().filter_map(|(arm, passes, name, color)| {
+            let [_, r, g, b] = color.to_be_bytes();
+            Some(Line { name, color: RGBColor(r, g, b), seeds: of(arm, *passes)?.clone() })
         });
         found.collect()
     };
     let method = lines(&[
-        ("both-ways", 0, "0 passes"),
-        ("both-ways", 1, "1 pass"),
-        ("both-ways", 2, "2 passes"),
-        ("both-ways", 3, "3 passes"),
-        ("both-ways", 4, "4 passes"),
-        ("both-ways", 8, "8 passes"),
+        ("both-ways", 0, "0 passes", 0xb5d4ea),
+        ("both-ways", 1, "1 pass", 0x6baed6),
+        ("both-ways", 2, "2 passes", 0x3181bd),
+        ("both-ways", 3, "3 passes", 0x1b559c),
+        ("both-ways", 4, "4 passes", 0x08306b),
+        ("both-ways", 8, "8 passes", 0x7a5195),
     ]);
     let controls = lines(&[
-        ("both-ways", 4, "both ways, 4 passes"),
-        ("causal", 4, "causal, 4 passes"),
-        ("causal", 8, "causal, 8 passes"),
-        ("one-pass", 1, "trained with one pass"),
-        ("no-passes", 0, "no passes"),
-        ("deep", 0, "no passes, 12 layers"),
+        ("both-ways", 4, "both ways, 4 passes", 0x08306b),
+        ("causal", 4, "causal, 4 passes", 0xd95f02),
+        ("causal", 8, "causal, 8 passes", 0xe6ab02),
+        ("one-pass", 1, "both ways, 1 pass", 0x1b9e77),
+        ("no-passes", 0, "no passes", 0xe7298a),
+        ("deep", 0, "no passes, 12 layers", 0x666666),
     ]);
     panel(&left, "Thinking both ways", &method, chance)?;
     panel(&right, "Controls of the same budget", &controls, chance)?;
@@ -144,7 +160,7 @@ fn draw(path: &Path, by_arm: &BTreeMap<(String, usize), Seeds>, chance: &[f64]) 
 fn panel(
     area: &DrawingArea<SVGBackend<'_>, Shift>,
     title: &str,
-    lines: &[(String, Seeds)],
+    lines: &[Line],
     chance: &[f64],
 ) -> Result<()> {
     let mut chart = ChartBuilder::on(area)
@@ -168,8 +184,8 @@ fn panel(
         .draw_series(DashedLineSeries::new(guess, 2, 4, BLACK.into()))?
         .label("a guess")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], BLACK));
-    for (index, (name, seeds)) in lines.iter().enumerate() {
-        let color = Palette99::pick(index).to_rgba();
+    for Line { name, color, seeds } in lines {
+        let color = *color;
         let ranges = ranges(seeds);
         let side = |end: usize| (1..).zip(&ranges).map(move |(length, range)| (length, range[end]));
         let back: Vec<(usize, f64)> = side(1).collect();
@@ -178,12 +194,14 @@ fn panel(
         let mean = (1..).zip(means(seeds));
         chart
             .draw_series(LineSeries::new(mean, color.stroke_width(2)))?
-            .label(name)
+            .label(*name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
     }
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::LowerLeft)
+        .margin(4)
+        .legend_area_size(21)
         .background_style(WHITE.mix(0.8))
         .draw()?;
     Ok(())

@@ -5,15 +5,18 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
-use candle_core::{DType, Module};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::model::{Layout, Linear, Pass, Transformer};
+
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use common::tiny;
 use common::{Result, assert_close, assert_identical};
 
 /// Few rows, the last few, and more: each kernel and the border between them.
-const ROWS: [usize; 5] = [1, 3, 4, 5, 40];
+const ROWS: [usize; 7] = [1, 3, 4, 5, 16, 17, 70];
 
 /// Widths that fill vector registers and ones that leave a tail.
 const WIDTHS: [(usize, usize); 4] = [(64, 96), (33, 7), (100, 1037), (1, 1)];
@@ -48,15 +51,103 @@ fn inputs_need_not_lie_in_one_piece() -> Result {
     Ok(())
 }
 
+/// The types of quantised weights that GGUF files have.
+const BLOCKS: [GgmlDType; 10] = [
+    GgmlDType::Q4_0,
+    GgmlDType::Q4_1,
+    GgmlDType::Q5_0,
+    GgmlDType::Q5_1,
+    GgmlDType::Q8_0,
+    GgmlDType::Q2K,
+    GgmlDType::Q3K,
+    GgmlDType::Q4K,
+    GgmlDType::Q5K,
+    GgmlDType::Q6K,
+];
+
+/// Blocks are multiplied as the numbers they stand for, and so is what candle alone can unpack.
 #[test]
-fn quantised_weights_give_candles_product() -> Result {
-    for dtype in [GgmlDType::Q4_0, GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
-        let weight = Arc::new(QTensor::quantize(&tiny::noise(1, &[24, 256], 1.0)?, dtype)?);
-        let theirs = QMatMul::from_arc(Arc::clone(&weight))?;
-        let ours = Linear::quantized(weight)?;
-        for rows in ROWS {
-            let xs = tiny::noise(2, &[rows, 256], 1.0)?;
-            assert_identical("quantised", &ours.forward(&xs)?, &theirs.forward(&xs)?)?;
+fn quantised_weights_are_those_they_stand_for() -> Result {
+    for dtype in BLOCKS.into_iter().chain([GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16]) {
+        for (out, width) in [(24, 256), (70, 1280)] {
+            let weight = tiny::noise(1, &[out, width], 1.0)?;
+            let weight = Arc::new(QTensor::quantize(&weight, dtype)?);
+            let unpacked = weight.dequantize(&Device::Cpu)?;
+            let linear = Linear::quantized(weight)?;
+            for rows in ROWS {
+                let name = format!("{rows} x {width} by {out} of {dtype:?}");
+                let xs = tiny::noise(2, &[rows, width], 1.0)?;
+                let ys = linear.forward(&xs)?;
+                assert_close(&name, &ys, &xs.matmul(&unpacked.t()?)?, 1e-6)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bits of every kind, not only those that a quantiser would choose: each weight of a block is read
+/// out by a row of the identity, to the last bit as candle unpacks it.
+#[test]
+fn any_block_is_read_as_candle_reads_it() -> Result {
+    /// Where a block has numbers in `f16`; the second byte of each must not make it infinite.
+    fn halves(dtype: GgmlDType) -> Vec<usize> {
+        match dtype {
+            GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q5K => vec![0, 2],
+            GgmlDType::Q2K => vec![80, 82],
+            GgmlDType::Q3K => vec![108],
+            GgmlDType::Q6K => vec![208],
+            _ => vec![0],
+        }
+    }
+
+    const LEN: usize = 256;
+    let identity = Tensor::eye(LEN, DType::F32, &Device::Cpu)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for dtype in BLOCKS {
+        let mut bytes = vec![0u8; 4 * LEN / dtype.block_size() * dtype.type_size()];
+        rng.fill_bytes(&mut bytes);
+        for block in bytes.chunks_exact_mut(dtype.type_size()) {
+            halves(dtype).into_iter().for_each(|at| block[at + 1] &= 0b1011_1111);
+        }
+        // Among them a scale that is no normal number, and none.
+        bytes[halves(dtype)[0]..][..2].copy_from_slice(&[3, 0x80]);
+        let second = dtype.type_size() + halves(dtype)[0];
+        bytes[second..][..2].fill(0);
+        let storage = QStorage::from_data(bytes.into(), &Device::Cpu, dtype)?;
+        let weight = Arc::new(QTensor::new(storage, (4, LEN))?);
+        let unpacked = weight.dequantize(&Device::Cpu)?;
+        let linear = Linear::quantized(weight)?;
+        for rows in [1, LEN] {
+            let ys = linear.forward(&identity.narrow(0, 0, rows)?)?;
+            let expected = unpacked.t()?.narrow(0, 0, rows)?;
+            // Not bit for bit: a sum that begins at 0 has no -0.
+            let differing = ys.ne(&expected)?.sum_all()?.to_scalar::<u8>()?;
+            assert_eq!(differing, 0, "{dtype:?}, {rows} rows");
+        }
+    }
+    Ok(())
+}
+
+/// Gradients come back through weights that have none themselves, in whatever type they are kept.
+#[test]
+fn gradients_come_back_through_narrow_weights() -> Result {
+    let weight = tiny::noise(1, &[24, 256], 1.0)?;
+    let quantized = BLOCKS.into_iter().map(|dtype| -> Result<_> {
+        let weight = Arc::new(QTensor::quantize(&weight, dtype)?);
+        Ok((Linear::quantized(Arc::clone(&weight))?, weight.dequantize(&Device::Cpu)?))
+    });
+    let half = [DType::BF16, DType::F16].into_iter().map(|dtype| -> Result<_> {
+        let weight = weight.to_dtype(dtype)?;
+        Ok((Linear::dense(&weight)?, weight.to_dtype(DType::F32)?))
+    });
+    for case in quantized.chain(half) {
+        let (linear, wide) = case?;
+        for rows in [1, 40] {
+            let xs = Var::from_tensor(&tiny::noise(2, &[rows, 256], 1.0)?)?;
+            let slope = tiny::noise(3, &[rows, 24], 1.0)?;
+            let gradients = (linear.forward(xs.as_tensor())? * &slope)?.sum_all()?.backward()?;
+            let gradient = gradients.get(xs.as_tensor()).ok_or("no gradient")?;
+            assert_close("gradient", gradient, &slope.matmul(&wide)?, 1e-6)?;
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! A projection without bias. Its weight is dense or quantised, with or without low-rank adapters;
 //! nobody else needs to know which.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
@@ -10,12 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Shape
 use super::kernels;
 use crate::error::{Error, Result};
 
-/// Up to this many rows of input go to the row-by-row kernel, which reads the weight as it lies; a
-/// blocked matrix product first copies it into another order. Measured on two cores, the two are
-/// even at 12 rows (1536 x 576, `f32`) to 48 rows (14336 x 4096, `bf16`).
-const FEW_ROWS: usize = 16;
-
-/// Elements of a half-precision weight that are widened at a time: 16 MiB of `f32`.
+/// Elements of a narrow weight that are widened at a time for a gradient: 16 MiB of `f32`.
 const WIDEN_AT_ONCE: usize = 1 << 22;
 
 /// `y = x Wᵀ`, with `W` of shape `(out_features, in_features)`.
@@ -32,8 +28,9 @@ pub struct Linear {
 enum Weight {
     /// Row-major on its device, in the input's type or, on the CPU, in a narrower one.
     Dense(Tensor),
-    /// Blocks of a GGUF type, multiplied without being unpacked.
-    Quantized(QMatMul),
+    /// Blocks of a GGUF type. On the CPU they are unpacked a few at a time as they are multiplied; on
+    /// other devices candle multiplies.
+    Quantized(Arc<QTensor>),
 }
 
 /// `scale · B A`, a change of a weight that is never multiplied out (LoRA, Hu et al. 2021).
@@ -62,7 +59,11 @@ impl Linear {
     /// When `weight` is no matrix, or candle cannot prepare that type.
     pub fn quantized(weight: Arc<QTensor>) -> Result<Self> {
         let shape = weight.shape().dims2()?;
-        let weight = Weight::Quantized(QMatMul::from_arc(weight)?);
+        let device = weight.device();
+        let weight = match device.is_cpu() && !kernels::reads_blocks(weight.dtype()) {
+            true => Weight::Dense(weight.dequantize(&device)?),
+            false => Weight::Quantized(weight),
+        };
         Ok(Self { weight, shape, low_rank: Vec::new() })
     }
 
@@ -92,15 +93,12 @@ impl Linear {
     ///
     /// # Errors
     /// When the last dimension of `xs` is not `in_features`, or a device fails;
-    /// [`Error::Unsupported`] when a gradient is wanted of a product with quantised weights, which
-    /// candle would silently leave out.
+    /// [`Error::Unsupported`] when a gradient is wanted of a product with quantised weights on another
+    /// device than the CPU, which candle would silently leave out.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let ys = match &self.weight {
             Weight::Dense(weight) => dense(xs, weight)?,
-            Weight::Quantized(_) if xs.track_op() => {
-                return Err(Error::unsupported("gradient", "through quantised weights"));
-            }
-            Weight::Quantized(weight) => weight.forward(&xs.contiguous()?)?,
+            Weight::Quantized(weight) => quantized(xs, weight)?,
         };
         self.low_rank.iter().try_fold(ys, |ys, change| Ok((ys + change.forward(xs)?)?))
     }
@@ -122,25 +120,46 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         return Ok(xs.contiguous()?.apply_op2(&weight, Product)?);
     }
+    by_rows(xs, (out_features, in_features), |xs| {
+        if on_cpu {
+            return frozen(xs, &Narrow::Dense(weight.clone()));
+        }
+        Ok(xs.matmul(&weight.to_dtype(xs.dtype())?.t()?)?)
+    })
+}
 
+fn quantized(xs: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
+    if xs.device().is_cpu() && xs.dtype() == DType::F32 {
+        let shape = weight.shape().dims2()?;
+        return by_rows(xs, shape, |xs| frozen(xs, &Narrow::Quantized(Arc::clone(weight))));
+    }
+    if xs.track_op() {
+        return Err(Error::unsupported("gradient", "through quantised weights on this device"));
+    }
+    Ok(QMatMul::QTensor(Arc::clone(weight)).forward(&xs.contiguous()?)?)
+}
+
+/// `(…, in) -> (…, out)` by way of `(rows, in) -> (rows, out)`.
+fn by_rows(
+    xs: &Tensor,
+    (out_features, in_features): (usize, usize),
+    product: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let mut shape = xs.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = out_features;
     }
-    let xs = xs.reshape(((), in_features))?; // (rows, in)
-    let ys = if on_cpu && tracked {
-        let product = Mutex::new(Some(dense(&xs.detach(), weight)?));
-        xs.apply_op1(Frozen { weight: weight.clone(), product })?
-    } else if on_cpu && xs.dim(0)? <= FEW_ROWS {
-        kernels::matvec(&xs, weight)?
-    } else if xs.dtype() == weight.dtype() {
-        xs.matmul(&weight.t()?)?
-    } else if tracked {
-        xs.matmul(&weight.to_dtype(xs.dtype())?.t()?)?
-    } else {
-        widening_matmul(&xs, weight)?
-    };
-    Ok(ys.reshape(shape)?)
+    Ok(product(&xs.reshape(((), in_features))?)?.reshape(shape)?)
+}
+
+/// `x Wᵀ` on the CPU for a weight that has no gradient.
+fn frozen(xs: &Tensor, weight: &Narrow) -> Result<Tensor> {
+    let ys = weight.product(&xs.detach())?;
+    if !xs.track_op() {
+        return Ok(ys);
+    }
+    let product = Mutex::new(Some(ys));
+    Ok(xs.apply_op1(Frozen { weight: weight.clone(), product })?)
 }
 
 /// `x Wᵀ` on the CPU in `f32`, with a gradient for those of the two that want one. Of a product of
@@ -193,10 +212,44 @@ impl CustomOp2 for Product {
     }
 }
 
-/// `x Wᵀ` in a graph that ends at `x`, for a weight of a narrower type, which is widened a part at a
-/// time.
+/// A weight on the CPU that is widened a part at a time as it is used.
+#[derive(Clone)]
+enum Narrow {
+    /// Contiguous.
+    Dense(Tensor),
+    Quantized(Arc<QTensor>),
+}
+
+impl Narrow {
+    fn product(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Dense(weight) => kernels::product(xs, weight),
+            Self::Quantized(weight) => kernels::quantized_product(xs, weight),
+        }
+    }
+
+    /// `(out_features, in_features)`
+    fn dims(&self) -> candle_core::Result<(usize, usize)> {
+        match self {
+            Self::Dense(weight) => weight.dims2(),
+            Self::Quantized(weight) => weight.shape().dims2(),
+        }
+    }
+
+    /// Some of its rows in `f32`.
+    fn rows(&self, rows: Range<usize>) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Dense(weight) => {
+                kernels::widen(&weight.narrow(0, rows.start, rows.len())?, DType::F32)
+            }
+            Self::Quantized(weight) => kernels::quantized_rows(weight, rows),
+        }
+    }
+}
+
+/// `x Wᵀ` in a graph that ends at `x`.
 struct Frozen {
-    weight: Tensor,
+    weight: Narrow,
     /// `x Wᵀ`, computed without a graph; taken by the one forward call.
     product: Mutex<Option<Tensor>>,
 }
@@ -214,10 +267,12 @@ impl CustomOp1 for Frozen {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let (out_features, in_features) = self.weight.dims()?;
+        let step = (WIDEN_AT_ONCE / in_features.max(1)).max(1);
         let mut sum: Option<Tensor> = None;
-        for (start, rows) in row_blocks(&self.weight)? {
-            let grad = grad.narrow(1, start, rows.dim(0)?)?;
-            let part = grad.matmul(&kernels::widen(&rows, grad.dtype())?)?; // (rows of x, in)
+        for start in (0..out_features).step_by(step) {
+            let rows = self.weight.rows(start..out_features.min(start + step))?;
+            let part = grad.narrow(1, start, rows.dim(0)?)?.matmul(&rows)?; // (rows of x, in)
             sum = Some(match sum {
                 Some(sum) => (sum + part)?,
                 None => part,
@@ -225,26 +280,4 @@ impl CustomOp1 for Frozen {
         }
         Ok(sum)
     }
-}
-
-/// `x Wᵀ` for a weight kept in a narrower type than `x`, widened a block of rows at a time so that
-/// the whole weight never stands in memory twice.
-fn widening_matmul(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let product = |(_, rows): (usize, Tensor)| xs.matmul(&kernels::widen(&rows, xs.dtype())?.t()?);
-    let blocks = row_blocks(weight)?.into_iter().map(product);
-    Ok(Tensor::cat(&blocks.collect::<candle_core::Result<Vec<_>>>()?, 1)?)
-}
-
-/// Runs of rows of a weight and where they begin, each small enough to be widened; all of an `f32`
-/// weight, which needs no widening.
-fn row_blocks(weight: &Tensor) -> candle_core::Result<Vec<(usize, Tensor)>> {
-    let (out_features, in_features) = weight.dims2()?;
-    let step = match weight.dtype() {
-        DType::F32 => out_features,
-        _ => WIDEN_AT_ONCE / in_features.max(1),
-    };
-    let starts = (0..out_features).step_by(step.max(1));
-    starts
-        .map(|start| Ok((start, weight.narrow(0, start, step.max(1).min(out_features - start))?)))
-        .collect()
 }

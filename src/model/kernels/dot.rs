@@ -1,19 +1,10 @@
 //! Dot products of a few input rows with every row of a weight.
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::ROWS_PER_TASK;
-
-/// A stored weight element that becomes an `f32` on its way into a register.
-pub(super) trait Element: Copy + Send + Sync {
-    /// A run of weights in `f32`: itself, or what is written to the front of `wide`.
-    fn widen<'a>(w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
-}
-
-/// Weights that are widened at a time, into a buffer that stays in the first-level cache.
-const RUN: usize = 512;
+use super::element::{Element, RUN};
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)` and `w` of `(out, len)`.
 pub(super) fn columns<T: Element>(x: &[f32], w: &[T], len: usize, columns: &mut [f32]) {
@@ -24,7 +15,7 @@ pub(super) fn columns<T: Element>(x: &[f32], w: &[T], len: usize, columns: &mut 
     let arch = Arch::new();
     columns
         .par_chunks_mut(ROWS_PER_TASK * rows)
-        .zip(w.par_chunks(ROWS_PER_TASK * len))
+        .zip(w.par_chunks(ROWS_PER_TASK * (len / T::LEN)))
         .for_each(|(columns, w)| arch.dispatch(Task { x, w, len, columns }));
 }
 
@@ -42,9 +33,10 @@ impl<T: Element> WithSimd for Task<'_, T> {
     fn with_simd<S: Simd>(self, simd: S) {
         let rows = self.x.len() / self.len;
         let mut wide = [0f32; RUN];
-        for (column, w) in self.columns.chunks_exact_mut(rows).zip(self.w.chunks_exact(self.len)) {
+        let weights = self.w.chunks_exact(self.len / T::LEN);
+        for (column, w) in self.columns.chunks_exact_mut(rows).zip(weights) {
             column.fill(0.0);
-            for (run, w) in w.chunks(RUN).enumerate() {
+            for (run, w) in w.chunks(RUN / T::LEN).enumerate() {
                 let w = T::widen(w, &mut wide);
                 for (y, x) in column.iter_mut().zip(self.x.chunks_exact(self.len)) {
                     *y += dot(simd, &x[run * RUN..][..w.len()], w);
@@ -74,33 +66,4 @@ fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
     let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
     let tail: f32 = x_tail.iter().zip(w_tail).map(|(x, w)| x * w).sum();
     simd.reduce_sum_f32s(sum) + tail
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn widen<'a>(w: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
-        w
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    fn widen<'a>(w: &'a [bf16], wide: &'a mut [f32]) -> &'a [f32] {
-        // A bf16 is the upper half of an f32; written out so that it is compiled, as vectors, into
-        // the loop.
-        let wide = &mut wide[..w.len()];
-        for (wide, w) in wide.iter_mut().zip(w) {
-            *wide = f32::from_bits(u32::from(w.to_bits()) << 16);
-        }
-        wide
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    fn widen<'a>(w: &'a [f16], wide: &'a mut [f32]) -> &'a [f32] {
-        let wide = &mut wide[..w.len()];
-        w.convert_to_f32_slice(wide);
-        wide
-    }
 }

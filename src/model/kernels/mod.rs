@@ -2,21 +2,27 @@
 //! run-time detection ([`pulp`]), and is tested against its plain twin in candle operations.
 
 mod attend;
+mod blocks;
 mod dot;
+mod element;
 mod exp;
 mod heads;
 mod product;
 mod rms_norm;
 mod softmax;
 mod swiglu;
+mod tiles;
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, DType, Error, Result, Storage, Tensor};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 pub(crate) use attend::Attend;
+use blocks::for_blocks;
+use element::Element;
 pub(crate) use heads::SplitHeads;
 pub(crate) use rms_norm::RmsNorm;
 pub(crate) use softmax::MaskedSoftmax;
@@ -28,43 +34,78 @@ const LANES: usize = 32;
 /// Rows of the weight that one task multiplies: enough to outweigh handing out the task.
 const ROWS_PER_TASK: usize = 32;
 
-/// `x Wᵀ` for a few rows of `x`, limited by the speed at which `W` is read.
+/// Up to this many rows of input, each row of the weight is multiplied as it is read; more are worth
+/// turning the input for.
+const FEW_ROWS: usize = 16;
+
+/// `x Wᵀ` on the CPU.
 ///
 /// `xs` is `(rows, in)` in `f32`, `weight` is `(out, in)` in `f32`, `bf16` or `f16`; the result is
 /// `(rows, out)` in `f32`. The plain twin is `xs.matmul(&weight.to_dtype(F32)?.t()?)`.
-pub(crate) fn matvec(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (rows, in_features) = xs.dims2()?;
-    let (out_features, weight_in) = weight.dims2()?;
-    if in_features != weight_in {
-        candle_core::bail!("matvec: {:?} does not fit weight {:?}", xs.shape(), weight.shape());
-    }
-    let xs = xs.contiguous()?;
+pub(crate) fn product(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (out, len) = weight.dims2()?;
     if !weight.is_contiguous() {
-        candle_core::bail!("matvec: expected a contiguous weight");
+        candle_core::bail!("product: expected a contiguous weight");
     }
-    let (x_storage, x_layout) = xs.storage_and_layout();
-    let (w_storage, w_layout) = weight.storage_and_layout();
-    let (Storage::Cpu(CpuStorage::F32(x)), Storage::Cpu(w)) = (&*x_storage, &*w_storage) else {
-        candle_core::bail!("matvec: expected f32 input on the CPU, got {:?}", xs.dtype());
-    };
-    let x = within(x, x_layout, rows * in_features)?;
+    let (storage, layout) = weight.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(w)) => multiply(xs, within(w, layout, out * len)?, len),
+        Storage::Cpu(CpuStorage::BF16(w)) => multiply(xs, within(w, layout, out * len)?, len),
+        Storage::Cpu(CpuStorage::F16(w)) => multiply(xs, within(w, layout, out * len)?, len),
+        _ => Err(Error::UnsupportedDTypeForOp(weight.dtype(), "product")),
+    }
+}
 
-    // Column-major first, so that a task writes one unbroken run: (out, rows).
-    let mut columns = vec![0f32; out_features * rows];
-    let count = out_features * in_features;
-    match w {
-        CpuStorage::F32(w) => {
-            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns);
-        }
-        CpuStorage::BF16(w) => {
-            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns);
-        }
-        CpuStorage::F16(w) => {
-            dot::columns(x, within(w, w_layout, count)?, in_features, &mut columns);
-        }
-        _ => return Err(Error::UnsupportedDTypeForOp(weight.dtype(), "matvec")),
+/// [`product`] for a quantised weight. The plain twin multiplies by `weight.dequantize(..)`.
+pub(crate) fn quantized_product(xs: &Tensor, weight: &QTensor) -> Result<Tensor> {
+    let (_, len) = weight.shape().dims2()?;
+    for_blocks!(weight, |blocks| multiply(xs, blocks, len))
+}
+
+/// Rows of a quantised weight on the CPU in `f32`: `(rows, in)`.
+pub(crate) fn quantized_rows(weight: &QTensor, rows: Range<usize>) -> Result<Tensor> {
+    let (_, len) = weight.shape().dims2()?;
+    for_blocks!(weight, |blocks| widened_rows(blocks, len, rows))
+}
+
+/// Whether there are kernels for blocks of this type.
+pub(crate) fn reads_blocks(dtype: GgmlDType) -> bool {
+    use GgmlDType::{BF16, F16, F32, Q8_1, Q8K};
+    !matches!(dtype, F32 | F16 | BF16 | Q8_1 | Q8K)
+}
+
+fn widened_rows<T: Element>(w: &[T], len: usize, rows: Range<usize>) -> Result<Tensor> {
+    let row_len = (len / T::LEN).max(1);
+    let Some(w) = w.get(rows.start * row_len..rows.end * row_len) else {
+        candle_core::bail!("rows {rows:?} of {}", w.len() / row_len);
+    };
+    let mut wide = vec![0f32; rows.len() * len];
+    wide.par_chunks_mut(len.max(1)).zip(w.par_chunks(row_len)).for_each(|(wide, w)| {
+        T::widen(w, wide);
+    });
+    Tensor::from_vec(wide, (rows.len(), len), &Device::Cpu)
+}
+
+/// `x Wᵀ` for rows of `len` weights.
+fn multiply<T: Element>(xs: &Tensor, w: &[T], len: usize) -> Result<Tensor> {
+    let (rows, x_len) = xs.dims2()?;
+    let row_len = (len / T::LEN).max(1);
+    if x_len != len || !w.len().is_multiple_of(row_len) {
+        candle_core::bail!("product: rows of {x_len} do not fit a weight with rows of {len}");
     }
-    Tensor::from_vec(columns, (out_features, rows), xs.device())?.t()?.contiguous()
+    let out = w.len() / row_len;
+    let xs = xs.contiguous()?;
+    let held = values(&xs);
+    let x = held.get()?;
+    if rows > FEW_ROWS {
+        let mut y = vec![0f32; rows * out];
+        tiles::product(x, w, len, &mut y);
+        return Tensor::from_vec(y, (rows, out), xs.device());
+    }
+    // Column-major first, so that a task writes one unbroken run: (out, rows).
+    let mut columns = vec![0f32; out * rows];
+    dot::columns(x, w, len, &mut columns);
+    Tensor::from_vec(columns, (out, rows), xs.device())?.t()?.contiguous()
 }
 
 /// `tensor.to_dtype(dtype)`, on all cores for the half types on the CPU.

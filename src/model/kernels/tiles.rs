@@ -1,0 +1,219 @@
+//! The product of many input rows with a weight, limited by the speed of arithmetic.
+//!
+//! ```text
+//! x   is packed once:   tiles of a few tokens, and in a tile, for each k, those tokens side by side
+//! w   goes by panels:   PANEL rows, of which RUN weights at a time are widened to f32
+//! y'  += w' x'          GROUP rows of the panel by one tile: sums stay in registers for a whole run
+//! ```
+//!
+//! A tile fills two vector registers, so a step of `k` loads these, and each weight of the group is
+//! spread over a register and multiplied with both. Rows of a weight are read as they lie: it is the
+//! much smaller `x` that is turned. What comes out is `yᵀ`, and a panel of it is turned back while it
+//! is in the cache.
+
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::element::{Element, RUN};
+
+/// Rows of the weight that one task multiplies, at most. Widened they are 96 KiB, which the
+/// second-level cache holds beside a tile of `x`.
+const PANEL: usize = 48;
+
+/// Rows that share the loads of a tile: their sums, two registers each, with the tile itself leave
+/// one of 32 registers over, or of 16.
+const GROUP: usize = 12;
+const SMALL_GROUP: usize = 6;
+
+/// `y = x Wᵀ` for `x` of `(rows, len)`, `w` of `(out, len)` and `y` of `(rows, out)`.
+pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize, y: &mut [f32]) {
+    if len == 0 || x.is_empty() || w.is_empty() {
+        y.fill(0.0);
+        return;
+    }
+    let (rows, out) = (x.len() / len, w.len() / (len / T::LEN));
+    let arch = Arch::new();
+    let packed = arch.dispatch(Pack { x, len });
+    let padded = packed.len() / len;
+    let threads = rayon::current_num_threads();
+    let panel = out.div_ceil(threads).next_multiple_of(GROUP).min(PANEL);
+    let y = Columns { first: y.as_mut_ptr(), rows, out };
+    w.par_chunks(panel * (len / T::LEN)).enumerate().for_each(|(task, w)| {
+        let of_panel = task * panel..out.min((task + 1) * panel);
+        let mut columns = vec![0f32; of_panel.len() * padded];
+        arch.dispatch(Panel { x: &packed, w, len, columns: &mut columns });
+        // SAFETY: `y` is borrowed mutably for as long as this runs, and no other task has these
+        // columns.
+        unsafe { y.write(of_panel, &columns, padded) };
+    });
+}
+
+/// The columns of `y`, `(rows, out)`, of which each task writes its own.
+struct Columns {
+    first: *mut f32,
+    rows: usize,
+    out: usize,
+}
+
+// SAFETY: it is only written through, by `write`, whose callers keep to columns of their own.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// `y[r][of[c]] = columns[c][r]`. By squares, so that whole cache lines are read and whole lines
+    /// are written: rows often lie a power of two apart, where a cache has no room for one line of
+    /// each.
+    ///
+    /// # Safety
+    /// `y` has `rows · out` elements, lives, and nobody else reads or writes columns `of` of it.
+    unsafe fn write(&self, of: Range<usize>, columns: &[f32], padded: usize) {
+        const SIDE: usize = 16;
+        assert!(of.end <= self.out && self.rows <= padded && of.len() * padded <= columns.len());
+        for top in (0..self.rows).step_by(SIDE) {
+            let height = SIDE.min(self.rows - top);
+            for left in (0..of.len()).step_by(SIDE) {
+                let width = SIDE.min(of.len() - left);
+                let mut square = [[0f32; SIDE]; SIDE];
+                for column in 0..width {
+                    let from = &columns[(left + column) * padded + top..][..height];
+                    for (row, from) in square.iter_mut().zip(from) {
+                        row[column] = *from;
+                    }
+                }
+                for (row, square) in square[..height].iter().enumerate() {
+                    let at = (top + row) * self.out + of.start + left;
+                    // SAFETY: `top + row < rows` and `of.start + left + width <= of.end <= out`, so
+                    // these elements are in `y`, and in its columns `of`.
+                    unsafe { self.first.add(at).copy_from_nonoverlapping(square.as_ptr(), width) };
+                }
+            }
+        }
+    }
+}
+
+/// Turns `x` of `(rows, len)` into tiles, each of `(len, tokens)`, filled up with zeros.
+struct Pack<'a> {
+    x: &'a [f32],
+    len: usize,
+}
+
+impl WithSimd for Pack<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
+        let (len, tokens) = (self.len, 2 * S::F32_LANES);
+        let rows = self.x.len() / len;
+        let mut packed = vec![0f32; rows.next_multiple_of(tokens) * len];
+        packed.par_chunks_mut(tokens * len).zip(self.x.par_chunks(tokens * len)).for_each(
+            |(tile, x)| {
+                for (token, x) in x.chunks_exact(len).enumerate() {
+                    for (step, x) in tile.chunks_exact_mut(tokens).zip(x) {
+                        step[token] = *x;
+                    }
+                }
+            },
+        );
+        packed
+    }
+}
+
+struct Panel<'a, T> {
+    /// Tiles of `(len, tokens)`.
+    x: &'a [f32],
+    w: &'a [T],
+    len: usize,
+    /// `(rows of w, tokens of all tiles)`
+    columns: &'a mut [f32],
+}
+
+impl<T: Element> WithSimd for Panel<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        if S::REGISTER_COUNT >= 32 {
+            self.multiply::<S, GROUP>(simd);
+        } else {
+            self.multiply::<S, SMALL_GROUP>(simd);
+        }
+    }
+}
+
+impl<T: Element> Panel<'_, T> {
+    #[inline(always)]
+    fn multiply<S: Simd, const N: usize>(self, simd: S)
+    where
+        for<'b> [&'b [f32]; N]: Group<S>,
+    {
+        let Self { x, w, len, columns } = self;
+        let (tokens, padded) = (2 * S::F32_LANES, x.len() / len);
+        let row_len = len / T::LEN;
+        let mut wide = vec![0f32; PANEL * RUN];
+        for start in (0..len).step_by(RUN) {
+            let run = RUN.min(len - start);
+            // The run of each row in f32, where it is in the weight or in `wide`.
+            let mut panel: [&[f32]; PANEL] = [&[]; PANEL];
+            let rows = w.chunks_exact(row_len).zip(wide.chunks_exact_mut(RUN));
+            for (row, (w, wide)) in panel.iter_mut().zip(rows) {
+                *row = T::widen(&w[start / T::LEN..][..run / T::LEN], wide);
+            }
+            for (tile, x) in x.chunks_exact(tokens * len).enumerate() {
+                let (x, _) = S::as_simd_f32s(&x[start * tokens..][..run * tokens]);
+                let (x, _) = x.as_chunks::<2>();
+                let groups = panel.chunks_exact(N).zip(columns.chunks_mut(N * padded));
+                for (group, columns) in groups {
+                    // Behind the last row of the weight, the first is multiplied again for nothing.
+                    let weights = std::array::from_fn(|row| match group[row] {
+                        [] => &group[0][..run],
+                        w => &w[..run],
+                    });
+                    let columns = columns.chunks_exact_mut(padded);
+                    for (column, sums) in columns.zip(Group::times(weights, simd, x)) {
+                        let (place, _) =
+                            S::as_mut_simd_f32s(&mut column[tile * tokens..][..tokens]);
+                        for (place, sum) in place.iter_mut().zip(sums) {
+                            *place = simd.add_f32s(*place, sum);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// As many rows of a weight as share the loads of a tile.
+trait Group<S: Simd>: Sized {
+    /// `Σ w[n][k] · x[k]` for each row `n`.
+    fn times(self, simd: S, x: &[[S::f32s; 2]]) -> impl Iterator<Item = [S::f32s; 2]>;
+}
+
+/// Each sum has a name, as those of an array are kept in memory.
+macro_rules! group {
+    ($count:literal: $($w:ident $left:ident $right:ident),*) => {
+        impl<S: Simd> Group<S> for [&[f32]; $count] {
+            #[inline(always)]
+            fn times(self, simd: S, x: &[[S::f32s; 2]]) -> impl Iterator<Item = [S::f32s; 2]> {
+                assert!(self.iter().all(|w| w.len() == x.len()), "a weight for each step");
+                let [$($w),*] = self;
+                $(let [mut $left, mut $right] = [simd.splat_f32s(0.0); 2];)*
+                for (k, &[x_left, x_right]) in x.iter().enumerate() {
+                    $(
+                        // SAFETY: `k` is below `x.len()`, which is the length of every row, as
+                        // asserted above. With a check, and so a way out of the loop, at each
+                        // weight the sums would be kept in memory, at a quarter of the speed.
+                        let w = simd.splat_f32s(unsafe { *$w.get_unchecked(k) });
+                        $left = simd.mul_add_e_f32s(w, x_left, $left);
+                        $right = simd.mul_add_e_f32s(w, x_right, $right);
+                    )*
+                }
+                [$([$left, $right]),*].into_iter()
+            }
+        }
+    };
+}
+
+group!(6: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5);
+group!(12: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5,
+    w6 l6 r6, w7 l7 r7, w8 l8 r8, w9 l9 r9, w10 l10 r10, w11 l11 r11);

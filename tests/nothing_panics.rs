@@ -4,8 +4,7 @@ mod common;
 
 use std::ops::Range;
 
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
 use hybrid_attention::thought::{HandOff, Text};
@@ -47,8 +46,6 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         weights.insert(name.to_owned(), weights[name].to_dtype(DType::F64)?);
         Ok(refusal(Transformer::new(&config, &mut weights)))
     };
-    let quantised = QTensor::quantize(&tiny::noise(1, &[4, 32], 1.0)?, GgmlDType::Q8_0)?;
-    let tracked = Var::from_tensor(&tiny::noise(2, &[1, 32], 1.0)?)?;
     let text = Text::new(transformer, &[1, 2, 3], dense.clone())?;
     let thinking = Thinking::passes(1);
     let mind = thinking.on(transformer)?;
@@ -90,10 +87,6 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         (
             f64s("model.norm.weight")?,
             "weight model.norm.weight in memory: expected F32, F16 or BF16, got F64",
-        ),
-        (
-            refusal(Linear::quantized(quantised.into())?.forward(tracked.as_tensor())),
-            "unsupported gradient: through quantised weights",
         ),
         (
             refusal(HybridModel::from_gguf(fixture("window"), None, &Device::Cpu))

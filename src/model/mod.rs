@@ -87,8 +87,8 @@ pub enum Pass<'a> {
 /// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices
 /// it has the type of the weights.
 ///
-/// Every pass is differentiable in its input and in its weights, the quantised ones excepted. To
-/// train a model, hand over the tensors of candle `Var`s as its weights: it then sees every step an
+/// Every pass is differentiable in its input, unless weights are quantised on another device than the
+/// CPU, and in its weights where these are not quantised. To train a model, hand over the tensors of candle `Var`s as its weights: it then sees every step an
 /// optimiser takes, as long as they are `f32`. Of half-precision norms and gates it keeps a wider
 /// copy, so it has to be built anew after a step. Gradients are of first order only.
 ///

@@ -21,8 +21,8 @@ use crate::error::Result;
 /// out the token that follows, and within a few steps do. The trust region is what holds them to
 /// their meaning.
 ///
-/// Over quantised weights no gradient can flow, which is an error: use
-/// [`ForwardNudge`](super::ForwardNudge) there.
+/// Where no gradient can flow it is an error: over quantised weights on another device than the CPU.
+/// Use [`ForwardNudge`](super::ForwardNudge) there.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 
 /// Moves thoughts towards a lower loss by forward passes alone, and so works where no gradient can
-/// flow: over quantised weights, or for an objective that is not differentiable.
+/// flow: over quantised weights on a GPU, or for an objective that is not differentiable.
 ///
 /// An evolution strategy. Each step probes pairs `x ± σ·s·ε` around the best thoughts so far, with
 /// `ε` random signs (Spall 1992) and `s` the root mean square of each thought, so that a probe

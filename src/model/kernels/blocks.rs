@@ -3,7 +3,7 @@
 //!
 //! A block is known by its type here, and its type is its size: no two have the same.
 
-use super::element::Element;
+use super::element::{Element, from_half};
 
 /// 32 weights: a scale and 32 whole numbers.
 pub(super) type Q8_0 = [u8; 34];
@@ -46,16 +46,9 @@ macro_rules! for_blocks {
 }
 pub(super) use for_blocks;
 
-/// An `f16` that is neither infinite nor NaN.
-///
-/// Moved up, its exponent and mantissa are an `f32` that is 2¹¹² times too small, subnormal ones
-/// included. `half` looks for a processor instruction at every single number.
 #[inline(always)]
 fn scale(bytes: [u8; 2]) -> f32 {
-    const TWO_TO_112: f32 = f32::from_bits((127 + 112) << 23);
-    let bits = u32::from(u16::from_le_bytes(bytes));
-    let size = f32::from_bits((bits & 0x7fff) << 13) * TWO_TO_112;
-    f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
+    from_half(u16::from_le_bytes(bytes))
 }
 
 /// `N` bytes of a block from `at` on, which is a constant: there is no check left at run time.

@@ -16,7 +16,7 @@ use common::tiny;
 use common::{Result, assert_close, assert_identical};
 
 /// Few rows, the last few, and more: each kernel and the border between them.
-const ROWS: [usize; 7] = [1, 3, 4, 5, 16, 17, 70];
+const ROWS: [usize; 8] = [1, 3, 4, 5, 16, 17, 70, 300];
 
 /// Widths that fill vector registers and ones that leave a tail.
 const WIDTHS: [(usize, usize); 4] = [(64, 96), (33, 7), (100, 1037), (1, 1)];

@@ -7,8 +7,11 @@ pub(super) trait Element: Copy + Send + Sync {
     /// Weights in it.
     const LEN: usize = 1;
 
+    /// Whether [`widen`](Self::widen) needs room.
+    const NARROW: bool = true;
+
     /// A run of weights in `f32`: itself, or what is written to the front of `wide`, which has room
-    /// for all of them.
+    /// for all of them if these are narrower.
     fn widen<'a>(w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
 }
 
@@ -17,6 +20,8 @@ pub(super) trait Element: Copy + Send + Sync {
 pub(super) const RUN: usize = 512;
 
 impl Element for f32 {
+    const NARROW: bool = false;
+
     #[inline(always)]
     fn widen<'a>(w: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
         w

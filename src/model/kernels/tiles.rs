@@ -27,6 +27,9 @@ const PANEL: usize = 48;
 const GROUP: usize = 12;
 const SMALL_GROUP: usize = 6;
 
+/// Rows and columns that are turned at a time: a cache line.
+const SIDE: usize = 16;
+
 /// `y = x Wᵀ` for `x` of `(rows, len)`, `w` of `(out, len)` and `y` of `(rows, out)`.
 pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize, y: &mut [f32]) {
     if len == 0 || x.is_empty() || w.is_empty() {
@@ -40,14 +43,21 @@ pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize, y: &mut [f32])
     let threads = rayon::current_num_threads();
     let panel = out.div_ceil(threads).next_multiple_of(GROUP).min(PANEL);
     let y = Columns { first: y.as_mut_ptr(), rows, out };
-    w.par_chunks(panel * (len / T::LEN)).enumerate().for_each(|(task, w)| {
-        let of_panel = task * panel..out.min((task + 1) * panel);
-        let mut columns = vec![0f32; of_panel.len() * padded];
-        arch.dispatch(Panel { x: &packed, w, len, columns: &mut columns });
-        // SAFETY: `y` is borrowed mutably for as long as this runs, and no other task has these
-        // columns.
-        unsafe { y.write(of_panel, &columns, padded) };
-    });
+    let buffers = || {
+        let wide = if T::NARROW { PANEL * RUN } else { 0 };
+        (vec![0f32; panel * padded], vec![0f32; wide])
+    };
+    w.par_chunks(panel * (len / T::LEN)).enumerate().for_each_init(
+        buffers,
+        |(columns, wide), (task, w)| {
+            let of_panel = task * panel..out.min((task + 1) * panel);
+            let columns = &mut columns[..of_panel.len() * padded];
+            arch.dispatch(Panel { x: &packed, w, len, wide, columns });
+            // SAFETY: `y` is borrowed mutably for as long as this runs, and no other task has these
+            // columns.
+            unsafe { y.write(of_panel, columns, padded) };
+        },
+    );
 }
 
 /// The columns of `y`, `(rows, out)`, of which each task writes its own.
@@ -68,7 +78,6 @@ impl Columns {
     /// # Safety
     /// `y` has `rows · out` elements, lives, and nobody else reads or writes columns `of` of it.
     unsafe fn write(&self, of: Range<usize>, columns: &[f32], padded: usize) {
-        const SIDE: usize = 16;
         assert!(of.end <= self.out && self.rows <= padded && of.len() * padded <= columns.len());
         for top in (0..self.rows).step_by(SIDE) {
             let height = SIDE.min(self.rows - top);
@@ -108,9 +117,12 @@ impl WithSimd for Pack<'_> {
         let mut packed = vec![0f32; rows.next_multiple_of(tokens) * len];
         packed.par_chunks_mut(tokens * len).zip(self.x.par_chunks(tokens * len)).for_each(
             |(tile, x)| {
-                for (token, x) in x.chunks_exact(len).enumerate() {
-                    for (step, x) in tile.chunks_exact_mut(tokens).zip(x) {
-                        step[token] = *x;
+                // A few steps at a time, whose lines stay in the first-level cache.
+                for (block, steps) in tile.chunks_mut(SIDE * tokens).enumerate() {
+                    for (token, x) in x.chunks_exact(len).enumerate() {
+                        for (step, x) in steps.chunks_exact_mut(tokens).zip(&x[block * SIDE..]) {
+                            step[token] = *x;
+                        }
                     }
                 }
             },
@@ -124,6 +136,8 @@ struct Panel<'a, T> {
     x: &'a [f32],
     w: &'a [T],
     len: usize,
+    /// Room for a run of each row in `f32`, where weights are narrower.
+    wide: &'a mut [f32],
     /// `(rows of w, tokens of all tiles)`
     columns: &'a mut [f32],
 }
@@ -147,16 +161,16 @@ impl<T: Element> Panel<'_, T> {
     where
         for<'b> [&'b [f32]; N]: Group<S>,
     {
-        let Self { x, w, len, columns } = self;
+        let Self { x, w, len, wide, columns } = self;
         let (tokens, padded) = (2 * S::F32_LANES, x.len() / len);
         let row_len = len / T::LEN;
-        let mut wide = vec![0f32; PANEL * RUN];
         for start in (0..len).step_by(RUN) {
             let run = RUN.min(len - start);
             // The run of each row in f32, where it is in the weight or in `wide`.
             let mut panel: [&[f32]; PANEL] = [&[]; PANEL];
-            let rows = w.chunks_exact(row_len).zip(wide.chunks_exact_mut(RUN));
-            for (row, (w, wide)) in panel.iter_mut().zip(rows) {
+            let mut rooms = wide.chunks_exact_mut(RUN);
+            for (row, w) in panel.iter_mut().zip(w.chunks_exact(row_len)) {
+                let wide = rooms.next().unwrap_or_default();
                 *row = T::widen(&w[start / T::LEN..][..run / T::LEN], wide);
             }
             for (tile, x) in x.chunks_exact(tokens * len).enumerate() {
@@ -174,7 +188,7 @@ impl<T: Element> Panel<'_, T> {
                         let (place, _) =
                             S::as_mut_simd_f32s(&mut column[tile * tokens..][..tokens]);
                         for (place, sum) in place.iter_mut().zip(sums) {
-                            *place = simd.add_f32s(*place, sum);
+                            *place = if start == 0 { sum } else { simd.add_f32s(*place, sum) };
                         }
                     }
                 }

@@ -980,6 +980,25 @@ fn the_readme_shows_what_the_recorded_runs_say() -> Result {
     assert_eq!(fs::read(&figure)?, fs::read(root.join("examples/flashback/accuracy.svg"))?);
     roxmltree::Document::parse(&fs::read_to_string(&figure)?)?;
 
+    let readme = fs::read_to_string(root.join("README.md"))?;
+    for run in fs::read_dir(root.join("examples/train/runs"))? {
+        let run: Value = serde_json::from_str(&fs::read_to_string(run?.path())?)?;
+        let held_out = &run["held_out"];
+        let trained = held_out["trained"].as_array().ok_or("nothing was trained")?;
+        let passes = trained.iter().filter(|it| trained.len() == 1 || it["passes"] != 0);
+        for losses in passes.chain([&held_out["repeated"]]) {
+            let of = |what: &str, name: &str| losses[what][name].as_f64().ok_or("no number");
+            let cells = format!(
+                "| {:.3} ± {:.3} | {:+.3} ± {:.3} |",
+                of("mean", "mean")?,
+                of("mean", "standard_error")?,
+                of("difference", "mean")?,
+                of("difference", "standard_error")?
+            );
+            assert!(readme.contains(&cells), "{cells}");
+        }
+    }
+
     let test = folder.path().join("test.jsonl");
     on_its_own("flashback", &["test", "--out", test.to_str().ok_or("not UTF-8")?])?;
     let published = fs::read_to_string(root.join("examples/flashback/test.jsonl"))?;

@@ -37,6 +37,7 @@ pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize, y: &mut [f32])
         return;
     }
     let (rows, out) = (x.len() / len, w.len() / (len / T::LEN));
+    assert_eq!(y.len(), rows * out, "a place for each product");
     let arch = Arch::new();
     let packed = arch.dispatch(Pack { x, len });
     let padded = packed.len() / len;
@@ -53,8 +54,8 @@ pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize, y: &mut [f32])
             let of_panel = task * panel..out.min((task + 1) * panel);
             let columns = &mut columns[..of_panel.len() * padded];
             arch.dispatch(Panel { x: &packed, w, len, wide, columns });
-            // SAFETY: `y` is borrowed mutably for as long as this runs, and no other task has these
-            // columns.
+            // SAFETY: `y` is borrowed mutably for as long as this runs and has the length asserted
+            // above, and no other task has these columns.
             unsafe { y.write(of_panel, columns, padded) };
         },
     );
@@ -231,3 +232,52 @@ macro_rules! group {
 group!(6: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5);
 group!(12: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5,
     w6 l6 r6, w7 l7 r7, w8 l8 r8, w9 l9 r9, w10 l10 r10, w11 l11 r11);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The columns of a panel of `w`, on the vector unit `simd`.
+    fn columns<S: Simd>(simd: S, x: &[f32], w: &[f32], len: usize) -> Vec<f32> {
+        let packed = simd.vectorize(Pack { x, len });
+        let padded = packed.len() / len;
+        // What is there before must not matter.
+        let mut columns = vec![f32::NAN; w.len() / len * padded];
+        simd.vectorize(Panel { x: &packed, w, len, wide: &mut [], columns: &mut columns });
+        let rows = columns.chunks_exact(padded);
+        rows.flat_map(|column| &column[..x.len() / len]).copied().collect()
+    }
+
+    /// This processor takes one of these paths only, whoever has another one another.
+    #[test]
+    fn every_vector_unit_multiplies() {
+        for (rows, len, out) in [(1, 1, 1), (33, 7, 5), (20, RUN, 12), (70, 2 * RUN + 9, PANEL)] {
+            let value = |index: usize| ((index * 7919 + 13) % 201) as f32 / 100.0 - 1.0;
+            let x: Vec<f32> = (0..rows * len).map(value).collect();
+            let w: Vec<f32> = (0..out * len).map(|index| value(index + 5)).collect();
+            let expected = w.chunks_exact(len).flat_map(|w| {
+                let products = move |x: &[f32]| -> f64 {
+                    x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
+                };
+                x.chunks_exact(len).map(products)
+            });
+            let expected: Vec<f64> = expected.collect();
+            let check = |name: &str, got: Vec<f32>| {
+                assert_eq!(got.len(), expected.len(), "{name}");
+                for (got, expected) in got.into_iter().zip(&expected) {
+                    let apart = (f64::from(got) - expected).abs();
+                    assert!(apart < 1e-5 * (len as f64).sqrt(), "{name}: {got}, not {expected}");
+                }
+            };
+            check("scalar", columns(pulp::Scalar::new(), &x, &w, len));
+            #[cfg(target_arch = "x86_64")]
+            {
+                use pulp::x86::{V3, V4};
+                let v3 = V3::try_new().map(|simd| columns(simd, &x, &w, len));
+                let v4 = V4::try_new().map(|simd| columns(simd, &x, &w, len));
+                v3.into_iter().for_each(|got| check("AVX2", got));
+                v4.into_iter().for_each(|got| check("AVX-512", got));
+            }
+        }
+    }
+}

@@ -3,7 +3,9 @@
 //!
 //! A block is known by its type here, and its type is its size: no two have the same.
 
-use super::element::{Element, from_half};
+use std::hint::black_box;
+
+use super::element::{Element, RUN, from_half};
 
 /// 32 weights: a scale and 32 whole numbers.
 pub(super) type Q8_0 = [u8; 34];
@@ -57,19 +59,41 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().unwrap_or(&[0; N])
 }
 
-/// Implements [`Element`] for a block of `$len` weights, of which `$read` makes `f32`. All of it is
-/// written out in `widen`: a function of its own would not be compiled for the vector units of its
-/// caller.
+/// Weights that share a scale, at least.
+const GROUP: usize = 16;
+
+/// Implements [`Element`] for a block of `$len` weights: `$read` takes it apart into whole numbers
+/// `q`, and `[d, m]` for each group of them, for a weight is `d q - m`.
+///
+/// All of it is written out in `widen`: a function of its own would not be compiled for the vector
+/// units of its caller. It is in two loops, and each step hidden from the next by a `black_box`, to
+/// keep the compiler from vectors across several blocks or groups, which it then has to shuffle: one
+/// group is a vector as it lies. (LLVM 21; four to six times the speed.)
 macro_rules! block {
-    ($name:ty, $len:literal, |$block:ident, $wide:ident| $read:block) => {
+    ($name:ty, $len:literal, |$block:ident, $numbers:ident, $scales:ident| $read:block) => {
         impl Element for $name {
             const LEN: usize = $len;
 
             #[inline(always)]
             fn widen<'a>(w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
                 let (wide, _) = wide.split_at_mut(w.len() * $len);
-                for ($wide, $block) in wide.as_chunks_mut::<$len>().0.iter_mut().zip(w) {
-                    $read
+                let mut numbers = [[0i8; $len]; RUN / $len];
+                let mut scales = [[[0f32; 2]; $len / GROUP]; RUN / $len];
+                for (wide, w) in wide.chunks_mut(RUN).zip(w.chunks(RUN / $len)) {
+                    let places = numbers.iter_mut().zip(&mut scales);
+                    for ($block, ($numbers, $scales)) in w.iter().zip(places) {
+                        let $block = black_box($block);
+                        $read
+                    }
+                    let groups = numbers.as_flattened().as_chunks::<GROUP>().0.iter();
+                    let groups = groups.zip(scales.as_flattened());
+                    for (wide, (numbers, [d, m])) in wide.as_chunks_mut().0.iter_mut().zip(groups) {
+                        let wide: &mut [f32; GROUP] = wide;
+                        let d = black_box(d);
+                        for (wide, q) in wide.iter_mut().zip(numbers) {
+                            *wide = f32::from(*q) * d - m;
+                        }
+                    }
                 }
                 wide
             }
@@ -77,156 +101,145 @@ macro_rules! block {
     };
 }
 
-/// The lower and the upper half of each of 16 bytes.
+/// Writes each number in its place: an array that is made first and copied then is made of bytes.
 #[inline(always)]
-fn nibbles(bytes: &[u8; 16]) -> [[i8; 16]; 2] {
-    [0, 4].map(|shift| std::array::from_fn(|i| ((bytes[i] >> shift) & 15) as i8))
-}
-
-/// Writes `read` of `N` whole numbers to `wide`, from `at` on.
-#[inline(always)]
-fn write<const N: usize, T: Copy>(
-    wide: &mut [f32],
-    at: usize,
-    numbers: &[T; N],
-    read: impl Fn(T) -> f32,
-) {
-    for (wide, number) in wide[at..][..N].iter_mut().zip(numbers) {
-        *wide = read(*number);
+fn each<const N: usize>(numbers: &mut [i8; N], read: impl Fn(usize) -> i8) {
+    for (i, number) in numbers.iter_mut().enumerate() {
+        *number = read(i);
     }
 }
 
-block!(Q8_0, 32, |block, wide| {
-    let d = scale(*part(block, 0));
-    write(wide, 0, part::<32>(block, 2), |q| f32::from(q as i8) * d);
-});
-
-block!(Q4_0, 32, |block, wide| {
-    let d = scale(*part(block, 0));
-    let [low, high] = nibbles(part(block, 2));
-    write(wide, 0, &low, |q| f32::from(q - 8) * d);
-    write(wide, 16, &high, |q| f32::from(q - 8) * d);
-});
-
-block!(Q4_1, 32, |block, wide| {
-    let (d, m) = (scale(*part(block, 0)), scale(*part(block, 2)));
-    let [low, high] = nibbles(part(block, 4));
-    write(wide, 0, &low, |q| f32::from(q) * d + m);
-    write(wide, 16, &high, |q| f32::from(q) * d + m);
-});
-
-/// Adds to each of 16 numbers of 4 bits a fifth: bit `i` of `bits` to number `i`.
+/// Writes the lower halves of 16 bytes, less `less`, and the upper halves behind them.
 #[inline(always)]
-fn fifth(numbers: [i8; 16], bits: u32) -> [i8; 16] {
-    std::array::from_fn(|i| numbers[i] | (((bits >> i) & 1) << 4) as i8)
+fn nibbles(bytes: &[u8; 16], less: i8, numbers: &mut [i8; 32]) {
+    for (i, byte) in bytes.iter().enumerate() {
+        numbers[i] = (byte & 15) as i8 - less;
+        numbers[i + 16] = (byte >> 4) as i8 - less;
+    }
 }
 
-block!(Q5_0, 32, |block, wide| {
-    let d = scale(*part(block, 0));
-    let bits = u32::from_le_bytes(*part(block, 2));
-    let [low, high] = nibbles(part(block, 6));
-    write(wide, 0, &fifth(low, bits), |q| f32::from(q - 16) * d);
-    write(wide, 16, &fifth(high, bits >> 16), |q| f32::from(q - 16) * d);
+/// [`nibbles`] with a fifth bit for each, one after another in `fifths`.
+#[inline(always)]
+fn fives(bytes: &[u8; 16], fifths: [u8; 4], less: i8, numbers: &mut [i8; 32]) {
+    let fifths = u32::from_le_bytes(fifths);
+    for (i, byte) in bytes.iter().enumerate() {
+        let [low, high] = [fifths >> i, fifths >> (i + 16)].map(|bit| ((bit & 1) << 4) as u8);
+        numbers[i] = (byte & 15 | low) as i8 - less;
+        numbers[i + 16] = (byte >> 4 | high) as i8 - less;
+    }
+}
+
+block!(Q8_0, 32, |block, numbers, scales| {
+    let bytes = part::<32>(block, 2);
+    each(numbers, |i| bytes[i] as i8);
+    *scales = [[scale(*part(block, 0)), 0.0]; 2];
 });
 
-block!(Q5_1, 32, |block, wide| {
-    let (d, m) = (scale(*part(block, 0)), scale(*part(block, 2)));
-    let bits = u32::from_le_bytes(*part(block, 4));
-    let [low, high] = nibbles(part(block, 8));
-    write(wide, 0, &fifth(low, bits), |q| f32::from(q) * d + m);
-    write(wide, 16, &fifth(high, bits >> 16), |q| f32::from(q) * d + m);
+block!(Q4_0, 32, |block, numbers, scales| {
+    nibbles(part(block, 2), 8, numbers);
+    *scales = [[scale(*part(block, 0)), 0.0]; 2];
 });
 
-block!(Q2K, 256, |block, wide| {
-    let (scales, qs) = (part::<16>(block, 0), part::<64>(block, 16));
+block!(Q4_1, 32, |block, numbers, scales| {
+    nibbles(part(block, 4), 0, numbers);
+    *scales = [[scale(*part(block, 0)), -scale(*part(block, 2))]; 2];
+});
+
+block!(Q5_0, 32, |block, numbers, scales| {
+    fives(part(block, 6), *part(block, 2), 16, numbers);
+    *scales = [[scale(*part(block, 0)), 0.0]; 2];
+});
+
+block!(Q5_1, 32, |block, numbers, scales| {
+    fives(part(block, 8), *part(block, 4), 0, numbers);
+    *scales = [[scale(*part(block, 0)), -scale(*part(block, 2))]; 2];
+});
+
+block!(Q2K, 256, |block, numbers, scales| {
+    let (packed, qs) = (part::<16>(block, 0), part::<64>(block, 16));
     let (d, min) = (scale(*part(block, 80)), scale(*part(block, 82)));
-    // 16 runs of 16 weights: 2 halves of the block x 4 shifts x 2 halves of 32 bytes.
-    for (run, scales) in scales.iter().enumerate() {
-        let (dl, ml) = (d * f32::from(scales & 15), min * f32::from(scales >> 4));
-        let (half, shift, side) = (run / 8, run / 2 % 4 * 2, run % 2);
+    // 16 groups of 16 weights: 2 halves of the block x 4 shifts x 2 halves of 32 bytes.
+    let (groups, _) = numbers.as_chunks_mut::<GROUP>();
+    for (group, numbers) in groups.iter_mut().enumerate() {
+        let (half, shift, side) = (group / 8, group / 2 % 4 * 2, group % 2);
         let qs = part::<16>(qs, half * 32 + side * 16);
-        write(wide, run * 16, qs, |q| dl * f32::from((q >> shift) & 3) - ml);
+        each(numbers, |i| ((qs[i] >> shift) & 3) as i8);
+        let both = packed[group];
+        scales[group] = [d * f32::from(both & 15), min * f32::from(both >> 4)];
     }
 });
 
-block!(Q3K, 256, |block, wide| {
+block!(Q3K, 256, |block, numbers, scales| {
     let (thirds, qs) = (part::<32>(block, 0), part::<64>(block, 32));
     let d = scale(*part(block, 108));
-    for run in 0..16 {
-        // 16 scales: the lower 4 bits in 8 bytes, the upper 2 of each in the 4 bytes behind.
-        let low = (block[96 + run % 8] >> (run / 8 * 4)) & 15;
-        let high = (block[104 + run % 4] >> (run / 4 * 2)) & 3;
-        let dl = d * (f32::from(low | high << 4) - 32.0);
-        let (half, shift, side) = (run / 8, run / 2 % 4 * 2, run % 2);
+    let (groups, _) = numbers.as_chunks_mut::<GROUP>();
+    for (group, numbers) in groups.iter_mut().enumerate() {
+        let (half, shift, side) = (group / 8, group / 2 % 4 * 2, group % 2);
         let (qs, thirds) = (part::<16>(qs, half * 32 + side * 16), part::<16>(thirds, side * 16));
-        let third = run / 2; // its place in a byte
-        let numbers: [i8; 16] = std::array::from_fn(|i| {
+        let third = group / 2; // its place in a byte
+        each(numbers, |i| {
             let missing = (!thirds[i] >> third) & 1;
             ((qs[i] >> shift) & 3) as i8 - (missing << 2) as i8
         });
-        write(wide, run * 16, &numbers, |q| dl * f32::from(q));
+        // 16 scales: the lower 4 bits in 8 bytes, the upper 2 of each in the 4 bytes behind.
+        let low = (block[96 + group % 8] >> (group / 8 * 4)) & 15;
+        let high = (block[104 + group % 4] >> (group / 4 * 2)) & 3;
+        scales[group] = [d * (f32::from(low | high << 4) - 32.0), 0.0];
     }
 });
 
-/// Scales and minima of the 8 runs of 32 weights of a [`Q4K`] or [`Q5K`] block, 6 bits each: those
-/// of the last four runs are put together of 4 bits and the 2 that the first four leave over.
+/// `[d, m]` of the groups of a [`Q4K`] or [`Q5K`] block. Scales and minima are of 32 weights each, and
+/// have 6 bits: those of the last four runs are put together of 4 bits and the 2 that the first four
+/// leave over.
 #[inline(always)]
-fn scales_and_minima(packed: &[u8; 12]) -> [[f32; 2]; 8] {
-    let mut both = [[0; 2]; 8];
+fn scales_and_minima(block: &[u8]) -> [[f32; 2]; 16] {
+    let (d, min, packed) = (scale(*part(block, 0)), scale(*part(block, 2)), part::<12>(block, 4));
+    let mut groups = [[0.0; 2]; 16];
     for run in 0..4 {
         let [scale, minimum, rest] = [packed[run], packed[run + 4], packed[run + 8]];
-        both[run] = [scale & 63, minimum & 63];
-        both[run + 4] = [(rest & 15) | (scale >> 6) << 4, (rest >> 4) | (minimum >> 6) << 4];
+        let first = [scale & 63, minimum & 63];
+        let last = [(rest & 15) | (scale >> 6) << 4, (rest >> 4) | (minimum >> 6) << 4];
+        for (run, [scale, minimum]) in [(run, first), (run + 4, last)] {
+            let both = [d * f32::from(scale), min * f32::from(minimum)];
+            [groups[2 * run], groups[2 * run + 1]] = [both; 2];
+        }
     }
-    both.map(|both| both.map(f32::from))
+    groups
 }
 
-block!(Q4K, 256, |block, wide| {
-    let (d, min) = (scale(*part(block, 0)), scale(*part(block, 2)));
-    let (scales, qs) = (scales_and_minima(part(block, 4)), part::<128>(block, 16));
-    for (run, [scale, minimum]) in scales.into_iter().enumerate() {
-        let (d, m) = (d * scale, min * minimum);
-        for side in 0..2 {
-            let qs = part::<16>(qs, run / 2 * 32 + side * 16);
-            let numbers: [i8; 16] = std::array::from_fn(|i| ((qs[i] >> (run % 2 * 4)) & 15) as i8);
-            write(wide, run * 32 + side * 16, &numbers, |q| d * f32::from(q) - m);
-        }
+block!(Q4K, 256, |block, numbers, scales| {
+    let qs = part::<128>(block, 16);
+    let (runs, _) = numbers.as_chunks_mut::<32>();
+    for (run, numbers) in runs.iter_mut().enumerate() {
+        let qs = part::<32>(qs, run / 2 * 32);
+        each(numbers, |i| ((qs[i] >> (run % 2 * 4)) & 15) as i8);
     }
+    *scales = scales_and_minima(block);
 });
 
-block!(Q5K, 256, |block, wide| {
-    let (d, min) = (scale(*part(block, 0)), scale(*part(block, 2)));
-    let (scales, fifths) = (scales_and_minima(part(block, 4)), part::<32>(block, 16));
-    let qs = part::<128>(block, 48);
-    for (run, [scale, minimum]) in scales.into_iter().enumerate() {
-        let (d, m) = (d * scale, min * minimum);
-        for side in 0..2 {
-            let qs = part::<16>(qs, run / 2 * 32 + side * 16);
-            let fifths = part::<16>(fifths, side * 16);
-            let numbers: [i8; 16] = std::array::from_fn(|i| {
-                ((qs[i] >> (run % 2 * 4)) & 15 | ((fifths[i] >> run) & 1) << 4) as i8
-            });
-            write(wide, run * 32 + side * 16, &numbers, |q| d * f32::from(q) - m);
-        }
+block!(Q5K, 256, |block, numbers, scales| {
+    let (fifths, qs) = (part::<32>(block, 16), part::<128>(block, 48));
+    let (runs, _) = numbers.as_chunks_mut::<32>();
+    for (run, numbers) in runs.iter_mut().enumerate() {
+        let qs = part::<32>(qs, run / 2 * 32);
+        each(numbers, |i| ((qs[i] >> (run % 2 * 4)) & 15 | ((fifths[i] >> run) & 1) << 4) as i8);
     }
+    *scales = scales_and_minima(block);
 });
 
-block!(Q6K, 256, |block, wide| {
+block!(Q6K, 256, |block, numbers, scales| {
     let d = scale(*part(block, 208));
-    for half in 0..2 {
-        let (low, high) = (part::<64>(block, half * 64), part::<32>(block, 128 + half * 32));
-        let scales = part::<8>(block, 192 + half * 8);
-        // 8 runs of 16 weights: 4 pairs of upper bits x 2 halves of 32 bytes.
-        for (run, scale) in scales.iter().enumerate() {
-            let (pair, side) = (run / 2, run % 2);
-            let dl = d * f32::from(*scale as i8);
-            let low = part::<16>(low, pair % 2 * 32 + side * 16);
-            let high = part::<16>(high, side * 16);
-            let numbers: [i8; 16] = std::array::from_fn(|i| {
-                let low = (low[i] >> (pair / 2 * 4)) & 15;
-                (low | ((high[i] >> (2 * pair)) & 3) << 4) as i8 - 32
-            });
-            write(wide, half * 128 + run * 16, &numbers, |q| dl * f32::from(q));
-        }
+    let packed = part::<16>(block, 192);
+    // 8 runs of 32 weights: 2 halves of the block x 4 pairs of upper bits.
+    let (runs, _) = numbers.as_chunks_mut::<32>();
+    for (run, numbers) in runs.iter_mut().enumerate() {
+        let (half, pair) = (run / 4, run % 4);
+        let low = part::<32>(block, half * 64 + pair % 2 * 32);
+        let high = part::<32>(block, 128 + half * 32);
+        each(numbers, |i| {
+            let low = (low[i] >> (pair / 2 * 4)) & 15;
+            (low | ((high[i] >> (2 * pair)) & 3) << 4) as i8 - 32
+        });
     }
+    *scales = packed.map(|packed| [d * f32::from(packed as i8), 0.0]);
 });

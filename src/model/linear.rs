@@ -127,7 +127,7 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     by_rows(xs, (out_features, in_features), |xs| {
         let for_candle = weight.dtype() == DType::F32 && xs.dim(0)? > MANY_ROWS;
         if on_cpu && !for_candle {
-            return frozen(xs, &Narrow::Dense(weight.clone()));
+            return frozen(xs, &Weight::Dense(weight.clone()));
         }
         Ok(xs.matmul(&weight.to_dtype(xs.dtype())?.t()?)?)
     })
@@ -136,7 +136,7 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
 fn quantized(xs: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
     if xs.device().is_cpu() && xs.dtype() == DType::F32 {
         let shape = weight.shape().dims2()?;
-        return by_rows(xs, shape, |xs| frozen(xs, &Narrow::Quantized(Arc::clone(weight))));
+        return by_rows(xs, shape, |xs| frozen(xs, &Weight::Quantized(Arc::clone(weight))));
     }
     if xs.track_op() {
         return Err(Error::unsupported("gradient", "through quantised weights on this device"));
@@ -158,7 +158,7 @@ fn by_rows(
 }
 
 /// `x Wᵀ` on the CPU for a weight that has no gradient.
-fn frozen(xs: &Tensor, weight: &Narrow) -> Result<Tensor> {
+fn frozen(xs: &Tensor, weight: &Weight) -> Result<Tensor> {
     let ys = weight.product(&xs.detach())?;
     if !xs.track_op() {
         return Ok(ys);
@@ -217,15 +217,8 @@ impl CustomOp2 for Product {
     }
 }
 
-/// A weight on the CPU that is widened a part at a time as it is used.
-#[derive(Clone)]
-enum Narrow {
-    /// Contiguous.
-    Dense(Tensor),
-    Quantized(Arc<QTensor>),
-}
-
-impl Narrow {
+/// On the CPU, where a weight is widened a part at a time as it is used.
+impl Weight {
     fn product(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Dense(weight) => kernels::product(xs, weight),
@@ -254,7 +247,7 @@ impl Narrow {
 
 /// `x Wᵀ` in a graph that ends at `x`.
 struct Frozen {
-    weight: Narrow,
+    weight: Weight,
     /// `x Wᵀ`, computed without a graph; taken by the one forward call.
     product: Mutex<Option<Tensor>>,
 }

@@ -88,9 +88,10 @@ pub enum Pass<'a> {
 /// it has the type of the weights.
 ///
 /// Every pass is differentiable in its input, unless weights are quantised on another device than the
-/// CPU, and in its weights where these are not quantised. To train a model, hand over the tensors of candle `Var`s as its weights: it then sees every step an
-/// optimiser takes, as long as they are `f32`. Of half-precision norms and gates it keeps a wider
-/// copy, so it has to be built anew after a step. Gradients are of first order only.
+/// CPU, and in its weights where these are not quantised. To train a model, hand over the tensors of
+/// candle `Var`s as its weights: it then sees every step an optimiser takes, as long as they are `f32`.
+/// Of half-precision norms and gates it keeps a wider copy, so it has to be built anew after a step.
+/// Gradients are of first order only.
 ///
 /// Thought passes may run on a variant of it that shares the weights and has other low-rank adapters:
 /// its [`thinker`](Transformer::thinker).

@@ -53,7 +53,8 @@ fn run(cli: &Cli) -> common::Result<()> {
     cli.thinking.warn();
     let (model, load) = cli.model.load()?;
     let mut chat = Chat::new(cli, &model)?;
-    common::say(&format!("[loaded in {load:.1} s; /reset begins anew, /quit leaves]"));
+    let kept = common::kept(&model);
+    common::say(&format!("[loaded in {load:.1} s as {kept}; /reset begins anew, /quit leaves]"));
     let interactive = stdin().is_terminal();
     loop {
         if interactive {

@@ -89,9 +89,10 @@ fn run(cli: &Cli) -> common::Result<()> {
     writeln!(stdout())?;
     let seconds = stream.seconds();
     common::say(&format!(
-        "[{count} tokens, {:.1} a second, stopped by {}; loaded in {load:.1} s, thought {:.1} s, read the prompt in {:.1} s]",
+        "[{count} tokens, {:.1} a second, stopped by {}; loaded in {load:.1} s as {}, thought {:.1} s, read the prompt in {:.1} s]",
         f64::from(count) / seconds.decode.max(1e-9),
         common::stopped_by(stream.stop()),
+        common::kept(&model),
         seconds.think,
         seconds.prefill,
     ));

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Conversation, GenerationConfig, Progress, Prompt, Source, TokenStream,
 };
-use crate::load::Checkpoint;
+use crate::load::{Checkpoint, WeightType};
 use crate::model::{Layout, Mind, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
 use crate::thought::{Text, Thinking, Thoughts};
@@ -113,8 +113,9 @@ impl HybridModel {
     /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
     /// `tokenizer_config.json` and `generation_config.json` where there are any.
     ///
-    /// `dtype` is the type the weights are kept in: `F32`, `BF16` or `F16`, or `None` for the one
-    /// they are stored in. On the CPU everything is computed in `f32` whatever they are kept in.
+    /// `weights` is what they are kept as: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to quantise
+    /// them to as they are loaded, or [`WeightType::Stored`]. On the CPU everything is computed in `f32`
+    /// whatever they are kept as.
     ///
     /// # Errors
     /// A folder that is not what it should be: see [`Checkpoint::open`],
@@ -122,7 +123,7 @@ impl HybridModel {
     /// [`Tokenizer::from_folder`] and [`HybridModel::new`].
     pub fn from_folder(
         path: impl AsRef<Path>,
-        dtype: impl Into<Option<DType>>,
+        weights: impl Into<WeightType>,
         device: &Device,
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(&path)?;
@@ -130,17 +131,17 @@ impl HybridModel {
             let message = "a GGUF file, not a folder: HybridModel::from_gguf loads it";
             return Err(Error::malformed(path, message));
         }
-        Self::from_checkpoint(&checkpoint, dtype, device, |_, _| ())
+        Self::from_checkpoint(&checkpoint, weights, device, |_, _| ())
     }
 
-    /// Loads a GGUF file, its tokenizer and its chat template. Quantised weights are unpacked into
-    /// `dtype`; `None` is `F32`.
+    /// Loads a GGUF file, its tokenizer and its chat template. With [`WeightType::Stored`], quantised
+    /// weights stay quantised.
     ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
     pub fn from_gguf(
         path: impl AsRef<Path>,
-        dtype: impl Into<Option<DType>>,
+        weights: impl Into<WeightType>,
         device: &Device,
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(&path)?;
@@ -148,7 +149,7 @@ impl HybridModel {
             let message = "a folder, not a GGUF file: HybridModel::from_folder loads it";
             return Err(Error::malformed(path, message));
         }
-        Self::from_checkpoint(&checkpoint, dtype, device, |_, _| ())
+        Self::from_checkpoint(&checkpoint, weights, device, |_, _| ())
     }
 
     /// The small model that comes with this crate, in `f32`: a million parameters that were trained to
@@ -194,7 +195,7 @@ impl HybridModel {
     /// As [`HybridModel::from_folder`].
     pub fn from_checkpoint(
         checkpoint: &Checkpoint,
-        dtype: impl Into<Option<DType>>,
+        weights: impl Into<WeightType>,
         device: &Device,
         progress: impl FnMut(u64, u64),
     ) -> Result<Self> {
@@ -235,7 +236,7 @@ impl HybridModel {
         };
         let thinking = thinking.map_err(malformed)?;
 
-        let mut weights = checkpoint.weights(dtype.into(), device).on_progress(progress);
+        let mut weights = checkpoint.weights(weights, device).on_progress(progress);
         let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
         weights.finish()?;
         thinking.on(&transformer).map_err(malformed)?;

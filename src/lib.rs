@@ -20,6 +20,7 @@ pub use generate::{
     Answer, Conversation, GenerationConfig, Prompt, StopReason, Token, TokenStream,
 };
 pub use hybrid::{EmbedConfig, HybridModel};
+pub use load::WeightType;
 pub use model::Mind;
 pub use pooling::Pooling;
 pub use thought::Thinking;

@@ -9,13 +9,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use candle_core::{Device, Tensor};
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
 use hybrid_attention::adapter::{Adapter, AdapterConfig};
 use hybrid_attention::model::{Mind, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Detail, HandOff};
 use hybrid_attention::{
-    Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking,
+    Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking, WeightType,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -101,7 +102,7 @@ fn help(name: &str) -> Result<String> {
 
 #[test]
 fn help_lists_every_option() -> Result {
-    let model = ["--model", "--dtype", "--device", "--adapter", "--adapter-for"];
+    let model = ["--model", "--dtype", "--quantize", "--device", "--adapter", "--adapter-for"];
     let thinking =
         ["--passes", "--span", "--weight", "--halt-drift", "--hand-off", "--rethink-every"];
     let shared = [&model[..], &thinking].concat();
@@ -304,6 +305,42 @@ fn generate_prints_the_text_and_nothing_else() -> Result {
         let count = format!("[{} tokens, ", expected.ids.len());
         assert!(stderr.starts_with(&count), "{stderr}");
     }
+    Ok(())
+}
+
+#[test]
+fn generate_says_what_weights_are_kept_as() -> Result {
+    let folder = checkpoint(true)?;
+    for (args, kept) in [
+        (vec![], WeightType::Stored),
+        (vec!["--dtype=auto"], WeightType::Stored),
+        (vec!["--dtype=f32"], DType::F32.into()),
+        (vec!["--dtype=bf16"], DType::BF16.into()),
+        (vec!["--dtype=f16"], DType::F16.into()),
+        (vec!["--quantize=q8_0"], GgmlDType::Q8_0.into()),
+        (vec!["--quantize=q6_k"], GgmlDType::Q6K.into()),
+        (vec!["--quantize=q5_k"], GgmlDType::Q5K.into()),
+        (vec!["--quantize=q4_k"], GgmlDType::Q4K.into()),
+        (vec!["--quantize=q3_k"], GgmlDType::Q3K.into()),
+        (vec!["--quantize=q2_k"], GgmlDType::Q2K.into()),
+        (vec!["--quantize=q5_1"], GgmlDType::Q5_1.into()),
+        (vec!["--quantize=q5_0"], GgmlDType::Q5_0.into()),
+        (vec!["--quantize=q4_1"], GgmlDType::Q4_1.into()),
+        (vec!["--quantize=q4_0"], GgmlDType::Q4_0.into()),
+    ] {
+        let model = HybridModel::from_folder(folder.path(), kept, &Device::Cpu)?;
+        let config = GenerationConfig::default().max_tokens(4);
+        let expected = model.generate("the cat", &config)?.text;
+        let all = [vec!["--prompt=the cat", "--max-tokens=4"], args.clone()].concat();
+        let (stdout, stderr) = succeed("generate", folder.path(), &all, "")?;
+        assert_eq!(stdout, format!("{expected}\n"), "{args:?}");
+        for kept in model.transformer().weight_bytes().into_keys() {
+            let said = stderr.contains(&format!("B {kept} +")) || stderr.contains(&format!("B {kept},"));
+            assert!(said, "{args:?}: {kept} is not in {stderr}");
+        }
+    }
+    let args = ["--prompt=hi", "--dtype=bf16", "--quantize=q8_0"];
+    assert!(fail("generate", folder.path(), &args)?.contains("cannot be used with"));
     Ok(())
 }
 

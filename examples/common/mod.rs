@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use clap::{ArgGroup, Args, ValueEnum};
 use hybrid_attention::generate::Progress;
@@ -21,7 +22,7 @@ use hybrid_attention::model::Mind;
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Halt, HandOff};
 use hybrid_attention::{
-    Adapter, GenerationConfig, HybridModel, Message, Prompt, StopReason, Thinking,
+    Adapter, GenerationConfig, HybridModel, Message, Prompt, StopReason, Thinking, WeightType,
 };
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
@@ -35,9 +36,13 @@ pub struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
 
-    /// The type weights are kept in [default: as stored; f32 for GGUF]
-    #[arg(long, value_enum, requires = "model")]
-    pub dtype: Option<KeptIn>,
+    /// What weights are kept as; auto keeps each as it is stored, quantised ones in their blocks
+    #[arg(long, value_enum, default_value_t = KeptIn::Auto, requires = "model")]
+    pub dtype: KeptIn,
+
+    /// Quantise matrices while loading, to blocks of this GGUF type
+    #[arg(long, value_enum, value_name = "TYPE", requires = "model", conflicts_with = "dtype")]
+    pub quantize: Option<Blocks>,
 
     /// The device to run on; other than cpu needs the feature of that name
     #[arg(long, value_enum, default_value_t = RunOn::Cpu)]
@@ -66,9 +71,63 @@ pub enum AdapterFor {
 /// A weight type on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum KeptIn {
+    Auto,
     F32,
     Bf16,
     F16,
+}
+
+/// Blocks on the command line, by the names that GGUF tools give them.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Blocks {
+    #[value(name = "q8_0")]
+    Q80,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q5_k")]
+    Q5K,
+    #[value(name = "q4_k")]
+    Q4K,
+    #[value(name = "q3_k")]
+    Q3K,
+    #[value(name = "q2_k")]
+    Q2K,
+    #[value(name = "q5_1")]
+    Q51,
+    #[value(name = "q5_0")]
+    Q50,
+    #[value(name = "q4_1")]
+    Q41,
+    #[value(name = "q4_0")]
+    Q40,
+}
+
+impl From<Blocks> for WeightType {
+    fn from(blocks: Blocks) -> Self {
+        Self::Quantized(match blocks {
+            Blocks::Q80 => GgmlDType::Q8_0,
+            Blocks::Q6K => GgmlDType::Q6K,
+            Blocks::Q5K => GgmlDType::Q5K,
+            Blocks::Q4K => GgmlDType::Q4K,
+            Blocks::Q3K => GgmlDType::Q3K,
+            Blocks::Q2K => GgmlDType::Q2K,
+            Blocks::Q51 => GgmlDType::Q5_1,
+            Blocks::Q50 => GgmlDType::Q5_0,
+            Blocks::Q41 => GgmlDType::Q4_1,
+            Blocks::Q40 => GgmlDType::Q4_0,
+        })
+    }
+}
+
+impl From<KeptIn> for WeightType {
+    fn from(dtype: KeptIn) -> Self {
+        match dtype {
+            KeptIn::Auto => Self::Stored,
+            KeptIn::F32 => Self::Dense(DType::F32),
+            KeptIn::Bf16 => Self::Dense(DType::BF16),
+            KeptIn::F16 => Self::Dense(DType::F16),
+        }
+    }
 }
 
 /// A device on the command line.
@@ -89,11 +148,7 @@ impl ModelArgs {
     /// Loads the model with a progress bar on standard error. Gives the seconds it took.
     pub fn load(&self) -> Result<(HybridModel, f64)> {
         let start = Instant::now();
-        let dtype = self.dtype.map(|dtype| match dtype {
-            KeptIn::F32 => DType::F32,
-            KeptIn::Bf16 => DType::BF16,
-            KeptIn::F16 => DType::F16,
-        });
+        let weights = self.quantize.map_or_else(|| self.dtype.into(), WeightType::from);
         let device = match self.device {
             RunOn::Cpu => Device::Cpu,
             RunOn::Cuda => Device::new_cuda(0)?,
@@ -112,8 +167,13 @@ impl ModelArgs {
                     bar.set_message(format!("loading {}", HumanBytes(total)));
                     bar.set_position(done);
                 };
-                let model = HybridModel::from_checkpoint(&checkpoint, dtype, &device, progress)?;
+                let model = HybridModel::from_checkpoint(&checkpoint, weights, &device, progress)?;
                 bar.finish_and_clear();
+                let kept = model.transformer().weight_bytes().into_iter();
+                let kept: Vec<_> = kept
+                    .map(|(kept, bytes)| format!("{} {kept}", HumanBytes(bytes as u64)))
+                    .collect();
+                say(&format!("[weights: {}]", kept.join(", ")));
                 model
             }
         };
@@ -127,6 +187,13 @@ impl ModelArgs {
         }
         Ok((model, start.elapsed().as_secs_f64()))
     }
+}
+
+/// What a model's matrices are kept as, for a person.
+pub fn kept(model: &HybridModel) -> String {
+    let kept = model.transformer().weight_bytes().into_iter();
+    let kept = kept.map(|(kept, bytes)| format!("{} {kept}", HumanBytes(bytes as u64)));
+    kept.collect::<Vec<_>>().join(" + ")
 }
 
 /// One prompt: text, a file of text, or token ids.

@@ -1,12 +1,14 @@
-//! From stored bytes to a tensor of the wanted type, in one parallel pass.
+//! From stored bytes to a tensor of the wanted type, or to GGUF blocks, in one parallel pass.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Device, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+use memmap2::MmapMut;
 use rayon::prelude::*;
 
 use super::names::Rows;
@@ -74,6 +76,15 @@ impl From<Error> for Refusal {
     }
 }
 
+impl From<candle_core::Error> for Refusal {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+/// Elements that one task converts at least: enough to hide the cost of starting it.
+const TASK: usize = 1 << 15;
+
 impl Source<'_> {
     /// The tensor in Hugging Face order, as `dtype`: f32, f16 or bf16.
     pub(super) fn convert(&self, dtype: DType, device: &Device) -> Result<Tensor, Refusal> {
@@ -86,9 +97,6 @@ impl Source<'_> {
     }
 
     fn fill<T: Float>(&self, device: &Device) -> Result<Tensor, Refusal> {
-        /// Elements that one task converts at least: enough to hide the cost of starting it.
-        const TASK: usize = 1 << 15;
-
         let row_len = self.row_len();
         let rows_per_task = TASK.div_ceil(row_len);
         let mut data = T::zeros(self.shape.iter().product());
@@ -106,8 +114,60 @@ impl Source<'_> {
             .min();
         match bad_row {
             Some(row) => Err(self.not_finite::<T>(row)),
-            None => Ok(Tensor::from_vec(data, self.shape, device).map_err(Error::from)?),
+            None => Ok(Tensor::from_vec(data, self.shape, device)?),
         }
+    }
+
+    /// The matrix in Hugging Face order in blocks of `to`, which its rows are a multiple of: its own
+    /// blocks as they are, anything else rounded.
+    pub(super) fn blocks(&self, to: GgmlDType, device: &Device) -> Result<QTensor, Refusal> {
+        let row_len = self.row_len();
+        let row_bytes = Stored::Blocks(to).row_bytes(row_len);
+        let rows = self.shape.first().copied().unwrap_or_default();
+        // A mapping, because candle asserts that blocks are aligned.
+        let map = MmapMut::map_anon(rows * row_bytes);
+        let mut packed = map.map_err(|error| Error::io("memory")(error))?;
+        let rows_per_task = TASK.div_ceil(row_len);
+        packed.par_chunks_mut(rows_per_task * row_bytes).enumerate().try_for_each(
+            |(task, packed)| {
+                let rows = task * rows_per_task..task * rows_per_task + packed.len() / row_bytes;
+                self.pack(rows, to, packed)
+            },
+        )?;
+        let storage = QStorage::from_data(Cow::Borrowed(&packed), device, to)?;
+        Ok(QTensor::new(storage, self.shape)?)
+    }
+
+    /// Some of the rows in Hugging Face order as the bytes of their blocks.
+    fn pack(&self, rows: Range<usize>, to: GgmlDType, packed: &mut [u8]) -> Result<(), Refusal> {
+        let row_len = self.row_len();
+        let row_bytes = Stored::Blocks(to).row_bytes(row_len);
+        let mut wide = vec![0f32; rows.len() * row_len];
+        for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(row_len)) {
+            let row = self.rows.source(row);
+            if !f32::read(self.stored, self.row(row), wide) {
+                return Err(self.not_finite::<f32>(row));
+            }
+        }
+        if self.stored == Stored::Blocks(to) {
+            for (row, packed) in rows.zip(packed.chunks_exact_mut(row_bytes)) {
+                packed.copy_from_slice(self.row(self.rows.source(row)));
+            }
+            return Ok(());
+        }
+        let wide = Tensor::from_vec(wide, (rows.len(), row_len), &Device::Cpu)?;
+        packed.copy_from_slice(&QTensor::quantize(&wide, to)?.data()?);
+        // The scales of blocks are f16: a large value may have become an infinity.
+        let mut rounded = vec![0f32; row_len];
+        for (row, packed) in rows.zip(packed.chunks_exact(row_bytes)) {
+            if !f32::read(Stored::Blocks(to), packed, &mut rounded) {
+                let column = rounded.iter().position(|value| !value.is_finite()).unwrap_or(0);
+                let index = self.rows.source(row) * row_len + column;
+                let got = rounded.get(column).copied().unwrap_or(f32::NAN);
+                return Err(Refusal::NotFinite { index, got, stored: false });
+            }
+        }
+        Ok(())
     }
 
     /// A vector is one row; the rows of anything else are what its first dimension counts.

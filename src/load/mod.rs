@@ -19,6 +19,7 @@ mod generation_defaults;
 mod gguf;
 mod names;
 mod safetensors;
+mod weight_type;
 mod weights;
 
 use std::collections::{BTreeMap, HashMap};
@@ -29,8 +30,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ::safetensors::tensor::Dtype;
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use memmap2::{Mmap, MmapMut};
 
@@ -39,6 +40,7 @@ use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
 use self::gguf::Gguf;
 use self::names::{Naming, Rows};
+pub use self::weight_type::WeightType;
 pub use self::weights::CheckpointWeights;
 use crate::config::{Config, integer};
 use crate::error::{Error, Result};
@@ -223,13 +225,10 @@ impl Checkpoint {
         Ok(Some((path, text)))
     }
 
-    /// The weights, as tensors of `dtype` on `device`.
-    ///
-    /// `dtype` is f32, f16 or bf16. `None` keeps what is stored, but f64 becomes f32 and so does
-    /// everything in a GGUF file. Values are checked: a NaN, an infinity, or a value that becomes
-    /// one in `dtype` is refused.
-    pub fn weights(&self, dtype: Option<DType>, device: &Device) -> CheckpointWeights<'_> {
-        CheckpointWeights::new(self, dtype, device)
+    /// The weights, kept as `kept` says, on `device`. Values are checked: a NaN, an infinity, or a
+    /// value that becomes one as it is converted is refused.
+    pub fn weights(&self, kept: impl Into<WeightType>, device: &Device) -> CheckpointWeights<'_> {
+        CheckpointWeights::new(self, kept.into(), device)
     }
 }
 
@@ -282,32 +281,58 @@ impl Entry {
         dtype: impl FnOnce(Stored) -> DType,
         device: &Device,
     ) -> Result<Tensor> {
+        let source = self.source(name, shape, rows)?;
+        let dtype = dtype(source.stored);
+        let tensor = source.convert(dtype, device);
+        let tensor = tensor.map_err(|refusal| self.refused(name, refusal, dtype.as_str()))?;
+        self.file.release(&self.range);
+        Ok(tensor)
+    }
+
+    /// The matrix called `name` in its file, if it has this shape, in blocks of `to`.
+    fn blocks(
+        &self,
+        name: &str,
+        shape: (usize, usize),
+        rows: Rows,
+        to: GgmlDType,
+        device: &Device,
+    ) -> Result<QTensor> {
+        let shape = [shape.0, shape.1];
+        let blocks = self.source(name, &shape, rows)?.blocks(to, device);
+        let blocks = blocks.map_err(|refusal| self.refused(name, refusal, &format!("{to:?}")))?;
+        self.file.release(&self.range);
+        Ok(blocks)
+    }
+
+    fn source<'a>(&'a self, name: &str, shape: &'a [usize], rows: Rows) -> Result<Source<'a>> {
         let (name, place) = (name.to_string(), self.place());
         if self.shape != shape {
             let (expected, got) = (shape.to_vec(), self.shape.clone());
             return Err(Error::WeightShape { name, place, expected, got });
         }
-        let stored = match &self.stored {
-            Ok(stored) => *stored,
+        match &self.stored {
+            Ok(stored) => Ok(Source { bytes: self.bytes(), stored: *stored, shape, rows }),
             Err(got) => {
                 let expected = "F64, F32, F16 or BF16";
-                return Err(Error::WeightDType { name, place, expected, got: got.clone() });
+                Err(Error::WeightDType { name, place, expected, got: got.clone() })
             }
-        };
-        let dtype = dtype(stored);
-        let source = Source { bytes: self.bytes(), stored, shape, rows };
-        let tensor = source.convert(dtype, device).map_err(|refusal| match refusal {
+        }
+    }
+
+    /// What is wrong with the tensor called `name`, which was to become a `kept`.
+    fn refused(&self, name: &str, refusal: Refusal, kept: &str) -> Error {
+        let (name, place) = (name.to_string(), self.place());
+        match refusal {
             Refusal::NotFinite { index, got, stored: true } => {
                 Error::WeightValue { name, place, index, got }
             }
             Refusal::NotFinite { index, got, stored: false } => {
-                let place = format!("{place}, converted to {}", dtype.as_str());
+                let place = format!("{place}, converted to {kept}");
                 Error::WeightValue { name, place, index, got }
             }
             Refusal::Other(error) => error,
-        })?;
-        self.file.release(&self.range);
-        Ok(tensor)
+        }
     }
 
     fn bytes(&self) -> &[u8] {

@@ -1,19 +1,19 @@
 //! The weights of a checkpoint, handed out one by one and accounted for in the end.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
-use super::convert::Stored;
-use super::names::Naming;
-use super::{Checkpoint, Entry};
+use super::names::{Naming, Rows};
+use super::{Checkpoint, Entry, WeightType};
 use crate::error::{Error, Result};
-use crate::model::{Weights, is_or_is_under};
+use crate::model::{Linear, Weights, is_or_is_under};
 
 /// The weights of a [`Checkpoint`], each read when it is asked for.
 pub struct CheckpointWeights<'a> {
     checkpoint: &'a Checkpoint,
-    dtype: Option<DType>,
+    kept: WeightType,
     device: Device,
     /// By the names of the file.
     used: BTreeSet<&'a str>,
@@ -29,7 +29,7 @@ impl std::fmt::Debug for CheckpointWeights<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CheckpointWeights")
             .field("path", &self.checkpoint.path)
-            .field("dtype", &self.dtype)
+            .field("kept", &self.kept)
             .field("used", &self.used.len())
             .finish_non_exhaustive()
     }
@@ -37,21 +37,32 @@ impl std::fmt::Debug for CheckpointWeights<'_> {
 
 impl Weights for CheckpointWeights<'_> {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let Checkpoint { tensors, naming, config, path, .. } = self.checkpoint;
-        let spelled = naming.spell(name);
-        let Some((spelled, entry)) = tensors.get_key_value(spelled.as_str()) else {
-            return Err(Error::MissingWeight { name: spelled, place: path.display().to_string() });
-        };
-        let rows = naming.rows(name, config.head_dim);
-        let as_stored = |stored: Stored| match naming {
-            Naming::Gguf => DType::F32,
-            Naming::HuggingFace | Naming::Mistral => stored.dtype(),
-        };
-        let dtype = |stored| self.dtype.unwrap_or_else(|| as_stored(stored));
+        let (spelled, entry) = self.find(name)?;
+        let (rows, kept) = (self.rows(name), self.kept);
+        let dtype = |stored| kept.dense(stored);
         let tensor = entry.tensor(spelled, shape, rows, dtype, &self.device)?;
-        self.used.insert(spelled);
-        self.advance(entry.range.len());
+        self.take(spelled, entry);
         Ok(tensor)
+    }
+
+    fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
+        let (spelled, entry) = self.find(name)?;
+        let is_head = name == self.head();
+        let blocks = match entry.stored {
+            Ok(stored) => self.kept.blocks(stored, in_features, is_head)?,
+            Err(_) => None, // an error, which `tensor` words
+        };
+        let Some(blocks) = blocks else {
+            return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
+        };
+        let (shape, rows) = ((out_features, in_features), self.rows(name));
+        let blocks = entry.blocks(spelled, shape, rows, blocks, &self.device)?;
+        self.take(spelled, entry);
+        Linear::quantized(Arc::new(blocks))
+    }
+
+    fn embedding(&mut self, name: &str, vocab_size: usize, hidden_size: usize) -> Result<Linear> {
+        self.linear(name, vocab_size, hidden_size)
     }
 
     fn contains(&self, name: &str) -> bool {
@@ -61,16 +72,45 @@ impl Weights for CheckpointWeights<'_> {
 }
 
 impl<'a> CheckpointWeights<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: Option<DType>, device: &Device) -> Self {
+    pub(super) fn new(checkpoint: &'a Checkpoint, kept: WeightType, device: &Device) -> Self {
         Self {
             checkpoint,
-            dtype,
+            kept,
             device: device.clone(),
             used: BTreeSet::new(),
             progress: None,
             done: 0,
             total: checkpoint.tensors.values().map(|entry| entry.range.len() as u64).sum(),
         }
+    }
+
+    /// A weight by its Hugging Face name: its name in the file, and where it is.
+    fn find(&self, name: &str) -> Result<(&'a str, &'a Entry)> {
+        let Checkpoint { tensors, naming, path, .. } = self.checkpoint;
+        let spelled = naming.spell(name);
+        match tensors.get_key_value(spelled.as_str()) {
+            Some((spelled, entry)) => Ok((spelled, entry)),
+            None => Err(Error::MissingWeight { name: spelled, place: path.display().to_string() }),
+        }
+    }
+
+    fn rows(&self, name: &str) -> Rows {
+        let Checkpoint { naming, config, .. } = self.checkpoint;
+        naming.rows(name, config.head_dim)
+    }
+
+    /// The weight that logits are made with.
+    fn head(&self) -> &'static str {
+        match self.checkpoint.config.tie_word_embeddings {
+            true => "model.embed_tokens.weight",
+            false => "lm_head.weight",
+        }
+    }
+
+    /// Takes note that a weight was handed out.
+    fn take(&mut self, spelled: &'a str, entry: &Entry) {
+        self.used.insert(spelled);
+        self.advance(entry.range.len());
     }
 
     /// Calls `report(done, total)`, in bytes of the files, after every weight and at the end.

@@ -43,6 +43,10 @@ impl Attention {
         })
     }
 
+    pub(super) fn projections(&self) -> [&Linear; 4] {
+        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj]
+    }
+
     pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
         match name {
             "q_proj" => Some(&mut self.q_proj),

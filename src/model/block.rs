@@ -52,6 +52,11 @@ impl Block {
         Ok((xs + ys)?)
     }
 
+    /// All of its projections.
+    pub(super) fn projections(&self) -> impl Iterator<Item = &Linear> {
+        self.self_attn.projections().into_iter().chain(self.mlp.projections())
+    }
+
     /// The projection called `self_attn.q_proj` or the like.
     pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
         match name.split_once('.')? {

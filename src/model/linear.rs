@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::quantized::{QMatMul, QTensor};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Module, Shape, Tensor};
 
 use super::kernels;
 use crate::error::{Error, Result};
@@ -74,6 +74,48 @@ impl Linear {
     /// `(out_features, in_features)`
     pub(crate) fn shape(&self) -> (usize, usize) {
         self.shape
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        match &self.weight {
+            Weight::Dense(weight) => weight.device().clone(),
+            Weight::Quantized(weight) => weight.device(),
+        }
+    }
+
+    /// The type that products are made of on other devices than the CPU.
+    pub(crate) fn dtype(&self) -> DType {
+        match &self.weight {
+            Weight::Dense(weight) => weight.dtype(),
+            Weight::Quantized(_) => DType::F32,
+        }
+    }
+
+    /// What the weight is kept as, as GGUF tools write it, and its bytes.
+    pub(crate) fn kept(&self) -> (String, usize) {
+        match &self.weight {
+            Weight::Dense(weight) => {
+                let dtype = weight.dtype();
+                (dtype.as_str().to_string(), weight.elem_count() * dtype.size_in_bytes())
+            }
+            Weight::Quantized(weight) => {
+                let name = format!("{:?}", weight.dtype()).to_lowercase(); // q8_0, q4k
+                let name = match name.strip_suffix('k') {
+                    Some(stem) => format!("{stem}_k"),
+                    None => name,
+                };
+                (name, weight.storage_size_in_bytes())
+            }
+        }
+    }
+
+    /// Rows of the weight by their numbers: `(n)` of `u32` to `(n, in_features)`, in
+    /// [`dtype`](Self::dtype). Adapters are left out.
+    pub(crate) fn rows(&self, rows: &Tensor) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Dense(weight) => Ok(weight.index_select(rows, 0)?),
+            Weight::Quantized(weight) => Ok(weight.embedding(rows)?),
+        }
     }
 
     /// Adds `low_rank` to the weight, which stays as it is.

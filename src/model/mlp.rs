@@ -31,6 +31,10 @@ impl Mlp {
         })
     }
 
+    pub(super) fn projections(&self) -> [&Linear; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj]
+    }
+
     pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
         match name {
             "gate_proj" => Some(&mut self.gate_proj),

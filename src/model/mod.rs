@@ -46,6 +46,7 @@ mod ops;
 mod rope;
 mod weights;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,6 +59,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 
 pub use self::hand_over::HandOver;
+pub(crate) use self::kernels::reads_blocks;
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::linear::Linear;
@@ -100,7 +102,8 @@ pub struct Transformer {
     /// Tells this one from all others of the process.
     id: u64,
     config: Config,
-    embed_tokens: Tensor,
+    /// Only looked up in; the head multiplies.
+    embed_tokens: Linear,
     layers: Vec<Block>,
     /// Run after the span in every thought pass.
     thought_layers: Vec<Block>,
@@ -133,8 +136,8 @@ impl Transformer {
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
         config.validate()?;
         let table = (config.vocab_size, config.hidden_size);
-        let embed_tokens = weights.tensor("model.embed_tokens.weight", &[table.0, table.1])?;
-        let device = embed_tokens.device().clone();
+        let embed_tokens = weights.embedding("model.embed_tokens.weight", table.0, table.1)?;
+        let device = embed_tokens.device();
         let dtype = if device.is_cpu() { DType::F32 } else { embed_tokens.dtype() };
         let layers = (0..config.num_hidden_layers)
             .map(|index| Block::new(config, &format!("model.layers.{index}"), dtype, weights))
@@ -153,7 +156,7 @@ impl Transformer {
         };
         let norm = RmsNorm::new(config, "model.norm.weight", dtype, weights)?;
         let lm_head = if config.tie_word_embeddings {
-            Linear::dense(&embed_tokens)?
+            embed_tokens.clone()
         } else {
             weights.linear("lm_head.weight", table.0, table.1)?
         };
@@ -189,6 +192,20 @@ impl Transformer {
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Bytes of its matrices by what they are kept as: `f32`, `bf16`, `q8_0`, `q4_k` and so on. Norms,
+    /// gates and adapters are left out.
+    #[must_use]
+    pub fn weight_bytes(&self) -> BTreeMap<String, usize> {
+        let head = (!self.config.tie_word_embeddings).then_some(&self.lm_head);
+        let blocks = self.layers.iter().chain(&self.thought_layers).flat_map(Block::projections);
+        let mut bytes = BTreeMap::new();
+        for linear in blocks.chain([&self.embed_tokens]).chain(head) {
+            let (kept, count) = linear.kept();
+            *bytes.entry(kept).or_default() += count;
+        }
+        bytes
     }
 
     /// The whole stack as a layer range: `0..num_hidden_layers`.
@@ -228,7 +245,7 @@ impl Transformer {
             }
         }
         let ids = Tensor::new(ids, &self.device)?;
-        let rows = self.embed_tokens.index_select(&ids, 0)?.to_dtype(self.dtype)?;
+        let rows = self.embed_tokens.rows(&ids)?.to_dtype(self.dtype)?;
         Ok(rows.reshape((batch, seq, hidden))?)
     }
 

@@ -33,6 +33,15 @@ pub trait Weights {
     fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
         Linear::dense(&self.tensor(name, &[out_features, in_features])?)
     }
+
+    /// The embedding table called `name`, `(vocab_size, hidden_size)`, of which rows are looked up; it
+    /// multiplies, too, where it is the head.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`].
+    fn embedding(&mut self, name: &str, vocab_size: usize, hidden_size: usize) -> Result<Linear> {
+        Linear::dense(&self.tensor(name, &[vocab_size, hidden_size])?)
+    }
 }
 
 /// Tensors in memory, in `f32`, `f16` or `bf16`: tests, training, weights made by hand.

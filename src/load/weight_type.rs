@@ -1,0 +1,109 @@
+//! What weights are kept as in memory.
+
+use candle_core::DType;
+use candle_core::quantized::GgmlDType;
+
+use super::convert::Stored;
+use crate::error::{Error, Result};
+use crate::model::reads_blocks;
+
+/// What weights are kept as in memory. On the CPU they are computed with in `f32`, whatever they are
+/// kept as.
+///
+/// A [`DType`], an `Option` of one (`None` is the default) and a [`GgmlDType`] convert into it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightType {
+    /// As they are stored: `f32`, `f16` and `bf16` stay so, `f64` becomes `f32`, and matrices in
+    /// blocks of a GGUF type stay in these (those in `Q8_1` and `Q8K`, which no file should hold,
+    /// become `f32`).
+    #[default]
+    Stored,
+    /// In `f32`, `f16` or `bf16`, whatever they are stored as.
+    Dense(DType),
+    /// Matrices in blocks of a GGUF type, rounded as they are loaded; norms and the like as stored.
+    ///
+    /// As in llama.cpp, where the rows of a matrix are no multiple of the 256 weights of a `K` block,
+    /// blocks of 32 weights stand in (`Q2K`, `Q3K`: `Q4_0`; `Q4K`: `Q5_0`; `Q5K`: `Q5_1`; `Q6K`:
+    /// `Q8_0`); the head has at least `Q6K`, and so has the embedding table where it is the head. Rows
+    /// that are no multiple of 32 stay as they are stored, and so do matrices that are stored in blocks
+    /// no larger than the wanted ones.
+    Quantized(GgmlDType),
+}
+
+impl From<DType> for WeightType {
+    fn from(dtype: DType) -> Self {
+        Self::Dense(dtype)
+    }
+}
+
+impl From<GgmlDType> for WeightType {
+    fn from(blocks: GgmlDType) -> Self {
+        Self::Quantized(blocks)
+    }
+}
+
+impl From<Option<DType>> for WeightType {
+    fn from(dtype: Option<DType>) -> Self {
+        dtype.map_or(Self::Stored, Self::Dense)
+    }
+}
+
+impl WeightType {
+    /// What a tensor is kept as that is not a matrix to be multiplied with.
+    pub(super) fn dense(self, stored: Stored) -> DType {
+        match self {
+            Self::Dense(dtype) => dtype,
+            Self::Stored | Self::Quantized(_) => stored.dtype(),
+        }
+    }
+
+    /// The blocks that a matrix with rows of `row_len` weights is kept in; `None` if in none.
+    pub(super) fn blocks(
+        self,
+        stored: Stored,
+        row_len: usize,
+        is_head: bool,
+    ) -> Result<Option<GgmlDType>> {
+        let kept = match stored {
+            Stored::Blocks(blocks) if reads_blocks(blocks) => Some(blocks),
+            _ => None,
+        };
+        let wanted = match self {
+            Self::Stored => return Ok(kept),
+            Self::Dense(_) => return Ok(None),
+            Self::Quantized(wanted) if reads_blocks(wanted) => wanted,
+            Self::Quantized(other) => {
+                let expected = "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K or Q6K";
+                return Err(Error::parameter("blocks", expected, format!("{other:?}")));
+            }
+        };
+        let wanted = match is_head && bits(wanted) < bits(GgmlDType::Q6K) {
+            true => GgmlDType::Q6K,
+            false => wanted,
+        };
+        let fitting = match row_len.is_multiple_of(wanted.block_size()) {
+            true => Some(wanted),
+            false => Some(smaller(wanted)).filter(|it| row_len.is_multiple_of(it.block_size())),
+        };
+        Ok(match (kept, fitting) {
+            (Some(kept), Some(fitting)) if bits(kept) > bits(fitting) => Some(fitting),
+            (kept, fitting) => kept.or(fitting),
+        })
+    }
+}
+
+/// Bits of a weight, times 256: whole for every type.
+fn bits(blocks: GgmlDType) -> usize {
+    blocks.type_size() * 8 * 256 / blocks.block_size()
+}
+
+/// The type with blocks of 32 weights that stands in for one with 256.
+fn smaller(blocks: GgmlDType) -> GgmlDType {
+    match blocks {
+        GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,
+        GgmlDType::Q4K => GgmlDType::Q5_0,
+        GgmlDType::Q5K => GgmlDType::Q5_1,
+        GgmlDType::Q6K => GgmlDType::Q8_0,
+        small => small,
+    }
+}

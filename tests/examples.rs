@@ -335,7 +335,8 @@ fn generate_says_what_weights_are_kept_as() -> Result {
         let (stdout, stderr) = succeed("generate", folder.path(), &all, "")?;
         assert_eq!(stdout, format!("{expected}\n"), "{args:?}");
         for kept in model.transformer().weight_bytes().into_keys() {
-            let said = stderr.contains(&format!("B {kept} +")) || stderr.contains(&format!("B {kept},"));
+            let said =
+                stderr.contains(&format!("B {kept} +")) || stderr.contains(&format!("B {kept},"));
             assert!(said, "{args:?}: {kept} is not in {stderr}");
         }
     }

@@ -1,11 +1,13 @@
 //! The blocks of GGUF files, as llama.cpp's `ggml-common.h` lays them out. The plain twin of all of
 //! them is candle's `dequantize`, with which they agree to the last bit.
 //!
-//! A block is known by its type here, and its type is its size: no two have the same.
+//! A block is known by its type here, and its type is its size: no two have the same. Its numbers are
+//! taken apart 32 bytes at a time.
 
-use std::hint::black_box;
+use pulp::Simd;
 
-use super::element::{Element, RUN, from_half};
+use super::element::{Element, Groups, PART, RUN, from_half};
+use super::units::{OnUnit, Unit, on_unit};
 
 /// 32 weights: a scale and 32 whole numbers.
 pub(super) type Q8_0 = [u8; 34];
@@ -48,10 +50,10 @@ macro_rules! for_blocks {
 }
 pub(super) use for_blocks;
 
-/// A number of a block in `f16`.
+/// The `f16` of a block that is at `at`.
 #[inline(always)]
-fn scale(bytes: [u8; 2]) -> f32 {
-    from_half(u16::from_le_bytes(bytes))
+fn scale(block: &[u8], at: usize) -> f32 {
+    from_half(u16::from_le_bytes(*part(block, at)))
 }
 
 /// `N` bytes of a block from `at` on, which is a constant: there is no check left at run time.
@@ -60,188 +62,196 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().unwrap_or(&[0; N])
 }
 
-/// Weights that share a scale, at least.
-const GROUP: usize = 16;
-
-/// Implements [`Element`] for a block of `$len` weights: `$read` takes it apart into whole numbers
-/// `q`, and `[d, m]` for each group of them, for a weight is `d q - m`.
-///
-/// All of it is written out in `widen`: a function of its own would not be compiled for the vector
-/// units of its caller. It is in two loops, and each step hidden from the next by a `black_box`, to
-/// keep the compiler from vectors across several blocks or groups, which it then has to shuffle: one
-/// group is a vector as it lies. (Measured with Q4_0 and Q4K: four to
-/// six times the speed.)
+/// Implements [`Element`] for a block of 256 weights: `$read` takes it apart into whole numbers `q`, 32
+/// at a time, and `d` and `m` for each group of 16, for a weight is `d q - m`.
 macro_rules! block {
-    ($name:ty, $len:literal, |$block:ident, $numbers:ident, $scales:ident| $read:block) => {
+    ($name:ty, $minima:literal, |$unit:ident, $block:ident, $q:ident, $d:ident, $m:ident| $read:block) => {
         impl Element for $name {
-            const LEN: usize = $len;
+            const LEN: usize = 256;
+            const MINIMA: bool = $minima;
 
             #[inline(always)]
-            fn widen<'a>(w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
-                let (wide, _) = wide.split_at_mut(w.len() * $len);
-                let mut numbers = [[0i8; $len]; RUN / $len];
-                let mut scales = [[[0f32; 2]; $len / GROUP]; RUN / $len];
-                for (wide, w) in wide.chunks_mut(RUN).zip(w.chunks(RUN / $len)) {
-                    let places = numbers.iter_mut().zip(&mut scales);
-                    for ($block, ($numbers, $scales)) in w.iter().zip(places) {
-                        let $block = black_box($block);
-                        $read
-                    }
-                    let groups = numbers.as_flattened().as_chunks::<GROUP>().0.iter();
-                    let groups = groups.zip(scales.as_flattened());
-                    for (wide, (numbers, [d, m])) in wide.as_chunks_mut().0.iter_mut().zip(groups) {
-                        let wide: &mut [f32; GROUP] = wide;
-                        let d = black_box(d);
-                        for (wide, q) in wide.iter_mut().zip(numbers) {
-                            *wide = f32::from(*q) * d - m;
-                        }
-                    }
+            fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
+                widen(simd, w, wide)
+            }
+
+            #[inline(always)]
+            fn take_apart($unit: impl Unit, w: &[Self], groups: &mut Groups) -> usize {
+                let q = groups.q.as_chunks_mut::<PART>().0.as_chunks_mut::<8>().0;
+                let d = groups.d.as_chunks_mut::<16>().0.iter_mut();
+                let m = groups.m.as_chunks_mut::<16>().0.iter_mut();
+                for ($block, ($q, ($d, $m))) in w.iter().zip(q.iter_mut().zip(d.zip(m))) {
+                    $read
                 }
-                wide
+                w.len() * 256
             }
         }
     };
 }
 
-/// Writes each number in its place: an array that is made first and copied then is made of bytes.
+/// [`Element::widen`] for blocks.
 #[inline(always)]
-fn each<const N: usize>(numbers: &mut [i8; N], read: impl Fn(usize) -> i8) {
-    for (i, number) in numbers.iter_mut().enumerate() {
-        *number = read(i);
+fn widen<'a, T: Element, S: Simd>(simd: S, w: &'a [T], wide: &'a mut [f32]) -> &'a [f32] {
+    let (wide, _) = wide.split_at_mut(w.len() * T::LEN);
+    let mut groups = Groups::new();
+    for (wide, w) in wide.chunks_mut(RUN).zip(w.chunks(RUN / T::LEN)) {
+        on_unit(simd, Widen { w, groups: &mut groups, wide });
+    }
+    wide
+}
+
+/// A run of blocks, to be widened.
+struct Widen<'a, T> {
+    w: &'a [T],
+    groups: &'a mut Groups,
+    wide: &'a mut [f32],
+}
+
+impl<T: Element> OnUnit for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, unit: impl Unit) {
+        T::take_apart(unit, self.w, self.groups);
+        let (q, wide) = (self.groups.q.as_chunks().0, self.wide.as_chunks_mut().0);
+        unit.scale(q, &self.groups.d, &self.groups.m, wide);
     }
 }
 
-/// Writes the lower halves of 16 bytes, less `less`, and the upper halves behind them.
+/// [`Unit::nibbles`] with a fifth bit for each, one after another from `fifths` on.
 #[inline(always)]
-fn nibbles(bytes: &[u8; 16], less: i8, numbers: &mut [i8; 32]) {
-    for (i, byte) in bytes.iter().enumerate() {
-        numbers[i] = (byte & 15) as i8 - less;
-        numbers[i + 16] = (byte >> 4) as i8 - less;
+fn fives<U: Unit>(unit: U, block: &[u8], fifths: usize, at: usize) -> U::Bytes {
+    const PLACES: u64 = u64::from_le_bytes([1, 2, 4, 8, 16, 32, 64, 128]);
+    const ONES: u64 = u64::from_le_bytes([1; 8]);
+    let mut bytes = [0; PART];
+    for (eight, bits) in bytes.as_chunks_mut().0.iter_mut().zip(part::<4>(block, fifths)) {
+        let set = (u64::from(*bits) * ONES) & PLACES; // a byte is not 0 where its bit is set ...
+        *eight = ((set + 0x7f * ONES) >> 3).to_le_bytes(); // ... and carries into its upper bit then
     }
+    unit.or(unit.nibbles(part(block, at)), unit.and(unit.load(&bytes), 16))
 }
 
-/// [`nibbles`] with a fifth bit for each, one after another in `fifths`.
-#[inline(always)]
-fn fives(bytes: &[u8; 16], fifths: [u8; 4], less: i8, numbers: &mut [i8; 32]) {
-    let fifths = u32::from_le_bytes(fifths);
-    for (i, byte) in bytes.iter().enumerate() {
-        let [low, high] = [fifths >> i, fifths >> (i + 16)].map(|bit| ((bit & 1) << 4) as u8);
-        numbers[i] = (byte & 15 | low) as i8 - less;
-        numbers[i + 16] = (byte >> 4 | high) as i8 - less;
-    }
+/// [`block!`] for 32 weights, whose scale and, where there is one, minimum are the first two `f16`:
+/// `$numbers` are theirs, all less `$less`.
+macro_rules! small_block {
+    ($name:ty, $minima:literal, |$unit:ident, $block:ident| $numbers:expr, less $less:literal) => {
+        impl Element for $name {
+            const LEN: usize = PART;
+            const MINIMA: bool = $minima;
+
+            #[inline(always)]
+            fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
+                widen(simd, w, wide)
+            }
+
+            #[inline(always)]
+            fn take_apart($unit: impl Unit, w: &[Self], groups: &mut Groups) -> usize {
+                let q = groups.q.as_chunks_mut().0.iter_mut();
+                let d = groups.d.as_chunks_mut().0.iter_mut();
+                let m = groups.m.as_chunks_mut().0.iter_mut();
+                for ($block, (q, (d, m))) in w.iter().zip(q.zip(d.zip(m))) {
+                    $unit.write($numbers, $less, q);
+                    *d = [$unit.half(u16::from_le_bytes(*part($block, 0))); 2];
+                    if Self::MINIMA {
+                        *m = [-$unit.half(u16::from_le_bytes(*part($block, 2))); 2];
+                    }
+                }
+                w.len() * PART
+            }
+        }
+    };
 }
 
-block!(Q8_0, 32, |block, numbers, scales| {
-    let bytes = part::<32>(block, 2);
-    each(numbers, |i| bytes[i] as i8);
-    *scales = [[scale(*part(block, 0)), 0.0]; 2];
+small_block!(Q8_0, false, |unit, block| unit.load(part(block, 2)), less 0);
+small_block!(Q4_0, false, |unit, block| unit.nibbles(part(block, 2)), less 8);
+small_block!(Q4_1, true, |unit, block| unit.nibbles(part(block, 4)), less 0);
+small_block!(Q5_0, false, |unit, block| fives(unit, block, 2, 6), less 16);
+small_block!(Q5_1, true, |unit, block| fives(unit, block, 4, 8), less 0);
+
+// The numbers of a K block lie in 8 runs of 32. Those of a run have their bits in the same place of 32
+// bytes, which other runs share.
+
+block!(Q2K, true, |unit, block, q, d, m| {
+    for half in 0..2 {
+        let qs = unit.load(part(block, 16 + half * 32));
+        for run in 0..4 {
+            unit.write(unit.and(unit.shift_down(qs, 2 * run), 3), 0, &mut q[half * 4 + run]);
+        }
+    }
+    let (packed, d_of_all, m_of_all) = (part::<16>(block, 0), scale(block, 80), scale(block, 82));
+    *d = packed.map(|both| d_of_all * f32::from(both & 15));
+    *m = packed.map(|both| m_of_all * f32::from(both >> 4));
 });
 
-block!(Q4_0, 32, |block, numbers, scales| {
-    nibbles(part(block, 2), 8, numbers);
-    *scales = [[scale(*part(block, 0)), 0.0]; 2];
-});
-
-block!(Q4_1, 32, |block, numbers, scales| {
-    nibbles(part(block, 4), 0, numbers);
-    *scales = [[scale(*part(block, 0)), -scale(*part(block, 2))]; 2];
-});
-
-block!(Q5_0, 32, |block, numbers, scales| {
-    fives(part(block, 6), *part(block, 2), 16, numbers);
-    *scales = [[scale(*part(block, 0)), 0.0]; 2];
-});
-
-block!(Q5_1, 32, |block, numbers, scales| {
-    fives(part(block, 8), *part(block, 4), 0, numbers);
-    *scales = [[scale(*part(block, 0)), -scale(*part(block, 2))]; 2];
-});
-
-block!(Q2K, 256, |block, numbers, scales| {
-    let (packed, qs) = (part::<16>(block, 0), part::<64>(block, 16));
-    let (d, min) = (scale(*part(block, 80)), scale(*part(block, 82)));
-    // 16 groups of 16 weights: 2 halves of the block x 4 shifts x 2 halves of 32 bytes.
-    let (groups, _) = numbers.as_chunks_mut::<GROUP>();
-    for (group, numbers) in groups.iter_mut().enumerate() {
-        let (half, shift, side) = (group / 8, group / 2 % 4 * 2, group % 2);
-        let qs = part::<16>(qs, half * 32 + side * 16);
-        each(numbers, |i| ((qs[i] >> shift) & 3) as i8);
-        let both = packed[group];
-        scales[group] = [d * f32::from(both & 15), min * f32::from(both >> 4)];
+block!(Q3K, false, |unit, block, q, d, _m| {
+    let thirds = unit.load(part(block, 0));
+    for half in 0..2 {
+        let qs = unit.load(part(block, 32 + half * 32));
+        for run in 0..4 {
+            let low = unit.and(unit.shift_down(qs, 2 * run), 3);
+            let third = unit.and(unit.shift_down(thirds, half * 4 + run), 1);
+            unit.write(unit.or(low, unit.shift_up(third, 2)), 4, &mut q[half * 4 + run]);
+        }
+    }
+    // 16 scales: the lower 4 bits in 8 bytes, the upper 2 of each in the 4 bytes behind.
+    let (low, high, d_of_all) = (part::<8>(block, 96), part::<4>(block, 104), scale(block, 108));
+    for (group, d) in d.iter_mut().enumerate() {
+        let low = (low[group % 8] >> (group / 8 * 4)) & 15;
+        let high = (high[group % 4] >> (group / 4 * 2)) & 3;
+        *d = d_of_all * (f32::from(low | high << 4) - 32.0);
     }
 });
 
-block!(Q3K, 256, |block, numbers, scales| {
-    let (thirds, qs) = (part::<32>(block, 0), part::<64>(block, 32));
-    let d = scale(*part(block, 108));
-    let (groups, _) = numbers.as_chunks_mut::<GROUP>();
-    for (group, numbers) in groups.iter_mut().enumerate() {
-        let (half, shift, side) = (group / 8, group / 2 % 4 * 2, group % 2);
-        let (qs, thirds) = (part::<16>(qs, half * 32 + side * 16), part::<16>(thirds, side * 16));
-        let third = group / 2; // its place in a byte
-        each(numbers, |i| {
-            let missing = (!thirds[i] >> third) & 1;
-            ((qs[i] >> shift) & 3) as i8 - (missing << 2) as i8
-        });
-        // 16 scales: the lower 4 bits in 8 bytes, the upper 2 of each in the 4 bytes behind.
-        let low = (block[96 + group % 8] >> (group / 8 * 4)) & 15;
-        let high = (block[104 + group % 4] >> (group / 4 * 2)) & 3;
-        scales[group] = [d * (f32::from(low | high << 4) - 32.0), 0.0];
-    }
-});
-
-/// `[d, m]` of the groups of a [`Q4K`] or [`Q5K`] block. Scales and minima are of 32 weights each, and
+/// Scales and minima of the groups of a [`Q4K`] or [`Q5K`] block. They are of 32 weights each, and
 /// have 6 bits: those of the last four runs are put together of 4 bits and the 2 that the first four
 /// leave over.
 #[inline(always)]
-fn scales_and_minima(block: &[u8]) -> [[f32; 2]; 16] {
-    let (d, min, packed) = (scale(*part(block, 0)), scale(*part(block, 2)), part::<12>(block, 4));
-    let mut groups = [[0.0; 2]; 16];
+fn scales_and_minima(block: &[u8], d: &mut [f32; 16], m: &mut [f32; 16]) {
+    let packed = part::<12>(block, 4);
+    let (d_of_all, m_of_all) = (scale(block, 0), scale(block, 2));
     for run in 0..4 {
         let [scale, minimum, rest] = [packed[run], packed[run + 4], packed[run + 8]];
         let first = [scale & 63, minimum & 63];
         let last = [(rest & 15) | (scale >> 6) << 4, (rest >> 4) | (minimum >> 6) << 4];
         for (run, [scale, minimum]) in [(run, first), (run + 4, last)] {
-            let both = [d * f32::from(scale), min * f32::from(minimum)];
-            [groups[2 * run], groups[2 * run + 1]] = [both; 2];
+            [d[2 * run], d[2 * run + 1]] = [d_of_all * f32::from(scale); 2];
+            [m[2 * run], m[2 * run + 1]] = [m_of_all * f32::from(minimum); 2];
         }
     }
-    groups
 }
 
-block!(Q4K, 256, |block, numbers, scales| {
-    let qs = part::<128>(block, 16);
-    let (runs, _) = numbers.as_chunks_mut::<32>();
-    for (run, numbers) in runs.iter_mut().enumerate() {
-        let qs = part::<32>(qs, run / 2 * 32);
-        each(numbers, |i| ((qs[i] >> (run % 2 * 4)) & 15) as i8);
+block!(Q4K, true, |unit, block, q, d, m| {
+    for pair in 0..4 {
+        let qs = unit.load(part(block, 16 + pair * 32));
+        unit.write(unit.and(qs, 15), 0, &mut q[2 * pair]);
+        unit.write(unit.and(unit.shift_down(qs, 4), 15), 0, &mut q[2 * pair + 1]);
     }
-    *scales = scales_and_minima(block);
+    scales_and_minima(block, d, m);
 });
 
-block!(Q5K, 256, |block, numbers, scales| {
-    let (fifths, qs) = (part::<32>(block, 16), part::<128>(block, 48));
-    let (runs, _) = numbers.as_chunks_mut::<32>();
-    for (run, numbers) in runs.iter_mut().enumerate() {
-        let qs = part::<32>(qs, run / 2 * 32);
-        each(numbers, |i| ((qs[i] >> (run % 2 * 4)) & 15 | ((fifths[i] >> run) & 1) << 4) as i8);
+block!(Q5K, true, |unit, block, q, d, m| {
+    let fifths = unit.load(part(block, 16));
+    for pair in 0..4 {
+        let qs = unit.load(part(block, 48 + pair * 32));
+        for run in 0..2 {
+            let low = unit.and(unit.shift_down(qs, 4 * run), 15);
+            let fifth = unit.and(unit.shift_down(fifths, 2 * pair + run), 1);
+            unit.write(unit.or(low, unit.shift_up(fifth, 4)), 0, &mut q[2 * pair + run]);
+        }
     }
-    *scales = scales_and_minima(block);
+    scales_and_minima(block, d, m);
 });
 
-block!(Q6K, 256, |block, numbers, scales| {
-    let d = scale(*part(block, 208));
-    let packed = part::<16>(block, 192);
-    // 8 runs of 32 weights: 2 halves of the block x 4 pairs of upper bits.
-    let (runs, _) = numbers.as_chunks_mut::<32>();
-    for (run, numbers) in runs.iter_mut().enumerate() {
-        let (half, pair) = (run / 4, run % 4);
-        let low = part::<32>(block, half * 64 + pair % 2 * 32);
-        let high = part::<32>(block, 128 + half * 32);
-        each(numbers, |i| {
-            let low = (low[i] >> (pair / 2 * 4)) & 15;
-            (low | ((high[i] >> (2 * pair)) & 3) << 4) as i8 - 32
-        });
+block!(Q6K, false, |unit, block, q, d, _m| {
+    for half in 0..2 {
+        let high = unit.load(part(block, 128 + half * 32));
+        for run in 0..4 {
+            let low = unit.load(part(block, half * 64 + run % 2 * 32));
+            let low = unit.and(unit.shift_down(low, run / 2 * 4), 15);
+            let high = unit.and(unit.shift_down(high, 2 * run), 3);
+            unit.write(unit.or(low, unit.shift_up(high, 4)), 32, &mut q[half * 4 + run]);
+        }
     }
-    *scales = packed.map(|packed| [d * f32::from(packed as i8), 0.0]);
+    let d_of_all = scale(block, 208);
+    *d = part::<16>(block, 192).map(|packed| d_of_all * f32::from(packed as i8));
 });

@@ -1,6 +1,9 @@
 //! What weights are stored as, and how they become `f32` on their way into a register.
 
 use half::{bf16, f16};
+use pulp::Simd;
+
+use super::units::Unit;
 
 /// The smallest piece that weights are stored in: one number, or a GGUF block of several.
 pub(super) trait Element: Copy + Send + Sync {
@@ -10,9 +13,38 @@ pub(super) trait Element: Copy + Send + Sync {
     /// Whether [`widen`](Self::widen) needs room.
     const NARROW: bool = true;
 
+    /// Whether blocks of it have minima.
+    const MINIMA: bool = false;
+
     /// A run of weights in `f32`: itself, or what is written to the front of `wide`, which has room
     /// for all of them if these are narrower.
-    fn widen<'a>(w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
+    fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
+
+    /// Takes a run of blocks apart, [`RUN`] weights at most: gives how many weights they are, or 0 for
+    /// what is no block.
+    fn take_apart(_unit: impl Unit, _w: &[Self], _groups: &mut Groups) -> usize {
+        0
+    }
+}
+
+/// Weights of a block that share a scale, at least.
+pub(super) const GROUP: usize = 16;
+
+/// Weights that lie together in every block.
+pub(super) const PART: usize = 2 * GROUP;
+
+/// A run of blocks, taken apart: whole numbers `q` for each weight, `d` and `m` for each group of
+/// them. A weight is `d q - m`.
+pub(super) struct Groups {
+    pub(super) q: [i8; RUN],
+    pub(super) d: [f32; RUN / GROUP],
+    pub(super) m: [f32; RUN / GROUP],
+}
+
+impl Groups {
+    pub(super) const fn new() -> Self {
+        Self { q: [0; RUN], d: [0.0; RUN / GROUP], m: [0.0; RUN / GROUP] }
+    }
 }
 
 /// Weights that are widened at a time, into a buffer that stays in the first-level cache. A multiple
@@ -23,14 +55,14 @@ impl Element for f32 {
     const NARROW: bool = false;
 
     #[inline(always)]
-    fn widen<'a>(w: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
+    fn widen<'a, S: Simd>(_: S, w: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
         w
     }
 }
 
 impl Element for bf16 {
     #[inline(always)]
-    fn widen<'a>(w: &'a [bf16], wide: &'a mut [f32]) -> &'a [f32] {
+    fn widen<'a, S: Simd>(_: S, w: &'a [bf16], wide: &'a mut [f32]) -> &'a [f32] {
         // A bf16 is the upper half of an f32; written out so that it is compiled, as vectors, into
         // the loop.
         let wide = &mut wide[..w.len()];
@@ -43,7 +75,7 @@ impl Element for bf16 {
 
 impl Element for f16 {
     #[inline(always)]
-    fn widen<'a>(w: &'a [f16], wide: &'a mut [f32]) -> &'a [f32] {
+    fn widen<'a, S: Simd>(_: S, w: &'a [f16], wide: &'a mut [f32]) -> &'a [f32] {
         let wide = &mut wide[..w.len()];
         for (wide, w) in wide.iter_mut().zip(w) {
             *wide = from_half(w.to_bits());

@@ -12,12 +12,14 @@ mod rms_norm;
 mod softmax;
 mod swiglu;
 mod tiles;
+mod units;
 
 use std::ops::{Deref, Range};
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 pub(crate) use attend::Attend;
@@ -80,10 +82,26 @@ fn widened_rows<T: Element>(w: &[T], len: usize, rows: Range<usize>) -> Result<T
         candle_core::bail!("rows {rows:?} of {}", w.len() / row_len);
     };
     let mut wide = vec![0f32; rows.len() * len];
-    wide.par_chunks_mut(len.max(1)).zip(w.par_chunks(row_len)).for_each(|(wide, w)| {
-        T::widen(w, wide);
-    });
+    let arch = Arch::new();
+    wide.par_chunks_mut(len.max(1))
+        .zip(w.par_chunks(row_len))
+        .for_each(|(wide, w)| arch.dispatch(Widen { w, wide }));
     Tensor::from_vec(wide, (rows.len(), len), &Device::Cpu)
+}
+
+/// A row of a weight, to be widened.
+struct Widen<'a, T> {
+    w: &'a [T],
+    wide: &'a mut [f32],
+}
+
+impl<T: Element> WithSimd for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        T::widen(simd, self.w, self.wide);
+    }
 }
 
 /// `x Wᵀ` for rows of `len` weights.

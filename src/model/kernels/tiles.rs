@@ -172,7 +172,7 @@ impl<T: Element> Panel<'_, T> {
             let mut rooms = wide.chunks_exact_mut(RUN);
             for (row, w) in panel.iter_mut().zip(w.chunks_exact(row_len)) {
                 let wide = rooms.next().unwrap_or_default();
-                *row = T::widen(&w[start / T::LEN..][..run / T::LEN], wide);
+                *row = T::widen(simd, &w[start / T::LEN..][..run / T::LEN], wide);
             }
             for (tile, x) in x.chunks_exact(tokens * len).enumerate() {
                 let (x, _) = S::as_simd_f32s(&x[start * tokens..][..run * tokens]);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 
 use super::View;
-use super::kernels::{Attend, MaskedSoftmax};
+use super::kernels::{self, Attend};
 use super::kv_cache::KeyValues;
 use super::linear::Linear;
 use super::mask::Mask;
@@ -101,39 +101,36 @@ impl Attention {
     }
 }
 
-/// Queries that are scored at a time on the CPU, at most: a causal block computes half of its
-/// square for nothing.
-const QUERIES_AT_ONCE: usize = 128;
-
-/// Scores that stand in memory at a time, about: on the CPU 8 MiB of `f32`, which stay in its
-/// caches; elsewhere 256 MiB, to keep the device busy.
-const SCORES_AT_ONCE: [usize; 2] = [1 << 21, 1 << 26];
+/// Scores that stand in memory at a time, about, where candle's operations compute them: 256 MiB of
+/// `f32`, to keep a device busy.
+const SCORES_AT_ONCE: usize = 1 << 26;
 
 /// `softmax(q kᵀ / sqrt(head_dim) + mask) v`, for every pass of the crate.
 ///
 /// `q` is `(batch, heads, queries, head_dim)`, `k` and `v` are `(batch, kv_heads, keys, head_dim)`
-/// and stay as they are: the `heads / kv_heads` query heads of a group are laid one below the
-/// other and scored against their one key head. Queries go block by block, each against the keys
-/// that some query of the block sees, so a long prompt never has all its scores in memory and a
-/// causal one never computes the half that is masked away. Returns the heads side by side:
+/// and stay as they are: the `heads / kv_heads` query heads of a group share their one key head.
+/// Queries go block by block, each against the keys that some query of the block sees, so a long
+/// prompt never has all its scores in memory. Returns the heads side by side:
 /// `(batch, queries, heads · head_dim)`.
 pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(3)? as f64).sqrt();
+    if ![q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {
+        return by_blocks(q, k, v, mask, scale);
+    }
+    if ![q, k, v].iter().any(|tensor| tensor.track_op()) {
+        return Ok(kernels::attend(q, k, v, mask, scale as f32)?);
+    }
+    let op = Attend { mask: Arc::clone(mask), scale: scale as f32 };
+    Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?)
+}
+
+/// [`attend`] in operations of candle's, which any device has.
+fn by_blocks(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask, scale: f64) -> Result<Tensor> {
     let (batch, heads, queries, head_dim) = q.dims4()?;
     let kv_heads = k.dim(1)?;
     let group = heads / kv_heads;
-    let scale = 1.0 / (head_dim as f64).sqrt();
-    let tracked = [q, k, v].iter().any(|tensor| tensor.track_op());
-    if tracked && [q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {
-        let op = Attend { mask: Arc::clone(mask), scale: scale as f32 };
-        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
-    }
     let q = (q * scale)?;
-
-    let (scores_at_once, most) = match q.device().is_cpu() {
-        true => (SCORES_AT_ONCE[0], QUERIES_AT_ONCE),
-        false => (SCORES_AT_ONCE[1], queries.max(1)),
-    };
-    let step = (scores_at_once / (batch * heads * mask.keys()).max(1)).clamp(1, most);
+    let step = (SCORES_AT_ONCE / (batch * heads * mask.keys()).max(1)).max(1);
     let mut blocks = Vec::with_capacity(queries.div_ceil(step));
     for start in (0..queries).step_by(step) {
         let block = start..queries.min(start + step);
@@ -144,15 +141,9 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Re
         let q = q.narrow(2, start, rows)?.reshape((batch, kv_heads, group * rows, head_dim))?;
 
         let scores = q.matmul(&k.t()?)?.reshape((batch, heads, rows, keys))?;
-        let probabilities = if ops::kernels_fit(&scores) && !tracked {
-            let (queries, keys) = (block, seen);
-            scores.inplace_op1(&MaskedSoftmax { mask, queries, keys, heads })?;
-            scores
-        } else {
-            match mask.bias(&block, &seen, scores.dtype(), scores.device())? {
-                Some(bias) => ops::softmax(&scores.broadcast_add(&bias)?)?,
-                None => ops::softmax(&scores)?,
-            }
+        let probabilities = match mask.bias(&block, &seen, scores.dtype(), scores.device())? {
+            Some(bias) => ops::softmax(&scores.broadcast_add(&bias)?)?,
+            None => ops::softmax(&scores)?,
         };
         let ys = probabilities.reshape((batch, kv_heads, group * rows, keys))?.matmul(&v)?;
         blocks.push(ys.reshape((batch, heads, rows, head_dim))?);

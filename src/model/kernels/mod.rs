@@ -6,6 +6,7 @@ mod blocks;
 mod dot;
 mod element;
 mod exp;
+mod flash;
 mod heads;
 mod product;
 mod rms_norm;
@@ -25,9 +26,9 @@ use rayon::prelude::*;
 pub(crate) use attend::Attend;
 use blocks::for_blocks;
 use element::Element;
+pub(crate) use flash::attend;
 pub(crate) use heads::SplitHeads;
 pub(crate) use rms_norm::RmsNorm;
-pub(crate) use softmax::MaskedSoftmax;
 pub(crate) use swiglu::SwiGlu;
 
 /// Partial results side by side: one alone would wait for its own previous step.

@@ -199,7 +199,7 @@ impl<T: Element> Panel<'_, T> {
 }
 
 /// As many rows of a weight as share the loads of a tile.
-trait Group<S: Simd>: Sized {
+pub(super) trait Group<S: Simd>: Sized {
     /// `Σ w[n][k] · x[k]` for each row `n`.
     fn times(self, simd: S, x: &[[S::f32s; 2]]) -> impl Iterator<Item = [S::f32s; 2]>;
 }

@@ -12,7 +12,6 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,12 +20,10 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
-use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::Weights;
 use hybrid_attention::{GenerationConfig, HybridModel};
 use serde_json::{Value, json};
 
-use common::{ids, median, peak_memory, sorted};
+use common::{ids, median, peak_memory, sorted, unpack};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -94,32 +91,6 @@ fn compare(this: &Path, folder: &Path) -> Result<()> {
         println!("{title:<24}{a:>12.2}{b:>22.2}{ratio:>24}");
     }
     Ok(())
-}
-
-/// Writes a GGUF file as a Hugging Face folder in `f32`.
-fn unpack(gguf: &Path, folder: &Path) -> Result<()> {
-    let checkpoint = Checkpoint::open(gguf)?;
-    let config = checkpoint.config();
-    let mut weights = checkpoint.weights(Some(DType::F32), &Device::Cpu);
-    let tensors: HashMap<String, Tensor> = config
-        .weights()
-        .map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)))
-        .collect::<hybrid_attention::Result<_>>()?;
-    candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?;
-    let config = json!({
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    });
-    Ok(std::fs::write(folder.join("config.json"), config.to_string())?)
 }
 
 fn run(engine: &str, folder: &Path) -> Result<Value> {

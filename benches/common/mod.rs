@@ -3,9 +3,13 @@
 #![allow(dead_code, reason = "each bench uses a part")]
 
 use std::collections::HashMap;
+use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::model::Weights;
 use hybrid_attention::{Config, Result};
+use serde_json::json;
 
 pub(crate) const SHAPE: &str = r#"{
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -42,4 +46,33 @@ pub(crate) fn peak_memory() -> f64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|line| line.split_whitespace().next()).unwrap_or("0");
     kib.parse::<f64>().unwrap_or(0.0) / 1024.0
+}
+
+/// Writes a GGUF file as a Hugging Face folder in `f32`.
+pub(crate) fn unpack(
+    gguf: &Path,
+    folder: &Path,
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let checkpoint = Checkpoint::open(gguf)?;
+    let config = checkpoint.config();
+    let mut weights = checkpoint.weights(Some(DType::F32), &Device::Cpu);
+    let tensors: HashMap<String, Tensor> = config
+        .weights()
+        .map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)))
+        .collect::<Result<_>>()?;
+    candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?;
+    let config = json!({
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    });
+    Ok(std::fs::write(folder.join("config.json"), config.to_string())?)
 }

@@ -12,7 +12,7 @@ use super::mask::Mask;
 use super::ops;
 use super::weights::Weights;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The attention of one block.
 #[derive(Clone, Debug)]
@@ -105,14 +105,30 @@ impl Attention {
 /// `f32`, to keep a device busy.
 const SCORES_AT_ONCE: usize = 1 << 26;
 
-/// `softmax(q kᵀ / sqrt(head_dim) + mask) v`, for every pass of the crate.
+/// `softmax(q kᵀ / sqrt(head_dim) + mask) v`: the attention of every pass of the crate.
 ///
 /// `q` is `(batch, heads, queries, head_dim)`, `k` and `v` are `(batch, kv_heads, keys, head_dim)`
 /// and stay as they are: the `heads / kv_heads` query heads of a group share their one key head.
 /// Queries go block by block, each against the keys that some query of the block sees, so a long
 /// prompt never has all its scores in memory. Returns the heads side by side:
-/// `(batch, queries, heads · head_dim)`.
-pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Tensor> {
+/// `(batch, queries, heads · head_dim)`. It is differentiable in `q`, `k` and `v`.
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use candle_core::{Device, Tensor};
+/// use hybrid_attention::model::{Layout, Mask, Sight, attend};
+///
+/// let random = |heads| Tensor::randn(0f32, 1.0, (1, heads, 5, 16), &Device::Cpu);
+/// let (q, k, v) = (random(8)?, random(2)?, random(2)?);
+/// let mask = Arc::new(Mask::new(&Layout::dense(1, 5), Sight::Causal, 0..5, 0, None));
+/// assert_eq!(attend(&q, &k, &v, &mask)?.dims(), [1, 5, 8 * 16]);
+/// # Ok::<_, hybrid_attention::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Parameter`] where the shapes do not fit each other or the mask; when a device fails.
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Tensor> {
+    check(q, k, v, mask)?;
     let scale = 1.0 / (q.dim(3)? as f64).sqrt();
     if ![q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {
         return by_blocks(q, k, v, mask, scale);
@@ -122,6 +138,28 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Re
     }
     let op = Attend { mask: Arc::clone(mask), scale: scale as f32 };
     Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?)
+}
+
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<()> {
+    let (keys, queries) = (mask.keys(), mask.queries());
+    let fit = match (q.dims(), k.dims()) {
+        ([batch, heads, q_len, head_dim], [k_batch, kv_heads, k_len, k_dim]) => {
+            (batch, head_dim) == (k_batch, k_dim)
+                && [*batch, *head_dim, *kv_heads].iter().all(|dim| *dim > 0)
+                && heads.is_multiple_of(*kv_heads)
+                && (*q_len, *k_len) == (queries, keys)
+                && k.dims() == v.dims()
+        }
+        _ => false,
+    };
+    if fit {
+        return Ok(());
+    }
+    let expected = format!(
+        "queries (batch, heads, {queries}, dim) and twice (batch, kv_heads, {keys}, dim), kv_heads a divisor of heads"
+    );
+    let got = format!("{:?}, {:?} and {:?}", q.dims(), k.dims(), v.dims());
+    Err(Error::parameter("q, k and v", expected, got))
 }
 
 /// [`attend`] in operations of candle's, which any device has.
@@ -207,7 +245,7 @@ mod tests {
         #[test]
         fn blocked_attention_is_the_definition(
             batch in 1usize..3, kv_heads in 1usize..3, group in 1usize..4, head_dim in 1usize..9,
-            past in 0usize..5, queries in 1usize..300, window in prop::option::of(1usize..40),
+            past in 0usize..60, queries in prop_oneof![Just(1usize), 1usize..300], window in prop::option::of(1usize..40),
             bidirectional: bool, pad in 0usize..4,
         ) {
             let run = || -> Result<(f32, Vec<f32>)> {

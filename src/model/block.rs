@@ -47,9 +47,9 @@ impl Block {
         remember: impl FnOnce(KeyValues) -> Result<KeyValues>,
     ) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(xs)?;
-        let xs = (xs + self.self_attn.forward(&normed, view, remember)?)?;
+        let xs = ops::add(xs, self.self_attn.forward(&normed, view, remember)?)?;
         let ys = self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?;
-        Ok((xs + ys)?)
+        ops::add(&xs, ys)
     }
 
     /// All of its projections.

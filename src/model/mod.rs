@@ -58,6 +58,7 @@ use self::rope::{Rope, Rotation};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
+pub use self::attention::attend;
 pub use self::hand_over::HandOver;
 pub(crate) use self::kernels::reads_blocks;
 pub(crate) use self::kv_cache::CHUNK;
@@ -258,6 +259,10 @@ impl Transformer {
     /// [`Error::Parameter`] when `layers`, the shape of `xs` or the cache does not fit this model;
     /// [`Error::EmptyPrompt`] when `seq` is 0.
     pub fn forward(&self, xs: &Tensor, layers: Range<usize>, pass: Pass<'_>) -> Result<Tensor> {
+        in_pool(|| self.forward_here(xs, layers, pass))
+    }
+
+    fn forward_here(&self, xs: &Tensor, layers: Range<usize>, pass: Pass<'_>) -> Result<Tensor> {
         let (batch, seq) = self.check_stream(xs)?;
         self.check_layers(&layers)?;
         if layers.is_empty() {
@@ -312,7 +317,7 @@ impl Transformer {
             return Ok(xs.clone());
         }
         let view = self.view(xs, layout, sight)?;
-        layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+        in_pool(|| layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok)))
     }
 
     /// Where attention goes when `layers` run over `xs`: for each layer the share of every token's
@@ -406,7 +411,7 @@ impl Transformer {
     /// When a device fails.
     pub fn head(&self, normed: &Tensor) -> Result<Tensor> {
         self.check_stream(normed)?;
-        self.lm_head.forward(normed)
+        in_pool(|| self.lm_head.forward(normed))
     }
 
     /// An empty cache for `layout`'s batch with room for `capacity` positions per row, padding
@@ -450,6 +455,12 @@ impl Transformer {
         }
         Ok(())
     }
+}
+
+/// Does `work` on a thread of rayon's pool: each of its many small parallel steps then costs a
+/// microsecond or two, from outside ten.
+fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
 }
 
 fn next_id() -> u64 {

@@ -6,18 +6,18 @@
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops;
 
-use super::kernels::{RmsNorm, SplitHeads, SwiGlu};
+use super::kernels::{AddTo, RmsNorm, SplitHeads, SwiGlu};
 use crate::error::Result;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in `f32`
 /// (Zhang & Sennrich 2019; `MistralRMSNorm` of transformers).
 pub(super) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if !xs.track_op() && !weight.track_op() {
-        return Ok(ops::rms_norm(&xs.contiguous()?, weight, eps as f32)?);
-    }
     if kernels_fit(xs) && kernels_fit(weight) {
         let eps = eps as f32;
         return Ok(xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps })?);
+    }
+    if !xs.track_op() && !weight.track_op() {
+        return Ok(ops::rms_norm(&xs.contiguous()?, weight, eps as f32)?);
     }
     Ok(ops::rms_norm_slow(xs, weight, eps as f32)?)
 }
@@ -29,7 +29,7 @@ pub(super) fn split_heads(
     heads: usize,
     rotation: Option<(&Tensor, &Tensor)>,
 ) -> Result<Tensor> {
-    if xs.track_op() && kernels_fit(xs) {
+    if kernels_fit(xs) {
         let rotation = match rotation {
             Some((cos, sin)) => Some((cos.contiguous()?, sin.contiguous()?)),
             None => None,
@@ -67,6 +67,17 @@ pub(super) fn softmax(xs: &Tensor) -> Result<Tensor> {
         return Ok(ops::softmax(xs, D::Minus1)?);
     }
     Ok(ops::softmax_last_dim(&xs.contiguous()?)?)
+}
+
+/// `xs + ys`. `ys` must not be used any more: its memory may be.
+pub(super) fn add(xs: &Tensor, ys: Tensor) -> Result<Tensor> {
+    let tracked = xs.track_op() || ys.track_op();
+    let whole = xs.dims() == ys.dims() && xs.is_contiguous() && ys.is_contiguous();
+    if tracked || !whole || !kernels_fit(xs) || !kernels_fit(&ys) {
+        return Ok((xs + ys)?);
+    }
+    ys.inplace_op2(xs, &AddTo)?;
+    Ok(ys)
 }
 
 /// `silu(gate) · up`, element by element. `gate` must not be used any more: its memory may be.
@@ -153,6 +164,8 @@ mod tests {
                 let scaled = [xs.clone(), random(&[heads * 2 * half])?];
                 let gated = [xs.clone(), random(xs.dims())?];
                 let only = std::slice::from_ref(&xs);
+                let sum = add(&gated[0].copy()?, gated[1].copy()?)?;
+                assert_eq!(sum.to_vec3::<f32>()?, (&gated[0] + &gated[1])?.to_vec3::<f32>()?);
                 Ok([
                     forms_differ_by(
                         only,

@@ -60,7 +60,7 @@ impl<T: Element> WithSimd for Wide<'_, T> {
 
 /// `Σ x[i]·w[i]`
 #[inline(always)]
-fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
+pub(super) fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
     let (x, x_tail) = S::as_simd_f32s(x);
     let (w, w_tail) = S::as_simd_f32s(w);
     // Four sums at once: one alone would wait for its own previous addition.

@@ -19,8 +19,10 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::dot::dot;
 use super::element::Element;
 use super::exp::exp;
+use super::softmax::softmax;
 use super::tiles::Group;
 use super::values;
 use crate::model::mask::Mask;
@@ -143,8 +145,7 @@ fn run<T: Element>(
         ys.par_chunks_mut(group * head_dim).enumerate().for_each_init(Room::default, |room, it| {
             let (index, ys) = it;
             let (row, head) = (index / kv_heads, index % kv_heads);
-            let (heads, queries) = (head..head + 1, 0..1);
-            arch.dispatch(Block { sizes, q, k, v, mask, scale, row, heads, queries, ys, room });
+            arch.dispatch(One { sizes, q, k, v, mask, scale, row, head, ys, room });
         });
         return ys;
     }
@@ -172,10 +173,56 @@ struct Room {
     /// The keys that each row sees: from the first to before the second.
     from: Vec<u32>,
     to: Vec<u32>,
-    /// `(KEYS, rows)` of one tile.
+    /// `(KEYS, rows)` of one tile, or all of one query.
     scores: Vec<f32>,
     /// Room for keys and values in `f32`, where they are narrower.
     wide: [Vec<f32>; 2],
+}
+
+/// The one query of a row of the batch, against the keys of a head: what a token costs that is decoded.
+/// Few rows would leave most of a tile empty, so vectors run along the channels here.
+struct One<'a, T> {
+    sizes: Sizes,
+    q: &'a [f32],
+    k: Rows<'a, T>,
+    v: Rows<'a, T>,
+    mask: &'a Mask,
+    scale: f32,
+    row: usize,
+    head: usize,
+    /// `(group, head_dim)`
+    ys: &'a mut [f32],
+    room: &'a mut Room,
+}
+
+impl<T: Element> WithSimd for One<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Sizes { heads, group, head_dim, .. } = self.sizes;
+        let Room { scores, wide: [wide, _], .. } = self.room;
+        wide.resize(head_dim, 0.0);
+        let keys = self.mask.sees(self.row, 0);
+        let k = self.k.of(self.row, self.head, &keys, head_dim);
+        let v = self.v.of(self.row, self.head, &keys, head_dim);
+        let q = &self.q[(self.row * heads + self.head * group) * head_dim..][..group * head_dim];
+        scores.resize(group * keys.len(), 0.0); // (group, keys)
+        for (key, k) in k.chunks_exact(head_dim).enumerate() {
+            let k = T::widen(simd, k, wide);
+            for (q, scores) in q.chunks_exact(head_dim).zip(scores.chunks_exact_mut(keys.len())) {
+                scores[key] = self.scale * dot(simd, q, k);
+            }
+        }
+        scores.chunks_exact_mut(keys.len().max(1)).for_each(softmax);
+        for (key, v) in v.chunks_exact(head_dim).enumerate() {
+            let v = T::widen(simd, v, wide);
+            let shares = scores.chunks_exact(keys.len());
+            for (y, shares) in self.ys.chunks_exact_mut(head_dim).zip(shares) {
+                y.iter_mut().zip(v).for_each(|(y, v)| *y += shares[key] * v);
+            }
+        }
+    }
 }
 
 /// Some queries of one row of the batch, against the keys of some heads.

@@ -6,6 +6,9 @@ use rayon::prelude::*;
 
 use super::{f32s, values};
 
+/// Elements that one task turns, at least.
+const TASK: usize = 1 << 13;
+
 /// `(batch, seq, heads · head_dim) -> (batch, heads, seq, head_dim)`, contiguous, in `f32`; each
 /// head turned by the angles of its position, if there are any. The plain twin is a transposition
 /// and a rotation by candle operations.
@@ -30,7 +33,8 @@ impl CustomOp1 for SplitHeads {
         let arch = Arch::new();
         self.with_rows((batch, seq), |angles| {
             // (batch, head) by (batch, head): (seq, head_dim)
-            let runs = ys.par_chunks_mut((seq * head_dim).max(1)).enumerate();
+            let of_head = (seq * head_dim).max(1);
+            let runs = ys.par_chunks_mut(of_head).with_min_len(TASK.div_ceil(of_head)).enumerate();
             runs.for_each(|(index, ys)| {
                 let (row, head) = (index / self.heads, index % self.heads);
                 arch.dispatch(|| {

@@ -1,6 +1,7 @@
 //! CPU kernels where candle's own are slow. Each is compiled for the processor's vector units by
 //! run-time detection ([`pulp`]), and is tested against its plain twin in candle operations.
 
+mod add;
 mod attend;
 mod blocks;
 mod dot;
@@ -23,6 +24,7 @@ use half::slice::HalfFloatSliceExt;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+pub(crate) use add::AddTo;
 pub(crate) use attend::Attend;
 use blocks::for_blocks;
 use element::Element;
@@ -172,6 +174,21 @@ pub(crate) fn f32s<'a>(storage: &'a CpuStorage, layout: &candle_core::Layout) ->
         candle_core::bail!("expected contiguous f32 values");
     };
     within(values, layout, layout.shape().elem_count())
+}
+
+/// The same, to be written to.
+pub(crate) fn f32s_mut<'a>(
+    storage: &'a mut CpuStorage,
+    layout: &candle_core::Layout,
+) -> Result<&'a mut [f32]> {
+    let (CpuStorage::F32(values), true) = (storage, layout.is_contiguous()) else {
+        candle_core::bail!("expected contiguous f32 values");
+    };
+    let (start, count) = (layout.start_offset(), layout.shape().elem_count());
+    match values.get_mut(start..start + count) {
+        Some(values) => Ok(values),
+        None => candle_core::bail!("{count} elements at {start} are outside their storage"),
+    }
 }
 
 /// The elements of a contiguous `f32` tensor on the CPU, held for reading as long as this lives.

@@ -5,7 +5,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::exp::exp;
-use super::{f32s, gradient_for, values, within};
+use super::{f32s, f32s_mut, gradient_for, values};
 
 /// Elements that one task computes.
 const RUN: usize = 1 << 14;
@@ -27,15 +27,7 @@ impl InplaceOp2 for SwiGlu {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> Result<()> {
-        let contiguous = gate_layout.is_contiguous() && up_layout.is_contiguous();
-        let (CpuStorage::F32(gate), CpuStorage::F32(up), true) = (gate, up, contiguous) else {
-            candle_core::bail!("swiglu: expected contiguous f32");
-        };
-        let (start, count) = (gate_layout.start_offset(), gate_layout.shape().elem_count());
-        let Some(gate) = gate.get_mut(start..start + count) else {
-            candle_core::bail!("swiglu: gate outside its storage");
-        };
-        let up = within(up, up_layout, count)?;
+        let (gate, up) = (f32s_mut(gate, gate_layout)?, f32s(up, up_layout)?);
         let arch = Arch::new();
         gate.par_chunks_mut(RUN).zip(up.par_chunks(RUN)).for_each(|(gate, up)| {
             arch.dispatch(|| {

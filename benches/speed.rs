@@ -1,0 +1,290 @@
+//! One table of speeds: this crate and candle-transformers on the same weights, and what the machine
+//! can do at most.
+//!
+//! ```text
+//! HYBRID_ATTENTION_SMOLLM2=PATH.gguf cargo bench --bench speed
+//! ```
+//!
+//! Without the file, weights of that shape are random, which is as fast. `-- --write FOLDER` measures
+//! nothing and writes the models that `benches/peers.sh` gives to other engines.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod common;
+
+use std::error::Error;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama;
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer, Weights, attend};
+use hybrid_attention::{Config, WeightType};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use common::{SHAPE, ids, random_weights, unpack};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const PROMPTS: [usize; 2] = [512, 2048];
+const DECODE: usize = 64;
+/// The best of so many counts: what disturbs a run only ever makes it slower.
+const RUNS: usize = 3;
+
+const KINDS: [(&str, WeightType); 4] = [
+    ("f32", WeightType::Dense(DType::F32)),
+    ("bf16", WeightType::Dense(DType::BF16)),
+    ("q8_0", WeightType::Quantized(GgmlDType::Q8_0)),
+    ("q4_k", WeightType::Quantized(GgmlDType::Q4K)),
+];
+
+/// One block of Mistral 7B.
+const BLOCK: &str = r#"{
+    "model_type": "mistral", "vocab_size": 64, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 32768
+}"#;
+
+/// Weights in the matrices of that block.
+const OF_BLOCK: f64 = 4096.0 * (2.0 * 4096.0 + 2.0 * 1024.0 + 3.0 * 14336.0);
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().collect();
+    let smollm2 = std::env::var_os("HYBRID_ATTENTION_SMOLLM2").map(PathBuf::from);
+    let folder = tempfile::tempdir()?;
+    if let Some(at) = arguments.iter().position(|argument| argument == "--write") {
+        let (Some(to), Some(from)) = (arguments.get(at + 1), smollm2) else {
+            return Err("--write needs a folder, and HYBRID_ATTENTION_SMOLLM2 a file".into());
+        };
+        let to = Path::new(to);
+        std::fs::create_dir_all(to.join("f32"))?;
+        std::fs::copy(&from, to.join("smollm2.gguf"))?;
+        return unpack(&from, &to.join("f32"));
+    }
+    match &smollm2 {
+        Some(file) => unpack(file, folder.path())?,
+        None => {
+            let weights = random_weights(&Config::from_json(SHAPE)?)?;
+            candle_core::safetensors::save(&weights, folder.path().join("model.safetensors"))?;
+            std::fs::write(folder.path().join("config.json"), SHAPE)?;
+        }
+    }
+
+    let (reads, peak) = (bandwidth(), multiply_adds());
+    println!("{} threads: reads {reads:.1} GB/s, f32 multiply-adds {peak:.0} GFLOP/s\n", threads());
+    println!("SmolLM2-135M, tokens/s\n");
+    println!("| engine | weights | prefill 512 | prefill 2048 | decode |\n|---|---|---|---|---|");
+    for (name, kind) in KINDS {
+        print_row("this crate", name, ours(folder.path(), kind)?);
+    }
+    print_row("candle-transformers", "f32", candle(folder.path())?);
+
+    println!("\nOne block of Mistral 7B\n");
+    println!("| weights | 512 tokens, GFLOP/s | of peak | one token, GB/s | of reads |");
+    println!("|---|---|---|---|---|");
+    for (name, kind) in KINDS {
+        let (flops, bytes) = block(kind)?;
+        println!(
+            "| {name} | {flops:.0} | {:.2} | {bytes:.1} | {:.2} |",
+            flops / peak,
+            bytes / reads
+        );
+    }
+
+    println!("\nAttention, 32 heads to 8 of 128, f32\n");
+    println!("| tokens | sight | GFLOP/s | of peak |\n|---|---|---|---|");
+    for tokens in [2048, 8192] {
+        for sight in [Sight::Bidirectional, Sight::Causal] {
+            let flops = attention(tokens, sight)?;
+            println!("| {tokens} | {sight:?} | {flops:.0} | {:.2} |", flops / peak);
+        }
+    }
+    Ok(())
+}
+
+fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+fn print_row(engine: &str, weights: &str, figures: [f64; 3]) {
+    let [short, long, decode] = figures;
+    println!("| {engine} | {weights} | {short:.0} | {long:.0} | {decode:.1} |");
+}
+
+/// Seconds of the best of some runs, after one that does not count.
+fn best(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    run()?;
+    let mut best = f64::MAX;
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        run()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// Prefill of both prompts and decoding after the first, in tokens a second.
+fn ours(folder: &Path, kind: WeightType) -> Result<[f64; 3]> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut weights = checkpoint.weights(kind, &Device::Cpu);
+    let model = Transformer::new(checkpoint.config(), &mut weights)?;
+    weights.finish()?;
+    let most = PROMPTS[1] + DECODE;
+    let mut cache = model.new_cache(&Layout::dense(1, 1), most)?;
+    let mut read = |tokens: &[u32], start: usize| -> Result<()> {
+        cache.truncate(start)?;
+        let xs = model.embed(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?)?;
+        let h = model.forward(&xs, model.all_layers(), Pass::Cached(&mut cache))?;
+        black_box(model.logits(&h.narrow(1, tokens.len() - 1, 1)?)?);
+        Ok(())
+    };
+    let [short, long] = PROMPTS.map(ids);
+    let long_seconds = best(|| read(&long, 0))?;
+    let short_seconds = best(|| read(&short, 0))?;
+    let decode = best(|| (0..DECODE).try_for_each(|i| read(&[5 + i as u32], PROMPTS[0] + i)))?;
+    Ok([
+        PROMPTS[0] as f64 / short_seconds,
+        PROMPTS[1] as f64 / long_seconds,
+        DECODE as f64 / decode,
+    ])
+}
+
+fn candle(folder: &Path) -> Result<[f64; 3]> {
+    let config = std::fs::read(folder.join("config.json"))?;
+    let config = serde_json::from_slice::<llama::LlamaConfig>(&config)?.into_config(false);
+    let file = folder.join("model.safetensors");
+    // SAFETY: the file was written by this benchmark into a folder of its own.
+    let vb = unsafe { VarBuilder::from_mmaped_safetensors(&[file], DType::F32, &Device::Cpu)? };
+    let model = llama::Llama::load(vb, &config)?;
+    let cache = || llama::Cache::new(true, DType::F32, &config, &Device::Cpu);
+    let read = |tokens: &[u32], start: usize, cache: &mut llama::Cache| -> Result<()> {
+        let tokens = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
+        black_box(model.forward(&tokens, start, cache)?);
+        Ok(())
+    };
+    let [short, long] = PROMPTS.map(ids);
+    let mut prompts = [0.0; 2];
+    for (seconds, prompt) in prompts.iter_mut().zip([&short, &long]) {
+        *seconds = best(|| read(prompt, 0, &mut cache()?))?;
+    }
+    let mut filled = cache()?;
+    read(&short, 0, &mut filled)?;
+    let mut at = PROMPTS[0];
+    let decode = best(|| {
+        at += DECODE;
+        (0..DECODE).try_for_each(|i| read(&[5 + i as u32], at - DECODE + i, &mut filled))
+    })?;
+    Ok([PROMPTS[0] as f64 / prompts[0], PROMPTS[1] as f64 / prompts[1], DECODE as f64 / decode])
+}
+
+/// Random weights, kept as `0` says.
+struct Random(WeightType);
+
+impl Weights for Random {
+    fn tensor(&mut self, _: &str, shape: &[usize]) -> hybrid_attention::Result<Tensor> {
+        Ok(Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?)
+    }
+
+    fn linear(&mut self, name: &str, out: usize, input: usize) -> hybrid_attention::Result<Linear> {
+        let weight = self.tensor(name, &[out, input])?;
+        match self.0 {
+            WeightType::Dense(dtype) => Linear::dense(&weight.to_dtype(dtype)?),
+            WeightType::Quantized(blocks) => {
+                Linear::quantized(Arc::new(QTensor::quantize(&weight, blocks)?))
+            }
+            WeightType::Stored => Linear::dense(&weight),
+        }
+    }
+}
+
+/// One block of Mistral 7B: GFLOP/s over 512 tokens, and GB/s of weights read for one.
+fn block(kind: WeightType) -> Result<(f64, f64)> {
+    let model = Transformer::new(&Config::from_json(BLOCK)?, &mut Random(kind))?;
+    let run = |tokens: usize| -> Result<f64> {
+        let xs = Tensor::randn(0f32, 1.0, (1, tokens, 4096), &Device::Cpu)?;
+        let layout = Layout::dense(1, tokens);
+        best(|| {
+            black_box(model.forward(&xs, 0..1, Pass::Causal(&layout))?);
+            Ok(())
+        })
+    };
+    let bits = match kind {
+        WeightType::Dense(dtype) => dtype.size_in_bytes() as f64,
+        WeightType::Quantized(it) => it.type_size() as f64 / it.block_size() as f64,
+        WeightType::Stored => 4.0,
+    };
+    let attention = 2.0 * 2.0 * 512.0 * 512.0 / 2.0 * 4096.0;
+    let flops = 2.0 * OF_BLOCK * 512.0 + attention;
+    Ok((flops / run(512)? / 1e9, OF_BLOCK * bits / run(1)? / 1e9))
+}
+
+/// GFLOP/s of attention by itself; causal counts half.
+fn attention(tokens: usize, sight: Sight) -> Result<f64> {
+    let random = |heads| Tensor::randn(0f32, 1.0, (1, heads, tokens, 128), &Device::Cpu);
+    let (q, k, v) = (random(32)?, random(8)?, random(8)?);
+    let layout = Layout::dense(1, tokens);
+    let mask = Arc::new(Mask::new(&layout, sight, 0..tokens, 0, None));
+    let seconds = best(|| {
+        black_box(attend(&q, &k, &v, &mask)?);
+        Ok(())
+    })?;
+    let share = if sight == Sight::Causal { 0.5 } else { 1.0 };
+    Ok(share * 2.0 * 2.0 * (tokens * tokens * 32 * 128) as f64 / seconds / 1e9)
+}
+
+/// GB/s of a sum over memory that no cache holds.
+fn bandwidth() -> f64 {
+    const COUNT: usize = 1 << 27; // 512 MiB
+    let numbers = vec![1f32; COUNT];
+    let arch = Arch::new();
+    let run = || {
+        let sum: f32 = numbers
+            .par_chunks(COUNT / threads())
+            .map(|part| {
+                arch.dispatch(|| {
+                    let mut sums = [0f32; 128];
+                    for part in part.as_chunks::<128>().0 {
+                        sums.iter_mut().zip(part).for_each(|(sum, it)| *sum += it);
+                    }
+                    sums.iter().sum::<f32>()
+                })
+            })
+            .sum();
+        black_box(sum);
+        Ok(())
+    };
+    (COUNT * size_of::<f32>()) as f64 / best(run).unwrap_or(f64::MAX) / 1e9
+}
+
+/// GFLOP/s of multiplications and additions of what is in registers, on all threads.
+fn multiply_adds() -> f64 {
+    const STEPS: usize = 20_000_000;
+    struct Steps;
+    impl WithSimd for Steps {
+        type Output = (f32, usize);
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> (f32, usize) {
+            let factor = simd.splat_f32s(black_box(0.999));
+            let mut sums = [simd.splat_f32s(black_box(1.0)); 12];
+            for _ in 0..STEPS {
+                for sum in &mut sums {
+                    *sum = simd.mul_add_e_f32s(*sum, factor, factor);
+                }
+            }
+            let sum = sums.into_iter().fold(0.0, |all, sum| all + simd.reduce_sum_f32s(sum));
+            (sum, 2 * 12 * S::F32_LANES * STEPS)
+        }
+    }
+    let start = Instant::now();
+    let done: Vec<_> =
+        (0..threads()).into_par_iter().map(|_| Arch::new().dispatch(Steps)).collect();
+    let seconds = start.elapsed().as_secs_f64();
+    done.iter().map(|(_, flops)| *flops as f64).sum::<f64>() / seconds / 1e9
+}

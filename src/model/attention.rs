@@ -72,9 +72,19 @@ impl Attention {
 
     /// Queries, keys and values of `xs`, each `(batch, heads or kv_heads, seq, head_dim)`.
     fn project(&self, xs: &Tensor, view: &View) -> Result<(Tensor, KeyValues)> {
-        let q = view.rotation.split_heads(&self.q_proj.forward(xs)?, self.heads)?;
-        let keys = view.rotation.split_heads(&self.k_proj.forward(xs)?, self.kv_heads)?;
-        let values = ops::split_heads(&self.v_proj.forward(xs)?, self.kv_heads, None)?;
+        let rotated =
+            |projection: &Linear, heads| view.rotation.split_heads(&projection.forward(xs)?, heads);
+        // Side by side, because for one token it is the threads' meetings that take time.
+        let (q, (keys, values)) = rayon::join(
+            || rotated(&self.q_proj, self.heads),
+            || {
+                rayon::join(
+                    || rotated(&self.k_proj, self.kv_heads),
+                    || ops::split_heads(&self.v_proj.forward(xs)?, self.kv_heads, None),
+                )
+            },
+        );
+        let (q, keys, values) = (q?, keys?, values?);
         let tracked = [&q, &keys, &values].iter().any(|tensor| tensor.track_op());
         Ok((q, KeyValues { keys, values, tracked }))
     }

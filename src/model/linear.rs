@@ -11,10 +11,6 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Modul
 use super::kernels;
 use crate::error::{Error, Result};
 
-/// From so many rows of input on, candle's product is the faster one for `f32` weights, by a tenth at
-/// 512 rows; at 128 it takes half as long again as ours (SmolLM2, two cores with AVX-512).
-const MANY_ROWS: usize = 256;
-
 /// Elements of a narrow weight that are widened at a time for a gradient: 16 MiB of `f32`.
 const WIDEN_AT_ONCE: usize = 1 << 22;
 
@@ -167,8 +163,7 @@ fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
         return Ok(xs.contiguous()?.apply_op2(&weight, Product)?);
     }
     by_rows(xs, (out_features, in_features), |xs| {
-        let for_candle = weight.dtype() == DType::F32 && xs.dim(0)? > MANY_ROWS;
-        if on_cpu && !for_candle {
+        if on_cpu {
             return frozen(xs, &Weight::Dense(weight.clone()));
         }
         Ok(xs.matmul(&weight.to_dtype(xs.dtype())?.t()?)?)

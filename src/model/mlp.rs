@@ -59,7 +59,7 @@ impl Mlp {
     }
 
     fn forward_whole(&self, xs: &Tensor) -> Result<Tensor> {
-        let (gate, up) = (self.gate_proj.forward(xs)?, self.up_proj.forward(xs)?);
-        self.down_proj.forward(&ops::swiglu(gate, &up)?) // (batch, seq, intermediate) inside
+        let (gate, up) = rayon::join(|| self.gate_proj.forward(xs), || self.up_proj.forward(xs));
+        self.down_proj.forward(&ops::swiglu(gate?, &up?)?) // (batch, seq, intermediate) inside
     }
 }

@@ -41,14 +41,15 @@ impl<T: Element> WithSimd for Wide<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let rows = self.x.len() / self.len;
-        let far = size_of_val(self.x) > NEAR;
         let mut wide = [0f32; RUN];
         for (column, w) in self.columns.chunks_exact_mut(rows).zip(self.w.chunks_exact(self.len)) {
+            if let [y] = column {
+                *y = dot_row(simd, self.x, w);
+                continue;
+            }
             column.fill(0.0);
             for (run, w) in w.chunks(RUN).enumerate() {
-                if far {
-                    prefetch_ahead(w);
-                }
+                prefetch_ahead(w);
                 let w = T::widen(simd, w, &mut wide);
                 for (y, x) in column.iter_mut().zip(self.x.chunks_exact(self.len)) {
                     *y += dot(simd, &x[run * RUN..][..w.len()], w);
@@ -56,6 +57,27 @@ impl<T: Element> WithSimd for Wide<'_, T> {
             }
         }
     }
+}
+
+/// `Σ x[i]·w[i]` for weights that are widened in registers, so few at a time that they stay there.
+#[inline(always)]
+fn dot_row<S: Simd, T: Element>(simd: S, x: &[f32], w: &[T]) -> f32 {
+    const STEP: usize = 64;
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    let ((x, x_tail), (w, w_tail)) = (x.as_chunks::<STEP>(), w.as_chunks::<STEP>());
+    for (x, w) in x.iter().zip(w) {
+        prefetch_ahead(w);
+        let mut wide = [0f32; STEP];
+        let (x, w) = (S::as_simd_f32s(x).0, S::as_simd_f32s(T::widen(simd, w, &mut wide)).0);
+        for (lane, (x, w)) in x.iter().zip(w).enumerate() {
+            sums[lane % 4] = simd.mul_add_e_f32s(*x, *w, sums[lane % 4]);
+        }
+    }
+    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+    let mut wide = [0f32; STEP];
+    let tail = T::widen(simd, w_tail, &mut wide);
+    let tail: f32 = x_tail.iter().zip(tail).map(|(x, w)| x * w).sum();
+    simd.reduce_sum_f32s(sum) + tail
 }
 
 /// `Σ x[i]·w[i]`
@@ -161,13 +183,9 @@ fn total(lanes: &Lanes) -> f32 {
     lanes[0]
 }
 
-/// As much of `x` stays in the first-level cache beside a weight that is read through it. More comes
-/// from the second level again and again, which keeps a processor from seeing far enough ahead in the
-/// weight (half the speed at rows of 14336 in bf16), so the weight is asked for in time. Where `x` stays,
-/// asking costs a tenth.
-const NEAR: usize = 16 << 10;
-
-/// How far ahead, in bytes.
+/// How far ahead of a run, in bytes, the weight is asked for. A row of `x` that is longer than the
+/// first-level cache comes from the second one again and again, and keeps a processor from seeing far
+/// enough ahead in the weight by itself: half the speed at rows of 14336.
 const AHEAD: usize = 4096;
 
 /// Asks for what lies [`AHEAD`] of this run.

@@ -24,6 +24,8 @@ def best(run):
 def llama_cpp(folder):
     import llama_cpp
 
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     source = os.path.join(folder, "smollm2.gguf")
     for kind, ftype in KINDS.items():
         path = os.path.join(folder, f"{kind}.gguf")

@@ -7,15 +7,16 @@ mod common;
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::{Layout, Pass, Weights};
-use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt};
+use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt, WeightType};
 use serde::Deserialize;
 
 use common::{Result, candle_llama, fixture};
@@ -140,5 +141,54 @@ fn logits_are_those_of_candle_transformers() -> Result {
     }
     eprintln!("largest deviation of a logit from candle-transformers: {worst:.1e}");
     assert!(worst < 1e-4, "off by {worst}");
+    Ok(())
+}
+
+/// Mean loss over the passages, in nats per token, of the weights in `folder` kept as `kept`.
+fn loss(folder: &Path, kept: impl Into<WeightType>, passages: &[Vec<u32>]) -> Result<f64> {
+    let model = HybridModel::from_folder(folder, kept, &Device::Cpu)?;
+    let config = GenerationConfig::default().max_tokens(1).prompt_logprobs(true);
+    let (mut sum, mut count) = (0.0, 0);
+    for passage in passages {
+        let answer = model.generate(passage.as_slice(), &config)?;
+        for logprob in answer.prompt_logprobs.ok_or("no prompt logprobs")?.into_iter().flatten() {
+            (sum, count) = (sum - f64::from(logprob), count + 1);
+        }
+    }
+    Ok(sum / f64::from(count))
+}
+
+/// Narrow weights cost no more perplexity than their rounding should: 20 passages of 90 tokens of the
+/// licence. What is rounded here was rounded to Q4_1 before, and most rows have no place for blocks of
+/// Q4K, so that Q5_0 stands in: hence the width of the last bound.
+#[test]
+fn narrow_weights_keep_the_perplexity() -> Result {
+    let Some((model, _)) = subject()? else { return Ok(()) };
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/LICENSE"))?;
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let ids = model.tokenizer().ok_or("no tokenizer")?.encode(&text, false)?;
+    let passages: Vec<Vec<u32>> = ids.chunks_exact(90).take(20).map(<[u32]>::to_vec).collect();
+    assert_eq!(passages.len(), 20);
+
+    let folder = tempfile::tempdir()?;
+    let checkpoint = Checkpoint::open(PATH.as_ref().ok_or("no path")?)?;
+    let mut weights = checkpoint.weights(DType::F32, &Device::Cpu);
+    let named = checkpoint.config().weights();
+    let named = named.map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
+    common::write_hugging_face(folder.path(), checkpoint.config(), &named.collect::<Result<_>>()?)?;
+
+    let wide = loss(folder.path(), DType::F32, &passages)?;
+    eprintln!("f32: perplexity {:.3}", wide.exp());
+    for (kept, at_most) in [
+        (WeightType::Dense(DType::BF16), 0.005),
+        (WeightType::Dense(DType::F16), 0.001),
+        (WeightType::Quantized(GgmlDType::Q8_0), 0.005),
+        (WeightType::Quantized(GgmlDType::Q6K), 0.01),
+        (WeightType::Quantized(GgmlDType::Q4K), 0.08),
+    ] {
+        let more = (loss(folder.path(), kept, &passages)? - wide).exp() - 1.0;
+        eprintln!("{kept:?}: {:+.2} % of it", 100.0 * more);
+        assert!(more.abs() < at_most, "{kept:?}: {more}");
+    }
     Ok(())
 }

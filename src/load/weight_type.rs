@@ -22,11 +22,12 @@ pub enum WeightType {
     Dense(DType),
     /// Matrices in blocks of a GGUF type, rounded as they are loaded; norms and the like as stored.
     ///
-    /// As in llama.cpp, where the rows of a matrix are no multiple of the 256 weights of a `K` block,
-    /// blocks of 32 weights stand in (`Q2K`, `Q3K`: `Q4_0`; `Q4K`: `Q5_0`; `Q5K`: `Q5_1`; `Q6K`:
-    /// `Q8_0`); the head has at least `Q6K`, and so has the embedding table where it is the head. Rows
-    /// that are no multiple of 32 stay as they are stored, and so do matrices that are stored in blocks
-    /// no larger than the wanted ones.
+    /// Where rounding costs most, in the head (the embedding table, if that is the head), in `v_proj`
+    /// and in `down_proj`, blocks have at least `Q6K`, much as in llama.cpp's mixes (`Q4_K_M`). As there,
+    /// where the rows of a matrix are no multiple of the 256 weights of a `K` block, blocks of 32
+    /// weights stand in (`Q2K`, `Q3K`: `Q4_0`; `Q4K`: `Q5_0`; `Q5K`: `Q5_1`; `Q6K`: `Q8_0`). Rows that
+    /// are no multiple of 32 stay as they are stored, and so do matrices that are stored in blocks no
+    /// larger than the wanted ones.
     Quantized(GgmlDType),
 }
 
@@ -57,12 +58,13 @@ impl WeightType {
         }
     }
 
-    /// The blocks that a matrix with rows of `row_len` weights is kept in; `None` if in none.
+    /// The blocks that a matrix with rows of `row_len` weights is kept in; `None` if in none. In one
+    /// that is `dear`, rounding costs more than in others.
     pub(super) fn blocks(
         self,
         stored: Stored,
         row_len: usize,
-        is_head: bool,
+        dear: bool,
     ) -> Result<Option<GgmlDType>> {
         let kept = match stored {
             Stored::Blocks(blocks) if reads_blocks(blocks) => Some(blocks),
@@ -77,7 +79,7 @@ impl WeightType {
                 return Err(Error::parameter("blocks", expected, format!("{other:?}")));
             }
         };
-        let wanted = match is_head && bits(wanted) < bits(GgmlDType::Q6K) {
+        let wanted = match dear && bits(wanted) < bits(GgmlDType::Q6K) {
             true => GgmlDType::Q6K,
             false => wanted,
         };

@@ -23,6 +23,9 @@ pub struct CheckpointWeights<'a> {
     total: u64,
 }
 
+/// Besides the head, where rounding costs most for its size: llama.cpp's mixes spare them, too.
+const DEAR: [&str; 2] = ["v_proj.weight", "down_proj.weight"];
+
 type Progress<'a> = dyn FnMut(u64, u64) + 'a;
 
 impl std::fmt::Debug for CheckpointWeights<'_> {
@@ -47,9 +50,9 @@ impl Weights for CheckpointWeights<'_> {
 
     fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
         let (spelled, entry) = self.find(name)?;
-        let is_head = name == self.head();
+        let dear = name == self.head() || DEAR.iter().any(|dear| name.ends_with(dear));
         let blocks = match entry.stored {
-            Ok(stored) => self.kept.blocks(stored, in_features, is_head)?,
+            Ok(stored) => self.kept.blocks(stored, in_features, dear)?,
             Err(_) => None, // an error, which `tensor` words
         };
         let Some(blocks) = blocks else {

@@ -501,7 +501,8 @@ macro_rules! channels {
             correction: [S::f32s; 2],
             o: &mut [[S::f32s; 2]; $count],
         ) {
-            assert!(p.is_empty() || (p.len() - 1) * head_dim + $count <= v.len());
+            let last = p.len().saturating_sub(1) * head_dim;
+            assert!(v.len() >= last && v.len() - last >= $count, "a value for each share");
             let [$([mut $left, mut $right]),*] = *o;
             $(
                 $left = simd.mul_f32s($left, correction[0]);

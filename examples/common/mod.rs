@@ -169,11 +169,6 @@ impl ModelArgs {
                 };
                 let model = HybridModel::from_checkpoint(&checkpoint, weights, &device, progress)?;
                 bar.finish_and_clear();
-                let kept = model.transformer().weight_bytes().into_iter();
-                let kept: Vec<_> = kept
-                    .map(|(kept, bytes)| format!("{} {kept}", HumanBytes(bytes as u64)))
-                    .collect();
-                say(&format!("[weights: {}]", kept.join(", ")));
                 model
             }
         };

@@ -107,6 +107,11 @@ impl Mask {
         self.rows.first().map_or(0, Vec::len)
     }
 
+    /// Whether it is for a batch of so many rows.
+    pub(super) fn is_for(&self, batch: usize) -> bool {
+        self.rows.len() == batch || self.rows.len() == 1
+    }
+
     /// Keys per row.
     #[must_use]
     pub fn keys(&self) -> usize {

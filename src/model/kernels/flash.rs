@@ -38,8 +38,8 @@ const ROWS: usize = 128;
 ///
 /// `q` is `(batch, heads, queries, head_dim)` in `f32`; `k` and `v` are
 /// `(batch, kv_heads, keys, head_dim)` in `f32`, `bf16` or `f16`. The result is
-/// `(batch, queries, heads · head_dim)` in `f32`. The plain twin is
-/// [`Attend`](super::Attend), and below it candle's operations.
+/// `(batch, queries, heads · head_dim)` in `f32`. The caller has seen to it that shapes and mask fit
+/// each other. The plain twin is [`Attend`](super::Attend), and below it candle's operations.
 pub(crate) fn attend(
     q: &Tensor,
     k: &Tensor,
@@ -48,12 +48,7 @@ pub(crate) fn attend(
     scale: f32,
 ) -> Result<Tensor> {
     let (batch, heads, queries, head_dim) = q.dims4()?;
-    let (k_batch, kv_heads, keys, k_dim) = k.dims4()?;
-    let fits = (k_batch, k_dim) == (batch, head_dim) && k.dims() == v.dims();
-    let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads) && head_dim > 0;
-    if !fits || !divides || mask.keys() != keys || mask.queries() != queries {
-        candle_core::bail!("attend: queries {q:?}, keys {k:?} and values {v:?}");
-    }
+    let kv_heads = k.dim(1)?;
     let q = q.contiguous()?;
     let (k, v) = (with_whole_rows(k)?, with_whole_rows(v)?);
     let held = values(&q);
@@ -66,13 +61,16 @@ pub(crate) fn attend(
     let q = held.get()?;
     let ys = match (k, v) {
         (CpuStorage::F32(k), CpuStorage::F32(v)) => {
-            run(sizes, q, Rows::new(k, k_layout), Rows::new(v, v_layout), mask, scale)
+            let (k, v) = (Rows::new(k, k_layout), Rows::new(v, v_layout));
+            Job { sizes, q, k, v, mask, scale }.run()
         }
         (CpuStorage::BF16(k), CpuStorage::BF16(v)) => {
-            run(sizes, q, Rows::new(k, k_layout), Rows::new(v, v_layout), mask, scale)
+            let (k, v) = (Rows::new(k, k_layout), Rows::new(v, v_layout));
+            Job { sizes, q, k, v, mask, scale }.run()
         }
         (CpuStorage::F16(k), CpuStorage::F16(v)) => {
-            run(sizes, q, Rows::new(k, k_layout), Rows::new(v, v_layout), mask, scale)
+            let (k, v) = (Rows::new(k, k_layout), Rows::new(v, v_layout));
+            Job { sizes, q, k, v, mask, scale }.run()
         }
         _ => candle_core::bail!("attend: expected keys and values of one type of weight"),
     };
@@ -123,41 +121,46 @@ impl<'a, T> Rows<'a, T> {
     }
 }
 
-fn run<T: Element>(
+/// All that is to be attended to.
+#[derive(Clone, Copy)]
+struct Job<'a, T> {
     sizes: Sizes,
-    q: &[f32],
-    k: Rows<'_, T>,
-    v: Rows<'_, T>,
-    mask: &Mask,
+    q: &'a [f32],
+    k: Rows<'a, T>,
+    v: Rows<'a, T>,
+    mask: &'a Mask,
     scale: f32,
-) -> Vec<f32> {
-    let Sizes { batch, heads, kv_heads, group, queries, head_dim } = sizes;
-    let mut ys = vec![0f32; batch * queries * heads * head_dim];
-    if ys.is_empty() {
-        return ys;
-    }
-    let arch = Arch::new();
-    let of_query = heads * head_dim;
-    // Blocks of queries go to the threads; of a single query, key heads.
-    let most = queries.div_ceil(2 * rayon::current_num_threads());
-    let block = (ROWS / group).clamp(1, most);
-    if queries == 1 {
-        ys.par_chunks_mut(group * head_dim).enumerate().for_each_init(Room::default, |room, it| {
-            let (index, ys) = it;
-            let (row, head) = (index / kv_heads, index % kv_heads);
-            arch.dispatch(One { sizes, q, k, v, mask, scale, row, head, ys, room });
+}
+
+impl<T: Element> Job<'_, T> {
+    fn run(self) -> Vec<f32> {
+        let Sizes { batch, heads, kv_heads, group, queries, head_dim } = self.sizes;
+        let mut ys = vec![0f32; batch * queries * heads * head_dim];
+        if ys.is_empty() {
+            return ys;
+        }
+        let arch = Arch::new();
+        // Of a single query, key heads go to the threads; of more, blocks of queries.
+        if queries == 1 {
+            let heads = ys.par_chunks_mut(group * head_dim).enumerate();
+            heads.for_each_init(Room::default, |room, (index, ys)| {
+                let (row, head) = (index / kv_heads, index % kv_heads);
+                arch.dispatch(One { job: self, row, head, ys, room });
+            });
+            return ys;
+        }
+        let of_query = heads * head_dim;
+        let most = queries.div_ceil(2 * rayon::current_num_threads());
+        let block = (ROWS / group).clamp(1, most);
+        ys.par_chunks_mut(queries * of_query).enumerate().for_each(|(row, ys)| {
+            let blocks = ys.par_chunks_mut(block * of_query).enumerate();
+            blocks.for_each_init(Room::default, |room, (index, ys)| {
+                let queries = index * block..queries.min((index + 1) * block);
+                arch.dispatch(Block { job: self, row, queries, ys, room });
+            });
         });
-        return ys;
+        ys
     }
-    ys.par_chunks_mut(queries * of_query).enumerate().for_each(|(row, ys)| {
-        ys.par_chunks_mut(block * of_query).enumerate().for_each_init(Room::default, |room, it| {
-            let (index, ys) = it;
-            let queries = index * block..queries.min((index + 1) * block);
-            let heads = 0..kv_heads;
-            arch.dispatch(Block { sizes, q, k, v, mask, scale, row, heads, queries, ys, room });
-        });
-    });
-    ys
 }
 
 /// What a thread needs again and again.
@@ -182,12 +185,7 @@ struct Room {
 /// The one query of a row of the batch, against the keys of a head: what a token costs that is decoded.
 /// Few rows would leave most of a tile empty, so vectors run along the channels here.
 struct One<'a, T> {
-    sizes: Sizes,
-    q: &'a [f32],
-    k: Rows<'a, T>,
-    v: Rows<'a, T>,
-    mask: &'a Mask,
-    scale: f32,
+    job: Job<'a, T>,
     row: usize,
     head: usize,
     /// `(group, head_dim)`
@@ -200,18 +198,19 @@ impl<T: Element> WithSimd for One<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Sizes { heads, group, head_dim, .. } = self.sizes;
+        let Job { q, k, v, mask, scale, .. } = self.job;
+        let Sizes { heads, group, head_dim, .. } = self.job.sizes;
         let Room { scores, wide: [wide, _], .. } = self.room;
         wide.resize(head_dim, 0.0);
-        let keys = self.mask.sees(self.row, 0);
-        let k = self.k.of(self.row, self.head, &keys, head_dim);
-        let v = self.v.of(self.row, self.head, &keys, head_dim);
-        let q = &self.q[(self.row * heads + self.head * group) * head_dim..][..group * head_dim];
+        let keys = mask.sees(self.row, 0);
+        let k = k.of(self.row, self.head, &keys, head_dim);
+        let v = v.of(self.row, self.head, &keys, head_dim);
+        let q = &q[(self.row * heads + self.head * group) * head_dim..][..group * head_dim];
         scores.resize(group * keys.len(), 0.0); // (group, keys)
         for (key, k) in k.chunks_exact(head_dim).enumerate() {
             let k = T::widen(simd, k, wide);
             for (q, scores) in q.chunks_exact(head_dim).zip(scores.chunks_exact_mut(keys.len())) {
-                scores[key] = self.scale * dot(simd, q, k);
+                scores[key] = scale * dot(simd, q, k);
             }
         }
         scores.chunks_exact_mut(keys.len().max(1)).for_each(softmax);
@@ -225,18 +224,12 @@ impl<T: Element> WithSimd for One<'_, T> {
     }
 }
 
-/// Some queries of one row of the batch, against the keys of some heads.
+/// Some queries of one row of the batch, against the keys of all heads.
 struct Block<'a, T> {
-    sizes: Sizes,
-    q: &'a [f32],
-    k: Rows<'a, T>,
-    v: Rows<'a, T>,
-    mask: &'a Mask,
-    scale: f32,
+    job: Job<'a, T>,
     row: usize,
-    heads: Range<usize>,
     queries: Range<usize>,
-    /// `(queries, heads · group · head_dim)`
+    /// `(queries, heads · head_dim)`
     ys: &'a mut [f32],
     room: &'a mut Room,
 }
@@ -257,7 +250,8 @@ impl<T: Element> WithSimd for Block<'_, T> {
 impl<T: Element> Block<'_, T> {
     /// The `index`th row of the block: its query, and its head among those of the key head.
     fn row(&self, index: usize) -> (usize, usize) {
-        (self.queries.start + index / self.sizes.group, index % self.sizes.group)
+        let group = self.job.sizes.group;
+        (self.queries.start + index / group, index % group)
     }
 
     #[inline(always)]
@@ -265,9 +259,10 @@ impl<T: Element> Block<'_, T> {
     where
         for<'b> [&'b [f32]; N]: Group<S>,
     {
-        let head_dim = self.sizes.head_dim;
+        let Job { k, v, mask, .. } = self.job;
+        let Sizes { kv_heads, group, head_dim, .. } = self.job.sizes;
         let width = 2 * S::F32_LANES;
-        let rows = self.queries.len() * self.sizes.group;
+        let rows = self.queries.len() * group;
         let padded = rows.next_multiple_of(width);
         let room = std::mem::take(self.room);
         let Room { mut q, mut o, mut largest, mut sum, mut from, mut to, mut scores, mut wide } =
@@ -284,14 +279,14 @@ impl<T: Element> Block<'_, T> {
         from.clear();
         to.clear();
         for index in 0..padded {
-            let sees = self.mask.sees(self.row, self.row(index.min(rows - 1)).0);
+            let sees = mask.sees(self.row, self.row(index.min(rows - 1)).0);
             from.push(sees.start as u32);
             to.push(sees.end as u32);
         }
         let first = from.iter().copied().min().unwrap_or_default() as usize;
         let last = to.iter().copied().max().unwrap_or_default() as usize;
 
-        for head in self.heads.clone() {
+        for head in 0..kv_heads {
             self.pack(head, rows, width, &mut q);
             o.fill(0.0);
             largest.clear();
@@ -300,8 +295,8 @@ impl<T: Element> Block<'_, T> {
             sum.resize(padded, 0.0);
             for start in (first..last).step_by(KEYS) {
                 let keys = start..last.min(start + KEYS);
-                let k = T::widen(simd, self.k.of(self.row, head, &keys, head_dim), wide_k);
-                let v = T::widen(simd, self.v.of(self.row, head, &keys, head_dim), wide_v);
+                let k = T::widen(simd, k.of(self.row, head, &keys, head_dim), wide_k);
+                let v = T::widen(simd, v.of(self.row, head, &keys, head_dim), wide_v);
                 let tiles =
                     q.chunks_exact(width * head_dim).zip(o.chunks_exact_mut(width * head_dim));
                 for (tile, (q, o)) in tiles.enumerate() {
@@ -331,14 +326,14 @@ impl<T: Element> Block<'_, T> {
     /// Turns the queries of a head's group into tiles.
     #[inline(always)]
     fn pack(&self, head: usize, rows: usize, width: usize, tiles: &mut [f32]) {
-        let Sizes { heads, group, queries, head_dim, .. } = self.sizes;
+        let Sizes { heads, group, queries, head_dim, .. } = self.job.sizes;
         for index in 0..rows {
             let (query, within) = self.row(index);
             let from = ((self.row * heads + head * group + within) * queries + query) * head_dim;
             let tile = &mut tiles[index / width * width * head_dim..][..width * head_dim];
-            let q = &self.q[from..from + head_dim];
+            let q = &self.job.q[from..from + head_dim];
             for (place, q) in tile.iter_mut().skip(index % width).step_by(width).zip(q) {
-                *place = q * self.scale;
+                *place = q * self.job.scale;
             }
         }
     }
@@ -346,12 +341,11 @@ impl<T: Element> Block<'_, T> {
     /// Turns tiles back, each row divided by its sum.
     #[inline(always)]
     fn unpack(&mut self, head: usize, rows: usize, width: usize, tiles: &[f32], sum: &[f32]) {
-        let Sizes { group, head_dim, .. } = self.sizes;
-        let of_query = self.heads.len() * group * head_dim;
+        let Sizes { heads, group, head_dim, .. } = self.job.sizes;
         for index in 0..rows {
             let (query, within) = (index / group, index % group);
-            let head = (head - self.heads.start) * group + within;
-            let y = &mut self.ys[query * of_query + head * head_dim..][..head_dim];
+            let head = head * group + within;
+            let y = &mut self.ys[(query * heads + head) * head_dim..][..head_dim];
             let tile = &tiles[index / width * width * head_dim..][..width * head_dim];
             let scale = 1.0 / sum[index];
             for (y, o) in y.iter_mut().zip(tile.iter().skip(index % width).step_by(width)) {

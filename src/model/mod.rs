@@ -457,8 +457,8 @@ impl Transformer {
     }
 }
 
-/// Does `work` on a thread of rayon's pool: each of its many small parallel steps then costs a
-/// microsecond or two, from outside ten.
+/// Does `work` on a thread of rayon's pool: from outside, each of its many small parallel steps would
+/// wait for a thread of the pool to take it up.
 fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| work())
 }

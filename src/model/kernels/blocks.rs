@@ -4,10 +4,8 @@
 //! A block is known by its type here, and its type is its size: no two have the same. Its numbers are
 //! taken apart 32 bytes at a time.
 
-use pulp::Simd;
-
-use super::element::{Element, Groups, PART, RUN, from_half};
-use super::units::{OnUnit, Unit, on_unit};
+use super::element::{Element, Groups, PART, from_half};
+use super::units::Unit;
 
 /// 32 weights: a scale and 32 whole numbers.
 pub(super) type Q8_0 = [u8; 34];
@@ -71,11 +69,6 @@ macro_rules! block {
             const MINIMA: bool = $minima;
 
             #[inline(always)]
-            fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
-                widen(simd, w, wide)
-            }
-
-            #[inline(always)]
             fn take_apart($unit: impl Unit, w: &[Self], groups: &mut Groups) -> usize {
                 let q = groups.q.as_chunks_mut::<PART>().0.as_chunks_mut::<8>().0;
                 let d = groups.d.as_chunks_mut::<16>().0.iter_mut();
@@ -87,35 +80,6 @@ macro_rules! block {
             }
         }
     };
-}
-
-/// [`Element::widen`] for blocks.
-#[inline(always)]
-fn widen<'a, T: Element, S: Simd>(simd: S, w: &'a [T], wide: &'a mut [f32]) -> &'a [f32] {
-    let (wide, _) = wide.split_at_mut(w.len() * T::LEN);
-    let mut groups = Groups::new();
-    for (wide, w) in wide.chunks_mut(RUN).zip(w.chunks(RUN / T::LEN)) {
-        on_unit(simd, Widen { w, groups: &mut groups, wide });
-    }
-    wide
-}
-
-/// A run of blocks, to be widened.
-struct Widen<'a, T> {
-    w: &'a [T],
-    groups: &'a mut Groups,
-    wide: &'a mut [f32],
-}
-
-impl<T: Element> OnUnit for Widen<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, unit: impl Unit) {
-        T::take_apart(unit, self.w, self.groups);
-        let (q, wide) = (self.groups.q.as_chunks().0, self.wide.as_chunks_mut().0);
-        unit.scale(q, &self.groups.d, &self.groups.m, wide);
-    }
 }
 
 /// [`Unit::nibbles`] with a fifth bit for each, one after another from `fifths` on.
@@ -138,11 +102,6 @@ macro_rules! small_block {
         impl Element for $name {
             const LEN: usize = PART;
             const MINIMA: bool = $minima;
-
-            #[inline(always)]
-            fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
-                widen(simd, w, wide)
-            }
 
             #[inline(always)]
             fn take_apart($unit: impl Unit, w: &[Self], groups: &mut Groups) -> usize {

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use pulp::Simd;
 
-use super::units::Unit;
+use super::units::{OnUnit, Unit, on_unit};
 
 /// The smallest piece that weights are stored in: one number, or a GGUF block of several.
 pub(super) trait Element: Copy + Send + Sync {
@@ -17,13 +17,39 @@ pub(super) trait Element: Copy + Send + Sync {
     const MINIMA: bool = false;
 
     /// A run of weights in `f32`: itself, or what is written to the front of `wide`, which has room
-    /// for all of them if these are narrower.
-    fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
+    /// for all of them if these are narrower. As it stands, it is for blocks.
+    #[inline(always)]
+    fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
+        let (wide, _) = wide.split_at_mut(w.len() * Self::LEN);
+        let mut groups = Groups::new();
+        for (wide, w) in wide.chunks_mut(RUN).zip(w.chunks(RUN / Self::LEN)) {
+            on_unit(simd, Widen { w, groups: &mut groups, wide });
+        }
+        wide
+    }
 
     /// Takes a run of blocks apart, [`RUN`] weights at most: gives how many weights they are, or 0 for
     /// what is no block.
     fn take_apart(_unit: impl Unit, _w: &[Self], _groups: &mut Groups) -> usize {
         0
+    }
+}
+
+/// A run of blocks, to be widened.
+struct Widen<'a, T> {
+    w: &'a [T],
+    groups: &'a mut Groups,
+    wide: &'a mut [f32],
+}
+
+impl<T: Element> OnUnit for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, unit: impl Unit) {
+        T::take_apart(unit, self.w, self.groups);
+        let (q, wide) = (self.groups.q.as_chunks().0, self.wide.as_chunks_mut().0);
+        unit.scale(q, &self.groups.d, &self.groups.m, wide);
     }
 }
 

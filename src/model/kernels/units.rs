@@ -156,7 +156,7 @@ mod x86 {
 
     use super::{GROUP, Lanes, PART, Unit, from_half};
 
-    /// The steps on bytes, which AVX-512 does no faster.
+    /// The steps on bytes, 32 of which fill a register of AVX2.
     macro_rules! bytes {
         () => {
             type Bytes = __m256i;

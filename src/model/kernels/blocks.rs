@@ -1,11 +1,75 @@
 //! The blocks of GGUF files, as llama.cpp's `ggml-common.h` lays them out. The plain twin of all of
 //! them is candle's `dequantize`, with which they agree to the last bit.
 //!
-//! A block is known by its type here, and its type is its size: no two have the same. Its numbers are
-//! taken apart 32 bytes at a time.
+//! A block is known by its type here, and its type is its size: no two have the same. Blocks are taken
+//! apart a chunk at a time, and their numbers 32 bytes at a time.
 
-use super::element::{Element, Groups, PART, from_half};
-use super::units::Unit;
+use pulp::Simd;
+
+use super::element::Element;
+use super::units::{OnUnit, Unit, on_unit};
+
+/// Weights that share a scale, at least.
+pub(super) const GROUP: usize = 16;
+
+/// Weights that lie together in every block.
+pub(super) const PART: usize = 2 * GROUP;
+
+/// The weights of a large block, or of eight small ones.
+pub(super) const CHUNK: usize = 8 * PART;
+
+/// One number for each group of a chunk.
+pub(super) type Groups = [f32; CHUNK / GROUP];
+
+/// A block holds whole numbers `q`, one for each weight, and scales `d` and minima `m` for groups of
+/// them: a weight is `d q - m`.
+pub(super) trait Block: Copy + Send + Sync {
+    /// Weights in it, [`PART`] or [`CHUNK`].
+    const LEN: usize;
+
+    /// Whether its numbers are bytes with a sign, and there are no minima. Else they are 0 to 63.
+    const SIGNED: bool = false;
+
+    /// The numbers of a part of a chunk.
+    fn numbers<U: Unit>(unit: U, chunk: &[Self], part: usize) -> U::Bytes;
+
+    /// Scales and minima of a chunk, or of as many small blocks as there are.
+    fn scales(unit: impl Unit, chunk: &[Self], d: &mut Groups, m: &mut Groups);
+}
+
+impl<B: Block> Element for B {
+    const LEN: usize = B::LEN;
+
+    #[inline(always)]
+    fn widen<'a, S: Simd>(simd: S, w: &'a [B], wide: &'a mut [f32]) -> &'a [f32] {
+        let (wide, _) = wide.split_at_mut(w.len() * B::LEN);
+        for (wide, chunk) in wide.chunks_mut(CHUNK).zip(w.chunks(CHUNK / B::LEN)) {
+            on_unit(simd, Widen { chunk, wide });
+        }
+        wide
+    }
+}
+
+/// A chunk of blocks, to be widened.
+struct Widen<'a, B> {
+    chunk: &'a [B],
+    wide: &'a mut [f32],
+}
+
+impl<B: Block> OnUnit for Widen<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, unit: impl Unit) {
+        let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
+        B::scales(unit, self.chunk, &mut d, &mut m);
+        let groups = d.as_chunks().0.iter().zip(m.as_chunks().0);
+        for (part, (wide, (d, m))) in self.wide.as_chunks_mut().0.iter_mut().zip(groups).enumerate()
+        {
+            unit.scale(B::numbers(unit, self.chunk, part), d, m, wide);
+        }
+    }
+}
 
 /// 32 weights: a scale and 32 whole numbers.
 pub(super) type Q8_0 = [u8; 34];
@@ -50,8 +114,8 @@ pub(super) use for_blocks;
 
 /// The `f16` of a block that is at `at`.
 #[inline(always)]
-fn scale(block: &[u8], at: usize) -> f32 {
-    from_half(u16::from_le_bytes(*part(block, at)))
+fn scale(unit: impl Unit, block: &[u8], at: usize) -> f32 {
+    unit.half(u16::from_le_bytes(*part(block, at)))
 }
 
 /// `N` bytes of a block from `at` on, which is a constant: there is no check left at run time.
@@ -60,23 +124,27 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().unwrap_or(&[0; N])
 }
 
-/// Implements [`Element`] for a block of 256 weights: `$read` takes it apart into whole numbers `q`, 32
-/// at a time, and `d` and `m` for each group of 16, for a weight is `d q - m`.
-macro_rules! block {
-    ($name:ty, $minima:literal, |$unit:ident, $block:ident, $q:ident, $d:ident, $m:ident| $read:block) => {
-        impl Element for $name {
-            const LEN: usize = 256;
-            const MINIMA: bool = $minima;
+/// Implements [`Block`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and `$scales`
+/// sets the scales `$d` and minima `$m` of its groups.
+macro_rules! large_block {
+    (
+        $name:ty, |$unit:ident, $block:ident|
+        $part:ident => $numbers:expr,
+        ($d:ident, $m:ident) => $scales:block
+    ) => {
+        impl Block for $name {
+            const LEN: usize = CHUNK;
 
             #[inline(always)]
-            fn take_apart($unit: impl Unit, w: &[Self], groups: &mut Groups) -> usize {
-                let q = groups.q.as_chunks_mut::<PART>().0.as_chunks_mut::<8>().0;
-                let d = groups.d.as_chunks_mut::<16>().0.iter_mut();
-                let m = groups.m.as_chunks_mut::<16>().0.iter_mut();
-                for ($block, ($q, ($d, $m))) in w.iter().zip(q.iter_mut().zip(d.zip(m))) {
-                    $read
-                }
-                w.len() * 256
+            fn numbers<U: Unit>($unit: U, chunk: &[Self], $part: usize) -> U::Bytes {
+                let $block = &chunk[0];
+                $numbers
+            }
+
+            #[inline(always)]
+            fn scales($unit: impl Unit, chunk: &[Self], $d: &mut Groups, $m: &mut Groups) {
+                let $block = &chunk[0];
+                $scales
             }
         }
     };
@@ -85,132 +153,127 @@ macro_rules! block {
 /// [`Unit::nibbles`] with a fifth bit for each, one after another from `fifths` on.
 #[inline(always)]
 fn fives<U: Unit>(unit: U, block: &[u8], fifths: usize, at: usize) -> U::Bytes {
-    const PLACES: u64 = u64::from_le_bytes([1, 2, 4, 8, 16, 32, 64, 128]);
-    const ONES: u64 = u64::from_le_bytes([1; 8]);
-    let mut bytes = [0; PART];
-    for (eight, bits) in bytes.as_chunks_mut().0.iter_mut().zip(part::<4>(block, fifths)) {
-        let set = (u64::from(*bits) * ONES) & PLACES; // a byte is not 0 where its bit is set ...
-        *eight = ((set + 0x7f * ONES) >> 3).to_le_bytes(); // ... and carries into its upper bit then
-    }
-    unit.or(unit.nibbles(part(block, at)), unit.and(unit.load(&bytes), 16))
+    let fifths = unit.and(unit.bits(*part(block, fifths)), 16);
+    unit.or(unit.nibbles(part(block, at)), fifths)
 }
 
-/// [`block!`] for 32 weights, whose scale and, where there is one, minimum are the first two `f16`:
-/// `$numbers` are theirs, all less `$less`.
+/// The `f16` at `at` of each small block of a chunk, for both of its groups; 0 where there is none.
+#[inline(always)]
+fn pairs_of_scales<const N: usize>(unit: impl Unit, chunk: &[[u8; N]], at: usize) -> Groups {
+    let bits = |block: usize| chunk.get(block).map_or([0; 2], |block| *part(block, at));
+    unit.pairs([bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)])
+}
+
+/// Implements [`Block`] for 32 weights, whose scale is their first `f16`: `$numbers` are theirs, and
+/// `$minima` are those of a `$chunk` with the scales `$d`.
 macro_rules! small_block {
-    ($name:ty, $minima:literal, |$unit:ident, $block:ident| $numbers:expr, less $less:literal) => {
-        impl Element for $name {
+    (
+        $name:ty, |$unit:ident, $block:ident| $numbers:expr,
+        |$chunk:ident, $d:ident| $minima:expr, signed $signed:literal
+    ) => {
+        impl Block for $name {
             const LEN: usize = PART;
-            const MINIMA: bool = $minima;
+            const SIGNED: bool = $signed;
 
             #[inline(always)]
-            fn take_apart($unit: impl Unit, w: &[Self], groups: &mut Groups) -> usize {
-                let q = groups.q.as_chunks_mut().0.iter_mut();
-                let d = groups.d.as_chunks_mut().0.iter_mut();
-                let m = groups.m.as_chunks_mut().0.iter_mut();
-                for ($block, (q, (d, m))) in w.iter().zip(q.zip(d.zip(m))) {
-                    $unit.write($numbers, $less, q);
-                    *d = [$unit.half(u16::from_le_bytes(*part($block, 0))); 2];
-                    if Self::MINIMA {
-                        *m = [-$unit.half(u16::from_le_bytes(*part($block, 2))); 2];
-                    }
-                }
-                w.len() * PART
+            fn numbers<U: Unit>($unit: U, chunk: &[Self], part: usize) -> U::Bytes {
+                let $block = &chunk[part];
+                $numbers
+            }
+
+            #[inline(always)]
+            fn scales($unit: impl Unit, $chunk: &[Self], d: &mut Groups, m: &mut Groups) {
+                let $d = pairs_of_scales($unit, $chunk, 0);
+                (*d, *m) = ($d, $minima);
             }
         }
     };
 }
 
-small_block!(Q8_0, false, |unit, block| unit.load(part(block, 2)), less 0);
-small_block!(Q4_0, false, |unit, block| unit.nibbles(part(block, 2)), less 8);
-small_block!(Q4_1, true, |unit, block| unit.nibbles(part(block, 4)), less 0);
-small_block!(Q5_0, false, |unit, block| fives(unit, block, 2, 6), less 16);
-small_block!(Q5_1, true, |unit, block| fives(unit, block, 4, 8), less 0);
+/// The minima of a chunk of small blocks, which are stored behind the scales, and with the other sign.
+#[inline(always)]
+fn minima<const N: usize>(unit: impl Unit, chunk: &[[u8; N]]) -> Groups {
+    pairs_of_scales(unit, chunk, 2).map(|m| -m)
+}
 
-// The numbers of a K block lie in 8 runs of 32. Those of a run have their bits in the same place of 32
-// bytes, which other runs share.
+small_block!(Q8_0, |unit, block| unit.load(part(block, 2)), |chunk, d| [0.0; 16], signed true);
+small_block!(Q4_0, |unit, block| unit.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d), signed false);
+small_block!(Q4_1, |unit, block| unit.nibbles(part(block, 4)), |chunk, d| minima(unit, chunk), signed false);
+small_block!(Q5_0, |unit, block| fives(unit, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), signed false);
+small_block!(Q5_1, |unit, block| fives(unit, block, 4, 8), |chunk, d| minima(unit, chunk), signed false);
 
-block!(Q2K, true, |unit, block, q, d, m| {
-    for half in 0..2 {
-        let qs = unit.load(part(block, 16 + half * 32));
-        for run in 0..4 {
-            unit.write(unit.and(unit.shift_down(qs, 2 * run), 3), 0, &mut q[half * 4 + run]);
-        }
-    }
-    let (packed, d_of_all, m_of_all) = (part::<16>(block, 0), scale(block, 80), scale(block, 82));
+// The parts of a large block have their bits in the same place of 32 bytes, which other parts share.
+
+large_block!(Q2K, |unit, block| n => {
+    let qs = unit.load(part(block, 16 + n / 4 * 32));
+    unit.and(unit.shift_down(qs, n % 4 * 2), 3)
+}, (d, m) => {
+    let packed = part::<16>(block, 0);
+    let (d_of_all, m_of_all) = (scale(unit, block, 80), scale(unit, block, 82));
     *d = packed.map(|both| d_of_all * f32::from(both & 15));
     *m = packed.map(|both| m_of_all * f32::from(both >> 4));
 });
 
-block!(Q3K, false, |unit, block, q, d, _m| {
-    let thirds = unit.load(part(block, 0));
-    for half in 0..2 {
-        let qs = unit.load(part(block, 32 + half * 32));
-        for run in 0..4 {
-            let low = unit.and(unit.shift_down(qs, 2 * run), 3);
-            let third = unit.and(unit.shift_down(thirds, half * 4 + run), 1);
-            unit.write(unit.or(low, unit.shift_up(third, 2)), 4, &mut q[half * 4 + run]);
-        }
-    }
+large_block!(Q3K, |unit, block| n => {
+    let (thirds, qs) = (unit.load(part(block, 0)), unit.load(part(block, 32 + n / 4 * 32)));
+    let low = unit.and(unit.shift_down(qs, n % 4 * 2), 3);
+    let third = unit.and(unit.shift_down(thirds, n), 1);
+    unit.or(low, unit.shift_up(third, 2))
+}, (d, m) => {
     // 16 scales: the lower 4 bits in 8 bytes, the upper 2 of each in the 4 bytes behind.
-    let (low, high, d_of_all) = (part::<8>(block, 96), part::<4>(block, 104), scale(block, 108));
-    for (group, d) in d.iter_mut().enumerate() {
-        let low = (low[group % 8] >> (group / 8 * 4)) & 15;
-        let high = (high[group % 4] >> (group / 4 * 2)) & 3;
+    let (low, high) = (u64::from_le_bytes(*part(block, 96)), u32::from_le_bytes(*part(block, 104)));
+    let low = [low, low >> 4].map(|low| low & u64::from_ne_bytes([15; 8]));
+    let high = [high, high >> 2, high >> 4, high >> 6].map(|high| high & u32::from_ne_bytes([3; 4]));
+    let (low, high) = (low.map(u64::to_le_bytes), high.map(u32::to_le_bytes));
+    let d_of_all = scale(unit, block, 108);
+    for ((d, low), high) in d.iter_mut().zip(low.as_flattened()).zip(high.as_flattened()) {
         *d = d_of_all * (f32::from(low | high << 4) - 32.0);
     }
+    *m = d.map(|d| 4.0 * d);
 });
 
 /// Scales and minima of the groups of a [`Q4K`] or [`Q5K`] block. They are of 32 weights each, and
-/// have 6 bits: those of the last four runs are put together of 4 bits and the 2 that the first four
+/// have 6 bits: those of the last four parts are put together of 4 bits and the 2 that the first four
 /// leave over.
 #[inline(always)]
-fn scales_and_minima(block: &[u8], d: &mut [f32; 16], m: &mut [f32; 16]) {
+fn scales_and_minima(unit: impl Unit, block: &[u8], d: &mut Groups, m: &mut Groups) {
     let packed = part::<12>(block, 4);
-    let (d_of_all, m_of_all) = (scale(block, 0), scale(block, 2));
-    for run in 0..4 {
-        let [scale, minimum, rest] = [packed[run], packed[run + 4], packed[run + 8]];
+    let (d_of_all, m_of_all) = (scale(unit, block, 0), scale(unit, block, 2));
+    for part in 0..4 {
+        let [scale, minimum, rest] = [packed[part], packed[part + 4], packed[part + 8]];
         let first = [scale & 63, minimum & 63];
         let last = [(rest & 15) | (scale >> 6) << 4, (rest >> 4) | (minimum >> 6) << 4];
-        for (run, [scale, minimum]) in [(run, first), (run + 4, last)] {
-            [d[2 * run], d[2 * run + 1]] = [d_of_all * f32::from(scale); 2];
-            [m[2 * run], m[2 * run + 1]] = [m_of_all * f32::from(minimum); 2];
+        for (part, [scale, minimum]) in [(part, first), (part + 4, last)] {
+            [d[2 * part], d[2 * part + 1]] = [d_of_all * f32::from(scale); 2];
+            [m[2 * part], m[2 * part + 1]] = [m_of_all * f32::from(minimum); 2];
         }
     }
 }
 
-block!(Q4K, true, |unit, block, q, d, m| {
-    for pair in 0..4 {
-        let qs = unit.load(part(block, 16 + pair * 32));
-        unit.write(unit.and(qs, 15), 0, &mut q[2 * pair]);
-        unit.write(unit.and(unit.shift_down(qs, 4), 15), 0, &mut q[2 * pair + 1]);
-    }
-    scales_and_minima(block, d, m);
+large_block!(Q4K, |unit, block| n => {
+    unit.and(unit.shift_down(unit.load(part(block, 16 + n / 2 * 32)), n % 2 * 4), 15)
+}, (d, m) => {
+    scales_and_minima(unit, block, d, m);
 });
 
-block!(Q5K, true, |unit, block, q, d, m| {
-    let fifths = unit.load(part(block, 16));
-    for pair in 0..4 {
-        let qs = unit.load(part(block, 48 + pair * 32));
-        for run in 0..2 {
-            let low = unit.and(unit.shift_down(qs, 4 * run), 15);
-            let fifth = unit.and(unit.shift_down(fifths, 2 * pair + run), 1);
-            unit.write(unit.or(low, unit.shift_up(fifth, 4)), 0, &mut q[2 * pair + run]);
-        }
-    }
-    scales_and_minima(block, d, m);
+large_block!(Q5K, |unit, block| n => {
+    let (fifths, qs) = (unit.load(part(block, 16)), unit.load(part(block, 48 + n / 2 * 32)));
+    let low = unit.and(unit.shift_down(qs, n % 2 * 4), 15);
+    let fifth = unit.and(unit.shift_down(fifths, n), 1);
+    unit.or(low, unit.shift_up(fifth, 4))
+}, (d, m) => {
+    scales_and_minima(unit, block, d, m);
 });
 
-block!(Q6K, false, |unit, block, q, d, _m| {
-    for half in 0..2 {
-        let high = unit.load(part(block, 128 + half * 32));
-        for run in 0..4 {
-            let low = unit.load(part(block, half * 64 + run % 2 * 32));
-            let low = unit.and(unit.shift_down(low, run / 2 * 4), 15);
-            let high = unit.and(unit.shift_down(high, 2 * run), 3);
-            unit.write(unit.or(low, unit.shift_up(high, 4)), 32, &mut q[half * 4 + run]);
-        }
-    }
-    let d_of_all = scale(block, 208);
+large_block!(Q6K, |unit, block| n => {
+    let (half, quarter) = (n / 4, n % 4);
+    let low = unit.load(part(block, half * 64 + quarter % 2 * 32));
+    let low = unit.and(unit.shift_down(low, quarter / 2 * 4), 15);
+    let high = unit.load(part(block, 128 + half * 32));
+    let high = unit.and(unit.shift_down(high, 2 * quarter), 3);
+    unit.or(low, unit.shift_up(high, 4))
+}, (d, m) => {
+    let d_of_all = scale(unit, block, 208);
     *d = part::<16>(block, 192).map(|packed| d_of_all * f32::from(packed as i8));
+    *m = d.map(|d| 32.0 * d);
 });

@@ -3,8 +3,6 @@
 use half::{bf16, f16};
 use pulp::Simd;
 
-use super::units::{OnUnit, Unit, on_unit};
-
 /// The smallest piece that weights are stored in: one number, or a GGUF block of several.
 pub(super) trait Element: Copy + Send + Sync {
     /// Weights in it.
@@ -13,64 +11,9 @@ pub(super) trait Element: Copy + Send + Sync {
     /// Whether [`widen`](Self::widen) needs room.
     const NARROW: bool = true;
 
-    /// Whether blocks of it have minima.
-    const MINIMA: bool = false;
-
     /// A run of weights in `f32`: itself, or what is written to the front of `wide`, which has room
-    /// for all of them if these are narrower. As it stands, it is for blocks.
-    #[inline(always)]
-    fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32] {
-        let (wide, _) = wide.split_at_mut(w.len() * Self::LEN);
-        let mut groups = Groups::new();
-        for (wide, w) in wide.chunks_mut(RUN).zip(w.chunks(RUN / Self::LEN)) {
-            on_unit(simd, Widen { w, groups: &mut groups, wide });
-        }
-        wide
-    }
-
-    /// Takes a run of blocks apart, [`RUN`] weights at most: gives how many weights they are, or 0 for
-    /// what is no block.
-    fn take_apart(_unit: impl Unit, _w: &[Self], _groups: &mut Groups) -> usize {
-        0
-    }
-}
-
-/// A run of blocks, to be widened.
-struct Widen<'a, T> {
-    w: &'a [T],
-    groups: &'a mut Groups,
-    wide: &'a mut [f32],
-}
-
-impl<T: Element> OnUnit for Widen<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, unit: impl Unit) {
-        T::take_apart(unit, self.w, self.groups);
-        let (q, wide) = (self.groups.q.as_chunks().0, self.wide.as_chunks_mut().0);
-        unit.scale(q, &self.groups.d, &self.groups.m, wide);
-    }
-}
-
-/// Weights of a block that share a scale, at least.
-pub(super) const GROUP: usize = 16;
-
-/// Weights that lie together in every block.
-pub(super) const PART: usize = 2 * GROUP;
-
-/// A run of blocks, taken apart: whole numbers `q` for each weight, `d` and `m` for each group of
-/// them. A weight is `d q - m`.
-pub(super) struct Groups {
-    pub(super) q: [i8; RUN],
-    pub(super) d: [f32; RUN / GROUP],
-    pub(super) m: [f32; RUN / GROUP],
-}
-
-impl Groups {
-    pub(super) const fn new() -> Self {
-        Self { q: [0; RUN], d: [0.0; RUN / GROUP], m: [0.0; RUN / GROUP] }
-    }
+    /// for all of them if these are narrower.
+    fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
 }
 
 /// Weights that are widened at a time, into a buffer that stays in the first-level cache. A multiple

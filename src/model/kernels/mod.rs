@@ -3,10 +3,12 @@
 
 mod add;
 mod attend;
+mod block_dot;
 mod blocks;
 mod dot;
 mod element;
 mod exp;
+mod fixed;
 mod flash;
 mod heads;
 mod product;
@@ -54,9 +56,15 @@ pub(crate) fn product(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     let (storage, layout) = weight.storage_and_layout();
     match &*storage {
-        Storage::Cpu(CpuStorage::F32(w)) => multiply(xs, within(w, layout, out * len)?, len),
-        Storage::Cpu(CpuStorage::BF16(w)) => multiply(xs, within(w, layout, out * len)?, len),
-        Storage::Cpu(CpuStorage::F16(w)) => multiply(xs, within(w, layout, out * len)?, len),
+        Storage::Cpu(CpuStorage::F32(w)) => {
+            multiply(xs, within(w, layout, out * len)?, len, dot::columns)
+        }
+        Storage::Cpu(CpuStorage::BF16(w)) => {
+            multiply(xs, within(w, layout, out * len)?, len, dot::columns)
+        }
+        Storage::Cpu(CpuStorage::F16(w)) => {
+            multiply(xs, within(w, layout, out * len)?, len, dot::columns)
+        }
         _ => Err(Error::UnsupportedDTypeForOp(weight.dtype(), "product")),
     }
 }
@@ -64,7 +72,7 @@ pub(crate) fn product(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// [`product`] for a quantised weight. The plain twin multiplies by `weight.dequantize(..)`.
 pub(crate) fn quantized_product(xs: &Tensor, weight: &QTensor) -> Result<Tensor> {
     let (_, len) = weight.shape().dims2()?;
-    for_blocks!(weight, |blocks| multiply(xs, blocks, len))
+    for_blocks!(weight, |blocks| multiply(xs, blocks, len, block_dot::columns))
 }
 
 /// Rows of a quantised weight on the CPU in `f32`: `(rows, in)`.
@@ -107,8 +115,13 @@ impl<T: Element> WithSimd for Widen<'_, T> {
     }
 }
 
-/// `x Wᵀ` for rows of `len` weights.
-fn multiply<T: Element>(xs: &Tensor, w: &[T], len: usize) -> Result<Tensor> {
+/// `x Wᵀ` for rows of `len` weights; `few` multiplies few rows of `x`.
+fn multiply<T: Element>(
+    xs: &Tensor,
+    w: &[T],
+    len: usize,
+    few: impl Fn(&[f32], &[T], usize, &mut [f32]),
+) -> Result<Tensor> {
     let (rows, x_len) = xs.dims2()?;
     let row_len = (len / T::LEN).max(1);
     if x_len != len || !w.len().is_multiple_of(row_len) {
@@ -125,7 +138,7 @@ fn multiply<T: Element>(xs: &Tensor, w: &[T], len: usize) -> Result<Tensor> {
     }
     // Column-major first, so that a task writes one unbroken run: (out, rows).
     let mut columns = vec![0f32; out * rows];
-    dot::columns(x, w, len, &mut columns);
+    few(x, w, len, &mut columns);
     Tensor::from_vec(columns, (out, rows), xs.device())?.t()?.contiguous()
 }
 

@@ -5,7 +5,9 @@ use std::any::Any;
 
 use pulp::Simd;
 
-use super::element::{GROUP, PART, from_half};
+use super::blocks::{GROUP, Groups, PART};
+use super::element::from_half;
+use super::fixed::Fixed;
 
 /// Sums side by side, to be added up at last.
 pub(super) type Lanes = [f32; 16];
@@ -24,21 +26,29 @@ pub(super) trait Unit: Copy {
     fn shift_down(self, bytes: Self::Bytes, by: usize) -> Self::Bytes;
     /// Moves bits up, those of one byte into the one above, too.
     fn shift_up(self, bytes: Self::Bytes, by: usize) -> Self::Bytes;
-    /// Writes each byte less `less`, as a number with a sign.
-    fn write(self, bytes: Self::Bytes, less: u8, numbers: &mut [i8; PART]);
+
+    /// For each bit a byte, all of whose bits are set or none.
+    fn bits(self, bits: [u8; 4]) -> Self::Bytes;
 
     /// The `f16` with these bits.
     fn half(self, bits: u16) -> f32;
+    /// Several of them, each twice.
+    fn pairs(self, halves: [[u8; 2]; 8]) -> Groups;
 
-    /// Adds `Σ d (x·q)` over groups to the lanes.
-    fn add_products(self, x: &[[f32; GROUP]], q: &[[i8; GROUP]], d: &[f32], lanes: &mut Lanes);
+    /// Adds `Σ d q·x` over the two groups of a part to the lanes, for numbers with a sign.
+    fn add_products(self, q: Self::Bytes, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes);
 
-    /// Takes `a·b` from the lanes.
-    fn subtract(self, a: &Lanes, b: &Lanes, lanes: &mut Lanes);
+    /// Adds `Σ (d q - m)·x` over a chunk to the lanes, for numbers from 0 to 63.
+    ///
+    /// Four products to a lane are below `4 · 63 · 2²²`, which is less than 2³¹.
+    fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes);
 
-    /// `d q - m` for each group.
-    fn scale(self, q: &[[i8; GROUP]], d: &[f32], m: &[f32], wide: &mut [[f32; GROUP]]);
+    /// `d q - m` for the two groups of a part. Numbers up to 63 are the same with a sign and without.
+    fn scale(self, q: Self::Bytes, d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]);
 }
+
+/// The numbers of a chunk, two parts at a time.
+pub(super) type Parts<U> = [[<U as Unit>::Bytes; 2]; 4];
 
 /// Something to be done on one of them.
 pub(super) trait OnUnit {
@@ -61,6 +71,20 @@ pub(super) fn on_unit<S: Simd, T: OnUnit>(simd: S, task: T) -> T::Output {
         }
     }
     task.run(Plain)
+}
+
+/// The same, with what [`Unit::add_chunk`] gains by instructions that few processors have.
+#[inline(always)]
+pub(super) fn on_unit_for_chunks<S: Simd, T: OnUnit>(simd: S, task: T) -> T::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let simd: &dyn Any = &simd;
+        let v4 = simd.downcast_ref::<pulp::x86::V4>();
+        if let Some(unit) = v4.and_then(|v4| x86::Vnni::try_new(*v4)) {
+            return unit.run(task);
+        }
+    }
+    on_unit(simd, task)
 }
 
 /// Any processor: eight bytes at a time, as a `u64`.
@@ -110,10 +134,13 @@ impl Unit for Plain {
     }
 
     #[inline(always)]
-    fn write(self, bytes: [u64; 4], less: u8, numbers: &mut [i8; PART]) {
-        for (numbers, eight) in numbers.as_chunks_mut::<8>().0.iter_mut().zip(bytes) {
-            *numbers = eight.to_le_bytes().map(|byte| byte.wrapping_sub(less) as i8);
-        }
+    fn bits(self, bits: [u8; 4]) -> [u64; 4] {
+        const PLACES: u64 = u64::from_le_bytes([1, 2, 4, 8, 16, 32, 64, 128]);
+        bits.map(|bits| {
+            let set = (u64::from(bits) * all(1)) & PLACES; // a byte is not 0 where its bit is set ...
+            let ones = ((set + all(0x7f)) >> 7) & all(1); // ... and carries into its upper bit then
+            ones * 0xff
+        })
     }
 
     #[inline(always)]
@@ -122,24 +149,43 @@ impl Unit for Plain {
     }
 
     #[inline(always)]
-    fn add_products(self, x: &[[f32; GROUP]], q: &[[i8; GROUP]], d: &[f32], lanes: &mut Lanes) {
-        for ((x, q), d) in x.iter().zip(q).zip(d) {
-            for (lane, (x, q)) in lanes.iter_mut().zip(x.iter().zip(q)) {
+    fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+        pairs(halves)
+    }
+
+    #[inline(always)]
+    fn add_products(self, q: [u64; 4], d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
+        for ((q, x), d) in numbers(q).as_chunks::<GROUP>().0.iter().zip(x.as_chunks().0).zip(d) {
+            let x: &[f32; GROUP] = x;
+            for (lane, (q, x)) in lanes.iter_mut().zip(q.iter().zip(x)) {
                 *lane += d * (x * f32::from(*q));
             }
         }
     }
 
     #[inline(always)]
-    fn subtract(self, a: &Lanes, b: &Lanes, lanes: &mut Lanes) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane -= a * b;
+    fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+        let groups = d.as_chunks::<4>().0.iter();
+        for ((q, bytes), d) in q.iter().zip(&x.bytes).zip(groups) {
+            let q = q.map(numbers);
+            for (index, q) in q.as_flattened().iter().enumerate() {
+                let whole = bytes.iter().fold(0, |whole, it| whole * 256 + i32::from(it[index]));
+                let whole = whole * i32::from(*q);
+                lanes[index % GROUP] += x.scale * d[index / GROUP] * whole as f32;
+            }
+        }
+        for ((lane, m), sum) in lanes.iter_mut().zip(m).zip(&x.sums) {
+            *lane -= m * sum;
         }
     }
 
     #[inline(always)]
-    fn scale(self, q: &[[i8; GROUP]], d: &[f32], m: &[f32], wide: &mut [[f32; GROUP]]) {
-        for ((wide, q), (d, m)) in wide.iter_mut().zip(q).zip(d.iter().zip(m)) {
+    fn scale(self, q: [u64; 4], d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]) {
+        let wide = wide.as_chunks_mut::<GROUP>().0;
+        for ((wide, q), (d, m)) in
+            wide.iter_mut().zip(numbers(q).as_chunks().0).zip(d.iter().zip(m))
+        {
+            let q: &[i8; GROUP] = q;
             for (wide, q) in wide.iter_mut().zip(q) {
                 *wide = f32::from(*q) * d - m;
             }
@@ -147,14 +193,36 @@ impl Unit for Plain {
     }
 }
 
+/// [`Unit::pairs`] on any processor.
+#[inline(always)]
+fn pairs(halves: [[u8; 2]; 8]) -> Groups {
+    let mut pairs = [0.0; 16];
+    for (pair, half) in pairs.as_chunks_mut().0.iter_mut().zip(halves) {
+        *pair = [from_half(u16::from_le_bytes(half)); 2];
+    }
+    pairs
+}
+
+#[inline(always)]
+fn numbers(bytes: [u64; 4]) -> [i8; PART] {
+    let mut numbers = [0; PART];
+    for (numbers, eight) in numbers.as_chunks_mut::<8>().0.iter_mut().zip(bytes) {
+        *numbers = eight.to_le_bytes().map(|byte| byte as i8);
+    }
+    numbers
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::{__m128i, __m256i};
+    use std::arch::x86_64::{
+        __m128i, __m256i, _mm512_dpbusd_epi32, _mm512_setzero_si512, _mm512_slli_epi32,
+    };
+    use std::ops::Deref;
 
     use pulp::x86::{V3, V4};
     use pulp::{cast, f32x8, f32x16, u64x2};
 
-    use super::{GROUP, Lanes, PART, Unit, from_half};
+    use super::{Fixed, Groups, Lanes, OnUnit, PART, Parts, Unit, from_half, pairs};
 
     /// The steps on bytes, 32 of which fill a register of AVX2.
     macro_rules! bytes {
@@ -193,39 +261,46 @@ mod x86 {
             }
 
             #[inline(always)]
-            fn write(self, bytes: __m256i, less: u8, numbers: &mut [i8; PART]) {
-                let less = self.avx._mm256_set1_epi8(less as i8);
-                *numbers = cast(self.avx2._mm256_sub_epi8(bytes, less));
+            fn bits(self, bits: [u8; 4]) -> __m256i {
+                const BYTES: [[u8; 8]; 4] = [[0; 8], [1; 8], [2; 8], [3; 8]];
+                const PLACES: [[u8; 8]; 4] = [[1, 2, 4, 8, 16, 32, 64, 128]; 4];
+                let bytes = self.avx._mm256_set1_epi32(i32::from_le_bytes(bits));
+                let bytes = self.avx2._mm256_shuffle_epi8(bytes, cast(BYTES));
+                let set = self.avx2._mm256_and_si256(bytes, cast(PLACES));
+                self.avx2._mm256_cmpeq_epi8(set, cast(PLACES))
             }
         };
     }
 
-    /// The numbers of a group in `f32`.
+    /// The numbers of a part in `f32`.
     trait Wide {
-        type Group;
-        fn wide(self, q: &[i8; GROUP]) -> Self::Group;
+        type Part;
+        fn wide(self, q: __m256i) -> Self::Part;
     }
 
     impl Wide for V3 {
-        type Group = [f32x8; 2];
+        type Part = [f32x8; 4];
 
         #[inline(always)]
-        fn wide(self, q: &[i8; GROUP]) -> [f32x8; 2] {
-            let halves: [i64; 2] = cast(*q);
-            halves.map(|half| {
-                let q = self.avx2._mm256_cvtepi8_epi32(cast([half, 0]));
+        fn wide(self, q: __m256i) -> [f32x8; 4] {
+            let eights: [i64; 4] = cast(q);
+            eights.map(|eight| {
+                let q = self.avx2._mm256_cvtepi8_epi32(cast([eight, 0]));
                 self.convert_i32x8_to_f32x8(cast(q))
             })
         }
     }
 
     impl Wide for V4 {
-        type Group = f32x16;
+        type Part = [f32x16; 2];
 
         #[inline(always)]
-        fn wide(self, q: &[i8; GROUP]) -> f32x16 {
-            let q = self.avx512f._mm512_cvtepi8_epi32(cast(*q));
-            self.convert_i32x16_to_f32x16(cast(q))
+        fn wide(self, q: __m256i) -> [f32x16; 2] {
+            let groups: [__m128i; 2] = cast(q);
+            groups.map(|group| {
+                let q = self.avx512f._mm512_cvtepi8_epi32(group);
+                self.convert_i32x16_to_f32x16(cast(q))
+            })
         }
     }
 
@@ -238,34 +313,65 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_products(self, x: &[[f32; GROUP]], q: &[[i8; GROUP]], d: &[f32], lanes: &mut Lanes) {
-            // Several sums by turns: one alone would wait for its own previous addition.
+        fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+            pairs(halves)
+        }
+
+        #[inline(always)]
+        fn add_products(self, q: __m256i, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
+            let (q, x): (_, [f32x8; 4]) = (Wide::wide(self, q), cast(*x));
             let mut sums: [f32x8; 2] = cast(*lanes);
-            for ((x, q), d) in x.iter().zip(q).zip(d) {
-                let x: [f32x8; 2] = cast(*x);
-                let (q, d) = (Wide::wide(self, q), self.splat_f32x8(*d));
-                for half in 0..2 {
-                    let products = self.mul_f32x8(q[half], x[half]);
-                    sums[half] = self.mul_add_f32x8(products, d, sums[half]);
-                }
+            for eight in 0..4 {
+                let products = self.mul_f32x8(q[eight], x[eight]);
+                let (d, sum) = (self.splat_f32x8(d[eight / 2]), sums[eight % 2]);
+                sums[eight % 2] = self.mul_add_f32x8(products, d, sum);
             }
             *lanes = cast(sums);
         }
 
         #[inline(always)]
-        fn subtract(self, a: &Lanes, b: &Lanes, lanes: &mut Lanes) {
-            let (a, b, sums): ([f32x8; 2], [f32x8; 2], [f32x8; 2]) =
-                (cast(*a), cast(*b), cast(*lanes));
-            *lanes =
-                cast([0, 1].map(|half| self.negate_mul_add_f32x8(a[half], b[half], sums[half])));
+        fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+            let scale = self.splat_f32x8(x.scale);
+            let d: [f32x8; 2] = cast(*d);
+            let d = d.map(|d| self.mul_f32x8(d, scale));
+            let one = self.avx._mm256_set1_epi16(1);
+            let to_middle = self.avx._mm256_set1_epi16(256);
+            let mut sums = [self.splat_f32x8(0.0); 2];
+            for (step, (q, bytes)) in q.iter().zip(&x.bytes).enumerate() {
+                let bytes: [[__m256i; 2]; 3] = bytes.map(cast);
+                for half in 0..2 {
+                    // Pairs of products fit 16 bits: 2 · 63 · 128 = 16128.
+                    let [high, middle, low] =
+                        bytes.map(|x| self.avx2._mm256_maddubs_epi16(q[half], x[half]));
+                    let high = self.avx2._mm256_madd_epi16(high, to_middle);
+                    let middle = self.avx2._mm256_madd_epi16(middle, one);
+                    let low = self.avx2._mm256_madd_epi16(low, one);
+                    let upper = self.avx2._mm256_add_epi32(high, middle);
+                    let upper = self.avx2._mm256_slli_epi32::<8>(upper);
+                    let whole = self.avx2._mm256_add_epi32(upper, low);
+                    let whole = self.convert_i32x8_to_f32x8(cast(whole));
+                    // The scales of two groups, four times each: chunk 6 of 8 has groups 12 and 13,
+                    // which are 4 and 5 of the second eight.
+                    let (eight, first) = (step / 2, (step % 2 * 4 + half * 2) as i32);
+                    let each = cast([[first; 4], [first + 1; 4]]);
+                    let d = self.avx2._mm256_permutevar8x32_ps(cast(d[eight]), each);
+                    sums[half] = self.mul_add_f32x8(whole, cast(d), sums[half]);
+                }
+            }
+            let (m, x_sums, old): ([f32x8; 2], [f32x8; 2], [f32x8; 2]) =
+                (cast(*m), cast(x.sums), cast(*lanes));
+            *lanes = cast([0, 1].map(|half| {
+                let sum = self.negate_mul_add_f32x8(m[half], x_sums[half], sums[half]);
+                self.add_f32x8(old[half], sum)
+            }));
         }
 
         #[inline(always)]
-        fn scale(self, q: &[[i8; GROUP]], d: &[f32], m: &[f32], wide: &mut [[f32; GROUP]]) {
-            for ((wide, q), (d, m)) in wide.iter_mut().zip(q).zip(d.iter().zip(m)) {
-                let (d, m) = (self.splat_f32x8(*d), self.splat_f32x8(*m));
-                *wide = cast(Wide::wide(self, q).map(|q| self.mul_sub_f32x8(q, d, m)));
-            }
+        fn scale(self, q: __m256i, d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]) {
+            let q = Wide::wide(self, q);
+            let (d, m) = (d.map(|d| self.splat_f32x8(d)), m.map(|m| self.splat_f32x8(m)));
+            let eight = |eight: usize| self.mul_sub_f32x8(q[eight], d[eight / 2], m[eight / 2]);
+            *wide = cast([eight(0), eight(1), eight(2), eight(3)]);
         }
     }
 
@@ -280,33 +386,114 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_products(self, x: &[[f32; GROUP]], q: &[[i8; GROUP]], d: &[f32], lanes: &mut Lanes) {
-            // Two sums by turns: one alone would wait for its own previous addition.
-            let mut sums: [f32x16; 2] = [cast(*lanes), self.splat_f32x16(0.0)];
-            let mut add = |sum: usize, x: &[f32; GROUP], q: &[i8; GROUP], d: f32| {
-                let products = self.mul_f32x16(Wide::wide(self, q), cast(*x));
-                sums[sum] = self.mul_add_f32x16(products, self.splat_f32x16(d), sums[sum]);
-            };
-            let (x, q, d) = (x.as_chunks::<2>().0, q.as_chunks::<2>().0, d.as_chunks::<2>().0);
-            for ((x, q), d) in x.iter().zip(q).zip(d) {
-                add(0, &x[0], &q[0], d[0]);
-                add(1, &x[1], &q[1], d[1]);
+        fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+            let halves: __m128i = cast(halves);
+            let low = self.sse2._mm_unpacklo_epi16(halves, halves);
+            let high = self.sse2._mm_unpackhi_epi16(halves, halves);
+            cast(self.avx512f._mm512_cvtph_ps(cast([low, high])))
+        }
+
+        #[inline(always)]
+        fn add_products(self, q: __m256i, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
+            let (q, x): (_, [f32x16; 2]) = (Wide::wide(self, q), cast(*x));
+            let mut sum: f32x16 = cast(*lanes);
+            for group in 0..2 {
+                let products = self.mul_f32x16(q[group], x[group]);
+                sum = self.mul_add_f32x16(products, self.splat_f32x16(d[group]), sum);
             }
-            let sum = self.add_f32x16(sums[0], sums[1]);
             *lanes = cast(sum);
         }
 
         #[inline(always)]
-        fn subtract(self, a: &Lanes, b: &Lanes, lanes: &mut Lanes) {
-            *lanes = cast(self.negate_mul_add_f32x16(cast(*a), cast(*b), cast(*lanes)));
+        fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+            V3::add_chunk(*self, q, d, m, x, lanes);
         }
 
         #[inline(always)]
-        fn scale(self, q: &[[i8; GROUP]], d: &[f32], m: &[f32], wide: &mut [[f32; GROUP]]) {
-            for ((wide, q), (d, m)) in wide.iter_mut().zip(q).zip(d.iter().zip(m)) {
-                let (d, m) = (self.splat_f32x16(*d), self.splat_f32x16(*m));
-                *wide = cast(self.mul_sub_f32x16(Wide::wide(self, q), d, m));
+        fn scale(self, q: __m256i, d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]) {
+            let q = Wide::wide(self, q);
+            let (d, m) = (d.map(|d| self.splat_f32x16(d)), m.map(|m| self.splat_f32x16(m)));
+            *wide = cast([0, 1].map(|group| self.mul_sub_f32x16(q[group], d[group], m[group])));
+        }
+    }
+
+    /// AVX-512 with instructions that add up four products of bytes.
+    #[derive(Clone, Copy)]
+    pub(super) struct Vnni {
+        v4: V4,
+    }
+
+    impl Vnni {
+        pub(super) fn try_new(v4: V4) -> Option<Self> {
+            is_x86_feature_detected!("avx512vnni").then_some(Self { v4 })
+        }
+
+        #[inline(always)]
+        pub(super) fn run<T: OnUnit>(self, task: T) -> T::Output {
+            // SAFETY: `self` is proof that all of these are there.
+            unsafe { run_with_vnni(self, task) }
+        }
+    }
+
+    #[target_feature(
+        enable = "avx,avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni"
+    )]
+    fn run_with_vnni<T: OnUnit>(unit: Vnni, task: T) -> T::Output {
+        task.run(unit)
+    }
+
+    impl Deref for Vnni {
+        type Target = V4;
+
+        #[inline(always)]
+        fn deref(&self) -> &V4 {
+            &self.v4
+        }
+    }
+
+    impl Unit for Vnni {
+        bytes!();
+
+        #[inline(always)]
+        fn half(self, bits: u16) -> f32 {
+            self.v4.half(bits)
+        }
+
+        #[inline(always)]
+        fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+            self.v4.pairs(halves)
+        }
+
+        #[inline(always)]
+        fn add_products(self, q: __m256i, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
+            self.v4.add_products(q, d, x, lanes);
+        }
+
+        #[inline(always)]
+        fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+            let d = self.mul_f32x16(cast(*d), self.splat_f32x16(x.scale));
+            let mut sum = self.splat_f32x16(0.0);
+            for (step, (q, bytes)) in q.iter().zip(&x.bytes).enumerate() {
+                let q = cast(*q);
+                let [high, middle, low] = bytes.map(cast);
+                // SAFETY: `self` is proof that these are there.
+                let whole = unsafe {
+                    let whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, high);
+                    let whole = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(whole), q, middle);
+                    _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(whole), q, low)
+                };
+                let first = 4 * step as i32;
+                let each = cast([[first; 4], [first + 1; 4], [first + 2; 4], [first + 3; 4]]);
+                let d = self.avx512f._mm512_permutexvar_ps(each, cast(d));
+                sum = self.mul_add_f32x16(self.convert_i32x16_to_f32x16(cast(whole)), cast(d), sum);
             }
+            let sum = self.negate_mul_add_f32x16(cast(*m), cast(x.sums), sum);
+            *lanes = cast(self.add_f32x16(cast(*lanes), sum));
+        }
+
+        #[inline(always)]
+        fn scale(self, q: __m256i, d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]) {
+            self.v4.scale(q, d, m, wide);
         }
     }
 }

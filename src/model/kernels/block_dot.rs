@@ -1,0 +1,270 @@
+//! Dot products of a few input rows with every row of a weight that is kept in blocks.
+//!
+//! What is the same for all weights of a group is multiplied once: `Σ (d q - m)·x` is
+//! `Σ d (q·x) - Σ m Σ x`.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::blocks::{Block, CHUNK, GROUP, PART};
+use super::dot::prefetch_ahead;
+use super::fixed::Fixed;
+use super::units::{Lanes, OnUnit, Parts, Unit, on_unit, on_unit_for_chunks};
+use super::{FEW_ROWS, ROWS_PER_TASK};
+
+/// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
+/// `(out, len)`.
+pub(super) fn columns<B: Block>(x: &[f32], w: &[B], len: usize, columns: &mut [f32]) {
+    if len == 0 || x.is_empty() {
+        return;
+    }
+    let rows = x.len() / len;
+    let arch = Arch::new();
+    let fixed = if B::SIGNED { Vec::new() } else { arch.dispatch(Fix { x, len }) };
+    columns
+        .par_chunks_mut(ROWS_PER_TASK * rows)
+        .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)))
+        .for_each(|(columns, w)| match B::SIGNED {
+            true => arch.dispatch(Signed { x, w, len, columns }),
+            false => arch.dispatch(Whole { x: &fixed, w, len, columns }),
+        });
+}
+
+/// Rows of `x`, to be put in fixed point.
+struct Fix<'a> {
+    x: &'a [f32],
+    len: usize,
+}
+
+impl WithSimd for Fix<'_> {
+    type Output = Vec<Fixed>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<Fixed> {
+        let rows = self.x.chunks_exact(self.len);
+        rows.flat_map(|x| x.chunks(CHUNK)).map(Fixed::new).collect()
+    }
+}
+
+/// Blocks of numbers with a sign.
+struct Signed<'a, B> {
+    x: &'a [f32],
+    w: &'a [B],
+    len: usize,
+    columns: &'a mut [f32],
+}
+
+impl<B: Block> WithSimd for Signed<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        on_unit(simd, self);
+    }
+}
+
+impl<B: Block> OnUnit for Signed<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, unit: impl Unit) {
+        let rows = self.x.len() / self.len;
+        let weights = self.w.chunks_exact(self.len / B::LEN);
+        for (column, w) in self.columns.chunks_exact_mut(rows).zip(weights) {
+            let mut lanes: [Lanes; FEW_ROWS] = [[0.0; 16]; FEW_ROWS];
+            for (index, chunk) in w.chunks(CHUNK / B::LEN).enumerate() {
+                prefetch_ahead(chunk);
+                let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
+                B::scales(unit, chunk, &mut d, &mut m);
+                for (x, lanes) in self.x.chunks_exact(self.len).zip(&mut lanes) {
+                    let (x, _) = x[index * CHUNK..].as_chunks::<PART>();
+                    let parts = 0..chunk.len() * B::LEN / PART;
+                    let mut sums = [0.0; 16]; // from zero, so as not to wait for the last chunk
+                    for (part, (x, d)) in parts.zip(x.iter().zip(d.as_chunks().0)) {
+                        unit.add_products(B::numbers(unit, chunk, part), d, x, &mut sums);
+                    }
+                    for (lane, sum) in lanes.iter_mut().zip(sums) {
+                        *lane += sum;
+                    }
+                }
+            }
+            for (y, lanes) in column.iter_mut().zip(&lanes) {
+                *y = total(lanes);
+            }
+        }
+    }
+}
+
+/// Blocks of numbers without a sign.
+struct Whole<'a, B> {
+    /// The chunks of each row.
+    x: &'a [Fixed],
+    w: &'a [B],
+    len: usize,
+    columns: &'a mut [f32],
+}
+
+impl<B: Block> WithSimd for Whole<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        on_unit_for_chunks(simd, self);
+    }
+}
+
+impl<B: Block> OnUnit for Whole<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self, unit: impl Unit) {
+        let chunks = self.len.div_ceil(CHUNK);
+        let weights = self.w.chunks_exact(self.len / B::LEN);
+        let columns = self.columns.chunks_exact_mut(self.x.len() / chunks);
+        for (column, w) in columns.zip(weights) {
+            let mut lanes: [Lanes; FEW_ROWS] = [[0.0; 16]; FEW_ROWS];
+            let whole = w.chunks_exact(CHUNK / B::LEN);
+            let rest = whole.remainder();
+            for (index, chunk) in whole.enumerate() {
+                prefetch_ahead(chunk);
+                let x = self.x.iter().skip(index).step_by(chunks);
+                add_chunk(unit, chunk, x, &mut lanes);
+            }
+            if let Some(first) = rest.first() {
+                // Filled up with blocks that meet zeros.
+                let mut filled = [*first; CHUNK / PART];
+                filled[..rest.len()].copy_from_slice(rest);
+                let x = self.x.iter().skip(chunks - 1).step_by(chunks);
+                add_chunk(unit, &filled, x, &mut lanes);
+            }
+            for (y, lanes) in column.iter_mut().zip(&lanes) {
+                *y = total(lanes);
+            }
+        }
+    }
+}
+
+/// Adds the products of a chunk with that of each row of `x`.
+#[inline(always)]
+fn add_chunk<'a, U: Unit, B: Block>(
+    unit: U,
+    chunk: &[B],
+    x: impl Iterator<Item = &'a Fixed>,
+    lanes: &mut [Lanes],
+) {
+    assert!(chunk.len() >= CHUNK / B::LEN);
+    let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
+    B::scales(unit, chunk, &mut d, &mut m);
+    let numbers = |part| B::numbers(unit, chunk, part);
+    let q: Parts<U> = [
+        [numbers(0), numbers(1)],
+        [numbers(2), numbers(3)],
+        [numbers(4), numbers(5)],
+        [numbers(6), numbers(7)],
+    ];
+    for (x, lanes) in x.zip(lanes) {
+        unit.add_chunk(&q, &d, &m, x, lanes);
+    }
+}
+
+/// The sum of all lanes, in pairs.
+#[inline(always)]
+fn total(lanes: &Lanes) -> f32 {
+    let mut lanes = *lanes;
+    for half in [8, 4, 2, 1] {
+        let (left, right) = lanes.split_at_mut(half);
+        for (left, right) in left.iter_mut().zip(right) {
+            *left += *right;
+        }
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+    use rand::{RngCore, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::blocks::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    use super::super::element::Element;
+    use super::*;
+
+    /// Three rows of weights, widened, and their products with two rows of `x`, on the unit `simd`.
+    fn run<S: Simd, B: Block>(simd: S, x: &[f32], w: &[B], len: usize) -> (Vec<f32>, Vec<f32>) {
+        struct Widen<'a, T>(&'a [T], &'a mut [f32]);
+        impl<T: Element> WithSimd for Widen<'_, T> {
+            type Output = ();
+            fn with_simd<S: Simd>(self, simd: S) {
+                T::widen(simd, self.0, self.1);
+            }
+        }
+        let rows = w.len() * B::LEN / len;
+        let (mut wide, mut columns) = (vec![f32::NAN; rows * len], vec![f32::NAN; rows * 2]);
+        simd.vectorize(Widen(w, &mut wide));
+        let fixed = simd.vectorize(Fix { x, len });
+        match B::SIGNED {
+            true => simd.vectorize(Signed { x, w, len, columns: &mut columns }),
+            false => simd.vectorize(Whole { x: &fixed, w, len, columns: &mut columns }),
+        }
+        (wide, columns)
+    }
+
+    fn check<const SIZE: usize>(dtype: GgmlDType)
+    where
+        [u8; SIZE]: Block,
+    {
+        let mut random = ChaCha8Rng::seed_from_u64(3);
+        for len in [256, 768, 1280] {
+            let mut w = vec![[0u8; SIZE]; 3 * len / dtype.block_size()];
+            for block in &mut w {
+                random.fill_bytes(block);
+                // Scales, wherever they are, that are neither infinite nor NaN.
+                block.iter_mut().for_each(|byte| *byte &= 0xbf);
+            }
+            let value = |i: usize| ((i * 7919 + 13) % 201) as f32 / 100.0 - 1.0;
+            let x: Vec<f32> = (0..2 * len).map(value).collect();
+            let expected = dtype.from_data(w.as_flattened().into()).dequantize(3 * len);
+            let expected = expected.and_then(|it| Ok(it.as_slice::<f32>()?.to_vec()));
+            let expected = expected.unwrap_or_default();
+            let check = |name: &str, (wide, columns): (Vec<f32>, Vec<f32>)| {
+                let same = |(a, b): (&f32, &f32)| a == b;
+                assert!(wide.len() == expected.len() && wide.iter().zip(&expected).all(same));
+                let pairs = expected.chunks_exact(len).flat_map(|w| {
+                    x.chunks_exact(len).map(move |x| x.iter().zip(w).map(|(x, w)| (*x, *w)))
+                });
+                for (got, pairs) in columns.iter().zip(pairs) {
+                    let products = pairs.map(|(x, w)| f64::from(x) * f64::from(w));
+                    let (sum, size) =
+                        products.fold((0.0, 0.0), |(sum, size), it| (sum + it, size + it.abs()));
+                    let apart = (f64::from(*got) - sum).abs();
+                    assert!(apart <= 2e-6 * size, "{dtype:?} {name}: {got}, not {sum} of {size}");
+                }
+            };
+            check("scalar", run(pulp::Scalar::new(), &x, &w, len));
+            #[cfg(target_arch = "x86_64")]
+            {
+                use pulp::x86::{V3, V4};
+                let v3 = V3::try_new().map(|simd| run(simd, &x, &w, len));
+                let v4 = V4::try_new().map(|simd| run(simd, &x, &w, len));
+                v3.into_iter().for_each(|got| check("AVX2", got));
+                v4.into_iter().for_each(|got| check("AVX-512", got));
+            }
+        }
+    }
+
+    /// This processor takes one of these paths only, whoever has another one another.
+    #[test]
+    fn every_vector_unit_reads_every_block() {
+        check::<{ size_of::<Q4_0>() }>(GgmlDType::Q4_0);
+        check::<{ size_of::<Q4_1>() }>(GgmlDType::Q4_1);
+        check::<{ size_of::<Q5_0>() }>(GgmlDType::Q5_0);
+        check::<{ size_of::<Q5_1>() }>(GgmlDType::Q5_1);
+        check::<{ size_of::<Q8_0>() }>(GgmlDType::Q8_0);
+        check::<{ size_of::<Q2K>() }>(GgmlDType::Q2K);
+        check::<{ size_of::<Q3K>() }>(GgmlDType::Q3K);
+        check::<{ size_of::<Q4K>() }>(GgmlDType::Q4K);
+        check::<{ size_of::<Q5K>() }>(GgmlDType::Q5K);
+        check::<{ size_of::<Q6K>() }>(GgmlDType::Q6K);
+    }
+}

@@ -1,0 +1,107 @@
+//! A row of input in fixed point, so that it can be multiplied with the whole numbers of blocks.
+//!
+//! Processors multiply four times as many bytes at a time as `f32`. A whole number up to 2²² is three bytes,
+//! and hardly coarser than the largest `f32` beside it; their products are exact, where sums of `f32`
+//! are rounded at every step.
+
+use super::blocks::{CHUNK, GROUP, Groups};
+
+/// Numbers that are multiplied at a time: a register of AVX-512.
+const STEP: usize = 64;
+
+/// Between 2²³ and 2²⁴, `f32` has no places behind the point: those of a smaller number that is added
+/// are rounded away, and what is left is the difference of the bits.
+const TO_WHOLE: f32 = (3 << 22) as f32;
+
+/// Some of a row, `x = scale (65536 bytes[.][0] + 256 bytes[.][1] + bytes[.][2])`, and the sums of its
+/// groups. What is missing at the end of a row is zero.
+#[repr(align(64))] // a line of the cache, so that no load of a register touches two
+pub(super) struct Fixed {
+    pub(super) bytes: [[[i8; STEP]; 3]; CHUNK / STEP],
+    pub(super) scale: f32,
+    pub(super) sums: Groups,
+}
+
+impl Fixed {
+    #[inline(always)]
+    pub(super) fn new(x: &[f32]) -> Self {
+        const SIGN: u32 = 1 << 31;
+        const MANTISSA: u32 = 23;
+        let mut padded = [0f32; CHUNK];
+        padded[..x.len()].copy_from_slice(x);
+        // Without their sign, the bits of `f32` are in the order of their sizes, and NaN is the largest.
+        let largest = padded.iter().fold(0, |largest, x| largest.max(x.to_bits() & !SIGN));
+        // A power of two, so that no number is rounded that has less than 22 bits, with which the largest
+        // becomes at most 2²²: 1.0, say, has the exponent 127, and becomes 2²¹.
+        let exponent = largest >> MANTISSA;
+        let to_whole = f32::from_bits((254 + 21 - exponent).min(254) << MANTISSA);
+        let mut scale = 1.0 / to_whole;
+        if exponent == 255 {
+            (padded, scale) = ([0.0; CHUNK], f32::NAN); // infinite or NaN
+        }
+
+        let mut whole = [0i32; CHUNK];
+        for (whole, x) in whole.iter_mut().zip(padded) {
+            *whole = (x * to_whole + TO_WHOLE).to_bits() as i32 - TO_WHOLE.to_bits() as i32;
+        }
+        let mut bytes = [[[0; STEP]; 3]; CHUNK / STEP];
+        for ([high, middle, low], whole) in bytes.iter_mut().zip(whole.as_chunks::<STEP>().0) {
+            for (index, whole) in whole.iter().enumerate() {
+                // 0x12_85_f0 is 0x13 << 16, less 0x7a << 8, less 0x10.
+                low[index] = *whole as i8;
+                let upper = (whole - i32::from(low[index])) >> 8;
+                middle[index] = upper as i8;
+                high[index] = ((upper - i32::from(middle[index])) >> 8) as i8;
+            }
+        }
+        // Of what is held here, so that rounding `x` makes no difference between it and its sums.
+        let mut sums = [0.0; CHUNK / GROUP];
+        for (sum, group) in sums.iter_mut().zip(whole.as_chunks::<GROUP>().0) {
+            *sum = scale * group.iter().sum::<i32>() as f32; // 16 times 22 bits and a sign
+        }
+        Self { bytes, scale, sums }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn back(fixed: &Fixed, index: usize) -> f64 {
+        let bytes = fixed.bytes[index / STEP];
+        let [high, middle, low] = bytes.map(|bytes| i64::from(bytes[index % STEP]));
+        (high * 65536 + middle * 256 + low) as f64 * f64::from(fixed.scale)
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_further_off_than_the_largest_rounds(
+            x in prop::collection::vec(-1f32..1.0, 1..=CHUNK),
+            exponent in -140i32..120,
+        ) {
+            let x: Vec<f32> = x.iter().map(|x| x * 2f32.powi(exponent)).collect();
+            let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+            // The largest is at least half a power of two, of which a whole number is 2⁻²²; but no step is
+            // smaller than the inverse of the largest f32.
+            let bound = f64::from(largest) * 2f64.powi(-22) + 2f64.powi(-128);
+            let fixed = Fixed::new(&x);
+            for (index, x) in x.iter().enumerate() {
+                prop_assert!((back(&fixed, index) - f64::from(*x)).abs() <= bound);
+            }
+            for (group, sum) in fixed.sums.iter().enumerate() {
+                let of = (0..GROUP).map(|index| back(&fixed, group * GROUP + index));
+                let of: f64 = of.sum();
+                prop_assert!((of - f64::from(*sum)).abs() <= 16.0 * bound, "{of} {sum}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(Fixed::new(&[1.0, x, 2.0]).scale.is_nan());
+        }
+        assert_eq!(back(&Fixed::new(&[0.0; 3]), 1), 0.0);
+    }
+}

@@ -78,7 +78,7 @@ fn rounded(xs: &Tensor, dtype: DType) -> Result<Tensor> {
     let plain = xs.detach();
     let kept = plain.to_dtype(dtype)?.to_dtype(xs.dtype())?;
     match xs.track_op() {
-        // Both differences of neighbours are exact, so this is `kept` to the last bit.
+        // What is kept is so near that the difference is exact, and with it the sum.
         true => Ok((xs + (kept - plain)?)?),
         false => Ok(kept),
     }
@@ -370,5 +370,106 @@ impl LayerCache {
         };
         self.len += count;
         Ok(KeyValues { keys, values, tracked: new.tracked })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::model::{Mask, Sight, attend};
+    use candle_core::{Device, Var};
+
+    const HEADS: usize = 2;
+    const HEAD_DIM: usize = 20;
+
+    fn random(heads: usize, len: usize) -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, 1.0, (1, heads, len, HEAD_DIM), &Device::Cpu)?)
+    }
+
+    fn empty(slots: usize, window: Option<usize>, dtype: DType) -> Result<LayerCache> {
+        let zeros = || Tensor::zeros((1, HEADS, slots, HEAD_DIM), dtype, &Device::Cpu);
+        Ok(LayerCache { keys: zeros()?, values: zeros()?, live: None, first: 0, len: 0, window })
+    }
+
+    fn bits(xs: &Tensor) -> Result<Vec<u32>> {
+        let values = xs.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(values.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// A narrow cache beside a wide one that is given the rounded numbers: tokens in pieces, tracked
+    /// and not, while the window rolls. What is held is the same, and so is attention over it.
+    #[test]
+    fn a_narrow_cache_is_a_wide_one_of_rounded_numbers() -> Result<()> {
+        for (dtype, window) in
+            [DType::BF16, DType::F16].into_iter().flat_map(|it| [(it, None), (it, Some(9))])
+        {
+            let slots = window.map_or(70, |window| window - 1 + 20);
+            let mut narrow = empty(slots, window, dtype)?;
+            let mut wide = empty(slots, window, DType::F32)?;
+            for (count, tracked) in [(20, false), (1, false), (7, true), (1, true), (20, false)] {
+                let (keys, values) = (random(HEADS, count)?, random(HEADS, count)?);
+                let round = |xs: &Tensor| xs.to_dtype(dtype)?.to_dtype(DType::F32);
+                let rounded = (round(&keys)?, round(&values)?);
+                let var = |xs: &Tensor| -> Result<Tensor> {
+                    let tracked = tracked.then(|| Var::from_tensor(xs)).transpose()?;
+                    Ok(tracked.map_or_else(|| xs.clone(), |var| var.as_tensor().clone()))
+                };
+                let new = KeyValues { keys: var(&keys)?, values: var(&values)?, tracked };
+                let (a, b) = rounded;
+                let of_rounded = KeyValues { keys: a, values: b, tracked: false };
+                for cache in [&mut narrow, &mut wide] {
+                    cache.reserve(count, false)?;
+                    cache.live = None;
+                }
+                let (got, expected) = (narrow.append(&new)?, wide.append(&of_rounded)?);
+                assert_eq!(bits(&got.keys)?, bits(&expected.keys)?, "{dtype:?} {window:?}");
+                assert_eq!(bits(&got.values)?, bits(&expected.values)?, "{dtype:?} {window:?}");
+                assert_eq!(got.keys.dtype(), if tracked { DType::F32 } else { dtype });
+                assert_eq!((narrow.first, narrow.len), (wide.first, wide.len));
+
+                let (q, held) = (random(2 * HEADS, count)?, narrow.first..narrow.len);
+                let layout = Layout::dense(1, held.end);
+                let queries = held.end - count..held.end;
+                let mask = Mask::new(&layout, Sight::Causal, queries, held.start, window);
+                let mask = Arc::new(mask);
+                let got = attend(&q, &got.keys.detach(), &got.values.detach(), &mask)?;
+                let expected = attend(&q, &expected.keys, &expected.values, &mask)?;
+                assert_eq!(bits(&got)?, bits(&expected)?, "{dtype:?} {window:?}");
+            }
+
+            let all = KeyValues {
+                keys: random(HEADS, slots)?,
+                values: random(HEADS, slots)?,
+                tracked: false,
+            };
+            narrow.fill(&all)?;
+            wide.fill(&all.clone().rounded(dtype)?)?;
+            assert_eq!(bits(&narrow.keys)?, bits(&wide.keys)?, "{dtype:?} {window:?}");
+            assert_eq!(bits(&narrow.values)?, bits(&wide.values)?, "{dtype:?} {window:?}");
+        }
+        Ok(())
+    }
+
+    /// With a graph and without, also where a number is too large or too small for its type.
+    #[test]
+    fn rounding_gives_the_same_numbers_with_a_gradient() -> Result<()> {
+        let edges =
+            [0f32, 1e-9, -3e-8, 6e-5, 1.0, 1.003, -255.7, 65519.0, 65520.0, -1e30, f32::MAX];
+        let xs = Tensor::new(&edges, &Device::Cpu)?;
+        let xs = Tensor::cat(&[&xs, &Tensor::randn(0f32, 1e-4, 999, &Device::Cpu)?], 0)?;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let var = Var::from_tensor(&xs)?;
+            let (ys, slope) =
+                (rounded(var.as_tensor(), dtype)?, Tensor::rand(0f32, 1.0, 1010, &Device::Cpu)?);
+            let expected = xs.to_dtype(dtype)?.to_dtype(DType::F32)?;
+            assert_eq!(ys.to_vec1::<f32>()?, expected.to_vec1::<f32>()?, "{dtype:?}");
+            assert_eq!(rounded(&xs, dtype)?.to_vec1::<f32>()?, expected.to_vec1::<f32>()?);
+            let gradients = (&ys * &slope)?.sum_all()?.backward()?;
+            let gradient = gradients.get(&var).map(Tensor::to_vec1::<f32>).transpose()?;
+            assert_eq!(gradient, Some(slope.to_vec1::<f32>()?), "{dtype:?}");
+        }
+        Ok(())
     }
 }

@@ -20,14 +20,11 @@ use common::{Result, assert_close, assert_identical};
 /// Each with the most that rounding to it moves a number, as a share of it.
 const NARROW: [(DType, f32); 2] = [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)];
 
-/// Sums in another order round differently. Below what rounding a key to `f16` does, so that it tells
-/// whether a key was rounded.
-const ROUNDING: f32 = 1e-5;
-
-/// What sums in another order may do where keys and values are rounded after them: a number that lies
-/// between two of the type goes to the other one. A few of thousands do, and each counts for little.
+/// What sums in another order may do where keys and values are rounded after them: one that lies midway
+/// between two numbers of the type goes to the other. Few do, so this is well below what rounding all
+/// of them does, which is half a `unit` to one in these models.
 fn flips(unit: f32) -> f32 {
-    unit / 4.0
+    unit / 8.0
 }
 
 /// Runs `xs` through the cache, `chunk` tokens at a time.
@@ -162,10 +159,10 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
         let expected: Vec<f64> = expected.iter().flat_map(|x| reference.logits(x)).collect();
         let expected = tensor(&expected)?.reshape((14, ()))?;
         let name = format!("{dtype:?} {sliding_window:?}");
-        assert_close(&name, &got, &expected, ROUNDING)?;
+        assert_close(&name, &got, &expected, flips(unit))?;
 
         let wide = tiny::logits(&model, &xs, Pass::Causal(&Layout::dense(1, 14)))?.squeeze(0)?;
-        assert!(apart(&got, &wide, 10.0 * ROUNDING)?, "{name}: nothing was rounded");
+        assert!(apart(&got, &wide, 2.0 * flips(unit))?, "{name}: nothing was rounded");
         assert_close(&name, &got, &wide, 2.0 * unit)?;
     }
     Ok(())
@@ -235,7 +232,7 @@ fn a_rolling_cache_is_the_uncached_window() -> Result {
 fn a_truncated_cache_is_a_fresh_one() -> Result {
     let model = tiny::transformer(&tiny::config(), 24)?;
     let (old, new) = (tiny::tokens(model.config(), 24, 20), tiny::tokens(model.config(), 25, 5));
-    for (dtype, _) in NARROW {
+    for (dtype, unit) in NARROW {
         let mut cache = model.new_cache_as(&Layout::dense(1, 1), 30, dtype)?;
         through(&model, &mut cache, &tiny::embed(&model, &old)?, 20)?;
         cache.truncate(11)?;
@@ -243,7 +240,7 @@ fn a_truncated_cache_is_a_fresh_one() -> Result {
         let mut fresh = model.new_cache_as(&Layout::dense(1, 1), 30, dtype)?;
         let all = [&old[..11], new.as_slice()].concat();
         let expected = through(&model, &mut fresh, &tiny::embed(&model, &all)?, 16)?;
-        assert_close("truncated", &ys, &expected.narrow(1, 11, 5)?, ROUNDING)?;
+        assert_close("truncated", &ys, &expected.narrow(1, 11, 5)?, flips(unit))?;
         cache.reset();
         let ys = through(&model, &mut cache, &tiny::embed(&model, &all)?, 16)?;
         assert_identical("reset", &ys, &expected)?;
@@ -257,7 +254,9 @@ fn a_truncated_cache_is_a_fresh_one() -> Result {
 #[test]
 fn key_value_is_its_definition_with_rounded_keys_and_values() -> Result {
     const SEGMENTS: [Range<usize>; 2] = [1..4, 6..9];
-    for (dtype, sliding_window) in NARROW.iter().flat_map(|it| [(it.0, None), (it.0, Some(4))]) {
+    for ((dtype, unit), sliding_window) in
+        NARROW.iter().flat_map(|it| [(*it, None), (*it, Some(4))])
+    {
         let config = Config { sliding_window, ..tiny::config() };
         let model = tiny::transformer(&config, 31)?;
         let reference = Reference::new(&config, &tiny::weights(&config, 31)?)?.keeping(dtype);
@@ -286,7 +285,7 @@ fn key_value_is_its_definition_with_rounded_keys_and_values() -> Result {
             let expected = definition.logits(3, span.clone(), 1.0, (&ids, &answer), streams);
             for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
                 let name = format!("{dtype:?} {sliding_window:?} {span:?}, logits {at}");
-                assert_close(&name, &got.flatten_all()?, &tensor(&expected)?, ROUNDING)?;
+                assert_close(&name, &got.flatten_all()?, &tensor(&expected)?, flips(unit))?;
             }
         }
     }
@@ -297,7 +296,9 @@ fn key_value_is_its_definition_with_rounded_keys_and_values() -> Result {
 /// comes with the hand-over or after it.
 #[test]
 fn plain_tokens_read_what_is_remembered() -> Result {
-    for (dtype, sliding_window) in NARROW.iter().flat_map(|it| [(it.0, None), (it.0, Some(4))]) {
+    for ((dtype, unit), sliding_window) in
+        NARROW.iter().flat_map(|it| [(*it, None), (*it, Some(4))])
+    {
         let config = Config { sliding_window, ..tiny::config() };
         let model = tiny::transformer(&config, 33)?;
         let (plain, z) = (tiny::noise(33, &[1, 9, 16], 1.0)?, tiny::noise(34, &[1, 9, 16], 1.0)?);
@@ -317,12 +318,12 @@ fn plain_tokens_read_what_is_remembered() -> Result {
             let (_, mut cache) = hand_over(7, weight)?;
             let after = through(&model, &mut cache, &plain.narrow(1, 7, 2)?, 1)?;
             let name = format!("{dtype:?} {sliding_window:?} {weight}");
-            assert_close(&name, &after, &h.narrow(1, 7, 2)?, ROUNDING)?;
+            assert_close(&name, &after, &h.narrow(1, 7, 2)?, flips(unit))?;
 
             let layout = Layout::dense(1, 9).with_context(0, &[0..7])?;
             let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
             let wide = model.hand_over(&what, 0..3, &layout, None)?;
-            assert!(apart(&h, &wide, 10.0 * ROUNDING)?, "{name}: nothing was rounded");
+            assert!(apart(&h, &wide, flips(unit))?, "{name}: nothing was rounded");
         }
     }
     Ok(())
@@ -456,9 +457,9 @@ fn gradients_are_not_cut_where_keys_and_values_are_rounded() -> Result {
                 &format!("{name} {weight}"),
                 &of(&of_narrow)?,
                 &of(&of_wide)?,
-                8.0 * unit,
+                2.0 * unit,
             )?;
-            assert_close(weight, &(of(&small)? * 1e9)?, &of(&of_narrow)?, ROUNDING)?;
+            assert_close(weight, &(of(&small)? * 1e9)?, &of(&of_narrow)?, 1e-5)?;
         }
     }
     Ok(())
@@ -483,12 +484,12 @@ fn gradients_come_through_a_hand_over_to_a_narrow_cache() -> Result {
         };
         let got = run(var.as_tensor(), dtype)?;
         let name = format!("{dtype:?} {weight}");
-        assert_close(&name, &got.detach(), &run(&z, dtype)?, ROUNDING)?;
+        assert_close(&name, &got.detach(), &run(&z, dtype)?, flips(unit))?;
         let wide = run(var.as_tensor(), DType::F32)?;
         let (got, expected) = (gradient(&got)?, gradient(&wide)?);
         // It reaches the context by its keys and values alone.
         assert!(expected.narrow(1, 0, 7)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
-        assert_close(&name, &got, &expected, 8.0 * unit)?;
+        assert_close(&name, &got, &expected, 2.0 * unit)?;
     }
     Ok(())
 }

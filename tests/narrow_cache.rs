@@ -314,7 +314,7 @@ fn plain_tokens_read_what_is_remembered() -> Result {
         // Plain tokens enter with what they were, as they do after thinking.
         let z = Tensor::cat(&[&z.narrow(1, 0, 7)?, &plain.narrow(1, 7, 2)?], 1)?;
         let hand_over = |length: usize, weight: f64| -> Result<(Tensor, KvCache)> {
-            let layout = Layout::dense(1, length).with_context(0, &[0..7])?;
+            let layout = Layout::dense(1, length).with_context(0, &[0..3, 3..7])?;
             let (plain, z) = (plain.narrow(1, 0, length)?, z.narrow(1, 0, length)?);
             let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
             let mut cache = model.new_cache_as(&layout, 9, dtype)?;
@@ -329,7 +329,7 @@ fn plain_tokens_read_what_is_remembered() -> Result {
             let name = format!("{dtype:?} {sliding_window:?} {weight}");
             assert_close(&name, &after, &h.narrow(1, 7, 2)?, flips(unit))?;
 
-            let layout = Layout::dense(1, 9).with_context(0, &[0..7])?;
+            let layout = Layout::dense(1, 9).with_context(0, &[0..3, 3..7])?;
             let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
             let wide = model.hand_over(&what, 0..3, &layout, None)?;
             assert!(apart(&h, &wide, flips(unit))?, "{name}: nothing was rounded");
@@ -478,7 +478,7 @@ fn gradients_are_not_cut_where_keys_and_values_are_rounded() -> Result {
 #[test]
 fn gradients_come_through_a_hand_over_to_a_narrow_cache() -> Result {
     let model = tiny::transformer(&tiny::config(), 52)?;
-    let layout = Layout::dense(1, 9).with_context(0, &[0..7])?;
+    let layout = Layout::dense(1, 9).with_context(0, &[0..3, 3..7])?;
     let (plain, z) = (tiny::noise(52, &[1, 9, 16], 1.0)?, tiny::noise(53, &[1, 9, 16], 1.0)?);
     for ((dtype, unit), weight) in NARROW.iter().flat_map(|it| [(*it, 0.3), (*it, 1.0)]) {
         let run = |z: &Tensor, dtype: DType| -> Result<Tensor> {

@@ -430,8 +430,9 @@ impl Transformer {
     ///
     /// `BF16` and `F16` need half the memory of `F32`, and each key and value is rounded to the
     /// nearest once, by at most 2⁻⁸ of it in `BF16` and 2⁻¹¹ in `F16`; scores and sums are computed in
-    /// `f32`. `F16` ends at 65504 and is coarser below 0.00006: a model whose keys are larger needs
-    /// another. Gradients flow through the new tokens of a pass as if nothing had been rounded.
+    /// `f32`. `F16` is coarser below 0.00006, and beyond 65504 keys and values become infinite: a model
+    /// that has such needs another. Gradients flow through the new tokens of a pass as if nothing had
+    /// been rounded.
     ///
     /// ```
     /// # use candle_core::{DType, Device};

@@ -24,6 +24,9 @@ struct Cli {
     #[command(flatten)]
     model: common::ModelArgs,
 
+    #[command(flatten)]
+    cache: common::CacheArgs,
+
     /// A system message that stays in front of the chat
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -52,6 +55,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     cli.thinking.apply(config).validate()?; // before the wait for the weights
     cli.thinking.warn();
     let (model, load) = cli.model.load()?;
+    let model = cli.cache.apply(model)?;
     let mut chat = Chat::new(cli, &model)?;
     let kept = common::kept(&model);
     common::say(&format!("[loaded in {load:.1} s as {kept}; /reset begins anew, /quit leaves]"));

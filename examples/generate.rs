@@ -20,6 +20,9 @@ struct Cli {
     model: common::ModelArgs,
 
     #[command(flatten)]
+    cache: common::CacheArgs,
+
+    #[command(flatten)]
     input: common::PromptArgs,
 
     #[command(flatten)]
@@ -63,6 +66,7 @@ fn run(cli: &Cli) -> common::Result<()> {
     cli.config(GenerationConfig::default()).validate()?; // before the wait for the weights
     cli.thinking.warn();
     let (model, load) = cli.model.load()?;
+    let model = cli.cache.apply(model)?;
 
     let (bar, update) = common::reading_bar();
     let config = cli.config(model.generation_config()).on_progress(update);

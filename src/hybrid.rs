@@ -43,6 +43,7 @@ pub struct HybridModel {
     defaults: GenerationConfig,
     eos_ids: Vec<u32>,
     thinking: Thinking,
+    cache_dtype: DType,
 }
 
 /// How [`HybridModel::embed`] makes one vector of a text.
@@ -262,7 +263,8 @@ impl HybridModel {
             ids => ids.to_vec(),
         };
         let (defaults, thinking) = (GenerationConfig::default(), Thinking::none());
-        Ok(Self { transformer, tokenizer, defaults, eos_ids, thinking })
+        let cache_dtype = transformer.dtype();
+        Ok(Self { transformer, tokenizer, defaults, eos_ids, thinking, cache_dtype })
     }
 
     /// The model with a low-rank adapter that is active in one mind, or in both; more may follow. Give
@@ -286,6 +288,30 @@ impl HybridModel {
     /// As [`Transformer::adapted_for`].
     pub fn with_adapter(mut self, adapter: &Adapter, mind: Mind) -> Result<Self> {
         self.transformer = self.transformer.adapted_for(adapter, mind)?;
+        Ok(self)
+    }
+
+    /// The model with caches that keep keys and values as `dtype`, those of its conversations and those
+    /// of answers that stand alone. Default: the type of the residual stream, `F32` on the CPU; there,
+    /// `BF16` and `F16` need half the memory, and rounding moves what is said a little. See
+    /// [`Transformer::new_cache_as`].
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use hybrid_attention::HybridModel;
+    ///
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let bytes = model.conversation(256)?.cache().bytes();
+    /// let model = model.with_cache_dtype(DType::BF16)?;
+    /// assert_eq!(model.conversation(256)?.cache().bytes(), bytes / 2);
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a type that this device's caches cannot have.
+    pub fn with_cache_dtype(mut self, dtype: DType) -> Result<Self> {
+        self.transformer.check_cache_dtype(dtype)?;
+        self.cache_dtype = dtype;
         Ok(self)
     }
 
@@ -386,7 +412,7 @@ impl HybridModel {
     /// [`Error::Parameter`] for no room at all, [`Error::ContextFull`] for more than the model's
     /// context.
     pub fn conversation(&self, capacity: usize) -> Result<Conversation> {
-        Conversation::new(&self.transformer, capacity)
+        Conversation::new(&self.transformer, capacity, self.cache_dtype)
     }
 
     /// As [`HybridModel::stream`], but in a conversation that goes on: as far as the prompt begins
@@ -472,6 +498,7 @@ impl HybridModel {
             tokenizer: self.tokenizer(),
             eos_ids: &self.eos_ids,
             thinking: &self.thinking,
+            cache_dtype: self.cache_dtype,
         }
     }
 }

@@ -108,8 +108,8 @@ fn help_lists_every_option() -> Result {
     let shared = [&model[..], &thinking].concat();
     let sampling = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed"];
     let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system"];
-    let generate = ["--json", "--prompt-logprobs"];
-    let chat = ["--system", "--context"];
+    let generate = ["--json", "--prompt-logprobs", "--kv-cache"];
+    let chat = ["--system", "--context", "--kv-cache"];
     let embed = ["--file", "--pooling", "--causal", "--json", "weighted-mean"];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
     let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
@@ -342,6 +342,45 @@ fn generate_says_what_weights_are_kept_as() -> Result {
     }
     let args = ["--prompt=hi", "--dtype=bf16", "--quantize=q8_0"];
     assert!(fail("generate", folder.path(), &args)?.contains("cannot be used with"));
+    Ok(())
+}
+
+#[test]
+fn generate_and_chat_keep_keys_and_values_as_they_are_told() -> Result {
+    let folder = checkpoint(true)?;
+    let config = GenerationConfig::default().max_tokens(8).prompt_logprobs(true);
+    let mut seen = Vec::new();
+    for (name, dtype) in [("f32", DType::F32), ("bf16", DType::BF16), ("f16", DType::F16)] {
+        let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+        let model = model.with_cache_dtype(dtype)?;
+        let answer = model.generate([1, 2, 3, 4, 5], &config)?;
+        let option = format!("--kv-cache={name}");
+        let args = ["--ids=1,2,3,4,5", "--max-tokens=8", "--json", "--prompt-logprobs", &option];
+        let (stdout, _) = succeed("generate", folder.path(), &args, "")?;
+        let report: Value = serde_json::from_str(&stdout)?;
+        for (key, expected) in [
+            ("ids", serde_json::json!(answer.ids)),
+            ("logprobs", serde_json::json!(answer.logprobs)),
+            ("prompt_logprobs", serde_json::json!(answer.prompt_logprobs)),
+        ] {
+            assert_eq!(report[key], expected, "{name}: {key}");
+        }
+        assert!(!seen.contains(&report["prompt_logprobs"]), "{name} changes nothing");
+        seen.push(report["prompt_logprobs"].clone());
+
+        let answer = model.chat(&[Message::user("the cat")], &config)?;
+        let (stdout, _) =
+            succeed("chat", folder.path(), &["--max-tokens=8", &option], "the cat\n")?;
+        assert_eq!(stdout, format!("{}\n", answer.text.trim_start()), "{name}");
+    }
+    let args = ["--ids=1,2,3,4,5", "--max-tokens=8", "--json", "--prompt-logprobs"];
+    let (stdout, _) = succeed("generate", folder.path(), &args, "")?;
+    let report: Value = serde_json::from_str(&stdout)?;
+    assert_eq!(Some(&report["prompt_logprobs"]), seen.first()); // f32 is the default
+    for name in ["generate", "chat"] {
+        let stderr = fail(name, folder.path(), &["--kv-cache=q8_0"])?;
+        assert!(stderr.contains("possible values: f32, bf16, f16"), "{stderr}");
+    }
     Ok(())
 }
 

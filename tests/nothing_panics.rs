@@ -271,7 +271,8 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
         for layers in [layers, model.all_layers()] {
             let _ = model.forward(&xs, layers.clone(), Pass::Causal(layout));
             let _ = model.forward(&xs, layers.clone(), Pass::Bidirectional(layout));
-            if let Ok(mut cache) = model.new_cache(layout, n[2]) {
+            let dtype = [DType::F32, DType::BF16, DType::F16, DType::I64][n[0] % 4];
+            if let Ok(mut cache) = model.new_cache_as(layout, n[2], dtype) {
                 for _ in 0..3 {
                     let _ = model.forward(&xs, layers.clone(), Pass::Cached(&mut cache));
                     let _ = cache.truncate(n[3]);

@@ -146,7 +146,11 @@ fn logits_are_those_of_candle_transformers() -> Result {
 
 /// Mean loss over the passages, in nats per token, of the weights in `folder` kept as `kept`.
 fn loss(folder: &Path, kept: impl Into<WeightType>, passages: &[Vec<u32>]) -> Result<f64> {
-    let model = HybridModel::from_folder(folder, kept, &Device::Cpu)?;
+    loss_of(&HybridModel::from_folder(folder, kept, &Device::Cpu)?, passages)
+}
+
+/// Mean loss of a model over the passages, in nats per token.
+fn loss_of(model: &HybridModel, passages: &[Vec<u32>]) -> Result<f64> {
     let config = GenerationConfig::default().max_tokens(1).prompt_logprobs(true);
     let (mut sum, mut count) = (0.0, 0);
     for passage in passages {
@@ -158,17 +162,24 @@ fn loss(folder: &Path, kept: impl Into<WeightType>, passages: &[Vec<u32>]) -> Re
     Ok(sum / f64::from(count))
 }
 
+/// This many passages of this many tokens of the licence.
+fn passages(model: &HybridModel, count: usize, length: usize) -> Result<Vec<Vec<u32>>> {
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/LICENSE"))?;
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let ids = model.tokenizer().ok_or("no tokenizer")?.encode(&text, false)?;
+    let passages = ids.chunks_exact(length).take(count);
+    let passages: Vec<Vec<u32>> = passages.map(<[u32]>::to_vec).collect();
+    assert_eq!(passages.len(), count);
+    Ok(passages)
+}
+
 /// Narrow weights cost no more perplexity than their rounding should: 20 passages of 90 tokens of the
 /// licence. What is rounded here was rounded to Q4_1 before, and most rows have no place for blocks of
 /// Q4K, so that Q5_0 stands in: hence the width of the last bound.
 #[test]
 fn narrow_weights_keep_the_perplexity() -> Result {
     let Some((model, _)) = subject()? else { return Ok(()) };
-    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/LICENSE"))?;
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let ids = model.tokenizer().ok_or("no tokenizer")?.encode(&text, false)?;
-    let passages: Vec<Vec<u32>> = ids.chunks_exact(90).take(20).map(<[u32]>::to_vec).collect();
-    assert_eq!(passages.len(), 20);
+    let passages = passages(model, 20, 90)?;
 
     let folder = tempfile::tempdir()?;
     let checkpoint = Checkpoint::open(PATH.as_ref().ok_or("no path")?)?;
@@ -189,6 +200,24 @@ fn narrow_weights_keep_the_perplexity() -> Result {
         let more = (loss(folder.path(), kept, &passages)? - wide).exp() - 1.0;
         eprintln!("{kept:?}: {:+.2} % of it", 100.0 * more);
         assert!(more.abs() < at_most, "{kept:?}: {more}");
+    }
+    Ok(())
+}
+
+/// Narrow caches cost no more perplexity than their rounding should: two passages of 600 tokens of the
+/// licence, read in more than one chunk.
+#[test]
+fn narrow_caches_keep_the_perplexity() -> Result {
+    let Some((model, _)) = subject()? else { return Ok(()) };
+    let passages = passages(model, 2, 600)?;
+    let wide = loss_of(model, &passages)?;
+    eprintln!("f32: perplexity {:.3}", wide.exp());
+    for (dtype, at_most) in [(DType::BF16, 0.005), (DType::F16, 0.001)] {
+        let path = PATH.as_ref().ok_or("no path")?;
+        let narrow = HybridModel::from_gguf(path, None, &Device::Cpu)?.with_cache_dtype(dtype)?;
+        let more = (loss_of(&narrow, &passages)? - wide).exp() - 1.0;
+        eprintln!("{dtype:?}: {:+.3} % of it", 100.0 * more);
+        assert!(more != 0.0 && more.abs() < at_most, "{dtype:?}: {more}");
     }
     Ok(())
 }

@@ -130,6 +130,43 @@ impl From<KeptIn> for WeightType {
     }
 }
 
+/// What a text is remembered in.
+#[derive(Args, Debug)]
+pub struct CacheArgs {
+    /// What the keys and values of the text are kept as; bf16 and f16 round them and need half the
+    /// memory [default: f32; on other devices than cpu the type of the weights, and no other]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub kv_cache: Option<CachedIn>,
+}
+
+impl CacheArgs {
+    /// `model` with such caches.
+    pub fn apply(&self, model: HybridModel) -> Result<HybridModel> {
+        Ok(match self.kv_cache {
+            Some(dtype) => model.with_cache_dtype(dtype.into())?,
+            None => model,
+        })
+    }
+}
+
+/// What a cache holds, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum CachedIn {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<CachedIn> for DType {
+    fn from(dtype: CachedIn) -> Self {
+        match dtype {
+            CachedIn::F32 => Self::F32,
+            CachedIn::Bf16 => Self::BF16,
+            CachedIn::F16 => Self::F16,
+        }
+    }
+}
+
 /// A device on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum RunOn {

@@ -1,5 +1,7 @@
 //! What stays in the cache between two prompts.
 
+use candle_core::DType;
+
 use crate::error::Result;
 use crate::model::{KvCache, Layout, Transformer};
 
@@ -15,8 +17,8 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    pub(crate) fn new(transformer: &Transformer, capacity: usize) -> Result<Self> {
-        let cache = transformer.new_cache(&Layout::dense(1, 1), capacity)?;
+    pub(crate) fn new(transformer: &Transformer, capacity: usize, dtype: DType) -> Result<Self> {
+        let cache = transformer.new_cache_as(&Layout::dense(1, 1), capacity, dtype)?;
         Ok(Self { cache, ids: Vec::new() })
     }
 
@@ -30,6 +32,12 @@ impl Conversation {
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.cache.capacity()
+    }
+
+    /// Its keys and values: what they are kept as, and how many bytes are set aside for them.
+    #[must_use]
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
     }
 
     /// Forgets everything.

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use candle_core::DType;
+
 use super::answer::{Answer, Seconds, Token};
 use super::config::GenerationConfig;
 use super::conversation::Conversation;
@@ -39,6 +41,8 @@ pub(crate) struct Source<'a> {
     pub(crate) eos_ids: &'a [u32],
     /// The checkpoint's own thinking.
     pub(crate) thinking: &'a Thinking,
+    /// What a cache of the stream's own keeps keys and values as.
+    pub(crate) cache_dtype: DType,
 }
 
 /// An answer as it comes: an iterator of [`Token`]s. Drop it to cancel.
@@ -94,7 +98,7 @@ impl<'a> TokenStream<'a> {
                 let context = transformer.config().max_position_embeddings;
                 let wanted = ids.len().saturating_add(config.max_tokens);
                 let capacity = wanted.min(context).max(ids.len());
-                Held::Own(Box::new(Conversation::new(transformer, capacity)?))
+                Held::Own(Box::new(Conversation::new(transformer, capacity, source.cache_dtype)?))
             }
         };
         let read = reader.read(config, conversation.get())?;

@@ -30,7 +30,8 @@ impl Transformer {
     /// every layer, which begin `cache`, and of the stream that leaves the last, which is returned.
     /// Plain tokens run causally over these keys and values. The run over the thoughts is that of the
     /// [`thinker`](Transformer::thinker), all else the decoder's own. Mixing is done in `f32` (Bitune,
-    /// Kopiczko et al. 2024).
+    /// Kopiczko et al. 2024). What a narrow cache will hold is rounded before plain tokens attend to
+    /// it, as the tokens after them will.
     ///
     /// At weight 0 this is the causal pass over the plain stream and nothing else, at 1 the
     /// bidirectional one over the thoughts (a prefix-LM; GritLM's document caching).
@@ -64,7 +65,7 @@ impl Transformer {
             let mut xs = z.clone();
             for index in layers {
                 let mut new = None;
-                xs = self.run(index, &xs, &thought, &mut new)?;
+                xs = self.run(index, &xs, &thought, keep.dtype(), &mut new)?;
                 keep.layer(index, new)?;
             }
             return Ok(xs);
@@ -79,12 +80,14 @@ impl Transformer {
         let (mut a, mut b) = (plain.clone(), z.clone());
         // What the plain tokens make of the mixture: a stream of its own.
         let mut own = tail.of(plain, 1)?;
+        // Of a mixture, it is the mixture that is kept, and not what is mixed.
+        let kept_as = if weight < 1.0 { None } else { keep.dtype() };
         for index in layers {
             let (mut keys_a, mut keys_b, mut handed) = (None, None, None);
             if weight < 1.0 {
-                a = self.run(index, &a, &causal, &mut keys_a)?;
+                a = self.run(index, &a, &causal, None, &mut keys_a)?;
             }
-            b = self.thinker().run(index, &b, &thought, &mut keys_b)?;
+            b = self.thinker().run(index, &b, &thought, kept_as, &mut keys_b)?;
             let Some(keys_b) = keys_b else { continue };
             let mixed = match keys_a {
                 Some(keys_a) => keys_a.zip(&keys_b, mix)?,
@@ -93,6 +96,7 @@ impl Transformer {
             if let Some(view) = &tail.view {
                 own = self.layers[index].forward(&own, view, |new| {
                     let all = mixed.zip(&new, |mixed, new| tail.put(mixed, new, 2))?;
+                    let all = rounded(all, keep.dtype())?;
                     handed = Some(all.clone());
                     Ok(all)
                 })?;
@@ -105,18 +109,28 @@ impl Transformer {
         tail.put(&left, &own, 1)
     }
 
-    /// One block over `xs`, its keys and values laid aside.
+    /// One block over `xs`, its keys and values laid aside; rounded, if they are to be kept so.
     fn run(
         &self,
         index: usize,
         xs: &Tensor,
         view: &View,
+        kept_as: Option<DType>,
         aside: &mut Option<KeyValues>,
     ) -> Result<Tensor> {
         self.layers[index].forward(xs, view, |new| {
+            let new = rounded(new, kept_as)?;
             *aside = Some(new.clone());
             Ok(new)
         })
+    }
+}
+
+/// As a cache of this type will hold them; without one, as they are.
+fn rounded(all: KeyValues, kept_as: Option<DType>) -> Result<KeyValues> {
+    match kept_as {
+        Some(dtype) => all.rounded(dtype),
+        None => Ok(all),
     }
 }
 
@@ -146,6 +160,10 @@ impl<'a> Keep<'a> {
             }
         }
         Ok(Self(cache))
+    }
+
+    fn dtype(&self) -> Option<DType> {
+        self.0.as_ref().map(|cache| cache.dtype())
     }
 
     fn layer(&mut self, index: usize, all: Option<KeyValues>) -> Result<()> {

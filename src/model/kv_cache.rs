@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::Transformer;
 use crate::error::{Error, Result};
@@ -23,6 +23,10 @@ pub(crate) const CHUNK: usize = 512;
 ///   token 5 comes    [2 3 4]       the last window - 1 move to the front, first = 2
 ///                    [2 3 4 5 _]   and the new one goes behind them
 /// ```
+///
+/// It may keep them narrower than they are computed. Then a token attends to all keys and values as
+/// they are kept, also to its own and to those that came in the same pass, so that what is computed
+/// does not depend on how a text was cut into passes. Only new tokens are converted.
 #[derive(Debug)]
 pub struct KvCache {
     /// Which transformer's keys and values these are.
@@ -30,6 +34,7 @@ pub struct KvCache {
     layers: Vec<LayerCache>,
     capacity: usize,
     layout: Layout,
+    dtype: DType,
 }
 
 /// The keys and values of some tokens in one layer, `(batch, kv_heads, tokens, head_dim)`.
@@ -54,6 +59,29 @@ impl KeyValues {
             tracked: self.tracked || other.tracked,
         })
     }
+
+    /// Of the type and shape they have, with the values that are left when they are kept as `dtype`.
+    pub(super) fn rounded(self, dtype: DType) -> Result<Self> {
+        let Self { keys, values, tracked } = self;
+        Ok(Self { keys: rounded(&keys, dtype)?, values: rounded(&values, dtype)?, tracked })
+    }
+}
+
+/// `xs` with the values that are left when it is kept as `dtype`. Its gradient is that of `xs`: the
+/// slope of rounding is 0 or none, so it is taken for a constant shift, which a backward pass does
+/// not see (Bengio et al. 2013). The gradient of candle's `to_dtype` would be rounded as well, and in
+/// `f16` overflow.
+fn rounded(xs: &Tensor, dtype: DType) -> Result<Tensor> {
+    if xs.dtype() == dtype {
+        return Ok(xs.clone());
+    }
+    let plain = xs.detach();
+    let kept = plain.to_dtype(dtype)?.to_dtype(xs.dtype())?;
+    match xs.track_op() {
+        // What is kept is so near that the difference is exact, and with it the sum.
+        true => Ok((xs + (kept - plain)?)?),
+        false => Ok(kept),
+    }
 }
 
 /// One layer's part of a [`KvCache`].
@@ -73,8 +101,13 @@ pub(super) struct LayerCache {
 }
 
 impl KvCache {
-    pub(super) fn new(owner: &Transformer, layout: &Layout, capacity: usize) -> Result<Self> {
-        let Transformer { id, config, dtype, device, .. } = owner;
+    pub(super) fn new(
+        owner: &Transformer,
+        layout: &Layout,
+        capacity: usize,
+        dtype: DType,
+    ) -> Result<Self> {
+        let Transformer { id, config, device, .. } = owner;
         if capacity == 0 {
             return Err(Error::parameter("capacity", "at least one position", capacity));
         }
@@ -85,7 +118,7 @@ impl KvCache {
         let bytes = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
         let zeros = || match bytes {
             Some(bytes) if !device.is_cpu() || fits_memory(bytes) => {
-                Ok(Tensor::zeros(shape, *dtype, device)?)
+                Ok(Tensor::zeros(shape, dtype, device)?)
             }
             _ => Err(Error::parameter("capacity", "a cache that fits memory", capacity)),
         };
@@ -94,7 +127,7 @@ impl KvCache {
             Ok(LayerCache { keys, values, live: None, first: 0, len: 0, window })
         };
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self { owner: *id, layers, capacity, layout: layout.clone() })
+        Ok(Self { owner: *id, layers, capacity, layout: layout.clone(), dtype })
     }
 
     /// Positions taken up so far.
@@ -120,6 +153,20 @@ impl KvCache {
     #[must_use]
     pub fn slots(&self) -> usize {
         self.layers.first().map_or(0, |layer| layer.keys.dims().get(2).copied().unwrap_or(0))
+    }
+
+    /// What keys and values are kept as.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes set aside for keys and values in all layers: those of [`slots`](Self::slots) positions
+    /// for each row of the batch, however few are filled.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let elements = |layer: &LayerCache| layer.keys.elem_count() + layer.values.elem_count();
+        self.layers.iter().map(elements).sum::<usize>() * self.dtype.size_in_bytes()
     }
 
     /// The rows of this cache and where each begins.
@@ -288,7 +335,8 @@ impl LayerCache {
         }
         if keep > 0 {
             for (own, all) in [(&self.keys, &all.keys), (&self.values, &all.values)] {
-                own.slice_set(&all.narrow(2, len - keep, keep)?.detach().contiguous()?, 2, 0)?;
+                let recent = all.narrow(2, len - keep, keep)?.detach().to_dtype(own.dtype())?;
+                own.slice_set(&recent.contiguous()?, 2, 0)?;
             }
         }
         (self.first, self.len) = (len - keep, len);
@@ -298,19 +346,22 @@ impl LayerCache {
     /// Takes up the keys and values of new tokens and gives those of all tokens held, these
     /// included. [`KvCache::reserve`] has made the room.
     ///
-    /// Where they are tracked, what is given is a copy, because the cache's own memory is written
-    /// again, and the new tokens carry their gradient.
+    /// Where they are tracked, what is given is a copy in their own type, because the cache's own
+    /// memory is written again, and the new tokens carry their gradient. Else it may be narrower than
+    /// they are.
     pub(super) fn append(&mut self, new: &KeyValues) -> Result<KeyValues> {
-        let held = self.len - self.first;
+        let (held, dtype) = (self.len - self.first, self.keys.dtype());
         let count = new.keys.dim(2)?;
         for (all, new) in [(&self.keys, &new.keys), (&self.values, &new.values)] {
-            all.slice_set(&new.detach().contiguous()?, 2, held)?;
+            all.slice_set(&new.detach().to_dtype(dtype)?.contiguous()?, 2, held)?;
         }
         let (keys, values) = if new.tracked {
             let constant = || -> Result<(Tensor, Tensor)> {
-                Ok((self.keys.narrow(2, 0, held)?, self.values.narrow(2, 0, held)?))
+                let wide = |all: &Tensor| all.narrow(2, 0, held)?.to_dtype(new.keys.dtype());
+                Ok((wide(&self.keys)?, wide(&self.values)?))
             };
             let (keys, values) = self.live.take().map_or_else(constant, Ok)?;
+            let new = new.clone().rounded(dtype)?;
             let all =
                 (Tensor::cat(&[&keys, &new.keys], 2)?, Tensor::cat(&[&values, &new.values], 2)?);
             self.live.insert(all).clone()
@@ -319,5 +370,106 @@ impl LayerCache {
         };
         self.len += count;
         Ok(KeyValues { keys, values, tracked: new.tracked })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::model::{Mask, Sight, attend};
+    use candle_core::{Device, Var};
+
+    const HEADS: usize = 2;
+    const HEAD_DIM: usize = 20;
+
+    fn random(heads: usize, len: usize) -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, 1.0, (1, heads, len, HEAD_DIM), &Device::Cpu)?)
+    }
+
+    fn empty(slots: usize, window: Option<usize>, dtype: DType) -> Result<LayerCache> {
+        let zeros = || Tensor::zeros((1, HEADS, slots, HEAD_DIM), dtype, &Device::Cpu);
+        Ok(LayerCache { keys: zeros()?, values: zeros()?, live: None, first: 0, len: 0, window })
+    }
+
+    fn bits(xs: &Tensor) -> Result<Vec<u32>> {
+        let values = xs.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(values.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// A narrow cache beside a wide one that is given the rounded numbers: tokens in pieces, tracked
+    /// and not, while the window rolls. What is held is the same, and so is attention over it.
+    #[test]
+    fn a_narrow_cache_is_a_wide_one_of_rounded_numbers() -> Result<()> {
+        for (dtype, window) in
+            [DType::BF16, DType::F16].into_iter().flat_map(|it| [(it, None), (it, Some(9))])
+        {
+            let slots = window.map_or(70, |window| window - 1 + 20);
+            let mut narrow = empty(slots, window, dtype)?;
+            let mut wide = empty(slots, window, DType::F32)?;
+            for (count, tracked) in [(20, false), (1, false), (7, true), (1, true), (20, false)] {
+                let (keys, values) = (random(HEADS, count)?, random(HEADS, count)?);
+                let round = |xs: &Tensor| xs.to_dtype(dtype)?.to_dtype(DType::F32);
+                let rounded = (round(&keys)?, round(&values)?);
+                let var = |xs: &Tensor| -> Result<Tensor> {
+                    let tracked = tracked.then(|| Var::from_tensor(xs)).transpose()?;
+                    Ok(tracked.map_or_else(|| xs.clone(), |var| var.as_tensor().clone()))
+                };
+                let new = KeyValues { keys: var(&keys)?, values: var(&values)?, tracked };
+                let (a, b) = rounded;
+                let of_rounded = KeyValues { keys: a, values: b, tracked: false };
+                for cache in [&mut narrow, &mut wide] {
+                    cache.reserve(count, false)?;
+                    cache.live = None;
+                }
+                let (got, expected) = (narrow.append(&new)?, wide.append(&of_rounded)?);
+                assert_eq!(bits(&got.keys)?, bits(&expected.keys)?, "{dtype:?} {window:?}");
+                assert_eq!(bits(&got.values)?, bits(&expected.values)?, "{dtype:?} {window:?}");
+                assert_eq!(got.keys.dtype(), if tracked { DType::F32 } else { dtype });
+                assert_eq!((narrow.first, narrow.len), (wide.first, wide.len));
+
+                let (q, held) = (random(2 * HEADS, count)?, narrow.first..narrow.len);
+                let layout = Layout::dense(1, held.end);
+                let queries = held.end - count..held.end;
+                let mask = Mask::new(&layout, Sight::Causal, queries, held.start, window);
+                let mask = Arc::new(mask);
+                let got = attend(&q, &got.keys.detach(), &got.values.detach(), &mask)?;
+                let expected = attend(&q, &expected.keys, &expected.values, &mask)?;
+                assert_eq!(bits(&got)?, bits(&expected)?, "{dtype:?} {window:?}");
+            }
+
+            let all = KeyValues {
+                keys: random(HEADS, slots)?,
+                values: random(HEADS, slots)?,
+                tracked: false,
+            };
+            narrow.fill(&all)?;
+            wide.fill(&all.clone().rounded(dtype)?)?;
+            assert_eq!(bits(&narrow.keys)?, bits(&wide.keys)?, "{dtype:?} {window:?}");
+            assert_eq!(bits(&narrow.values)?, bits(&wide.values)?, "{dtype:?} {window:?}");
+        }
+        Ok(())
+    }
+
+    /// With a graph and without, also where a number is too large or too small for its type.
+    #[test]
+    fn rounding_gives_the_same_numbers_with_a_gradient() -> Result<()> {
+        let edges =
+            [0f32, 1e-9, -3e-8, 6e-5, 1.0, 1.003, -255.7, 65519.0, 65520.0, -1e30, f32::MAX];
+        let xs = Tensor::new(&edges, &Device::Cpu)?;
+        let xs = Tensor::cat(&[&xs, &Tensor::randn(0f32, 1e-4, 999, &Device::Cpu)?], 0)?;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let var = Var::from_tensor(&xs)?;
+            let (ys, slope) =
+                (rounded(var.as_tensor(), dtype)?, Tensor::rand(0f32, 1.0, 1010, &Device::Cpu)?);
+            let expected = xs.to_dtype(dtype)?.to_dtype(DType::F32)?;
+            assert_eq!(ys.to_vec1::<f32>()?, expected.to_vec1::<f32>()?, "{dtype:?}");
+            assert_eq!(rounded(&xs, dtype)?.to_vec1::<f32>()?, expected.to_vec1::<f32>()?);
+            let gradients = (&ys * &slope)?.sum_all()?.backward()?;
+            let gradient = gradients.get(&var).map(Tensor::to_vec1::<f32>).transpose()?;
+            assert_eq!(gradient, Some(slope.to_vec1::<f32>()?), "{dtype:?}");
+        }
+        Ok(())
     }
 }

@@ -415,14 +415,56 @@ impl Transformer {
     }
 
     /// An empty cache for `layout`'s batch with room for `capacity` positions per row, padding
-    /// included. Only where each row begins matters here, not how long it is.
+    /// included. Only where each row begins matters here, not how long it is. Keys and values are kept
+    /// in the type of the residual stream.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a capacity of zero or beyond memory, [`Error::ContextFull`] for one
     /// beyond the model's `max_position_embeddings`.
     pub fn new_cache(&self, layout: &Layout, capacity: usize) -> Result<KvCache> {
+        self.new_cache_as(layout, capacity, self.dtype)
+    }
+
+    /// As [`Transformer::new_cache`], with keys and values kept as `dtype`: on the CPU `F32`, `BF16`
+    /// or `F16`, on other devices the type of the residual stream and no other.
+    ///
+    /// `BF16` and `F16` need half the memory of `F32`, and each key and value is rounded to the
+    /// nearest once, by at most 2⁻⁸ of it in `BF16` and 2⁻¹¹ in `F16`; scores and sums are computed in
+    /// `f32`. `F16` is coarser below 0.00006, and beyond 65504 keys and values become infinite: a model
+    /// that has such needs another. Gradients flow through the new tokens of a pass as if nothing had
+    /// been rounded.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device};
+    /// # use hybrid_attention::{HybridModel, model::Layout};
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let transformer = model.transformer();
+    /// let wide = transformer.new_cache(&Layout::dense(1, 1), 64)?;
+    /// let narrow = transformer.new_cache_as(&Layout::dense(1, 1), 64, DType::BF16)?;
+    /// assert_eq!(wide.bytes(), 2 * narrow.bytes());
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Transformer::new_cache`]; [`Error::Parameter`] for another type.
+    pub fn new_cache_as(&self, layout: &Layout, capacity: usize, dtype: DType) -> Result<KvCache> {
+        self.check_cache_dtype(dtype)?;
         self.check_context(capacity)?;
-        KvCache::new(self, layout, capacity)
+        KvCache::new(self, layout, capacity, dtype)
+    }
+
+    /// Refuses a type that keys and values cannot be kept as. On the CPU this crate's own kernel reads
+    /// narrow ones beside wide queries; candle's operations, on other devices, know one type only.
+    pub(crate) fn check_cache_dtype(&self, dtype: DType) -> Result<()> {
+        let narrow = self.device.is_cpu() && matches!(dtype, DType::BF16 | DType::F16);
+        if dtype == self.dtype || narrow {
+            return Ok(());
+        }
+        let expected = match self.device.is_cpu() {
+            true => "F32, BF16 or F16".to_string(),
+            false => format!("{:?}, the type of the stream on this device", self.dtype),
+        };
+        Err(Error::parameter("cache dtype", expected, format!("{dtype:?}")))
     }
 
     fn check_layers(&self, layers: &Range<usize>) -> Result<()> {

@@ -18,6 +18,7 @@ pub(crate) type Heads = Vec<Vec<Vec<f64>>>;
 pub(crate) struct Reference {
     config: Config,
     weights: HashMap<String, Vec<Vec<f64>>>,
+    kept_as: Option<DType>,
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -40,7 +41,23 @@ impl Reference {
             Ok(tensor.reshape(((), columns))?.to_vec2()?)
         };
         let weights = weights.iter().map(|(name, tensor)| Ok((name.clone(), rows(tensor)?)));
-        Ok(Self { config: config.clone(), weights: weights.collect::<Result<_>>()? })
+        let weights = weights.collect::<Result<_>>()?;
+        Ok(Self { config: config.clone(), weights, kept_as: None })
+    }
+
+    /// The same with all keys and values rounded to `dtype`.
+    pub(crate) fn keeping(self, dtype: DType) -> Self {
+        Self { kept_as: Some(dtype), ..self }
+    }
+
+    /// A key or a value as it is kept.
+    fn kept(&self, x: Vec<f64>) -> Vec<f64> {
+        let round = |x: f64| match self.kept_as {
+            Some(DType::BF16) => f64::from(half::bf16::from_f64(x)),
+            Some(DType::F16) => f64::from(half::f16::from_f64(x)),
+            _ => x,
+        };
+        x.into_iter().map(round).collect()
     }
 
     fn matrix(&self, name: &str) -> &[Vec<f64>] {
@@ -81,8 +98,9 @@ impl Reference {
             let x = self.norm(&format!("{layer}.input_layernorm.weight"), x);
             let k = times(self.matrix(&format!("{layer}.self_attn.k_proj.weight")), &x);
             let v = times(self.matrix(&format!("{layer}.self_attn.v_proj.weight")), &x);
-            pair.0.push(self.heads(&k, Some(position)));
-            pair.1.push(self.heads(&v, None));
+            let kept = |heads: Vec<Vec<f64>>| heads.into_iter().map(|it| self.kept(it)).collect();
+            pair.0.push(kept(self.heads(&k, Some(position))));
+            pair.1.push(kept(self.heads(&v, None)));
         }
         pair
     }

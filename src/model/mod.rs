@@ -136,6 +136,7 @@ impl Transformer {
     /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
         config.validate()?;
+        kernels::keep_freed_memory();
         let table = (config.vocab_size, config.hidden_size);
         let embed_tokens = weights.embedding("model.embed_tokens.weight", table.0, table.1)?;
         let device = embed_tokens.device();

@@ -11,6 +11,8 @@
 //! much smaller `x` that is turned. What comes out is `yᵀ`, and a panel of it is turned back while it
 //! is in the cache.
 
+use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
@@ -30,35 +32,45 @@ const SMALL_GROUP: usize = 6;
 /// Rows and columns that are turned at a time: a cache line.
 const SIDE: usize = 16;
 
-/// `y = x Wᵀ` for `x` of `(rows, len)`, `w` of `(out, len)` and `y` of `(rows, out)`.
-pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize, y: &mut [f32]) {
-    if len == 0 || x.is_empty() || w.is_empty() {
-        y.fill(0.0);
-        return;
-    }
+/// `x Wᵀ` for `x` of `(rows, len)` and `w` of `(out, len)`: `(rows, out)`.
+pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize) -> Vec<f32> {
     let (rows, out) = (x.len() / len, w.len() / (len / T::LEN));
-    assert_eq!(y.len(), rows * out, "a place for each product");
     let arch = Arch::new();
     let packed = arch.dispatch(Pack { x, len });
     let padded = packed.len() / len;
     let threads = rayon::current_num_threads();
     let panel = out.div_ceil(threads).next_multiple_of(GROUP).min(PANEL);
-    let y = Columns { first: y.as_mut_ptr(), rows, out };
-    let buffers = || {
+    // Not zeroed: that would cost as much as writing the result.
+    let mut y: Vec<f32> = Vec::with_capacity(rows * out);
+    let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };
+    w.par_chunks(panel * (len / T::LEN)).enumerate().for_each(|(task, w)| {
+        let of_panel = task * panel..out.min((task + 1) * panel);
         let wide = if T::NARROW { PANEL * RUN } else { 0 };
-        (vec![0f32; panel * padded], vec![0f32; wide])
-    };
-    w.par_chunks(panel * (len / T::LEN)).enumerate().for_each_init(
-        buffers,
-        |(columns, wide), (task, w)| {
-            let of_panel = task * panel..out.min((task + 1) * panel);
-            let columns = &mut columns[..of_panel.len() * padded];
+        with_room(wide + of_panel.len() * padded, |room| {
+            let (wide, columns) = room.split_at_mut(wide);
             arch.dispatch(Panel { x: &packed, w, len, wide, columns });
-            // SAFETY: `y` is borrowed mutably for as long as this runs and has the length asserted
-            // above, and no other task has these columns.
-            unsafe { y.write(of_panel, columns, padded) };
-        },
-    );
+            // SAFETY: `y` lives, has room for `rows · out` elements and is not touched otherwise while
+            // this runs, and no other task has these columns.
+            unsafe { columns_of_y.write(of_panel, columns, padded) };
+        });
+    });
+    // SAFETY: there is room for them, and the panels, each of which has written all of its columns, are
+    // all rows of `w`, which are all columns of `y`.
+    unsafe { y.set_len(rows * out) };
+    y
+}
+
+/// Lends room that this thread keeps from one product to the next, with whatever was left there.
+fn with_room<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local! {
+        static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
+    ROOM.with_borrow_mut(|room| {
+        if room.len() < len {
+            room.resize(len, 0.0);
+        }
+        work(&mut room[..len])
+    })
 }
 
 /// The columns of `y`, `(rows, out)`, of which each task writes its own.
@@ -77,7 +89,7 @@ impl Columns {
     /// each.
     ///
     /// # Safety
-    /// `y` has `rows · out` elements, lives, and nobody else reads or writes columns `of` of it.
+    /// `y` has room for `rows · out` elements, lives, and nobody else reads or writes columns `of` of it.
     unsafe fn write(&self, of: Range<usize>, columns: &[f32], padded: usize) {
         assert!(of.end <= self.out && self.rows <= padded && of.len() * padded <= columns.len());
         for top in (0..self.rows).step_by(SIDE) {
@@ -115,19 +127,25 @@ impl WithSimd for Pack<'_> {
     fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
         let (len, tokens) = (self.len, 2 * S::F32_LANES);
         let rows = self.x.len() / len;
-        let mut packed = vec![0f32; rows.next_multiple_of(tokens) * len];
-        packed.par_chunks_mut(tokens * len).zip(self.x.par_chunks(tokens * len)).for_each(
-            |(tile, x)| {
-                // A few steps at a time, whose lines stay in the first-level cache.
-                for (block, steps) in tile.chunks_mut(SIDE * tokens).enumerate() {
-                    for (token, x) in x.chunks_exact(len).enumerate() {
-                        for (step, x) in steps.chunks_exact_mut(tokens).zip(&x[block * SIDE..]) {
-                            step[token] = *x;
-                        }
+        let size = rows.next_multiple_of(tokens) * len;
+        let mut packed = Vec::with_capacity(size);
+        let tiles = packed.spare_capacity_mut()[..size].par_chunks_mut(tokens * len);
+        tiles.zip(self.x.par_chunks(tokens * len)).for_each(|(tile, x)| {
+            // A few steps at a time, whose lines stay in the first-level cache.
+            for (block, steps) in tile.chunks_mut(SIDE * tokens).enumerate() {
+                for (token, x) in x.chunks_exact(len).enumerate() {
+                    for (step, x) in steps.chunks_exact_mut(tokens).zip(&x[block * SIDE..]) {
+                        step[token].write(*x);
                     }
                 }
-            },
-        );
+                for step in steps.chunks_exact_mut(tokens) {
+                    step[x.len() / len..].fill(MaybeUninit::new(0.0));
+                }
+            }
+        });
+        // SAFETY: there is room for `size`, and each step of each tile, of which there are as many as tiles
+        // of `x`, has been written: the tokens that there are, and zeros behind them.
+        unsafe { packed.set_len(size) };
         packed
     }
 }

@@ -138,6 +138,11 @@ impl Mask {
         self.keys
     }
 
+    /// The number of keys that a query sees, at most.
+    pub(super) fn most_seen(&self) -> usize {
+        self.rows.iter().flatten().map(Range::len).max().unwrap_or(0)
+    }
+
     /// The keys that any of these queries sees: all that attention needs to read for them.
     #[must_use]
     pub fn keys_of(&self, queries: &Range<usize>) -> Range<usize> {

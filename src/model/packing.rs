@@ -66,8 +66,8 @@ impl Packing {
     ) -> Result<Tensor> {
         let sorted = xs.flatten_to(1)?.index_select(&self.order, 0)?; // (batch · seq, hidden)
         let padding = sorted.narrow(0, self.tokens, self.padding)?;
-        let ys = blocks(sorted.narrow(0, 0, self.tokens)?.unsqueeze(0)?)?.squeeze(0)?;
-        let sorted = Tensor::cat(&[ys, padding], 0)?;
+        let tokens = sorted.narrow(0, 0, self.tokens)?.unsqueeze(0)?; // (1, tokens, hidden)
+        let sorted = Tensor::cat(&[blocks(tokens)?.squeeze(0)?, padding], 0)?;
         Ok(sorted.index_select(&self.back, 0)?.reshape(xs.shape())?)
     }
 

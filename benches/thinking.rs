@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Prints, as medians of pairs run in turn: the time of one thought pass over a span, refinement
-//! and all, over the span's share of a plain prefill's layers; the time of a decode step of a stream
-//! that does not think over the same step by hand; and the peak memory of thinking about 8191
+//! and all, over the span's share of a plain prefill's layers; the time of a pass over texts of
+//! different length over that of one over as many of the longest; the time of a decode step of a
+//! stream that does not think over the same step by hand; and the peak memory of thinking about 8191
 //! tokens over that of reading them.
 
 #![allow(clippy::print_stdout)]
@@ -50,6 +51,7 @@ fn main() -> Result<()> {
             pass(model.transformer(), count, span, pairs)?;
         }
     }
+    ragged(model.transformer(), &[512, 64, 64, 64], 5)?;
     gradient(model.transformer(), 128)?;
     decode(&model)?;
     let plain = peak_of("plain")?;
@@ -108,6 +110,29 @@ fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usiz
         }
     }
     line(&format!("one pass, {count} tokens, layers {span:?}"), here, plain);
+    Ok(())
+}
+
+/// One pass over a batch of texts of different length, beside one over as many of the longest: what
+/// it would cost to run the padding along.
+fn ragged(transformer: &Transformer, lengths: &[usize], pairs: usize) -> Result<()> {
+    let layout = Layout::ragged(lengths);
+    let (batch, seq) = (layout.batch(), layout.seq());
+    let text = Text::new(transformer, &ids(batch * seq), layout)?;
+    let dense = Layout::dense(batch, seq);
+    let (mut here, mut plain) = (Vec::new(), Vec::new());
+    for pair in 0..=pairs {
+        let forward = |layout: &Layout| {
+            let (xs, layers) = (text.embeddings(), transformer.all_layers());
+            milliseconds(|| Ok(transformer.forward(xs, layers, Pass::Bidirectional(layout))?))
+        };
+        let (packed, padded) = (forward(text.layout())?, forward(&dense)?);
+        if pair > 0 {
+            here.push(packed);
+            plain.push(padded);
+        }
+    }
+    line(&format!("texts of {lengths:?}, padded as plain"), here, plain);
     Ok(())
 }
 

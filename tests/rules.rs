@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::thread::ScopedJoinHandle;
 
-use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral};
 use hybrid_attention::model::{KvCache, Layout, Mask, Pass, Sight, Transformer};
@@ -365,11 +365,7 @@ fn batch_is_its_rows(config: &Config, layout: &Layout, chunk: usize, seed: u64) 
     };
     let together = run(&xs, layout)?;
     for row in 0..layout.batch() {
-        let start = layout.starts()[row];
-        let segments: Vec<_> =
-            layout.context(row).iter().map(|run| run.start - start..run.end - start).collect();
-        let alone = Layout::dense(1, layout.seq() - start).with_context(0, &segments)?;
-        let alone = run(&row_of(&xs, layout, row)?, &alone)?;
+        let alone = run(&row_of(&xs, layout, row)?, &alone(layout, row)?)?;
         for (index, (together, alone)) in together.iter().zip(alone).enumerate() {
             let together = row_of(together, layout, row)?;
             assert_close(&format!("row {row}, pass {index}"), &together, &alone, ROUNDING)?;
@@ -394,6 +390,136 @@ proptest! {
     ) {
         holds(batch_is_its_rows(&config, &layout, chunk, seed))?;
     }
+}
+
+// ---- padding ----
+
+/// A tiny model whose last layers run in thought passes only, as `thoughts` blocks of its own.
+fn with_thought_layers(config: &Config, thoughts: usize, seed: u64) -> Result<Transformer> {
+    let all = config.num_hidden_layers;
+    let longer = Config { num_hidden_layers: all + thoughts, ..config.clone() };
+    let mut weights = tiny::weights(&longer, seed)?;
+    for layer in 0..thoughts {
+        let from = format!("model.layers.{}.", all + layer);
+        let names: Vec<String> =
+            weights.keys().filter(|name| name.starts_with(&from)).cloned().collect();
+        for name in names {
+            let weight = weights.remove(&name).ok_or("no weight")?;
+            weights.insert(name.replace(&from, &format!("thought.layers.{layer}.")), weight);
+        }
+    }
+    Ok(Transformer::new(config, &mut weights)?)
+}
+
+/// Row `row` of `layout` by itself.
+fn alone(layout: &Layout, row: usize) -> Result<Layout> {
+    let start = layout.starts()[row];
+    let segments: Vec<_> =
+        layout.context(row).iter().map(|run| run.start - start..run.end - start).collect();
+    Ok(Layout::dense(1, layout.seq() - start).with_context(0, &segments)?)
+}
+
+/// Rows of these lengths with context segments, their order and emptiness as they come.
+fn with_segments(lengths: &[usize], seed: u64) -> Result<Layout> {
+    let mut layout = Layout::ragged(lengths);
+    for (row, &length) in lengths.iter().enumerate() {
+        layout =
+            layout.with_context(row, &tiny::segments(seed.wrapping_add(row as u64), length))?;
+    }
+    Ok(layout)
+}
+
+/// What leaves `layers` and the thought layers after them, and the gradient of a sum of it that
+/// weighs every element by `weights`.
+fn with_gradient(
+    model: &Transformer,
+    xs: &Tensor,
+    layers: Range<usize>,
+    (layout, sight): (&Layout, Sight),
+    weights: &Tensor,
+) -> Result<[Tensor; 2]> {
+    let xs = Var::from_tensor(xs)?;
+    let h = model.forward(xs.as_tensor(), layers, uncached(layout, sight))?;
+    let ys = model.forward_thought_layers(&h, layout, sight)?;
+    let gradients = (&ys * weights)?.sum_all()?.backward()?;
+    Ok([ys.detach(), gradients.get(&xs).ok_or("no gradient")?.clone()])
+}
+
+/// Values and gradients of every row are those of that row alone, whatever stands in the padding;
+/// and of a loss that leaves the padding out, none reaches it.
+fn padding_is_left_out(
+    config: &Config,
+    layout: &Layout,
+    span: Range<usize>,
+    thoughts: usize,
+    seed: u64,
+) -> Result {
+    let model = with_thought_layers(config, thoughts, seed)?;
+    let (batch, seq, hidden) = (layout.batch(), layout.seq(), config.hidden_size);
+    let xs = inputs(&model, layout, seed)?;
+    let real = Tensor::new(layout.real(), &Device::Cpu)?.unsqueeze(2)?; // (batch, seq, 1)
+    let weights = tiny::noise(seed, &[batch, seq, hidden], 1.0)?.broadcast_mul(&real)?;
+    for sight in [Sight::Causal, Sight::Bidirectional] {
+        let run = |xs: &Tensor, layers: Range<usize>, layout: &Layout, weights: &Tensor| {
+            with_gradient(&model, xs, layers, (layout, sight), weights)
+        };
+        let [ys, gradient] = run(&xs, span.clone(), layout, &weights)?;
+        for row in 0..batch {
+            let start = layout.starts()[row];
+            let padding = |of: &Tensor| of.i((row..row + 1, ..start));
+            assert_identical("padding", &padding(&ys)?, &padding(&xs)?)?;
+            assert_identical(
+                "of padding",
+                &padding(&gradient)?.abs()?,
+                &padding(&xs.zeros_like()?)?,
+            )?;
+            if start == seq {
+                continue; // an empty row
+            }
+            let (xs, weights) = (row_of(&xs, layout, row)?, row_of(&weights, layout, row)?);
+            let [expected, slope] = run(&xs, span.clone(), &alone(layout, row)?, &weights)?;
+            let name = format!("{sight:?}, row {row}");
+            assert_close(&name, &row_of(&ys, layout, row)?, &expected, ROUNDING)?;
+            let name = format!("gradient, {name}");
+            assert_close(&name, &row_of(&gradient, layout, row)?, &slope, 10.0 * ROUNDING)?;
+        }
+        // Where there is padding, nothing: not even what is no number.
+        let holes = Tensor::full(f32::NAN, xs.shape(), &Device::Cpu)?;
+        let holes = real.broadcast_as(xs.shape())?.gt(0f32)?.where_cond(&xs, &holes)?;
+        let [with_holes, _] = run(&holes, span.clone(), layout, &weights)?;
+        for row in (0..batch).filter(|row| layout.starts()[*row] < seq) {
+            let (got, expected) = (row_of(&with_holes, layout, row)?, row_of(&ys, layout, row)?);
+            assert_identical("beside padding that is no number", &got, &expected)?;
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn padding_takes_no_part(
+        (config, span) in configs_with_span(), lengths in prop::collection::vec(0usize..24, 1..5),
+        longest in 1usize..24, thoughts in 0usize..3, seed: u64,
+    ) {
+        let lengths = [lengths, vec![longest]].concat();
+        let layout = with_segments(&lengths, seed).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        holds(padding_is_left_out(&config, &layout, span, thoughts, seed))?;
+    }
+}
+
+/// Longer than what any part of attention takes at a time, beside rows that are much shorter.
+#[test]
+fn long_and_short_rows_are_packed_alike() -> Result {
+    for sliding_window in [None, Some(70)] {
+        let config = Config { sliding_window, ..tiny::config() };
+        let layout = with_segments(&[1, 700, 0, 64, 701, 3], 5)?;
+        padding_is_left_out(&config, &layout, 0..3, 1, 5)?;
+        let layout = Layout::ragged(&[400, 900, 1]);
+        padding_is_left_out(&config, &layout, 1..3, 0, 6)?;
+    }
+    Ok(())
 }
 
 // ---- the cache ----

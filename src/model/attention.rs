@@ -147,7 +147,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Te
         return Ok(kernels::attend(q, k, v, mask, scale as f32)?);
     }
     if ![q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {
-        return by_blocks(q, k, v, mask, scale);
+        return by_blocks(q, k, v, mask, scale, SCORES_AT_ONCE);
     }
     let op = Attend { mask: Arc::clone(mask), scale: scale as f32 };
     Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?)
@@ -176,16 +176,32 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<()> {
     Err(Error::parameter("q, k and v", expected, got))
 }
 
-/// [`attend`] in operations of candle's, which any device has.
-fn by_blocks(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask, scale: f64) -> Result<Tensor> {
+/// [`attend`] in operations of candle's, which any device has, with about `at_once` scores in memory.
+fn by_blocks(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &Mask,
+    scale: f64,
+    at_once: usize,
+) -> Result<Tensor> {
     let (batch, heads, queries, head_dim) = q.dims4()?;
     let kv_heads = k.dim(1)?;
     let group = heads / kv_heads;
     let q = (q * scale)?;
-    let step = (SCORES_AT_ONCE / (batch * heads * mask.keys()).max(1)).max(1);
-    let mut blocks = Vec::with_capacity(queries.div_ceil(step));
-    for start in (0..queries).step_by(step) {
-        let block = start..queries.min(start + step);
+    let most = at_once / (batch * heads).max(1);
+    let step = (most / mask.keys().max(1)).max(1);
+    let (mut blocks, mut start) = (Vec::with_capacity(queries.div_ceil(step)), 0);
+    while start < queries {
+        // Many short rows, one behind the other, have many keys of which a block sees few.
+        let mut block = start..queries.min(start + step);
+        while block.end < queries {
+            let twice = start..queries.min(start + 2 * block.len());
+            if twice.len() * mask.keys_of(&twice).len() > most {
+                break;
+            }
+            block = twice;
+        }
         let seen = mask.keys_of(&block);
         let (rows, keys) = (block.len(), seen.len());
         let k = k.narrow(2, seen.start, keys)?;
@@ -199,6 +215,7 @@ fn by_blocks(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask, scale: f64) -> Res
         };
         let ys = probabilities.reshape((batch, kv_heads, group * rows, keys))?.matmul(&v)?;
         blocks.push(ys.reshape((batch, heads, rows, head_dim))?);
+        start = block.end;
     }
     let ys = match <[Tensor; 1]>::try_from(blocks) {
         Ok([only]) => only,
@@ -266,6 +283,60 @@ mod tests {
                 let expected = attend(&q, &wide[0], &wide[1], &mask)?;
                 let got = attend(&q, &narrow[0], &narrow[1], &mask)?;
                 assert_eq!(got.to_vec3::<f32>()?, expected.to_vec3::<f32>()?, "{dtype:?}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows behind each other in one sequence attend as they do side by side, in each of the three
+    /// forms; in the last of them, whether one score at a time stands in memory or all.
+    #[test]
+    fn packed_rows_see_themselves_alone() -> Result<()> {
+        let lengths = [1, 30, 0, 150, 7, 149];
+        let layout = Layout::ragged(&lengths).with_context(3, &[3..60, 60..140])?;
+        let random = |heads, len| Tensor::randn(0f32, 1.0, (1, heads, len, 10), &Device::Cpu);
+        let total: usize = lengths.iter().sum();
+        let inputs = [random(6, total)?, random(2, total)?, random(2, total)?];
+        let [q, k, v] = &inputs;
+        let weights = Tensor::randn(0f32, 1.0, (1, total, 60), &Device::Cpu)?;
+        for sight in [Sight::Causal, Sight::Bidirectional] {
+            for window in [None, Some(1), Some(20)] {
+                let packed = Arc::new(Mask::packed(&layout, sight, window));
+                let kernel = attend(q, k, v, &packed)?;
+                let tracked =
+                    with_gradients(&inputs, &weights, |q, k, v| attend(q, k, v, &packed))?;
+                let mut first = 0;
+                let mut alone: [Vec<Tensor>; 4] = Default::default();
+                for (row, length) in lengths.into_iter().enumerate().filter(|(_, it)| *it > 0) {
+                    let start = layout.seq() - length;
+                    let segments: Vec<_> = layout.context(row).iter().collect();
+                    let segments: Vec<_> =
+                        segments.iter().map(|it| it.start - start..it.end - start).collect();
+                    let layout = Layout::dense(1, length).with_context(0, &segments)?;
+                    let mask = Mask::new(&layout, sight, 0..length, 0, window);
+                    let of_row = |it: &Tensor, dim| it.narrow(dim, first, length)?.contiguous();
+                    let inputs = [of_row(q, 2)?, of_row(k, 2)?, of_row(v, 2)?];
+                    let weights = of_row(&weights, 1)?;
+                    let row = with_gradients(&inputs, &weights, |q, k, v| naive(q, k, v, &mask))?;
+                    alone.iter_mut().zip(row).for_each(|(all, row)| all.push(row));
+                    first += length;
+                }
+                let [ys, dq, dk, dv] = &alone;
+                let expected = [
+                    Tensor::cat(ys, 1)?,
+                    Tensor::cat(dq, 2)?,
+                    Tensor::cat(dk, 2)?,
+                    Tensor::cat(dv, 2)?,
+                ];
+                assert!(largest_difference(&kernel, &expected[0])? < 1e-5);
+                for (got, expected) in tracked.iter().zip(&expected) {
+                    assert!(largest_difference(got, expected)? < 1e-4);
+                }
+                for at_once in [1, 20_000, usize::MAX] {
+                    let scale = 1.0 / 10f64.sqrt();
+                    let composite = by_blocks(q, k, v, &packed, scale, at_once)?;
+                    assert!(largest_difference(&composite, &expected[0])? < 1e-5);
+                }
             }
         }
         Ok(())

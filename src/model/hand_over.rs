@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::kv_cache::{KeyValues, KvCache};
 use super::mask::{Mask, Sight};
-use super::{Pass, Transformer, View, check_batch};
+use super::{Pass, Transformer, View, check_batch, in_pool};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
@@ -59,6 +59,9 @@ impl Transformer {
             return self.forward(plain, layers, pass);
         }
         self.check_layers(&layers)?;
+        if weight == 1.0 && self.thinker.is_none() && cache.is_none() {
+            return in_pool(|| self.uncached(&self.layers[layers], z, layout, sight));
+        }
         let thought = self.view(z, layout, sight)?;
         let mut keep = Keep::new(self, &layers, layout, cache)?;
         if weight == 1.0 && self.thinker.is_none() {

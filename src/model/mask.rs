@@ -94,6 +94,26 @@ impl Mask {
         Self { rows, keys: queries.end.saturating_sub(first_key) }
     }
 
+    /// The mask of all tokens of `layout` as one row, behind each other and without padding.
+    ///
+    /// ```text
+    /// lengths [2, 4], causal  ->  query 0 sees key 0,  1 sees 0 1         (row 0)
+    ///                             query 2 sees key 2,  3 sees 2 3  ...    (row 1: from 2 on)
+    /// ```
+    pub(super) fn packed(layout: &Layout, sight: Sight, window: Option<usize>) -> Self {
+        let padded = Self::new(layout, sight, 0..layout.seq(), 0, window);
+        let (mut spans, mut first) = (Vec::new(), 0);
+        for (row, start) in layout.starts().into_iter().enumerate() {
+            // Slot `start` of this row is key `first`.
+            spans.extend((start..layout.seq()).map(|query| {
+                let sees = padded.sees(row, query);
+                sees.start - start + first..sees.end - start + first
+            }));
+            first += layout.seq() - start;
+        }
+        Self { rows: vec![spans], keys: first }
+    }
+
     /// The keys that `query` of batch row `row` sees, both counted from the first one here.
     #[must_use]
     pub fn sees(&self, row: usize, query: usize) -> Range<usize> {
@@ -116,6 +136,11 @@ impl Mask {
     #[must_use]
     pub fn keys(&self) -> usize {
         self.keys
+    }
+
+    /// The number of keys that a query sees, at most.
+    pub(super) fn most_seen(&self) -> usize {
+        self.rows.iter().flatten().map(Range::len).max().unwrap_or(0)
     }
 
     /// The keys that any of these queries sees: all that attention needs to read for them.

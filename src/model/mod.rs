@@ -43,6 +43,7 @@ mod mask;
 mod minds;
 mod mlp;
 mod ops;
+mod packing;
 mod rope;
 mod weights;
 
@@ -54,6 +55,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{DType, Device, Tensor};
 
 use self::block::{Block, RmsNorm};
+use self::packing::Packing;
 use self::rope::{Rope, Rotation};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -255,6 +257,10 @@ impl Transformer {
     /// `(batch, seq, hidden)`. What enters layer 0 is [`Transformer::embed`]; what leaves the last
     /// layer goes to [`Transformer::logits`].
     ///
+    /// Where a row is padded, the result means nothing and no token depends on what came in. Without a
+    /// cache only the tokens are computed, so a batch costs what its rows do, and padding keeps what
+    /// came in.
+    ///
     /// # Errors
     /// [`Error::ContextFull`] when the cache, or the model, has no room for `seq` more positions;
     /// [`Error::Parameter`] when `layers`, the shape of `xs` or the cache does not fit this model;
@@ -270,8 +276,10 @@ impl Transformer {
             return Ok(xs.clone());
         }
         match pass {
-            Pass::Causal(layout) => self.uncached(xs, layers, layout, Sight::Causal),
-            Pass::Bidirectional(layout) => self.uncached(xs, layers, layout, Sight::Bidirectional),
+            Pass::Causal(layout) => self.uncached(&self.layers[layers], xs, layout, Sight::Causal),
+            Pass::Bidirectional(layout) => {
+                self.uncached(&self.layers[layers], xs, layout, Sight::Bidirectional)
+            }
             Pass::Cached(cache) => {
                 cache.check_owner(self.id)?;
                 check_batch(cache.layout().batch(), batch)?;
@@ -291,15 +299,30 @@ impl Transformer {
         }
     }
 
+    /// Runs `blocks` over all of `xs` at once, from position 0 on. Of rows of different lengths only
+    /// the tokens run; padding keeps what came in, which nothing reads.
+    ///
+    /// So on every device: where candle's operations attend, a block of queries makes scores over the
+    /// keys that it sees, which are those of the rows it is of, not over all that are packed.
     fn uncached(
         &self,
+        blocks: &[Block],
         xs: &Tensor,
-        layers: Range<usize>,
         layout: &Layout,
         sight: Sight,
     ) -> Result<Tensor> {
-        let view = self.view(xs, layout, sight)?;
-        self.layers[layers].iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok))
+        let run = |xs: Tensor, view: &View| {
+            blocks.iter().try_fold(xs, |xs, block| block.forward(&xs, view, Ok))
+        };
+        self.check_layout(xs, layout)?;
+        match Packing::new(layout, &self.device)? {
+            None => run(xs.clone(), &self.view(xs, layout, sight)?),
+            Some(packing) => {
+                let window = self.config.sliding_window;
+                let view = Packing::view(layout, sight, window, &self.rope)?;
+                packing.run(xs, |xs| run(xs, &view))
+            }
+        }
     }
 
     /// Runs the blocks that the checkpoint has for thought passes only, `(batch, seq, hidden)` in
@@ -317,8 +340,7 @@ impl Transformer {
         if layers.is_empty() {
             return Ok(xs.clone());
         }
-        let view = self.view(xs, layout, sight)?;
-        in_pool(|| layers.iter().try_fold(xs.clone(), |xs, block| block.forward(&xs, &view, Ok)))
+        in_pool(|| self.uncached(layers, xs, layout, sight))
     }
 
     /// Where attention goes when `layers` run over `xs`: for each layer the share of every token's
@@ -345,15 +367,10 @@ impl Transformer {
         Ok(shares)
     }
 
-    /// What the blocks share when all of `xs` runs at once, from position 0 on.
+    /// What the blocks share when all of `xs` runs at once, padding included, from position 0 on.
     fn view(&self, xs: &Tensor, layout: &Layout, sight: Sight) -> Result<View> {
-        let (batch, seq) = self.check_stream(xs)?;
-        check_batch(layout.batch(), batch)?;
-        if layout.seq() != seq {
-            let expected = format!("the sequence of {} slots it describes", layout.seq());
-            return Err(Error::parameter("layout", expected, seq));
-        }
-        self.check_context(seq)?;
+        self.check_layout(xs, layout)?;
+        let seq = layout.seq();
         Ok(View {
             rotation: self.rope.at(0, seq, &layout.starts())?,
             mask: Arc::new(Mask::new(layout, sight, 0..seq, 0, self.config.sliding_window)),
@@ -488,6 +505,17 @@ impl Transformer {
                 Err(Error::parameter("xs", expected, format!("{got:?}")))
             }
         }
+    }
+
+    /// Refuses a stream that is not laid out as `layout` says, and one that is too long.
+    fn check_layout(&self, xs: &Tensor, layout: &Layout) -> Result<()> {
+        let (batch, seq) = self.check_stream(xs)?;
+        check_batch(layout.batch(), batch)?;
+        if layout.seq() != seq {
+            let expected = format!("the sequence of {} slots it describes", layout.seq());
+            return Err(Error::parameter("layout", expected, seq));
+        }
+        self.check_context(seq)
     }
 
     /// Refuses more positions than the model was trained for.

@@ -61,21 +61,29 @@ impl Rope {
 
     /// The rotation of `seq` slots from slot `first` on, in rows whose text begins at `starts`.
     pub(super) fn at(&self, first: usize, seq: usize, starts: &[usize]) -> Result<Rotation> {
-        let tables = self.tables(first + seq)?;
         if starts.iter().all(|&start| start == 0) {
+            let tables = self.tables(first + seq)?;
             let rows = |table: &Tensor| table.narrow(0, first, seq);
             return Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? });
         }
         // A padded row counts its positions from its own first token; padding stands at 0.
         let slots = first..first + seq;
-        let positions: Vec<u32> = starts
-            .iter()
-            .flat_map(|&start| slots.clone().map(move |slot| slot.saturating_sub(start) as u32))
-            .collect();
-        let positions = Tensor::new(positions, &self.device)?;
-        let rows = |table: &Tensor| {
-            table.index_select(&positions, 0)?.reshape((starts.len(), seq, self.inv_freq.len()))
+        let position = |start: &usize| {
+            let start = *start;
+            slots.clone().map(move |slot| slot.saturating_sub(start))
         };
+        let Rotation { cos, sin } = self.of(starts.iter().flat_map(position))?;
+        let rows = |angles: &Tensor| angles.reshape((starts.len(), seq, self.inv_freq.len()));
+        Ok(Rotation { cos: rows(&cos)?, sin: rows(&sin)? })
+    }
+
+    /// The rotation of slots that stand at these positions, the same in every row of a batch.
+    pub(super) fn of(&self, positions: impl Iterator<Item = usize>) -> Result<Rotation> {
+        let positions: Vec<u32> = positions.map(|position| position as u32).collect();
+        let longest = positions.iter().max().map_or(0, |position| *position as usize + 1);
+        let tables = self.tables(longest)?;
+        let positions = Tensor::new(positions, &self.device)?;
+        let rows = |table: &Tensor| table.index_select(&positions, 0);
         Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? })
     }
 

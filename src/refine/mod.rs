@@ -55,7 +55,7 @@ pub struct Step<'a> {
     /// The first thoughts, before any pass.
     pub first: &'a Tensor,
     /// What came out of the pass, before any op. Plain rows behind all context may have been left
-    /// out of it: there it is `z`.
+    /// out of it, as padding is: there it is `z`.
     pub h: &'a Tensor,
     /// What came out of the first pass: `h` itself in the first.
     pub first_h: &'a Tensor,

@@ -107,7 +107,7 @@ impl Attend {
     ) -> Result<()> {
         let (head_dim, arch) = (sizes.head_dim, Arch::new());
         let mut scores = Vec::new();
-        for block in sizes.blocks() {
+        for block in sizes.blocks(&self.mask) {
             let seen = self.keys_of(sizes, index, &block);
             let (keys, values) = (sizes.keys(k, index, &seen)?, sizes.keys(v, index, &seen)?);
             for head in 0..sizes.group {
@@ -135,7 +135,7 @@ impl Attend {
     ) -> Result<()> {
         let (head_dim, arch) = (sizes.head_dim, Arch::new());
         let (mut shares, mut slopes) = (Vec::new(), Vec::new());
-        for block in sizes.blocks() {
+        for block in sizes.blocks(&self.mask) {
             let seen = self.keys_of(sizes, index, &block);
             let (keys, values) = (sizes.keys(k, index, &seen)?, sizes.keys(v, index, &seen)?);
             let square = (block.len(), seen.len());
@@ -254,9 +254,11 @@ impl Sizes {
         self.keys * self.head_dim
     }
 
-    fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
+    /// Few enough queries at a time for the most keys that one of them sees: of many short rows, one
+    /// behind the other, none sees more than its own.
+    fn blocks(&self, mask: &Mask) -> impl Iterator<Item = Range<usize>> {
         let queries = self.queries;
-        let step = (SCORES_AT_ONCE / self.keys.max(1)).clamp(1, QUERIES_AT_ONCE);
+        let step = (SCORES_AT_ONCE / mask.most_seen().max(1)).clamp(1, QUERIES_AT_ONCE);
         (0..queries).step_by(step).map(move |start| start..queries.min(start + step))
     }
 

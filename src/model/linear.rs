@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::quantized::{QMatMul, QTensor};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Module, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Module, Shape, Tensor,
+};
 
 use super::kernels;
 use crate::error::{Error, Result};
@@ -138,65 +140,83 @@ impl Linear {
     /// [`Error::Unsupported`] when a gradient is wanted of a product with quantised weights on another
     /// device than the CPU, which candle would silently leave out.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let ys = match &self.weight {
-            Weight::Dense(weight) => dense(xs, weight)?,
-            Weight::Quantized(weight) => quantized(xs, weight)?,
+        self.times(&Input::new(xs, &[self])?)
+    }
+
+    /// [`forward`](Self::forward) of input that several projections share.
+    pub(super) fn times(&self, input: &Input<'_>) -> Result<Tensor> {
+        let Input { xs, rows } = input;
+        let ys = match (&self.weight, rows) {
+            (weight, Some(rows)) if weight.is_frozen(xs) => frozen(xs, rows, weight)?,
+            (Weight::Dense(weight), _) => dense(xs, weight)?,
+            (Weight::Quantized(weight), _) => quantized(xs, weight)?,
         };
         self.low_rank.iter().try_fold(ys, |ys, change| Ok((ys + change.forward(xs)?)?))
+    }
+}
+
+/// What one or several projections multiply.
+pub(super) struct Input<'a> {
+    /// `(…, in_features)`
+    xs: &'a Tensor,
+    /// The same as kernels of the CPU read it, if one of the projections has a kernel.
+    rows: Option<kernels::Rows>,
+}
+
+impl<'a> Input<'a> {
+    pub(super) fn new(xs: &'a Tensor, projections: &[&Linear]) -> Result<Self> {
+        let rows = match projections.iter().any(|projection| projection.weight.is_frozen(xs)) {
+            true => Some(kernels::Rows::new(&xs.detach().reshape(((), xs.dim(D::Minus1)?))?)?),
+            false => None,
+        };
+        Ok(Self { xs, rows })
     }
 }
 
 impl LowRank {
     /// `scale · x Aᵀ Bᵀ`: the scale goes to the narrow product in the middle.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let narrow = (dense(xs, &self.a)? * self.scale)?; // (…, rank)
-        dense(&narrow, &self.b)
+        let narrow = (Linear::dense(&self.a)?.forward(xs)? * self.scale)?; // (…, rank)
+        Linear::dense(&self.b)?.forward(&narrow)
     }
 }
 
+/// By operations of candle's, and on the CPU with a gradient for the weight.
 fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (out_features, in_features) = weight.dims2()?;
-    let tracked = xs.track_op() || weight.track_op();
-    let on_cpu = xs.device().is_cpu() && xs.dtype() == DType::F32;
-    if on_cpu && tracked && (weight.track_op() || weight.dtype() == DType::F32) {
+    if on_cpu(xs) {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         return Ok(xs.contiguous()?.apply_op2(&weight, Product)?);
     }
-    by_rows(xs, (out_features, in_features), |xs| {
-        if on_cpu {
-            return frozen(xs, &Weight::Dense(weight.clone()));
-        }
-        Ok(xs.matmul(&weight.to_dtype(xs.dtype())?.t()?)?)
-    })
+    let (out_features, in_features) = weight.dims2()?;
+    let ys = xs.reshape(((), in_features))?.matmul(&weight.to_dtype(xs.dtype())?.t()?)?;
+    Ok(ys.reshape(with_last(xs, out_features))?)
 }
 
+/// On other devices than the CPU.
 fn quantized(xs: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
-    if xs.device().is_cpu() && xs.dtype() == DType::F32 {
-        let shape = weight.shape().dims2()?;
-        return by_rows(xs, shape, |xs| frozen(xs, &Weight::Quantized(Arc::clone(weight))));
-    }
     if xs.track_op() {
         return Err(Error::unsupported("gradient", "through quantised weights on this device"));
     }
     Ok(QMatMul::QTensor(Arc::clone(weight)).forward(&xs.contiguous()?)?)
 }
 
-/// `(…, in) -> (…, out)` by way of `(rows, in) -> (rows, out)`.
-fn by_rows(
-    xs: &Tensor,
-    (out_features, in_features): (usize, usize),
-    product: impl FnOnce(&Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
+fn on_cpu(xs: &Tensor) -> bool {
+    xs.device().is_cpu() && xs.dtype() == DType::F32
+}
+
+/// The shape of `xs` with another last dimension.
+fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
     let mut shape = xs.dims().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = out_features;
+    if let Some(of_xs) = shape.last_mut() {
+        *of_xs = last;
     }
-    Ok(product(&xs.reshape(((), in_features))?)?.reshape(shape)?)
+    shape
 }
 
 /// `x Wᵀ` on the CPU for a weight that has no gradient.
-fn frozen(xs: &Tensor, weight: &Weight) -> Result<Tensor> {
-    let ys = weight.product(&xs.detach())?;
+fn frozen(xs: &Tensor, rows: &kernels::Rows, weight: &Weight) -> Result<Tensor> {
+    let (out_features, _) = weight.dims()?;
+    let ys = weight.product(rows)?.reshape(with_last(xs, out_features))?;
     if !xs.track_op() {
         return Ok(ys);
     }
@@ -256,10 +276,23 @@ impl CustomOp2 for Product {
 
 /// On the CPU, where a weight is widened a part at a time as it is used.
 impl Weight {
-    fn product(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+    /// Whether it multiplies `xs` by a kernel of this crate, which leaves its own gradient out. A dense
+    /// weight of `f32` that `xs` brings a gradient to is as fast without one.
+    fn is_frozen(&self, xs: &Tensor) -> bool {
+        on_cpu(xs)
+            && match self {
+                Self::Dense(weight) => {
+                    let tracked = xs.track_op() || weight.track_op();
+                    !tracked || !weight.track_op() && weight.dtype() != DType::F32
+                }
+                Self::Quantized(_) => true,
+            }
+    }
+
+    fn product(&self, rows: &kernels::Rows) -> candle_core::Result<Tensor> {
         match self {
-            Self::Dense(weight) => kernels::product(xs, weight),
-            Self::Quantized(weight) => kernels::quantized_product(xs, weight),
+            Self::Dense(weight) => rows.times(weight),
+            Self::Quantized(weight) => rows.times_quantized(weight),
         }
     }
 
@@ -301,8 +334,9 @@ impl CustomOp1 for Frozen {
         Ok((CpuStorage::F32(values), product.shape().clone()))
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    fn bwd(&self, xs: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let (out_features, in_features) = self.weight.dims()?;
+        let grad = grad.reshape(((), out_features))?; // (rows of x, out)
         let step = (WIDEN_AT_ONCE / in_features.max(1)).max(1);
         let mut sum: Option<Tensor> = None;
         for start in (0..out_features).step_by(step) {
@@ -313,6 +347,6 @@ impl CustomOp1 for Frozen {
                 None => part,
             });
         }
-        Ok(sum)
+        sum.map(|sum| sum.reshape(xs.shape())).transpose()
     }
 }

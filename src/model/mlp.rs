@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::linear::Linear;
+use super::linear::{Input, Linear};
 use super::ops;
 use super::weights::Weights;
 use crate::config::Config;
@@ -59,7 +59,9 @@ impl Mlp {
     }
 
     fn forward_whole(&self, xs: &Tensor) -> Result<Tensor> {
-        let (gate, up) = rayon::join(|| self.gate_proj.forward(xs), || self.up_proj.forward(xs));
+        let input = Input::new(xs, &[&self.gate_proj, &self.up_proj])?;
+        let (gate, up) =
+            rayon::join(|| self.gate_proj.times(&input), || self.up_proj.times(&input));
         self.down_proj.forward(&ops::swiglu(gate?, &up?)?) // (batch, seq, intermediate) inside
     }
 }

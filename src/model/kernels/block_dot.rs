@@ -13,21 +13,32 @@ use super::units::{Lanes, OnUnit, Parts, Unit, on_unit, on_unit_for_chunks};
 use super::{FEW_ROWS, ROWS_PER_TASK};
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
-/// `(out, len)`.
-pub(super) fn columns<B: Block>(x: &[f32], w: &[B], len: usize, columns: &mut [f32]) {
+/// `(out, len)`. `fixed` gives what [`fix`] makes of `x`.
+pub(super) fn columns<'a, B: Block>(
+    x: &[f32],
+    fixed: impl FnOnce() -> &'a Vec<Fixed>,
+    w: &[B],
+    len: usize,
+    columns: &mut [f32],
+) {
     if len == 0 || x.is_empty() {
         return;
     }
     let rows = x.len() / len;
     let arch = Arch::new();
-    let fixed = if B::SIGNED { Vec::new() } else { arch.dispatch(Fix { x, len }) };
-    columns
+    let tasks = columns
         .par_chunks_mut(ROWS_PER_TASK * rows)
-        .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)))
-        .for_each(|(columns, w)| match B::SIGNED {
-            true => arch.dispatch(Signed { x, w, len, columns }),
-            false => arch.dispatch(Whole { x: &fixed, w, len, columns }),
-        });
+        .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)));
+    if B::SIGNED {
+        return tasks.for_each(|(columns, w)| arch.dispatch(Signed { x, w, len, columns }));
+    }
+    let x = fixed().as_slice();
+    tasks.for_each(|(columns, w)| arch.dispatch(Whole { x, w, len, columns }));
+}
+
+/// The chunks of each row of `x` in fixed point.
+pub(super) fn fix(x: &[f32], len: usize) -> Vec<Fixed> {
+    Arch::new().dispatch(Fix { x, len })
 }
 
 /// Rows of `x`, to be put in fixed point.

@@ -19,7 +19,7 @@ mod tiles;
 mod units;
 
 use std::ops::{Deref, Range};
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Tensor};
@@ -29,12 +29,14 @@ use rayon::prelude::*;
 
 pub(crate) use add::AddTo;
 pub(crate) use attend::Attend;
-use blocks::for_blocks;
+use blocks::{Block, for_blocks};
 use element::Element;
+use fixed::Fixed;
 pub(crate) use flash::attend;
 pub(crate) use heads::SplitHeads;
 pub(crate) use rms_norm::RmsNorm;
 pub(crate) use swiglu::SwiGlu;
+use tiles::Tiles;
 
 /// Partial results side by side: one alone would wait for its own previous step.
 const LANES: usize = 32;
@@ -46,34 +48,89 @@ const ROWS_PER_TASK: usize = 32;
 /// turning the input for.
 const FEW_ROWS: usize = 16;
 
-/// `x Wᵀ` on the CPU.
-///
-/// `xs` is `(rows, in)` in `f32`, `weight` is `(out, in)` in `f32`, `bf16` or `f16`; the result is
-/// `(rows, out)` in `f32`. The plain twin is `xs.matmul(&weight.to_dtype(F32)?.t()?)`.
-pub(crate) fn product(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (out, len) = weight.dims2()?;
-    if !weight.is_contiguous() {
-        candle_core::bail!("product: expected a contiguous weight");
-    }
-    let (storage, layout) = weight.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(w)) => {
-            multiply(xs, within(w, layout, out * len)?, len, dot::columns)
-        }
-        Storage::Cpu(CpuStorage::BF16(w)) => {
-            multiply(xs, within(w, layout, out * len)?, len, dot::columns)
-        }
-        Storage::Cpu(CpuStorage::F16(w)) => {
-            multiply(xs, within(w, layout, out * len)?, len, dot::columns)
-        }
-        _ => Err(Error::UnsupportedDTypeForOp(weight.dtype(), "product")),
-    }
+/// Rows of input on the CPU as products read them. They are laid out once, for all the weights that
+/// they are multiplied with.
+pub(crate) struct Rows {
+    /// `(rows, in)`, contiguous.
+    xs: Tensor,
+    tiles: Option<Tiles>,
+    fixed: OnceLock<Vec<Fixed>>,
 }
 
-/// [`product`] for a quantised weight. The plain twin multiplies by `weight.dequantize(..)`.
-pub(crate) fn quantized_product(xs: &Tensor, weight: &QTensor) -> Result<Tensor> {
-    let (_, len) = weight.shape().dims2()?;
-    for_blocks!(weight, |blocks| multiply(xs, blocks, len, block_dot::columns))
+impl Rows {
+    /// `xs` is `(rows, in)` in `f32`.
+    pub(crate) fn new(xs: &Tensor) -> Result<Self> {
+        let (rows, len) = xs.dims2()?;
+        let xs = xs.contiguous()?;
+        // Not when they are needed first: that would be on several threads at a time.
+        let tiles = match rows > FEW_ROWS && len > 0 {
+            true => Some(Tiles::new(values(&xs).get()?, len)),
+            false => None,
+        };
+        Ok(Self { xs, tiles, fixed: OnceLock::new() })
+    }
+
+    /// `x Wᵀ`: `weight` is `(out, in)` in `f32`, `bf16` or `f16`; the result is `(rows, out)` in `f32`.
+    /// The plain twin is `xs.matmul(&weight.to_dtype(F32)?.t()?)`.
+    pub(crate) fn times(&self, weight: &Tensor) -> Result<Tensor> {
+        let (out, len) = weight.dims2()?;
+        if !weight.is_contiguous() {
+            candle_core::bail!("product: expected a contiguous weight");
+        }
+        let (storage, layout) = weight.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(w)) => {
+                self.times_dense(within(w, layout, out * len)?, len)
+            }
+            Storage::Cpu(CpuStorage::BF16(w)) => {
+                self.times_dense(within(w, layout, out * len)?, len)
+            }
+            Storage::Cpu(CpuStorage::F16(w)) => {
+                self.times_dense(within(w, layout, out * len)?, len)
+            }
+            _ => Err(Error::UnsupportedDTypeForOp(weight.dtype(), "product")),
+        }
+    }
+
+    /// [`times`](Self::times) for a quantised weight. The plain twin multiplies by
+    /// `weight.dequantize(..)`.
+    pub(crate) fn times_quantized(&self, weight: &QTensor) -> Result<Tensor> {
+        let (_, len) = weight.shape().dims2()?;
+        for_blocks!(weight, |blocks| self.times_blocks(blocks, len))
+    }
+
+    fn times_dense<T: Element>(&self, w: &[T], len: usize) -> Result<Tensor> {
+        self.multiply(w, len, |x, columns| dot::columns(x, w, len, columns))
+    }
+
+    fn times_blocks<B: Block>(&self, w: &[B], len: usize) -> Result<Tensor> {
+        self.multiply(w, len, |x, columns| {
+            let fixed = || self.fixed.get_or_init(|| block_dot::fix(x, len));
+            block_dot::columns(x, fixed, w, len, columns);
+        })
+    }
+
+    /// `x Wᵀ` for rows of `len` weights. Where `x` has few rows, `few` multiplies them.
+    fn multiply<T: Element>(
+        &self,
+        w: &[T],
+        len: usize,
+        few: impl FnOnce(&[f32], &mut [f32]),
+    ) -> Result<Tensor> {
+        let (rows, x_len) = self.xs.dims2()?;
+        let row_len = (len / T::LEN).max(1);
+        if x_len != len || !w.len().is_multiple_of(row_len) {
+            candle_core::bail!("product: rows of {x_len} do not fit a weight with rows of {len}");
+        }
+        let out = w.len() / row_len;
+        if let Some(tiles) = &self.tiles {
+            return Tensor::from_vec(tiles.product(w), (rows, out), self.xs.device());
+        }
+        // Column-major first, so that a task writes one unbroken run: (out, rows).
+        let mut columns = vec![0f32; out * rows];
+        few(values(&self.xs).get()?, &mut columns);
+        Tensor::from_vec(columns, (out, rows), self.xs.device())?.t()?.contiguous()
+    }
 }
 
 /// Rows of a quantised weight on the CPU in `f32`: `(rows, in)`.
@@ -114,31 +171,6 @@ impl<T: Element> WithSimd for Widen<'_, T> {
     fn with_simd<S: Simd>(self, simd: S) {
         T::widen(simd, self.w, self.wide);
     }
-}
-
-/// `x Wᵀ` for rows of `len` weights; `few` multiplies few rows of `x`.
-fn multiply<T: Element>(
-    xs: &Tensor,
-    w: &[T],
-    len: usize,
-    few: impl Fn(&[f32], &[T], usize, &mut [f32]),
-) -> Result<Tensor> {
-    let (rows, x_len) = xs.dims2()?;
-    let row_len = (len / T::LEN).max(1);
-    if x_len != len || !w.len().is_multiple_of(row_len) {
-        candle_core::bail!("product: rows of {x_len} do not fit a weight with rows of {len}");
-    }
-    let out = w.len() / row_len;
-    let xs = xs.contiguous()?;
-    let held = values(&xs);
-    let x = held.get()?;
-    if rows > FEW_ROWS && len > 0 {
-        return Tensor::from_vec(tiles::product(x, w, len), (rows, out), xs.device());
-    }
-    // Column-major first, so that a task writes one unbroken run: (out, rows).
-    let mut columns = vec![0f32; out * rows];
-    few(x, w, len, &mut columns);
-    Tensor::from_vec(columns, (out, rows), xs.device())?.t()?.contiguous()
 }
 
 /// Makes glibc keep the memory of one result for the next, where that is what allocates.

@@ -32,32 +32,47 @@ const SMALL_GROUP: usize = 6;
 /// Rows and columns that are turned at a time: a cache line.
 const SIDE: usize = 16;
 
-/// `x Wᵀ` for `x` of `(rows, len)` and `w` of `(out, len)`: `(rows, out)`.
-pub(super) fn product<T: Element>(x: &[f32], w: &[T], len: usize) -> Vec<f32> {
-    let (rows, out) = (x.len() / len, w.len() / (len / T::LEN));
-    let arch = Arch::new();
-    let packed = arch.dispatch(Pack { x, len });
-    let padded = packed.len() / len;
-    let threads = rayon::current_num_threads();
-    let panel = out.div_ceil(threads).next_multiple_of(GROUP).min(PANEL);
-    // Not zeroed: that would cost as much as writing the result.
-    let mut y: Vec<f32> = Vec::with_capacity(rows * out);
-    let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };
-    w.par_chunks(panel * (len / T::LEN)).enumerate().for_each(|(task, w)| {
-        let of_panel = task * panel..out.min((task + 1) * panel);
-        let wide = if T::NARROW { PANEL * RUN } else { 0 };
-        with_room(wide + of_panel.len() * padded, |room| {
-            let (wide, columns) = room.split_at_mut(wide);
-            arch.dispatch(Panel { x: &packed, w, len, wide, columns });
-            // SAFETY: `y` lives, has room for `rows · out` elements and is not touched otherwise while
-            // this runs, and no other task has these columns.
-            unsafe { columns_of_y.write(of_panel, columns, padded) };
+/// Rows of input, packed.
+pub(super) struct Tiles {
+    rows: usize,
+    len: usize,
+    /// Tiles of `(len, tokens)`, filled up with zeros.
+    packed: Vec<f32>,
+}
+
+impl Tiles {
+    /// Of `x`, `(rows, len)`, neither of them 0.
+    pub(super) fn new(x: &[f32], len: usize) -> Self {
+        Self { rows: x.len() / len, len, packed: Arch::new().dispatch(Pack { x, len }) }
+    }
+
+    /// `x Wᵀ` for `w` of `(out, len)`: `(rows, out)`.
+    pub(super) fn product<T: Element>(&self, w: &[T]) -> Vec<f32> {
+        let Self { rows, len, packed } = self;
+        let (rows, row_len) = (*rows, len / T::LEN);
+        let (out, padded) = (w.len() / row_len, packed.len() / len);
+        let arch = Arch::new();
+        let threads = rayon::current_num_threads();
+        let panel = out.div_ceil(threads).next_multiple_of(GROUP).min(PANEL);
+        // Not zeroed: that would cost as much as writing the result.
+        let mut y: Vec<f32> = Vec::with_capacity(rows * out);
+        let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };
+        w.par_chunks(panel * row_len).enumerate().for_each(|(task, w)| {
+            let of_panel = task * panel..out.min((task + 1) * panel);
+            let wide = if T::NARROW { PANEL * RUN } else { 0 };
+            with_room(wide + of_panel.len() * padded, |room| {
+                let (wide, columns) = room.split_at_mut(wide);
+                arch.dispatch(Panel { x: packed, w, len: *len, wide, columns });
+                // SAFETY: `y` lives, has room for `rows · out` elements and is not touched otherwise
+                // while this runs, and no other task has these columns.
+                unsafe { columns_of_y.write(of_panel, columns, padded) };
+            });
         });
-    });
-    // SAFETY: there is room for them, and the panels, each of which has written all of its columns, are
-    // all rows of `w`, which are all columns of `y`.
-    unsafe { y.set_len(rows * out) };
-    y
+        // SAFETY: there is room for them, and the panels, each of which has written all of its columns,
+        // are all rows of `w`, which are all columns of `y`.
+        unsafe { y.set_len(rows * out) };
+        y
+    }
 }
 
 /// Lends room that this thread keeps from one product to the next, with whatever was left there.
@@ -114,7 +129,7 @@ impl Columns {
     }
 }
 
-/// Turns `x` of `(rows, len)` into tiles, each of `(len, tokens)`, filled up with zeros.
+/// Turns `x` of `(rows, len)` into tiles.
 struct Pack<'a> {
     x: &'a [f32],
     len: usize,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 
 use super::View;
+#[cfg(feature = "flash-attn")]
+use super::flash;
 use super::kernels::{self, Attend};
 use super::kv_cache::KeyValues;
 use super::linear::{Input, Linear};
@@ -127,6 +129,12 @@ const SCORES_AT_ONCE: usize = 1 << 26;
 /// prompt never has all its scores in memory. Returns the heads side by side:
 /// `(batch, queries, heads · head_dim)`. It is differentiable in `q`, `k` and `v`.
 ///
+/// With the feature `flash-attn`, on a CUDA device, candle's flash attention computes it where the
+/// three are all `f16` or all `bf16`, nothing tracks a gradient, a head has a multiple of 8 numbers, at
+/// most 512, and the mask is the same for all rows and lets each query see all keys, or so many behind
+/// and ahead of itself: the whole of a prompt, what came before, a sliding window. It has been compiled
+/// against candle's types, and never yet been run on a GPU.
+///
 /// ```
 /// # use std::sync::Arc;
 /// # use candle_core::{Device, Tensor};
@@ -147,6 +155,10 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Te
     let tracked = [q, k, v].iter().any(|tensor| tensor.track_op());
     if !tracked && ops::kernels_fit(q) && [k, v].iter().all(|tensor| tensor.device().is_cpu()) {
         return Ok(kernels::attend(q, k, v, mask, scale as f32)?);
+    }
+    #[cfg(feature = "flash-attn")]
+    if let Some(ys) = flash::attend(q, k, v, mask, scale as f32)? {
+        return Ok(ys);
     }
     if ![q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {
         return by_blocks(q, k, v, mask, scale, SCORES_AT_ONCE);

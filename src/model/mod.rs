@@ -35,6 +35,8 @@
 
 mod attention;
 mod block;
+#[cfg(any(test, feature = "flash-attn"))]
+mod flash;
 mod hand_over;
 pub(crate) mod kernels;
 mod kv_cache;

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::blocks::{Block, CHUNK, GROUP, PART};
 use super::dot::prefetch_ahead;
 use super::fixed::Fixed;
-use super::units::{Lanes, OnUnit, Parts, Unit, on_unit, on_unit_for_chunks};
+use super::units::{Lanes, OnUnit, Parts, Unit, adds_all_bytes, on_unit, on_unit_for_chunks};
 use super::{FEW_ROWS, ROWS_PER_TASK};
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
@@ -29,7 +29,7 @@ pub(super) fn columns<'a, B: Block>(
     let tasks = columns
         .par_chunks_mut(ROWS_PER_TASK * rows)
         .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)));
-    if B::SIGNED {
+    if B::SIGNED && !adds_all_bytes() {
         return tasks.for_each(|(columns, w)| arch.dispatch(Signed { x, w, len, columns }));
     }
     let x = fixed().as_slice();
@@ -57,7 +57,7 @@ impl WithSimd for Fix<'_> {
     }
 }
 
-/// Blocks of numbers with a sign.
+/// Blocks of numbers with a sign, multiplied in `f32`.
 struct Signed<'a, B> {
     x: &'a [f32],
     w: &'a [B],
@@ -106,7 +106,7 @@ impl<B: Block> OnUnit for Signed<'_, B> {
     }
 }
 
-/// Blocks of numbers without a sign.
+/// Blocks multiplied in whole numbers.
 struct Whole<'a, B> {
     /// The chunks of each row.
     x: &'a [Fixed],
@@ -166,7 +166,13 @@ fn add_chunk<'a, U: Unit, B: Block>(
     assert!(chunk.len() >= CHUNK / B::LEN);
     let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
     B::scales(unit, chunk, &mut d, &mut m);
-    let numbers = |part| B::numbers(unit, chunk, part);
+    let numbers = |part| match B::SIGNED {
+        true => unit.without_sign(B::numbers(unit, chunk, part)),
+        false => B::numbers(unit, chunk, part),
+    };
+    if B::SIGNED {
+        m = d.map(|d| 128.0 * d);
+    }
     let q: Parts<U> = [
         [numbers(0), numbers(1)],
         [numbers(2), numbers(3)],
@@ -201,8 +207,15 @@ mod tests {
     use super::super::element::Element;
     use super::*;
 
-    /// Three rows of weights, widened, and their products with two rows of `x`, on the unit `simd`.
-    fn run<S: Simd, B: Block>(simd: S, x: &[f32], w: &[B], len: usize) -> (Vec<f32>, Vec<f32>) {
+    /// Three rows of weights, widened, and their products with two rows of `x`, in `whole` numbers or
+    /// not, on the unit `simd`.
+    fn run<S: Simd, B: Block>(
+        simd: S,
+        x: &[f32],
+        w: &[B],
+        len: usize,
+        whole: bool,
+    ) -> (Vec<f32>, Vec<f32>) {
         struct Widen<'a, T>(&'a [T], &'a mut [f32]);
         impl<T: Element> WithSimd for Widen<'_, T> {
             type Output = ();
@@ -214,9 +227,9 @@ mod tests {
         let (mut wide, mut columns) = (vec![f32::NAN; rows * len], vec![f32::NAN; rows * 2]);
         simd.vectorize(Widen(w, &mut wide));
         let fixed = simd.vectorize(Fix { x, len });
-        match B::SIGNED {
-            true => simd.vectorize(Signed { x, w, len, columns: &mut columns }),
-            false => simd.vectorize(Whole { x: &fixed, w, len, columns: &mut columns }),
+        match whole {
+            true => simd.vectorize(Whole { x: &fixed, w, len, columns: &mut columns }),
+            false => simd.vectorize(Signed { x, w, len, columns: &mut columns }),
         }
         (wide, columns)
     }
@@ -226,7 +239,11 @@ mod tests {
         [u8; SIZE]: Block,
     {
         let mut random = ChaCha8Rng::seed_from_u64(3);
-        for len in [256, 768, 1280] {
+        for len in [256, 768, 1280, 32, 576, 1056] {
+            if len % dtype.block_size() != 0 {
+                continue;
+            }
+            let whole = !<[u8; SIZE]>::SIGNED;
             let mut w = vec![[0u8; SIZE]; 3 * len / dtype.block_size()];
             for block in &mut w {
                 random.fill_bytes(block);
@@ -252,14 +269,17 @@ mod tests {
                     assert!(apart <= 2e-6 * size, "{dtype:?} {name}: {got}, not {sum} of {size}");
                 }
             };
-            check("scalar", run(pulp::Scalar::new(), &x, &w, len));
+            check("scalar", run(pulp::Scalar::new(), &x, &w, len, whole));
             #[cfg(target_arch = "x86_64")]
             {
                 use pulp::x86::{V3, V4};
-                let v3 = V3::try_new().map(|simd| run(simd, &x, &w, len));
-                let v4 = V4::try_new().map(|simd| run(simd, &x, &w, len));
+                let v3 = V3::try_new().map(|simd| run(simd, &x, &w, len, whole));
+                let v4 = V4::try_new().map(|simd| run(simd, &x, &w, len, whole));
                 v3.into_iter().for_each(|got| check("AVX2", got));
                 v4.into_iter().for_each(|got| check("AVX-512", got));
+                if let (Some(simd), true) = (V4::try_new(), adds_all_bytes()) {
+                    check("VNNI", run(simd, &x, &w, len, true));
+                }
             }
         }
     }

@@ -32,13 +32,12 @@ impl<T: Element> WithSimd for Wide<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        if self.x.len() == self.len {
+            return self.one_row(simd);
+        }
         let rows = self.x.len() / self.len;
         let mut wide = [0f32; RUN];
         for (column, w) in self.columns.chunks_exact_mut(rows).zip(self.w.chunks_exact(self.len)) {
-            if let [y] = column {
-                *y = dot_row(simd, self.x, w);
-                continue;
-            }
             column.fill(0.0);
             for (run, w) in w.chunks(RUN).enumerate() {
                 prefetch_ahead(w);
@@ -51,25 +50,58 @@ impl<T: Element> WithSimd for Wide<'_, T> {
     }
 }
 
-/// `Σ x[i]·w[i]` for weights that are widened in registers, so few at a time that they stay there.
-#[inline(always)]
-fn dot_row<S: Simd, T: Element>(simd: S, x: &[f32], w: &[T]) -> f32 {
-    const STEP: usize = 64;
-    let mut sums = [simd.splat_f32s(0.0); 4];
-    let ((x, x_tail), (w, w_tail)) = (x.as_chunks::<STEP>(), w.as_chunks::<STEP>());
-    for (x, w) in x.iter().zip(w) {
-        prefetch_ahead(w);
-        let mut wide = [0f32; STEP];
-        let (x, w) = (S::as_simd_f32s(x).0, S::as_simd_f32s(T::widen(simd, w, &mut wide)).0);
-        for (lane, (x, w)) in x.iter().zip(w).enumerate() {
-            sums[lane % 4] = simd.mul_add_e_f32s(*x, *w, sums[lane % 4]);
+impl<T: Element> Wide<'_, T> {
+    /// Several parts of the weight side by side, row by row: a processor has more of them on their way
+    /// from memory than of one.
+    #[inline(always)]
+    fn one_row<S: Simd>(self, simd: S) {
+        let Self { x, w, len, columns } = self;
+        let of_stream = columns.len() / STREAMS;
+        let row = |row: usize| &w[row * len..][..len];
+        for first in 0..of_stream {
+            let rows = std::array::from_fn(|stream| row(first + stream * of_stream));
+            let sums: [f32; STREAMS] = dot_rows(simd, x, rows);
+            for (stream, sum) in sums.into_iter().enumerate() {
+                columns[first + stream * of_stream] = sum;
+            }
+        }
+        for (last, y) in columns.iter_mut().enumerate().skip(of_stream * STREAMS) {
+            [*y] = dot_rows(simd, x, [row(last)]);
         }
     }
-    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
-    let mut wide = [0f32; STEP];
-    let tail = T::widen(simd, w_tail, &mut wide);
-    let tail: f32 = x_tail.iter().zip(tail).map(|(x, w)| x * w).sum();
-    simd.reduce_sum_f32s(sum) + tail
+}
+
+/// Rows of a weight that are read at a time.
+const STREAMS: usize = 4;
+
+/// `Σ x[i]·w[i]` for some rows of weights, which are widened in registers, so few at a time that they
+/// stay there.
+#[inline(always)]
+fn dot_rows<S: Simd, T: Element, const N: usize>(simd: S, x: &[f32], w: [&[T]; N]) -> [f32; N] {
+    const STEP: usize = 64;
+    let mut sums = [[simd.splat_f32s(0.0); 2]; N];
+    let (x, x_tail) = x.as_chunks::<STEP>();
+    let (w, w_tail) = (w.map(|w| w.as_chunks::<STEP>().0), w.map(|w| w.as_chunks::<STEP>().1));
+    for (step, x) in x.iter().enumerate() {
+        let (x, _) = S::as_simd_f32s(x);
+        for (sums, w) in sums.iter_mut().zip(w) {
+            let Some(w) = w.get(step) else { continue };
+            prefetch_ahead(w);
+            let mut wide = [0f32; STEP];
+            let (w, _) = S::as_simd_f32s(T::widen(simd, w, &mut wide));
+            for (lane, (x, w)) in x.iter().zip(w).enumerate() {
+                sums[lane % 2] = simd.mul_add_e_f32s(*x, *w, sums[lane % 2]);
+            }
+        }
+    }
+    let mut all = [0.0; N];
+    for ((all, [left, right]), w) in all.iter_mut().zip(sums).zip(w_tail) {
+        let mut wide = [0f32; STEP];
+        let tail = T::widen(simd, w, &mut wide);
+        let tail: f32 = x_tail.iter().zip(tail).map(|(x, w)| x * w).sum();
+        *all = simd.reduce_sum_f32s(simd.add_f32s(left, right)) + tail;
+    }
+    all
 }
 
 /// `Σ x[i]·w[i]`

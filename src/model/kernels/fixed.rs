@@ -1,6 +1,6 @@
 //! A row of input in fixed point, so that it can be multiplied with the whole numbers of blocks.
 //!
-//! Processors multiply four times as many bytes at a time as `f32`. A whole number up to 2²² is three bytes,
+//! Processors multiply four times as many bytes at a time as `f32`. A whole number up to 2²¹ is three bytes,
 //! and hardly coarser than the largest `f32` beside it; their products are exact, where sums of `f32`
 //! are rounded at every step.
 
@@ -31,10 +31,10 @@ impl Fixed {
         padded[..x.len()].copy_from_slice(x);
         // Without their sign, the bits of `f32` are in the order of their sizes, and NaN is the largest.
         let largest = padded.iter().fold(0, |largest, x| largest.max(x.to_bits() & !SIGN));
-        // A power of two, so that no number is rounded that has less than 22 bits, with which the largest
-        // becomes at most 2²²: 1.0, say, has the exponent 127, and becomes 2²¹.
+        // A power of two, so that no number is rounded that has less than 21 bits, with which the largest
+        // becomes at most 2²¹: 1.0, say, has the exponent 127, and becomes 2²⁰.
         let exponent = largest >> MANTISSA;
-        let to_whole = f32::from_bits((254 + 21 - exponent).min(254) << MANTISSA);
+        let to_whole = f32::from_bits((254 + 20 - exponent).min(254) << MANTISSA);
         let mut scale = 1.0 / to_whole;
         if exponent == 255 {
             (padded, scale) = ([0.0; CHUNK], f32::NAN); // infinite or NaN
@@ -57,7 +57,7 @@ impl Fixed {
         // Of what is held here, so that rounding `x` makes no difference between it and its sums.
         let mut sums = [0.0; CHUNK / GROUP];
         for (sum, group) in sums.iter_mut().zip(whole.as_chunks::<GROUP>().0) {
-            *sum = scale * group.iter().sum::<i32>() as f32; // 16 times 22 bits and a sign
+            *sum = scale * group.iter().sum::<i32>() as f32; // 16 times 21 bits and a sign
         }
         Self { bytes, scale, sums }
     }
@@ -82,9 +82,9 @@ mod tests {
         ) {
             let x: Vec<f32> = x.iter().map(|x| x * 2f32.powi(exponent)).collect();
             let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-            // The largest is at least half a power of two, of which a whole number is 2⁻²²; but no step is
+            // The largest is at least half a power of two, of which a whole number is 2⁻²¹; but no step is
             // smaller than the inverse of the largest f32.
-            let bound = f64::from(largest) * 2f64.powi(-22) + 2f64.powi(-128);
+            let bound = f64::from(largest) * 2f64.powi(-21) + 2f64.powi(-128);
             let fixed = Fixed::new(&x);
             for (index, x) in x.iter().enumerate() {
                 prop_assert!((back(&fixed, index) - f64::from(*x)).abs() <= bound);

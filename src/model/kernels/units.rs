@@ -27,6 +27,9 @@ pub(super) trait Unit: Copy {
     /// Moves bits up, those of one byte into the one above, too.
     fn shift_up(self, bytes: Self::Bytes, by: usize) -> Self::Bytes;
 
+    /// Adds 128 to numbers with a sign, which has them from 0 to 255.
+    fn without_sign(self, bytes: Self::Bytes) -> Self::Bytes;
+
     /// For each bit a byte, all of whose bits are set or none.
     fn bits(self, bits: [u8; 4]) -> Self::Bytes;
 
@@ -38,9 +41,10 @@ pub(super) trait Unit: Copy {
     /// Adds `Σ d q·x` over the two groups of a part to the lanes, for numbers with a sign.
     fn add_products(self, q: Self::Bytes, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes);
 
-    /// Adds `Σ (d q - m)·x` over a chunk to the lanes, for numbers from 0 to 63.
+    /// Adds `Σ (d q - m)·x` over a chunk to the lanes, for numbers from 0 to 63, or to 255 where
+    /// [`adds_all_bytes`] holds.
     ///
-    /// Four products to a lane are below `4 · 63 · 2²²`, which is less than 2³¹.
+    /// Four products to a lane are at most `4 · 255 · 2²¹`, which is less than 2³¹.
     fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes);
 
     /// `d q - m` for the two groups of a part. Numbers up to 63 are the same with a sign and without.
@@ -87,6 +91,18 @@ pub(super) fn on_unit_for_chunks<S: Simd, T: OnUnit>(simd: S, task: T) -> T::Out
     on_unit(simd, task)
 }
 
+/// Whether [`on_unit_for_chunks`] finds a unit here that multiplies bytes without a sign, however large.
+/// Others add up pairs in 16 bits.
+pub(super) fn adds_all_bytes() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let v4 = pulp::x86::V4::try_new();
+        v4.and_then(x86::Vnni::try_new).is_some()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Any processor: eight bytes at a time, as a `u64`.
 #[derive(Clone, Copy)]
 pub(super) struct Plain;
@@ -131,6 +147,11 @@ impl Unit for Plain {
     #[inline(always)]
     fn shift_up(self, bytes: [u64; 4], by: usize) -> [u64; 4] {
         bytes.map(|eight| eight << by)
+    }
+
+    #[inline(always)]
+    fn without_sign(self, bytes: [u64; 4]) -> [u64; 4] {
+        bytes.map(|eight| eight ^ all(128))
     }
 
     #[inline(always)]
@@ -258,6 +279,11 @@ mod x86 {
             #[inline(always)]
             fn shift_up(self, bytes: __m256i, by: usize) -> __m256i {
                 self.avx2._mm256_sll_epi64(bytes, cast(u64x2(by as u64, 0)))
+            }
+
+            #[inline(always)]
+            fn without_sign(self, bytes: __m256i) -> __m256i {
+                self.avx2._mm256_xor_si256(bytes, self.avx._mm256_set1_epi8(i8::MIN))
             }
 
             #[inline(always)]

@@ -41,7 +41,18 @@ pub(super) fn fix(x: &[f32], len: usize) -> Vec<Fixed> {
     Arch::new().dispatch(Fix { x, len })
 }
 
-/// Rows of `x`, to be put in fixed point.
+/// How many chunks a row of so many numbers is read as.
+fn chunks(len: usize) -> usize {
+    len.div_ceil(CHUNK)
+}
+
+/// Rows of `x`, to be put in fixed point. Where a row is no whole number of chunks, the last of several
+/// holds what is left over behind zeros, as the last chunk of the weight does behind what has been
+/// multiplied already:
+///
+/// ```text
+/// 576 numbers:   chunk 0 is 0..256,  chunk 1 is 256..512,  chunk 2 is 320..576, up to 512 times 0
+/// ```
 struct Fix<'a> {
     x: &'a [f32],
     len: usize,
@@ -52,8 +63,19 @@ impl WithSimd for Fix<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> Vec<Fixed> {
-        let rows = self.x.chunks_exact(self.len);
-        rows.flat_map(|x| x.chunks(CHUNK)).map(Fixed::new).collect()
+        let mut fixed = Vec::with_capacity(self.x.len().div_ceil(self.len) * chunks(self.len));
+        for x in self.x.chunks_exact(self.len) {
+            let (whole, rest) = x.as_chunks::<CHUNK>();
+            fixed.extend(whole.iter().map(Fixed::new));
+            if !rest.is_empty() {
+                // A chunk that ends with the row, or begins with one that is shorter.
+                let mut last = [0.0; CHUNK];
+                let start = if whole.is_empty() { 0 } else { CHUNK - rest.len() };
+                last[start..start + rest.len()].copy_from_slice(rest);
+                fixed.push(Fixed::new(&last));
+            }
+        }
+        fixed
     }
 }
 
@@ -129,12 +151,24 @@ impl<B: Block> OnUnit for Whole<'_, B> {
 
     #[inline(always)]
     fn run(self, unit: impl Unit) {
-        let chunks = self.len.div_ceil(CHUNK);
+        if self.x.len() == chunks(self.len) {
+            self.rows::<1>(unit); // whose sums stay in registers
+        } else {
+            self.rows::<FEW_ROWS>(unit);
+        }
+    }
+}
+
+impl<B: Block> Whole<'_, B> {
+    /// For at most `ROWS` rows of `x`.
+    #[inline(always)]
+    fn rows<const ROWS: usize>(self, unit: impl Unit) {
+        let (chunks, of_chunk) = (chunks(self.len), CHUNK / B::LEN);
         let weights = self.w.chunks_exact(self.len / B::LEN);
         let columns = self.columns.chunks_exact_mut(self.x.len() / chunks);
         for (column, w) in columns.zip(weights) {
-            let mut lanes: [Lanes; FEW_ROWS] = [[0.0; 16]; FEW_ROWS];
-            let whole = w.chunks_exact(CHUNK / B::LEN);
+            let mut lanes: [Lanes; ROWS] = [[0.0; 16]; ROWS];
+            let whole = w.chunks_exact(of_chunk);
             let rest = whole.remainder();
             for (index, chunk) in whole.enumerate() {
                 prefetch_ahead(chunk);
@@ -142,11 +176,15 @@ impl<B: Block> OnUnit for Whole<'_, B> {
                 add_chunk(unit, chunk, x, &mut lanes);
             }
             if let Some(first) = rest.first() {
-                // Filled up with blocks that meet zeros.
-                let mut filled = [*first; CHUNK / PART];
-                filled[..rest.len()].copy_from_slice(rest);
                 let x = self.x.iter().skip(chunks - 1).step_by(chunks);
-                add_chunk(unit, &filled, x, &mut lanes);
+                if let Some((_, last)) = w.split_at_checked(w.len().wrapping_sub(of_chunk)) {
+                    add_chunk(unit, last, x, &mut lanes);
+                } else {
+                    // Filled up with blocks that meet zeros.
+                    let mut filled = [*first; CHUNK / PART];
+                    filled[..rest.len()].copy_from_slice(rest);
+                    add_chunk(unit, &filled, x, &mut lanes);
+                }
             }
             for (y, lanes) in column.iter_mut().zip(&lanes) {
                 *y = total(lanes);

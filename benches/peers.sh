@@ -1,6 +1,6 @@
 #!/bin/bash
 # Sets llama.cpp and torch beside this crate, on the same weights: prefill of 512 and 2048 tokens and
-# decoding of 64, two threads, in turn.
+# decoding of 64, two threads, taking turns.
 #
 #     HYBRID_ATTENTION_SMOLLM2=PATH.gguf bash benches/peers.sh
 #

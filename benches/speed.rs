@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Without the file, weights of that shape are random, which is as fast. `-- --write FOLDER` measures
-//! nothing and writes the models that `benches/peers.sh` gives to other engines.
+//! nothing and writes the models that `benches/peers.sh` gives to other engines; `-- --only KIND FOLDER`
+//! prints nothing but the speeds of this crate on the model there.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -66,6 +67,15 @@ fn main() -> Result<()> {
         std::fs::create_dir_all(to.join("f32"))?;
         std::fs::copy(&from, to.join("smollm2.gguf"))?;
         return unpack(&from, &to.join("f32"));
+    }
+    if let Some(at) = arguments.iter().position(|argument| argument == "--only") {
+        let kind = arguments.get(at + 1).and_then(|it| KINDS.iter().find(|(name, _)| name == it));
+        let (Some((_, kind)), Some(folder)) = (kind, arguments.get(at + 2)) else {
+            return Err("--only needs f32, bf16, q8_0 or q4_k, and a folder".into());
+        };
+        let [short, long, decode] = ours(Path::new(folder), *kind)?;
+        println!("{short} {long} {decode}");
+        return Ok(());
     }
     match &smollm2 {
         Some(file) => unpack(file, folder.path())?,

@@ -181,3 +181,16 @@ fn a_half_precision_model_is_the_rounded_one_in_f32() -> Result {
     }
     Ok(())
 }
+
+/// A matrix without rows gives nothing for any number of tokens, and stops nobody.
+#[test]
+fn a_weight_without_rows_gives_nothing() -> Result {
+    for dtype in [DType::F32, DType::BF16] {
+        let linear = Linear::dense(&Tensor::zeros((0, 5), dtype, &Device::Cpu)?)?;
+        for tokens in [1, 20] {
+            let xs = Tensor::ones((tokens, 5), DType::F32, &Device::Cpu)?;
+            assert_eq!(linear.forward(&xs)?.dims(), [tokens, 0]);
+        }
+    }
+    Ok(())
+}

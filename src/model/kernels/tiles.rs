@@ -53,7 +53,7 @@ impl Tiles {
         let (out, padded) = (w.len() / row_len, packed.len() / len);
         let arch = Arch::new();
         let threads = rayon::current_num_threads();
-        let panel = out.div_ceil(threads).next_multiple_of(GROUP).min(PANEL);
+        let panel = out.div_ceil(threads).next_multiple_of(GROUP).clamp(GROUP, PANEL);
         // Not zeroed: that would cost as much as writing the result.
         let mut y: Vec<f32> = Vec::with_capacity(rows * out);
         let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };

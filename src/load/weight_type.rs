@@ -9,7 +9,7 @@ use crate::model::reads_blocks;
 
 /// What weights are kept as in memory. On the CPU they are computed with in `f32`, whatever they are
 /// kept as; up to 16 tokens at a time are multiplied with blocks in whole numbers of 21 bits and a sign,
-/// which is as exact as `f32` among numbers of one size.
+/// nearly as fine as `f32` among numbers of one size (`Q8_0` only where the processor has VNNI).
 ///
 /// A [`DType`], an `Option` of one (`None` is the default) and a [`GgmlDType`] convert into it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use candle_core::{D, Tensor};
 
 use super::View;
 #[cfg(feature = "flash-attn")]
-use super::flash;
+use super::flash_attn;
 use super::kernels::{self, Attend};
 use super::kv_cache::KeyValues;
 use super::linear::{Input, Linear};
@@ -157,7 +157,7 @@ pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Arc<Mask>) -> Result<Te
         return Ok(kernels::attend(q, k, v, mask, scale as f32)?);
     }
     #[cfg(feature = "flash-attn")]
-    if let Some(ys) = flash::attend(q, k, v, mask, scale as f32)? {
+    if let Some(ys) = flash_attn::attend(q, k, v, mask, scale as f32)? {
         return Ok(ys);
     }
     if ![q, k, v].iter().all(|tensor| ops::kernels_fit(tensor)) {

@@ -36,7 +36,7 @@
 mod attention;
 mod block;
 #[cfg(any(test, feature = "flash-attn"))]
-mod flash;
+mod flash_attn;
 mod hand_over;
 pub(crate) mod kernels;
 mod kv_cache;

@@ -1,4 +1,5 @@
-//! Dot products of a few input rows with every row of a weight, limited by how fast it is read.
+//! Dot products of a few input rows with every row of a dense weight, limited by how fast it is read;
+//! those with blocks are in `block_dot`.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

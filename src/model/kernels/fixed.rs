@@ -1,8 +1,9 @@
-//! A row of input in fixed point, so that it can be multiplied with the whole numbers of blocks.
+//! A row of input in fixed point, so that it can be multiplied with the whole numbers of blocks; the
+//! products themselves are in `block_dot`.
 //!
-//! Processors multiply four times as many bytes at a time as `f32`. A whole number up to 2²¹ is three bytes,
-//! and hardly coarser than the largest `f32` beside it; their products are exact, where sums of `f32`
-//! are rounded at every step.
+//! Processors multiply four times as many bytes at a time as `f32`. A whole number up to 2²¹ is three
+//! bytes, and hardly coarser than the largest `f32` beside it; sums of their products are exact, where
+//! sums of `f32` are rounded at every step.
 
 use super::blocks::{CHUNK, GROUP, Groups};
 

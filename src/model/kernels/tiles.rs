@@ -54,7 +54,7 @@ impl Tiles {
         let arch = Arch::new();
         let threads = rayon::current_num_threads();
         let panel = out.div_ceil(threads).next_multiple_of(GROUP).clamp(GROUP, PANEL);
-        // Not zeroed: that would cost as much as writing the result.
+        // Not zeroed, as all of it is written.
         let mut y: Vec<f32> = Vec::with_capacity(rows * out);
         let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };
         w.par_chunks(panel * row_len).enumerate().for_each(|(task, w)| {

@@ -38,7 +38,7 @@ pub(super) trait Unit: Copy {
     /// Several of them, each twice.
     fn pairs(self, halves: [[u8; 2]; 8]) -> Groups;
 
-    /// Adds `Σ d q·x` over the two groups of a part to the lanes, for numbers with a sign.
+    /// Adds `Σ d q·x` over the two groups of a part to the lanes, for numbers with a sign, in `f32`.
     fn add_products(self, q: Self::Bytes, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes);
 
     /// Adds `Σ (d q - m)·x` over a chunk to the lanes, for numbers from 0 to 63, or to 255 where
@@ -376,8 +376,8 @@ mod x86 {
                     let upper = self.avx2._mm256_slli_epi32::<8>(upper);
                     let whole = self.avx2._mm256_add_epi32(upper, low);
                     let whole = self.convert_i32x8_to_f32x8(cast(whole));
-                    // The scales of two groups, four times each: chunk 6 of 8 has groups 12 and 13,
-                    // which are 4 and 5 of the second eight.
+                    // The scales of two groups, four times each: part 6 of 8 has groups 12 and 13, which
+                    // are 4 and 5 of the second eight.
                     let (eight, first) = (step / 2, (step % 2 * 4 + half * 2) as i32);
                     let each = cast([[first; 4], [first + 1; 4]]);
                     let d = self.avx2._mm256_permutevar8x32_ps(cast(d[eight]), each);

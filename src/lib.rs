@@ -5,6 +5,7 @@ mod config;
 mod error;
 pub mod generate;
 mod hybrid;
+mod kernels;
 mod layout;
 pub mod load;
 pub mod model;

@@ -7,7 +7,7 @@ use candle_core::{D, Tensor};
 use super::View;
 #[cfg(feature = "flash-attn")]
 use super::flash_attn;
-use super::kernels::{self, Attend};
+use crate::kernels::{self, Attend};
 use super::kv_cache::KeyValues;
 use super::linear::{Input, Linear};
 use super::mask::Mask;

@@ -10,7 +10,7 @@ use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Module, Shape, Tensor,
 };
 
-use super::kernels;
+use crate::kernels;
 use crate::error::{Error, Result};
 
 /// Elements of a narrow weight that are widened at a time for a gradient: 16 MiB of `f32`.

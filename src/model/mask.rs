@@ -157,7 +157,7 @@ impl Mask {
     }
 
     /// The number of keys that a query sees, at most.
-    pub(super) fn most_seen(&self) -> usize {
+    pub(crate) fn most_seen(&self) -> usize {
         self.rows.iter().flatten().map(Range::len).max().unwrap_or(0)
     }
 

@@ -38,7 +38,6 @@ mod block;
 #[cfg(any(test, feature = "flash-attn"))]
 mod flash_attn;
 mod hand_over;
-pub(crate) mod kernels;
 mod kv_cache;
 mod linear;
 mod mask;
@@ -61,10 +60,11 @@ use self::packing::Packing;
 use self::rope::{Rope, Rotation};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::kernels;
 
 pub use self::attention::attend;
 pub use self::hand_over::HandOver;
-pub(crate) use self::kernels::reads_blocks;
+pub(crate) use crate::kernels::reads_blocks;
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::linear::Linear;

@@ -6,7 +6,7 @@
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops;
 
-use super::kernels::{AddTo, RmsNorm, SplitHeads, SwiGlu};
+use crate::kernels::{AddTo, RmsNorm, SplitHeads, SwiGlu};
 use crate::error::Result;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in `f32`

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Shape, Tensor};
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::model::kernels::{f32s, gradient_for, values};
+use crate::kernels::{f32s, gradient_for, values};
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::product::{Matrix, product};
 use super::softmax::softmax;
 use super::{LANES, f32s, gradient_for, values};
-use crate::model::mask::Mask;
+use crate::model::Mask;
 
 /// Scores that stand in memory at a time, for each thread: 256 KiB, which stay in its cache.
 const SCORES_AT_ONCE: usize = 1 << 16;

@@ -96,13 +96,13 @@ pub(super) type Q6K = [u8; 210];
 macro_rules! for_blocks {
     ($weight:expr, |$blocks:ident| $do:expr) => {{
         let (dtype, data) = ($weight.dtype(), $weight.data()?);
-        $crate::model::kernels::blocks::for_blocks!(dtype, data, |$blocks| $do,
+        $crate::kernels::blocks::for_blocks!(dtype, data, |$blocks| $do,
             Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2K Q3K Q4K Q5K Q6K)
     }};
     ($dtype:expr, $data:expr, |$blocks:ident| $do:expr, $($block:ident)*) => {
         match $dtype {
             $(candle_core::quantized::GgmlDType::$block => {
-                const SIZE: usize = size_of::<$crate::model::kernels::blocks::$block>();
+                const SIZE: usize = size_of::<$crate::kernels::blocks::$block>();
                 let ($blocks, _) = $data.as_chunks::<SIZE>();
                 $do
             })*

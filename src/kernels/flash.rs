@@ -25,7 +25,7 @@ use super::exp::exp;
 use super::softmax::softmax;
 use super::tiles::Group;
 use super::values;
-use crate::model::mask::Mask;
+use crate::model::Mask;
 
 /// Keys that are scored at a time: with their values and the scores of a tile, they stay in the
 /// first-level cache for each of the tiles that look at them. A multiple of every group.

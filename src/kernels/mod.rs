@@ -14,6 +14,7 @@ mod heads;
 mod product;
 mod rms_norm;
 mod softmax;
+mod spans;
 mod swiglu;
 mod tiles;
 mod units;

@@ -1,0 +1,45 @@
+//! Who sees whom in a pass, as numbers: what attention kernels are told.
+
+use std::ops::Range;
+
+/// For every query of a pass the one unbroken run of keys that it sees. Queries of several sequences lie
+/// one behind the other, and so do keys, unless they lie in blocks; nobody sees another sequence.
+///
+/// ```text
+/// two sequences that go on:   a has positions 0..5 in its cache, and 2 new ones; b is new, with 3
+///
+/// packed queries       0 1 2 3 4            a: queries 0..2, keys (positions) 0..7, from 0
+/// positions            5 6 0 1 2            b: queries 2..5, keys (positions) 0..3, from 7
+///
+/// causal, no window    query 0 sees 0..6, query 1 sees 0..7, query 2 sees 0..1, 3 sees 0..2, 4 sees 0..3
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spans {
+    /// In the order of the queries; together they have all of them.
+    pub(crate) sequences: Vec<SequenceSpans>,
+}
+
+/// One sequence of a pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SequenceSpans {
+    /// Its rows among the packed queries.
+    pub(crate) queries: Range<usize>,
+    /// The positions whose keys are there.
+    pub(crate) keys: Range<usize>,
+    /// Where they begin among packed keys: the key of position `p` is packed key `from + p - keys.start`.
+    pub(crate) from: usize,
+    /// For each of the queries the positions that it sees, within `keys`; never none.
+    pub(crate) sees: Vec<Range<usize>>,
+}
+
+impl Spans {
+    /// Packed queries of all sequences.
+    pub(crate) fn queries(&self) -> usize {
+        self.sequences.last().map_or(0, |last| last.queries.end)
+    }
+
+    /// Packed keys of all sequences.
+    pub(crate) fn keys(&self) -> usize {
+        self.sequences.last().map_or(0, |last| last.from + last.keys.len())
+    }
+}

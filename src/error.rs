@@ -156,13 +156,32 @@ pub enum Error {
     },
 
     /// More positions were asked for than the cache, or the model, has room for.
-    #[error("context full: room for {capacity} positions, {requested} requested")]
+    #[error("context full: {of} has room for {capacity} positions, {requested} requested")]
     ContextFull {
+        /// What is full: `the model`, `the cache` or `the conversation`.
+        of: &'static str,
         /// The positions there is room for.
         capacity: usize,
         /// The positions needed.
         requested: usize,
     },
+
+    /// The caches of a pool need more memory than its budget. Nothing was computed.
+    #[error(
+        "key-value pool full: {requested} bytes more requested, {used} of {budget} bytes are in use"
+    )]
+    PoolFull {
+        /// Bytes that its caches may hold together.
+        budget: usize,
+        /// Bytes that they hold.
+        used: usize,
+        /// Bytes that were needed beside these.
+        requested: usize,
+    },
+
+    /// The work was cancelled, or its time was up.
+    #[error("cancelled")]
+    Cancelled,
 
     /// The cache of a sliding window was asked to return to keys it has let go of.
     #[error(
@@ -182,7 +201,7 @@ pub enum Error {
         what: &'static str,
         /// For `logits`, the position in the text of the token they are about; for the `vectors` of
         /// texts, the index of the text; for `thoughts`, the index of the pass; for `losses` and
-        /// `gradients` of a nudge, the row of the batch, or the position where a block of them begins.
+        /// `gradients` of a nudge, the sequence of the batch, or the position where a block of them begins.
         position: usize,
     },
 

@@ -2,33 +2,34 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::generate::{
-    Answer, Conversation, GenerationConfig, Progress, Prompt, Source, TokenStream,
+    Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
 use crate::load::{Checkpoint, WeightType};
-use crate::model::{Layout, Mind, Pass, Sight, Transformer};
+use crate::model::{Batch, Pass, Sight, Transformer};
 use crate::pooling::{self, Pooling};
-use crate::thought::{Text, Thinking, Thoughts};
+use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 
 /// A Mistral that can think before it answers.
 ///
-/// It is `Send + Sync` and takes `&self` everywhere: one copy serves any number of threads, each
-/// answer having its own cache.
+/// A handle: a clone is the same model and costs next to nothing, so threads, tasks and handlers can each
+/// have one. It is `Send + Sync` and takes `&self` everywhere; each answer has its own cache.
 ///
 /// ```
 /// use candle_core::{DType, Device};
 /// use hybrid_attention::{GenerationConfig, HybridModel};
 ///
 /// # fn main() -> hybrid_attention::Result<()> {
-/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny");
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
 /// let model = HybridModel::from_folder(folder, DType::BF16, &Device::Cpu)?; // or a Mistral 7B
 /// let config = GenerationConfig::default().max_tokens(3);
 /// let answer = model.generate("The coin is in the jar. The jar is in the chest.", &config)?;
@@ -36,20 +37,15 @@ use crate::tokenizer::{Message, Tokenizer};
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct HybridModel {
-    transformer: Transformer,
-    tokenizer: Option<Tokenizer>,
-    defaults: GenerationConfig,
-    eos_ids: Vec<u32>,
-    thinking: Thinking,
-    cache_dtype: DType,
+    source: Arc<Source>,
 }
 
 /// How [`HybridModel::embed`] makes one vector of a text.
 ///
 /// The default reads each text once in both directions and averages its tokens' vectors.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmbedConfig {
     pooling: Pooling,
@@ -110,6 +106,19 @@ impl EmbedConfig {
 }
 
 impl HybridModel {
+    /// Loads whatever `path` is: a folder, as [`from_folder`](Self::from_folder), or a GGUF file, as
+    /// [`from_gguf`](Self::from_gguf).
+    ///
+    /// # Errors
+    /// As [`HybridModel::from_folder`].
+    pub fn open(
+        path: impl AsRef<Path>,
+        weights: impl Into<WeightType>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::from_checkpoint(&Checkpoint::open(path)?, weights, device, |_, _| ())
+    }
+
     /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its
     /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
     /// `tokenizer_config.json` and `generation_config.json` where there are any.
@@ -155,7 +164,7 @@ impl HybridModel {
 
     /// The small model that comes with this crate, in `f32`: a million parameters that were trained to
     /// think both ways about the stories of the flashback suite (`examples/flashback`), and speak of
-    /// nothing else. It needs no files; `examples/tiny` is where it was compiled from.
+    /// nothing else. It needs no files; `src/tiny` is where it was compiled from.
     ///
     /// ```
     /// use candle_core::Device;
@@ -177,17 +186,17 @@ impl HybridModel {
     /// # Errors
     /// When a device fails.
     pub fn tiny(device: &Device) -> Result<Self> {
-        let config = Config::from_json(include_str!("../examples/tiny/config.json"))?;
-        let weights = include_bytes!("../examples/tiny/model.safetensors");
+        let config = Config::from_json(include_str!("tiny/config.json"))?;
+        let weights = include_bytes!("tiny/model.safetensors");
         let weights = candle_core::safetensors::load_buffer(weights, device)?.into_iter();
         let mut weights = weights
             .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
             .collect::<candle_core::Result<HashMap<_, _>>>()?;
-        let tokenizer = Tokenizer::from_bytes(include_bytes!("../examples/tiny/tokenizer.json"))?;
-        let thinking = Thinking::from_json(include_str!("../examples/tiny/hybrid.json"))?;
-        let transformer = Transformer::new(&config, &mut weights)?;
-        thinking.on(&transformer)?;
-        Ok(Self { thinking, ..Self::new(transformer, Some(tokenizer))? })
+        let tokenizer = Tokenizer::from_bytes(include_bytes!("tiny/tokenizer.json"))?;
+        let thinking = Thinking::from_json(include_str!("tiny/hybrid.json"))?;
+        let model = ThoughtModel::new(&config, &mut weights)?;
+        thinking.on(&model)?;
+        Ok(Self::new(model, Some(tokenizer))?.with(|source| source.thinking = thinking))
     }
 
     /// Loads an opened checkpoint, telling `progress` how many of its bytes are read, of how many.
@@ -238,123 +247,140 @@ impl HybridModel {
         let thinking = thinking.map_err(malformed)?;
 
         let mut weights = checkpoint.weights(weights, device).on_progress(progress);
-        let transformer = Transformer::new(checkpoint.config(), &mut weights)?;
+        let model = ThoughtModel::new(checkpoint.config(), &mut weights)?;
         weights.finish()?;
-        thinking.on(&transformer).map_err(malformed)?;
+        thinking.on(&model).map_err(malformed)?;
 
-        let mut model = Self::new(transformer, tokenizer)?;
-        model.defaults = defaults;
-        model.thinking = thinking;
-        if !said.eos_token_ids.is_empty() {
-            model.eos_ids = said.eos_token_ids;
-        }
-        Ok(model)
+        Ok(Self::new(model, tokenizer)?.with(|source| {
+            source.defaults = defaults;
+            source.thinking = thinking;
+            if !said.eos_token_ids.is_empty() {
+                source.eos_ids = said.eos_token_ids;
+            }
+        }))
     }
 
-    /// Puts a model together from its parts. Without a tokenizer, prompts are token ids.
+    /// Puts a model together from its parts: a [`ThoughtModel`], or a [`Transformer`] that has nothing
+    /// beside it for thought passes. Without a tokenizer, prompts are token ids.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer has more tokens than the model has embeddings.
-    pub fn new(transformer: Transformer, tokenizer: Option<Tokenizer>) -> Result<Self> {
-        check_tokenizer(tokenizer.as_ref(), transformer.config())?;
+    pub fn new(model: impl Into<ThoughtModel>, tokenizer: Option<Tokenizer>) -> Result<Self> {
+        let model = model.into();
+        let decoder = model.decoder();
+        check_tokenizer(tokenizer.as_ref(), decoder.config())?;
         let eos = tokenizer.as_ref().and_then(Tokenizer::eos_token_id);
-        let eos_ids = match transformer.config().eos_token_ids.as_slice() {
+        let eos_ids = match decoder.config().eos_token_ids.as_slice() {
             [] => eos.into_iter().collect(),
             ids => ids.to_vec(),
         };
         let (defaults, thinking) = (GenerationConfig::default(), Thinking::none());
-        let cache_dtype = transformer.dtype();
-        Ok(Self { transformer, tokenizer, defaults, eos_ids, thinking, cache_dtype })
+        let pool = decoder.new_pool(decoder.dtype(), usize::MAX)?;
+        let source = Source { model, tokenizer, defaults, eos_ids, thinking, pool };
+        Ok(Self { source: Arc::new(source) })
     }
 
-    /// The model with a low-rank adapter that is active in one mind, or in both; more may follow. Give
-    /// [`Mind::Thinking`] what was trained to read in both directions (LLM2Vec): thought passes and
-    /// bidirectional [`embed`](Self::embed) then use it, and answers are decoded as ever.
+    /// The same model with something else in its source.
+    fn with(self, change: impl FnOnce(&mut Source)) -> Self {
+        let mut source = Source::clone(&self.source);
+        change(&mut source);
+        Self { source: Arc::new(source) }
+    }
+
+    /// A model of the same weights with a low-rank adapter that is active where `scope` says; more may
+    /// follow. This one stays as it is, and nothing of the weights is copied. Give
+    /// [`AdapterScope::Thinking`] what was trained to read in both directions (LLM2Vec): thought passes
+    /// and bidirectional [`embed`](Self::embed) then use it, and answers are decoded as ever.
     ///
     /// ```no_run
     /// # use candle_core::{DType, Device};
-    /// # use hybrid_attention::{Adapter, HybridModel};
-    /// use hybrid_attention::model::Mind;
+    /// use hybrid_attention::adapter::{Adapter, AdapterScope};
+    /// use hybrid_attention::HybridModel;
     ///
     /// # fn main() -> hybrid_attention::Result<()> {
-    /// let model = HybridModel::from_folder("Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
+    /// let base = HybridModel::from_folder("Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
     /// let adapter = Adapter::from_folder("both-ways-adapter", &Device::Cpu)?;
-    /// let model = model.with_adapter(&adapter, Mind::Thinking)?;
+    /// let both_ways = base.with_adapter(&adapter, AdapterScope::Thinking)?;
+    /// # let _ = (base, both_ways);
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// As [`Transformer::adapted_for`].
-    pub fn with_adapter(mut self, adapter: &Adapter, mind: Mind) -> Result<Self> {
-        self.transformer = self.transformer.adapted_for(adapter, mind)?;
-        Ok(self)
+    /// As [`ThoughtModel::adapted`].
+    pub fn with_adapter(&self, adapter: &Adapter, scope: AdapterScope) -> Result<Self> {
+        let model = self.source.model.adapted(adapter, scope)?;
+        Ok(Self { source: Arc::new(self.source.with_model(model)?) })
     }
 
-    /// The model with caches that keep keys and values as `dtype`, those of its conversations and those
-    /// of answers that stand alone. Default: the type of the residual stream, `F32` on the CPU; there,
-    /// `BF16` and `F16` need half the memory, and rounding moves what is said a little. See
-    /// [`Transformer::new_cache_as`].
-    ///
-    /// ```
-    /// use candle_core::{DType, Device};
-    /// use hybrid_attention::HybridModel;
-    ///
-    /// let model = HybridModel::tiny(&Device::Cpu)?;
-    /// let bytes = model.conversation(256)?.cache().bytes();
-    /// let model = model.with_cache_dtype(DType::BF16)?;
-    /// assert_eq!(model.conversation(256)?.cache().bytes(), bytes / 2);
-    /// # Ok::<_, hybrid_attention::Error>(())
-    /// ```
+    /// The same model with caches that keep keys and values as `dtype`, those of its conversations and
+    /// those of answers that stand alone. Default: the type of the residual stream, `F32` on the CPU;
+    /// there, `BF16` and `F16` need half the memory, and rounding moves what is said a little. See
+    /// [`Transformer::new_pool`].
     ///
     /// # Errors
     /// [`Error::Parameter`] for a type that this device's caches cannot have.
-    pub fn with_cache_dtype(mut self, dtype: DType) -> Result<Self> {
-        self.transformer.check_cache_dtype(dtype)?;
-        self.cache_dtype = dtype;
-        Ok(self)
+    pub fn with_cache_dtype(&self, dtype: DType) -> Result<Self> {
+        let budget = self.source.pool.budget_bytes();
+        Ok(Self { source: Arc::new(self.source.with_pool(dtype, budget)?) })
     }
 
-    /// The blocks, to be driven by hand.
+    /// The same model whose caches take at most so many bytes together, all answers and conversations of
+    /// this handle and its clones. What needs more ends with [`Error::PoolFull`]. Default: no limit.
+    ///
+    /// # Errors
+    /// None at present.
+    pub fn with_cache_budget(&self, bytes: usize) -> Result<Self> {
+        let dtype = self.source.pool.dtype();
+        Ok(Self { source: Arc::new(self.source.with_pool(dtype, bytes)?) })
+    }
+
+    /// The blocks that decode, to be driven by hand.
     #[must_use]
     pub fn transformer(&self) -> &Transformer {
-        &self.transformer
+        self.source.model.decoder()
+    }
+
+    /// What decodes and what thinks, to be driven by hand: see [`Thinking::on`].
+    #[must_use]
+    pub fn thought_model(&self) -> &ThoughtModel {
+        &self.source.model
     }
 
     /// The shapes of the model.
     #[must_use]
     pub fn config(&self) -> &Config {
-        self.transformer.config()
+        self.transformer().config()
     }
 
     /// The tokenizer, if the checkpoint came with one.
     #[must_use]
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.tokenizer.as_ref()
+        self.source.tokenizer.as_ref()
     }
 
     /// The tokens that end an answer.
     #[must_use]
     pub fn eos_ids(&self) -> &[u32] {
-        &self.eos_ids
+        &self.source.eos_ids
     }
 
     /// The checkpoint's own way to think, from its `hybrid.json`; not at all without one. Used
     /// wherever a [`GenerationConfig`] says nothing about thinking.
     #[must_use]
     pub fn thinking(&self) -> &Thinking {
-        &self.thinking
+        &self.source.thinking
     }
 
     /// The checkpoint's own way to generate: [`GenerationConfig::default`] with what its
     /// `generation_config.json` says.
     #[must_use]
     pub fn generation_config(&self) -> GenerationConfig {
-        self.defaults.clone()
+        self.source.defaults.clone()
     }
 
     /// Thinks about a prompt as `config` says, and gives the refined thoughts,
-    /// `(1, seq, hidden)`, and how far each pass moved them. Without passes these are the
+    /// `(tokens, hidden)`, and how far each pass moved them. Without passes these are the
     /// embeddings.
     ///
     /// # Errors
@@ -363,13 +389,11 @@ impl HybridModel {
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
         let prompt = prompt.into().encode(self.tokenizer())?;
         config.validate()?;
-        self.transformer.check_context(prompt.ids.len())?;
-        let text = Text::new(&self.transformer, &prompt.ids, prompt.layout()?)?;
-        let mind = config.chosen_thinking().unwrap_or(&self.thinking).on(&self.transformer)?;
-        let z = mind.encode(&text, Pass::Causal(text.layout()))?;
-        mind.think(&text, z, |done, total| {
-            config.report(Progress::Think { done, total });
-        })
+        self.transformer().check_context(prompt.ids.len())?;
+        let text = EncodedBatch::new(self.transformer(), &prompt.ids, prompt.batch()?)?;
+        let mind = self.source.thinking(config).on(&self.source.model)?;
+        let z = mind.encode(&text, Pass::Causal(text.batch()))?;
+        mind.think(&text, z, |_done, _passes| ())
     }
 
     /// Answers a prompt: [`HybridModel::stream`], collected.
@@ -380,39 +404,72 @@ impl HybridModel {
         self.stream(prompt, config)?.collect_answer()
     }
 
-    /// Answers a prompt token by token. Dropping the stream cancels it.
+    /// Answers a prompt token by token. The stream is handed out before the model runs, and owns what it
+    /// needs; see [`TokenStream`] for progress and cancelling.
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`]; [`Error::ContextFull`] for a prompt longer than the model's context;
     /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer;
     /// [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
-    /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range;
-    /// [`Error::NotFinite`] when the model's numbers overflow.
+    /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range. The stream
+    /// itself may end with [`Error::NotFinite`] when the model's numbers overflow, with
+    /// [`Error::PoolFull`], [`Error::Cancelled`], or when a device fails.
     pub fn stream(
         &self,
         prompt: impl Into<Prompt>,
         config: &GenerationConfig,
-    ) -> Result<TokenStream<'_>> {
-        TokenStream::new(self.source(), &prompt.into(), config, None)
+    ) -> Result<TokenStream<'static>> {
+        TokenStream::new(&self.source, &prompt.into(), config, None)
+    }
+
+    /// Answers many prompts, several of them side by side: each answer as soon as it ends, and the same
+    /// to the last bit as alone. See [`Answers`].
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a setting outside its range. What is wrong with one prompt is an error in
+    /// the place of its answer.
+    pub fn generate_many(
+        &self,
+        prompts: impl IntoIterator<Item = impl Into<Prompt>>,
+        config: &GenerationConfig,
+    ) -> Result<Answers> {
+        Answers::new(&self.source, prompts, config)
     }
 
     /// Answers the last message of a conversation.
     ///
     /// # Errors
     /// As [`HybridModel::stream`], and [`Error::Template`] when the checkpoint has no chat template
-    /// or it refuses these messages.
+    /// or it refuses these messages; [`Error::Parameter`] for no messages at all.
     pub fn chat(&self, messages: &[Message], config: &GenerationConfig) -> Result<Answer> {
         self.generate(Prompt::chat(messages), config)
     }
 
-    /// An empty conversation with room for `capacity` tokens, for
+    /// An empty conversation with room for `capacity` tokens, for [`say`](Self::say) and
     /// [`stream_in`](Self::stream_in).
     ///
     /// # Errors
     /// [`Error::Parameter`] for no room at all, [`Error::ContextFull`] for more than the model's
     /// context.
     pub fn conversation(&self, capacity: usize) -> Result<Conversation> {
-        Conversation::new(&self.transformer, capacity, self.cache_dtype)
+        Conversation::new(&self.source.pool, capacity)
+    }
+
+    /// Says something in a conversation and streams the answer. When it has ended, both are among the
+    /// conversation's [`messages`](Conversation::messages); a stream that fails or is dropped before
+    /// leaves them as they were.
+    ///
+    /// # Errors
+    /// As [`HybridModel::chat`] and [`HybridModel::stream_in`].
+    pub fn say<'c>(
+        &self,
+        conversation: &'c mut Conversation,
+        text: impl Into<String>,
+        config: &GenerationConfig,
+    ) -> Result<TokenStream<'c>> {
+        let said = Message::user(text);
+        let messages = [conversation.messages(), std::slice::from_ref(&said)].concat();
+        Ok(self.stream_in(conversation, Prompt::chat(&messages), config)?.turn(said))
     }
 
     /// As [`HybridModel::stream`], but in a conversation that goes on: as far as the prompt begins
@@ -422,18 +479,18 @@ impl HybridModel {
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::ContextFull`] also for a prompt longer than the
     /// conversation's room.
-    pub fn stream_in<'a>(
-        &'a self,
-        conversation: &'a mut Conversation,
+    pub fn stream_in<'c>(
+        &self,
+        conversation: &'c mut Conversation,
         prompt: impl Into<Prompt>,
         config: &GenerationConfig,
-    ) -> Result<TokenStream<'a>> {
-        TokenStream::new(self.source(), &prompt.into(), config, Some(conversation))
+    ) -> Result<TokenStream<'c>> {
+        TokenStream::new(&self.source, &prompt.into(), config, Some(conversation))
     }
 
     /// One vector for each text: `(texts, hidden)`, in `f32`. What is read in both directions is read
-    /// with the adapters for [`Mind::Thinking`], what is read causally with those for
-    /// [`Mind::Decoding`].
+    /// with the adapters for [`AdapterScope::Thinking`], what is read causally with those for
+    /// [`AdapterScope::Decoding`].
     ///
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all, and
@@ -444,11 +501,11 @@ impl HybridModel {
         }
         let encode = |text: &T| {
             let ids = Prompt::from(text.as_ref()).encode(self.tokenizer())?.ids;
-            self.transformer.check_context(ids.len())?;
+            self.transformer().check_context(ids.len())?;
             Ok(ids)
         };
         let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-        // Texts of like length side by side need little padding.
+        // Texts of like length side by side take about the same memory batch by batch.
         let mut order: Vec<usize> = (0..ids.len()).collect();
         order.sort_by_key(|&text| ids.get(text).map_or(0, Vec::len));
         let mut vectors = vec![Vec::new(); ids.len()];
@@ -468,38 +525,22 @@ impl HybridModel {
         if vectors.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        Ok(Tensor::new(vectors, self.transformer.device())?)
+        Ok(Tensor::new(vectors, self.transformer().device())?)
     }
 
     fn embed_batch(&self, texts: &[&[u32]], config: &EmbedConfig) -> Result<Tensor> {
-        let transformer = &self.transformer;
+        let transformer = self.transformer();
         let lengths: Vec<usize> = texts.iter().map(|ids| ids.len()).collect();
-        let layout = Layout::ragged(&lengths);
-        // Any token will do for padding: it is never seen.
-        let pad = |ids: &&[u32]| [&vec![0; layout.seq() - ids.len()], *ids].concat();
-        let tokens: Vec<u32> = texts.iter().flat_map(pad).collect();
-        let text = Text::new(transformer, &tokens, layout.clone())?;
+        let batch = Batch::ragged(&lengths)?;
+        let text = EncodedBatch::new(transformer, &texts.concat(), batch.clone())?;
 
-        let mind = config.thinking.on(transformer)?;
-        let z = mind.encode(&text, Pass::Causal(&layout))?;
+        let mind = config.thinking.on(&self.source.model)?;
+        let z = mind.encode(&text, Pass::Causal(&batch))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
-        let pass = match config.sight {
-            Sight::Causal => Pass::Causal(&layout),
-            Sight::Bidirectional => Pass::Bidirectional(&layout),
-        };
+        let pass = Pass::uncached(&batch, config.sight);
         let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
-        let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &layout)?;
+        let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &batch)?;
         if config.normalize { pooling::unit_length(&vectors) } else { Ok(vectors) }
-    }
-
-    fn source(&self) -> Source<'_> {
-        Source {
-            transformer: &self.transformer,
-            tokenizer: self.tokenizer(),
-            eos_ids: &self.eos_ids,
-            thinking: &self.thinking,
-            cache_dtype: self.cache_dtype,
-        }
     }
 }
 

@@ -1,12 +1,14 @@
 #![doc = include_str!("../README.md")]
 
 pub mod adapter;
+mod batch;
+mod cancel;
 mod config;
 mod error;
 pub mod generate;
 mod hybrid;
 mod kernels;
-mod layout;
+mod likelihood;
 pub mod load;
 pub mod model;
 mod pooling;
@@ -14,15 +16,20 @@ pub mod refine;
 pub mod thought;
 mod tokenizer;
 
-pub use adapter::Adapter;
+/// The candle that this crate computes with: its `Device`, `DType` and `Tensor` are those of the API here.
+pub use candle_core;
+
+pub use adapter::{Adapter, AdapterConfig, AdapterScope};
+pub use cancel::Cancel;
 pub use config::Config;
 pub use error::{Error, Result};
 pub use generate::{
-    Answer, Conversation, GenerationConfig, Prompt, StopReason, Token, TokenStream,
+    Answer, Answers, Conversation, GenerationConfig, Progress, Prompt, StopReason, Token,
+    TokenStream,
 };
 pub use hybrid::{EmbedConfig, HybridModel};
 pub use load::WeightType;
-pub use model::Mind;
+pub use model::Sight;
 pub use pooling::Pooling;
-pub use thought::Thinking;
+pub use thought::{Detail, Halt, HandOff, Thinking};
 pub use tokenizer::{DecodeStream, Message, Tokenizer};

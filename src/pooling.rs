@@ -1,12 +1,14 @@
 //! From one vector per token to one per text.
 
+use std::ops::Range;
+
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
-use crate::model::Layout;
+use crate::error::Result;
+use crate::model::{Batch, flat};
 
-/// How the vectors of a text's tokens become one. Padding never takes part.
+/// How the vectors of a text's tokens become one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -22,32 +24,27 @@ pub enum Pooling {
 }
 
 impl Pooling {
-    /// `(batch, seq, hidden) -> (batch, hidden)` over the tokens that `layout` says are real.
+    /// One vector for each sequence of `batch`: `(tokens, hidden) -> (sequences, hidden)`.
     ///
     /// # Errors
-    /// [`Error::Parameter`] when `layout` does not fit `hidden`.
-    pub fn pool(self, hidden: &Tensor, layout: &Layout) -> Result<Tensor> {
-        let (batch, seq, _) = hidden.dims3()?;
-        if (layout.batch(), layout.seq()) != (batch, seq) {
-            let expected = format!("{batch} rows of {seq} slots");
-            let got = format!("{} rows of {}", layout.batch(), layout.seq());
-            return Err(Error::parameter("layout", expected, got));
-        }
-        let weight = |start: usize, slot: usize| match self {
-            _ if slot < start => 0.0,
-            Self::Mean => 1.0,
-            Self::WeightedMean => (slot - start + 1) as f32,
-            // Rows end together, so this is the last token of each.
-            Self::LastToken => f32::from(u8::from(slot + 1 == seq)),
+    /// [`Error::Parameter`](crate::Error::Parameter) when there is not a row of `hidden` for each token.
+    pub fn pool(self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+        batch.check(hidden)?;
+        let hidden = flat(hidden)?;
+        let pool = |rows: Range<usize>| -> Result<Tensor> {
+            let count = rows.len();
+            let weight = |token: usize| match self {
+                Self::Mean => 1.0,
+                Self::WeightedMean => (token + 1) as f32,
+                Self::LastToken => f32::from(u8::from(token + 1 == count)),
+            };
+            let sum: f32 = (0..count).map(weight).sum::<f32>().max(f32::MIN_POSITIVE);
+            let weights: Vec<f32> = (0..count).map(|token| weight(token) / sum).collect();
+            let weights = Tensor::from_vec(weights, (count, 1), hidden.device())?;
+            let own = hidden.narrow(0, rows.start, count)?;
+            Ok(own.broadcast_mul(&weights.to_dtype(hidden.dtype())?)?.sum(0)?) // (hidden)
         };
-        let row = |start: usize| {
-            let weights: Vec<f32> = (0..seq).map(|slot| weight(start, slot)).collect();
-            let sum: f32 = weights.iter().sum::<f32>().max(f32::MIN_POSITIVE);
-            weights.into_iter().map(|weight| weight / sum).collect::<Vec<_>>()
-        };
-        let weights: Vec<Vec<f32>> = layout.starts().into_iter().map(row).collect();
-        let weights = Tensor::new(weights, hidden.device())?.to_dtype(hidden.dtype())?;
-        Ok(hidden.broadcast_mul(&weights.unsqueeze(D::Minus1)?)?.sum(1)?)
+        Ok(Tensor::stack(&batch.all_rows().map(pool).collect::<Result<Vec<_>>>()?, 0)?)
     }
 }
 

@@ -8,97 +8,103 @@
 //! ```
 //!
 //! The thoughts `z` are the residual stream that enters layer `a`, before that layer's norm.
-//! [`Thinking`] says how, [`ThoughtLoop`] is the verbs, driven here by hand:
+//! [`Thinking`] says how, [`ThoughtLoop`] is the verbs. Generating is written with them, and so can be
+//! anything else; here an answer of one token, thought about as
+//! [`HybridModel::generate`](crate::HybridModel::generate) does, all but the last token of the prompt:
 //!
 //! ```
 //! # use candle_core::Device;
-//! use hybrid_attention::HybridModel;
-//! use hybrid_attention::model::{Layout, Pass};
-//! use hybrid_attention::thought::{Text, Thinking};
+//! use hybrid_attention::model::{Batch, Pass};
+//! use hybrid_attention::thought::{EncodedBatch, Thinking};
+//! use hybrid_attention::{GenerationConfig, HybridModel};
 //! # fn main() -> hybrid_attention::Result<()> {
 //! let model = HybridModel::tiny(&Device::Cpu)?;
-//! let transformer = model.transformer();
 //! let thinking = Thinking::passes(2).span(1..3);
-//! let mind = thinking.on(transformer)?;
-//! let text = Text::new(transformer, &[11, 150, 12], Layout::dense(1, 3))?;
-//! let mut cache = transformer.new_cache(text.layout(), 64)?;
+//! let mind = thinking.on(model.thought_model())?;
+//! let decoder = model.transformer();
 //!
-//! let z = mind.encode(&text, Pass::Cached(&mut cache))?;             // (1, 3, 128)
-//! let h = mind.think_once(&z, text.layout())?;                       // one pass, unrefined
-//! let thoughts = mind.think(&text, z, |_done, _passes| ())?;         // all passes, refined
-//! let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?; // (1, 3, 128)
-//! let logits = transformer.logits(&h.narrow(1, 2, 1)?)?;             // (1, 1, 183)
-//! # assert_eq!((logits.dims3()?, cache.len()), ((1, 1, model.config().vocab_size), 3));
-//! # assert_eq!((h.dim(2)?, model.config().vocab_size), (128, 183));
+//! let batch = Batch::one(3)?.with_context(0, &[0..2])?;
+//! let text = EncodedBatch::new(decoder, &[11, 150, 12], batch)?;
+//! let mut cache = decoder.new_cache(64)?;
+//! let z = mind.encode(&text, Pass::Cached(&mut cache))?;              // (3, 128)
+//! let thoughts = mind.think(&text, z, |_done, _passes| ())?;          // all passes, refined
+//! let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?; // (3, 128)
+//! let logits = decoder.logits(&h.narrow(0, 2, 1)?)?;                  // (1, 183)
+//!
+//! let config = GenerationConfig::default().thinking(thinking).max_tokens(1);
+//! let answer = model.generate([11, 150, 12], &config)?;
+//! assert_eq!(logits.argmax(1)?.to_vec1::<u32>()?, answer.ids);
+//! assert_eq!(thoughts.trace.drift(), answer.drift());
 //! # Ok(())
 //! # }
 //! ```
 
 mod halting;
+mod hand_off;
 mod measure;
+mod model;
 mod readout;
 mod recorder;
 mod thinking;
 mod trace;
+mod watch;
 
 use std::ops::Range;
-use std::time::Instant;
 
 use candle_core::Tensor;
 
-use self::halting::Halting;
 use self::readout::CausalReadout;
-use self::recorder::Recorder;
+use self::watch::Watch;
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
-use crate::refine::{Seq, Step, Thinks};
+use crate::model::{Batch, ForwardContext, Pass, Transformer, flat};
+use crate::refine::{Readout, Seq, Step, Thinks};
 
 pub use self::halting::Halt;
-pub(crate) use self::readout::LOGITS_AT_ONCE;
+pub use self::hand_off::Entry;
+pub use self::model::ThoughtModel;
 pub use self::thinking::{HandOff, Thinking};
 pub use self::trace::{Detail, Halted, Map, Maps, PassTrace, TokenTrace, Trace};
 
-/// Plain tokens at the end of a text are left out of the passes if they are at least one in this
+/// Plain tokens at the ends of sequences are left out of the passes if they are at least one in this
 /// many: to cut fewer off, and to put them back, costs more than to take them along.
 const LEAST_TAIL: usize = 16;
 
-/// A batch of texts to think about.
+/// Sequences to think about.
 #[derive(Clone, Debug)]
-pub struct Text {
+pub struct EncodedBatch {
     ids: Vec<u32>,
-    layout: Layout,
+    batch: Batch,
     embeddings: Tensor,
 }
 
-impl Text {
-    /// The texts of `ids`, laid out row by row as `layout` says. Padding may be any token: it is
-    /// never seen.
+impl EncodedBatch {
+    /// The sequences of `ids`, one behind the other as `batch` says.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`]; [`Error::Parameter`] when `ids` do not fill the layout.
-    pub fn new(transformer: &Transformer, ids: &[u32], layout: Layout) -> Result<Self> {
-        let (batch, seq) = (layout.batch(), layout.seq());
-        if batch.checked_mul(seq) != Some(ids.len()) {
-            let expected = format!("{batch} rows of {seq} tokens");
+    /// [`Error::TokenOutOfRange`]; [`Error::Parameter`] when there is not one id for each token.
+    pub fn new(transformer: &Transformer, ids: &[u32], batch: Batch) -> Result<Self> {
+        if ids.len() != batch.tokens() {
+            let expected = format!("{} tokens, as in the batch", batch.tokens());
             return Err(Error::parameter("ids", expected, ids.len()));
         }
-        let embeddings = transformer.embed_ids(ids, (batch, seq))?;
-        Ok(Self { ids: ids.to_vec(), layout, embeddings })
+        let embeddings = transformer.embed_ids(ids)?;
+        Ok(Self { ids: ids.to_vec(), batch, embeddings })
     }
 
-    /// The tokens, row by row, padding included.
+    /// The tokens, sequence behind sequence.
     #[must_use]
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
 
-    /// Where each row begins and which of its tokens think together.
+    /// Where each sequence begins and which of its tokens think together.
     #[must_use]
-    pub fn layout(&self) -> &Layout {
-        &self.layout
+    pub fn batch(&self) -> &Batch {
+        &self.batch
     }
 
-    /// The rows of the embedding table, `(batch, seq, hidden)`.
+    /// The rows of the embedding table, `(tokens, hidden)`.
     #[must_use]
     pub fn embeddings(&self) -> &Tensor {
         &self.embeddings
@@ -108,7 +114,7 @@ impl Text {
 /// What the thought loop leaves behind.
 #[derive(Clone, Debug)]
 pub struct Thoughts {
-    /// The refined thoughts, `(batch, seq, hidden)`: the residual stream that enters the span.
+    /// The refined thoughts, `(tokens, hidden)`: the residual stream that enters the span.
     pub z: Tensor,
     /// The thoughts before the first pass. Plain tokens have kept theirs.
     pub first: Tensor,
@@ -116,209 +122,155 @@ pub struct Thoughts {
     pub trace: Trace,
 }
 
-/// The verbs of the method, for one [`Thinking`] on one [`Transformer`].
+/// The verbs of the method, for one [`Thinking`] on one [`ThoughtModel`].
 #[derive(Clone, Debug)]
-pub struct ThoughtLoop<'a> {
-    thinking: &'a Thinking,
-    transformer: &'a Transformer,
+pub struct ThoughtLoop {
+    thinking: Thinking,
+    model: ThoughtModel,
     /// `a..b`. Without passes there are no thoughts to enter it, and it begins at 0.
     span: Range<usize>,
     refine: Seq,
+    cancel: Cancel,
 }
 
-impl<'a> ThoughtLoop<'a> {
+impl ThoughtLoop {
     /// The layers `a..b` that a pass runs.
     #[must_use]
     pub fn span(&self) -> Range<usize> {
         self.span.clone()
     }
 
-    /// Runs a text up to the span: the first thoughts, `(batch, seq, hidden)`. `pass` is a causal
+    /// How it thinks.
+    #[must_use]
+    pub fn thinking(&self) -> &Thinking {
+        &self.thinking
+    }
+
+    /// The model it thinks with.
+    #[must_use]
+    pub fn model(&self) -> &ThoughtModel {
+        &self.model
+    }
+
+    /// The same verbs, all of which stop when this is cancelled.
+    #[must_use]
+    pub fn cancel(mut self, cancel: Cancel) -> Self {
+        self.cancel = cancel;
+        self
+    }
+
+    /// Runs a text up to the span: the first thoughts, `(tokens, hidden)`. `pass` is a causal
     /// one; with a cache, those layers' part of it is filled.
     ///
     /// # Errors
     /// As [`Transformer::forward`]; [`Error::Parameter`] for a bidirectional pass.
-    pub fn encode(&self, text: &Text, pass: Pass<'_>) -> Result<Tensor> {
-        match (self.span.start, pass) {
-            (_, Pass::Bidirectional(_)) => {
-                Err(Error::parameter("pass", "a causal one to encode with", "a bidirectional one"))
-            }
-            (0, _) => Ok(text.embeddings.clone()),
-            (a, pass) => self.transformer.forward(&text.embeddings, 0..a, pass),
+    pub fn encode(&self, text: &EncodedBatch, pass: Pass<'_>) -> Result<Tensor> {
+        if pass.is_bidirectional() {
+            return Err(Error::parameter("pass", "a causal one to encode with", "a bidirectional one"));
+        }
+        match self.span.start {
+            0 => Ok(text.embeddings.clone()),
+            a => self.model.decoder().forward(&text.embeddings, 0..a, self.cancellable(pass)),
         }
     }
 
-    /// One thought pass over `z`, unrefined: the span of the [thinker](Transformer::thinker), then the checkpoint's own
-    /// [thought layers](Transformer::thought_layers). `(batch, seq, hidden)` in and out.
+    /// One thought pass over `z`, unrefined: the span of the [thinker](ThoughtModel::thinker), then the
+    /// checkpoint's own [thought layers](ThoughtModel::thought_layers). `(tokens, hidden)` in and out.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
-    pub fn think_once(&self, z: &Tensor, layout: &Layout) -> Result<Tensor> {
-        let pass = match self.thinking.sight {
-            Sight::Causal => Pass::Causal(layout),
-            Sight::Bidirectional => Pass::Bidirectional(layout),
-        };
-        let h = self.transformer.thinker().forward(z, self.span(), pass)?;
-        self.transformer.forward_thought_layers(&h, layout, self.thinking.sight)
+    pub fn think_once(&self, z: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let pass = self.cancellable(Pass::uncached(batch, self.thinking.sight));
+        let h = self.model.thinker().forward(z, self.span(), pass)?;
+        self.model.forward_thought_layers(&h, batch, self.thinking.sight)
     }
 
-    /// [`think_once`](Self::think_once) for what thinks: plain tokens behind all context, which no
-    /// context sees, keep `z`.
-    fn think_ahead(&self, z: &Tensor, layout: &Layout) -> Result<Tensor> {
-        let (seq, end) = (layout.seq(), layout.context_end());
-        if end == 0 {
-            return Ok(z.clone());
-        }
-        if (seq - end) * LEAST_TAIL < seq {
-            return self.think_once(z, layout);
-        }
-        let h = self.think_once(&z.narrow(1, 0, end)?.contiguous()?, &layout.front(end))?;
-        Ok(Tensor::cat(&[h, z.narrow(1, end, seq - end)?], 1)?)
-    }
-
-    /// All passes over the first thoughts `z`, refined after each; `progress` is told how many are
+    /// All passes over the first thoughts, refined after each; `progress` is told how many are
     /// done, from 0 on, and how many there are. Plain tokens keep the thoughts they came with, and
-    /// a row that halts keeps those it has.
+    /// a sequence that halts keeps those it has.
     ///
     /// # Errors
     /// As [`Transformer::forward`]; [`Error::Refinement`]; [`Error::NotFinite`] with the index of
     /// the pass that overflowed.
     pub fn think(
         &self,
-        text: &Text,
-        z: Tensor,
+        text: &EncodedBatch,
+        first: Tensor,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Thoughts> {
-        let (layout, passes) = (&text.layout, self.thinking.passes);
-        let first = z.clone();
-        let mut trace = Trace { tokens: layout.seq(), ..Trace::default() };
-        if passes == 0 {
-            return Ok(Thoughts { z, first, trace });
-        }
-        let readout = CausalReadout::new(self.transformer, self.span.start, text);
-        let mut recorder = Recorder {
-            detail: self.thinking.detail,
-            transformer: self.transformer,
-            span: self.span(),
-            sight: self.thinking.sight,
-            layout,
-            readout: &readout,
-            first: &first,
-            hidden: None,
-        };
-        trace.first = recorder.tokens(&first)?;
-        let mut halting = Halting::new(&self.thinking.halt, layout);
-        let (mut z, mut first_h) = (z, None);
-        progress(0, passes);
-        let without_gradient =
-            passes.saturating_sub(self.thinking.gradient_passes.unwrap_or(passes));
+        let (batch, passes) = (&text.batch, self.thinking.passes);
+        let readout = CausalReadout::new(self.model.decoder(), self.span.start, text);
+        let mut watch = Watch::new(self, batch, &readout, &first)?;
+        let (mut z, mut first_h) = (first.clone(), None);
         for index in 0..passes {
-            let started = Instant::now();
-            if (1..=without_gradient).contains(&index) {
-                // Plain rows are as they came, whatever the passes.
-                z = Thinks(layout).or(&z.detach(), &first)?;
-            }
-            let h = self.think_ahead(&z, layout)?;
-            let first_h: &Tensor = first_h.get_or_insert_with(|| match without_gradient {
-                0 => h.clone(),
-                _ => h.detach(),
-            });
-            let step = Step {
-                z: &z,
-                first: &first,
-                h: &h,
-                first_h,
-                embeddings: &text.embeddings,
-                layout,
-                index,
-                passes,
-                gate: self.transformer.thought_gate(),
-                readout: Some(&readout),
-            };
-            let refined = halting.keep_halted(&self.refine.refine(&step)?, &z)?;
-            let drift = measure::drift(&z, &refined, layout)?;
-            if drift.iter().flatten().any(|drift| !drift.is_finite()) {
-                return Err(Error::NotFinite { what: "thoughts", position: index });
-            }
-            trace.passes.push(PassTrace {
-                drift: halting.mean_of_active(&drift),
-                seconds: started.elapsed().as_secs_f64(),
-                tokens: recorder.tokens(&refined)?,
-                maps: recorder.maps(&z, &refined)?,
-            });
-            halting.look(&drift, &z, &refined, &readout)?;
-            z = refined;
-            progress(index + 1, passes);
-            if halting.all_halted() {
+            progress(index, passes);
+            z = self.truncated(index, z, &first, batch)?;
+            // pass
+            let h = self.think_ahead(&z, batch)?;
+            // refine
+            let first_h = &*first_h.get_or_insert_with(|| self.constant(&h));
+            let (embeddings, gate) = (&text.embeddings, self.model.thought_gate());
+            let readout: Option<&dyn Readout> = Some(&readout);
+            let step = Step { z: &z, first: &first, h: &h, first_h, embeddings, batch, index, passes, gate, readout };
+            let refined = self.refine.refine(&step)?;
+            // observe
+            z = watch.observe(index, &z, refined)?;
+            if watch.all_halted() {
                 break;
             }
         }
-        trace.halted = halting.reasons();
+        let trace = watch.trace();
+        if passes > 0 {
+            progress(trace.passes.len(), passes);
+        }
         Ok(Thoughts { z, first, trace })
     }
 
-    /// Hands thoughts over and gives the stream that leaves the last layer, `(batch, seq, hidden)`.
-    /// For decoding, `pass` is the causal one over the cache that [`encode`](Self::encode) began to
-    /// fill. A bidirectional one, for embedding, is run by the [thinker](Transformer::thinker).
-    ///
-    /// # Errors
-    /// As [`Transformer::forward`] and [`Transformer::hand_over`].
-    pub fn hand_off(&self, text: &Text, thoughts: &Thoughts, mut pass: Pass<'_>) -> Result<Tensor> {
-        let cache = match &mut pass {
-            Pass::Cached(cache) => Some(&mut **cache),
-            Pass::Causal(_) | Pass::Bidirectional(_) => None,
-        };
-        let (xs, layers) = self.enter(text, thoughts, cache)?;
-        let reader = match pass {
-            Pass::Bidirectional(_) => self.transformer.thinker(),
-            Pass::Causal(_) | Pass::Cached(_) => self.transformer,
-        };
-        reader.forward(&xs, layers, pass)
-    }
-
-    /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: gives the stream
-    /// that goes on causally, which may be cut into pieces, and the layers that it has yet to run.
-    pub(crate) fn enter(
-        &self,
-        text: &Text,
-        thoughts: &Thoughts,
-        cache: Option<&mut KvCache>,
-    ) -> Result<(Tensor, Range<usize>)> {
-        let (Range { start: a, end: b }, n) = (self.span(), self.transformer.all_layers().end);
-        let weight = match self.thinking.hand_off {
-            HandOff::KeyValue if !self.thinking.is_none() => 1.0,
-            HandOff::Mixed { weight } if !self.thinking.is_none() => weight,
-            _ => return Ok((thoughts.z.clone(), a..n)),
-        };
-        let (plain, z) = (&thoughts.first, &thoughts.z);
-        let what = HandOver { plain, z, weight, sight: self.thinking.sight };
-        let xs = self.transformer.hand_over(&what, a..b, &text.layout, cache)?;
-        Ok((xs, b..n))
-    }
-
-    /// [`enter`](Self::enter) after thinking again: makes `cache` forget what depends on thoughts
-    /// from position `changed` on, and gives the stream from the first one forgotten. What layers
-    /// before the span hold stays true: no thought has entered them.
-    pub(crate) fn enter_again(
-        &self,
-        text: &Text,
-        thoughts: &Thoughts,
-        cache: &mut KvCache,
-        changed: usize,
-    ) -> Result<(Tensor, Range<usize>)> {
-        let (Range { start: a, end: b }, n) = (self.span(), self.transformer.all_layers().end);
-        let from = match cache.truncate_layers(a..n, changed) {
-            Err(Error::CacheRolled { .. }) => {
-                // The window has let go of what would be needed: begin anew.
-                cache.truncate_layers(a..n, 0)?;
-                0
-            }
-            result => result.map(|()| changed)?,
-        };
-        if self.thinking.hand_off != HandOff::Refined {
-            cache.truncate_layers(a..b, 0)?; // handed over whole
+    /// [`think_once`](Self::think_once) for what thinks: plain tokens behind all context of their
+    /// sequence, which no context sees, keep `z`.
+    fn think_ahead(&self, z: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let (front, kept) = batch.fronts();
+        let (tokens, thinking) = (batch.tokens(), front.tokens());
+        if thinking == 0 {
+            return Ok(z.clone());
         }
-        let (xs, layers) = self.enter(text, thoughts, Some(cache))?;
-        Ok((xs.narrow(1, from, text.layout.seq() - from)?, layers))
+        if (tokens - thinking) * LEAST_TAIL < tokens {
+            return self.think_once(z, batch);
+        }
+        let rows = flat(z)?;
+        let some = |rows: &Tensor, of: &Range<usize>| rows.narrow(0, of.start, of.len());
+        let fronts = kept.iter().map(|of| some(&rows, of)).collect::<candle_core::Result<Vec<_>>>()?;
+        let h = self.think_once(&Tensor::cat(&fronts, 0)?, &front)?;
+        // Each sequence put together again: what has thought, and the tail as it was.
+        let mut whole = Vec::with_capacity(2 * kept.len());
+        for ((all, kept), thought) in batch.all_rows().zip(&kept).zip(front.all_rows()) {
+            whole.push(some(&h, &thought)?);
+            whole.push(some(&rows, &(kept.end..all.end))?);
+        }
+        Ok(Tensor::cat(&whole, 0)?.reshape(z.shape())?)
+    }
+
+    /// The passes at the beginning that no gradient flows through.
+    fn without_gradient(&self) -> usize {
+        let passes = self.thinking.passes;
+        passes.saturating_sub(self.thinking.gradient_passes.unwrap_or(passes))
+    }
+
+    /// Thoughts before pass `index`, cut off from passes that no gradient flows through. Plain rows are
+    /// as they came, whatever the passes.
+    fn truncated(&self, index: usize, z: Tensor, first: &Tensor, batch: &Batch) -> Result<Tensor> {
+        match (1..=self.without_gradient()).contains(&index) {
+            true => Thinks(batch).or(&z.detach(), first),
+            false => Ok(z),
+        }
+    }
+
+    /// What the first pass made, as an anchor for those after it.
+    fn constant(&self, h: &Tensor) -> Tensor {
+        if self.without_gradient() == 0 { h.clone() } else { h.detach() }
+    }
+
+    fn cancellable<'a>(&'a self, pass: Pass<'a>) -> ForwardContext<'a> {
+        ForwardContext::from(pass).cancel(&self.cancel)
     }
 }

@@ -1,22 +1,14 @@
 //! Adapters on a model.
 
+use candle_core::Tensor;
+
 use super::{Adapter, Wrapped, projections};
 use crate::error::{Error, Result};
-use crate::model::{Linear, LowRank, Mind, Transformer};
+use crate::model::{Linear, LowRank, Transformer};
 
 impl Transformer {
-    /// This model with an adapter in thought passes and in decoding: [`Transformer::adapted_for`] with
-    /// [`Mind::Both`].
-    ///
-    /// # Errors
-    /// As [`Transformer::adapted_for`].
-    pub fn adapted(&self, adapter: &Adapter) -> Result<Self> {
-        self.adapted_for(adapter, Mind::Both)
-    }
-
-    /// This model with an adapter that is active in one mind, or in both. The weights are shared, not
-    /// copied, and may be quantised; adapters add up, whatever others there are. A gate that the
-    /// adapter brings is for thinking and takes the place of the one there was.
+    /// This model with an adapter. The weights are shared, not copied, and may be quantised; adapters
+    /// add up, whatever others there are.
     ///
     /// Gradients reach a [trainable](Adapter::trainable) adapter; for the weights none is computed.
     ///
@@ -24,30 +16,29 @@ impl Transformer {
     /// [`Error::UnusedWeight`] for a projection or a layer that this model has not;
     /// [`Error::WeightShape`]; [`Error::MissingWeight`] for a projection that has no adapter where the
     /// configuration says that it has.
-    pub fn adapted_for(&self, adapter: &Adapter, mind: Mind) -> Result<Self> {
-        let dtype = self.dtype();
-        self.changed(mind, |transformer| {
-            adapter.apply(transformer, |projection, LowRank { a, b, scale }| {
-                let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
-                projection.adapt(LowRank { a, b, scale });
-                Ok(())
-            })
-        })
+    pub fn adapted(&self, adapter: &Adapter) -> Result<Self> {
+        let (mut adapted, dtype) = (self.variant(), self.dtype());
+        adapter.apply(&mut adapted, |projection, LowRank { a, b, scale }| {
+            let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
+            projection.adapt(LowRank { a, b, scale });
+            Ok(())
+        })?;
+        Ok(adapted)
     }
 
     /// This model with an adapter multiplied out, `W + scale · B A`, computed in `f32` and rounded to
-    /// the type of the weights; in both minds. It runs as fast as the bare model and shares with it
-    /// the weights that have no adapter. No gradient reaches the adapter.
+    /// the type of the weights. It runs as fast as the bare model and shares with it the weights that
+    /// have no adapter. No gradient reaches the adapter.
     ///
     /// # Errors
-    /// As [`Transformer::adapted_for`]; [`Error::Unsupported`] for quantised weights.
+    /// As [`Transformer::adapted`]; [`Error::Unsupported`] for quantised weights.
     pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
-        self.changed(Mind::Both, |transformer| {
-            adapter.apply(transformer, |projection, change| {
-                *projection = projection.merged(&change)?;
-                Ok(())
-            })
-        })
+        let mut merged = self.variant();
+        adapter.apply(&mut merged, |projection, change| {
+            *projection = projection.merged(&change)?;
+            Ok(())
+        })?;
+        Ok(merged)
     }
 }
 
@@ -60,7 +51,7 @@ impl Adapter {
         change: impl Fn(&mut Linear, LowRank) -> Result<()>,
     ) -> Result<()> {
         self.check_complete(transformer)?;
-        let (device, dtype) = (transformer.device().clone(), transformer.dtype());
+        let device = transformer.device().clone();
         let layers = transformer.config().num_hidden_layers;
         for (module, pair) in &self.pairs {
             let Some(projection) = transformer.projection_mut(module) else {
@@ -82,16 +73,19 @@ impl Adapter {
             let (a, b) = (pair.a.to_device(&device)?, pair.b.to_device(&device)?);
             change(projection, LowRank { a, b, scale: pair.scale })?;
         }
-        if let Some(gate) = &self.thought_gate {
-            let expected = vec![transformer.config().hidden_size];
-            if gate.dims() != expected {
-                let (name, place) = ("thought.gate".to_string(), self.place.clone());
-                let got = gate.dims().to_vec();
-                return Err(Error::WeightShape { name, place, expected, got });
-            }
-            transformer.set_thought_gate(gate.to_device(&device)?.to_dtype(dtype)?);
-        }
         Ok(())
+    }
+
+    /// The gate that it brings for thought passes of `model`, in the type of its stream.
+    pub(crate) fn gate_for(&self, model: &Transformer) -> Result<Option<Tensor>> {
+        let Some(gate) = &self.thought_gate else { return Ok(None) };
+        let expected = vec![model.config().hidden_size];
+        if gate.dims() != expected {
+            let (name, place) = ("thought.gate".to_string(), self.place.clone());
+            let got = gate.dims().to_vec();
+            return Err(Error::WeightShape { name, place, expected, got });
+        }
+        Ok(Some(gate.to_device(model.device())?.to_dtype(model.dtype())?))
     }
 
     /// A file that lacks a layer is more likely cut short than meant so.

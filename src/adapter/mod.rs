@@ -3,14 +3,15 @@
 //!
 //! An adapter adds `scale · B A` to some projections, with `A` of shape `(rank, in_features)`, `B` of
 //! `(out_features, rank)` and a scale of `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA
-//! (Kalajdzievski 2023). It may be active in thought passes, in decoding, or in both ([`Mind`]), so
-//! that one set of weights serves both minds: nothing of the base model is copied.
+//! (Kalajdzievski 2023). It may be active in thought passes, in decoding, or in both ([`AdapterScope`]), so
+//! that one set of weights serves both: nothing of the base model is copied.
 //!
 //! ```
 //! # use std::collections::HashMap;
 //! # use candle_core::{Device, Tensor};
-//! use hybrid_attention::adapter::{Adapter, AdapterConfig};
-//! use hybrid_attention::model::{Layout, Mind, Pass, Transformer};
+//! use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
+//! use hybrid_attention::model::{Batch, Pass};
+//! use hybrid_attention::thought::ThoughtModel;
 //! # use hybrid_attention::Config;
 //! # fn main() -> hybrid_attention::Result<()> {
 //! # let config = Config::from_json(r#"{
@@ -20,14 +21,14 @@
 //! # let mut weights: HashMap<_, _> = config.weights().map(|(name, shape)| {
 //! #     Ok((name, Tensor::randn(0f32, 0.1, shape, &Device::Cpu)?))
 //! # }).collect::<Result<_, candle_core::Error>>()?;
-//! # let base = Transformer::new(&config, &mut weights)?;
+//! # let base = ThoughtModel::new(&config, &mut weights)?;
 //! // To train: A as PEFT draws it, B zero, both candle variables.
 //! let how = AdapterConfig::rank(4).alpha(8.0);
-//! let adapter = Adapter::new(base.config(), &how, 42, &Device::Cpu)?.trainable()?;
-//! let thinks = base.adapted_for(&adapter, Mind::Thinking)?;
+//! let adapter = Adapter::new(&config, &how, 42, &Device::Cpu)?.trainable()?;
+//! let adapted = base.adapted(&adapter, AdapterScope::Thinking)?;
 //!
-//! let xs = thinks.embed(&Tensor::new(&[[1u32, 5, 9]], &Device::Cpu)?)?;
-//! let h = thinks.thinker().forward(&xs, 0..2, Pass::Bidirectional(&Layout::dense(1, 3)))?;
+//! let xs = adapted.decoder().embed_ids(&[1, 5, 9])?;
+//! let h = adapted.thinker().forward(&xs, 0..2, Pass::Bidirectional(&Batch::one(3)?))?;
 //! let gradients = h.sqr()?.sum_all()?.backward()?;
 //! for variable in adapter.variables()? {
 //!     assert!(gradients.get(&variable).is_some());
@@ -46,6 +47,7 @@
 mod apply;
 mod config;
 mod file;
+mod scope;
 
 use std::collections::BTreeMap;
 
@@ -54,7 +56,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use self::config::AdapterConfig;
-pub use crate::model::Mind;
+pub use self::scope::AdapterScope;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -173,7 +175,7 @@ impl Adapter {
     }
 
     /// What was learned beside it for thought passes, `(hidden)`: takes the place of the checkpoint's
-    /// own [`thought_gate`](crate::model::Transformer::thought_gate) wherever the adapter thinks.
+    /// own [`thought_gate`](crate::thought::ThoughtModel::thought_gate) wherever the adapter thinks.
     #[must_use]
     pub fn thought_gate(&self) -> Option<&Tensor> {
         self.thought_gate.as_ref()

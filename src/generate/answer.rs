@@ -6,7 +6,7 @@ use super::stop::StopReason;
 use crate::thought::Trace;
 
 /// A generated token.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Token {
     /// Its id.
     pub id: u32,
@@ -22,7 +22,7 @@ pub struct Token {
 }
 
 /// What came of a prompt.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
     /// The prompt as the model took it.
     pub prompt_ids: Vec<u32>,

@@ -1,37 +1,15 @@
 //! How to generate: every knob with its unit, range, default and what zero means.
 
-use std::fmt;
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::thought::Thinking;
 
-/// How far the work before the first token has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Progress {
-    /// This many of the thought passes are done.
-    Think {
-        /// Passes done.
-        done: usize,
-        /// Passes in all.
-        total: usize,
-    },
-    /// This many of the prompt's tokens are in the cache.
-    Prefill {
-        /// Tokens done.
-        done: usize,
-        /// Tokens in all.
-        total: usize,
-    },
-}
-
 /// How to generate. The default is greedy, without thinking, at most 128 tokens.
 ///
 /// Values are checked when generation starts; one outside its range is an
-/// [`Error::Parameter`] that names it. Everything but the progress call is serialised.
+/// [`Error::Parameter`] that names it. It is data: what happens while an answer is made belongs to the
+/// [`TokenStream`](super::TokenStream).
 ///
 /// ```
 /// use hybrid_attention::{GenerationConfig, Thinking};
@@ -42,7 +20,7 @@ pub enum Progress {
 ///     .max_tokens(256).stop("\n\n");
 /// # let _ = config;
 /// ```
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GenerationConfig {
     pub(super) thinking: Option<Thinking>,
@@ -60,8 +38,6 @@ pub struct GenerationConfig {
     pub(super) eos_ids: Option<Vec<u32>>,
     pub(super) top_logprobs: usize,
     pub(super) prompt_logprobs: bool,
-    #[serde(skip)]
-    pub(super) progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 
 impl Default for GenerationConfig {
@@ -82,7 +58,6 @@ impl Default for GenerationConfig {
             eos_ids: None,
             top_logprobs: 0,
             prompt_logprobs: false,
-            progress: None,
         }
     }
 }
@@ -208,22 +183,28 @@ impl GenerationConfig {
         self
     }
 
-    /// Called while the work before the first token goes on.
-    #[must_use]
-    pub fn on_progress(mut self, call: impl Fn(Progress) + Send + Sync + 'static) -> Self {
-        self.progress = Some(Arc::new(call));
-        self
-    }
-
     /// How to think about the prompt, if anything was said about it.
-    pub(crate) fn chosen_thinking(&self) -> Option<&Thinking> {
+    #[must_use]
+    pub fn chosen_thinking(&self) -> Option<&Thinking> {
         self.thinking.as_ref()
     }
 
-    pub(crate) fn report(&self, progress: Progress) {
-        if let Some(call) = &self.progress {
-            call(progress);
-        }
+    /// The most tokens that are generated.
+    #[must_use]
+    pub fn chosen_max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
+    /// What logits are divided by.
+    #[must_use]
+    pub fn chosen_temperature(&self) -> f64 {
+        self.temperature
+    }
+
+    /// The seed of the sampler, if one was given.
+    #[must_use]
+    pub fn chosen_seed(&self) -> Option<u64> {
+        self.seed
     }
 
     /// Checks every value that does not depend on the model; generating does so by itself.
@@ -248,27 +229,5 @@ impl GenerationConfig {
             return Err(Error::parameter("stop", "a text that is not empty", "\"\""));
         }
         self.thinking.as_ref().map_or(Ok(()), Thinking::validate)
-    }
-}
-
-impl fmt::Debug for GenerationConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GenerationConfig")
-            .field("thinking", &self.thinking)
-            .field("max_tokens", &self.max_tokens)
-            .field("temperature", &self.temperature)
-            .field("top_k", &self.top_k)
-            .field("top_p", &self.top_p)
-            .field("min_p", &self.min_p)
-            .field("repetition_penalty", &self.repetition_penalty)
-            .field("frequency_penalty", &self.frequency_penalty)
-            .field("presence_penalty", &self.presence_penalty)
-            .field("seed", &self.seed)
-            .field("stop", &self.stop)
-            .field("stop_ids", &self.stop_ids)
-            .field("eos_ids", &self.eos_ids)
-            .field("top_logprobs", &self.top_logprobs)
-            .field("prompt_logprobs", &self.prompt_logprobs)
-            .finish_non_exhaustive()
     }
 }

@@ -1,25 +1,61 @@
 //! What stays in the cache between two prompts.
 
-use candle_core::DType;
-
 use crate::error::Result;
-use crate::model::{KvCache, Layout, Transformer};
+use crate::model::{KvCache, KvPool};
+use crate::tokenizer::Message;
 
-/// What one conversation keeps from turn to turn: a cache and the tokens in it.
+/// What one conversation keeps from turn to turn: its messages, a cache and the tokens in it.
 ///
 /// A new prompt that begins like the tokens already here runs only from where it departs.
+///
+/// ```no_run
+/// # use candle_core::{DType, Device};
+/// use hybrid_attention::{GenerationConfig, HybridModel};
+///
+/// # fn main() -> hybrid_attention::Result<()> {
+/// let model = HybridModel::from_folder("Mistral-7B-Instruct-v0.3", DType::BF16, &Device::Cpu)?;
+/// let mut conversation = model.conversation(4096)?;
+/// for question in ["Why is the sky blue?", "And in the evening?"] {
+///     for token in model.say(&mut conversation, question, &GenerationConfig::default())? {
+///         print!("{}", token?.text);
+///     }
+/// }
+/// assert_eq!(conversation.messages().len(), 4);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Conversation {
     pub(super) cache: KvCache,
     /// The tokens whose plain keys and values are in the cache; none when what is there was
     /// thought about, because it then depends on the whole of its prompt.
     pub(super) ids: Vec<u32>,
+    pub(super) messages: Vec<Message>,
 }
 
 impl Conversation {
-    pub(crate) fn new(transformer: &Transformer, capacity: usize, dtype: DType) -> Result<Self> {
-        let cache = transformer.new_cache_as(&Layout::dense(1, 1), capacity, dtype)?;
-        Ok(Self { cache, ids: Vec::new() })
+    pub(crate) fn new(pool: &KvPool, capacity: usize) -> Result<Self> {
+        Ok(Self { cache: pool.new_cache(capacity)?, ids: Vec::new(), messages: Vec::new() })
+    }
+
+    /// What was said so far: by [`HybridModel::say`](crate::HybridModel::say) and its answers, and
+    /// whatever was [added](Self::push).
+    #[must_use]
+    pub fn messages(&self) -> &[Message] {
+        &self.messages
+    }
+
+    /// Adds a message, such as a system prompt.
+    pub fn push(&mut self, message: Message) {
+        self.messages.push(message);
+    }
+
+    /// A second conversation that goes on from here. The two share what is in the cache, until one of
+    /// them writes there.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let (ids, messages) = (self.ids.clone(), self.messages.clone());
+        Self { cache: self.cache.fork(), ids, messages }
     }
 
     /// The tokens it remembers.
@@ -34,7 +70,7 @@ impl Conversation {
         self.cache.capacity()
     }
 
-    /// Its keys and values: what they are kept as, and how many bytes are set aside for them.
+    /// Its keys and values: what they are kept as, and how many bytes they take.
     #[must_use]
     pub fn cache(&self) -> &KvCache {
         &self.cache
@@ -42,8 +78,19 @@ impl Conversation {
 
     /// Forgets everything.
     pub fn reset(&mut self) {
+        self.forget();
+        self.messages.clear();
+    }
+
+    /// Forgets what is in the cache.
+    pub(super) fn forget(&mut self) {
         self.cache.reset();
         self.ids.clear();
+    }
+
+    /// Whether another token could run.
+    pub(super) fn has_room(&self) -> bool {
+        self.cache.len() < self.cache.capacity()
     }
 
     /// Keeps what `prompt` begins with, all but its last token at most, and forgets the rest.
@@ -53,7 +100,7 @@ impl Conversation {
         let keep = same.min(prompt.len().saturating_sub(1));
         if self.cache.truncate(keep).is_err() {
             // The window has let go of what would be needed: begin anew.
-            self.reset();
+            self.forget();
         }
         self.ids.truncate(keep);
         self.ids.len()

@@ -3,18 +3,24 @@
 mod answer;
 mod config;
 mod conversation;
+mod decoder;
+mod many;
+mod progress;
 mod prompt;
-mod reader;
 mod sampler;
+mod source;
 mod stop;
 mod stream;
+mod writer;
 
 pub use self::answer::{Answer, Seconds, Token};
-pub use self::config::{GenerationConfig, Progress};
+pub use self::config::GenerationConfig;
 pub use self::conversation::Conversation;
+pub use self::many::Answers;
+pub use self::progress::Progress;
 pub use self::prompt::Prompt;
 pub use self::sampler::Sampler;
 pub use self::stop::StopReason;
 pub use self::stream::TokenStream;
 
-pub(crate) use self::stream::Source;
+pub(crate) use self::source::Source;

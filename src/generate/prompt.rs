@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::model::Layout;
+use crate::model::Batch;
 use crate::tokenizer::{Message, Tokenizer};
 
 /// A prompt. Text and token ids become one by [`From`]; [`Prompt::chat`] makes one of messages.
@@ -107,13 +107,13 @@ impl Prompt {
 
 impl EncodedPrompt {
     /// Which of its tokens think together: the context, but for the last token of all.
-    pub(crate) fn layout(&self) -> Result<Layout> {
+    pub(crate) fn batch(&self) -> Result<Batch> {
         let mut runs = self.context.clone();
         match runs.last_mut() {
             Some(last) if last.end == self.ids.len() => last.end -= 1,
             _ => (),
         }
-        Layout::dense(1, self.ids.len()).with_context(0, &runs)
+        Batch::one(self.ids.len())?.with_context(0, &runs)
     }
 
     /// Goes on with tokens of the answer. They are context: more of the last part, if it is, and
@@ -158,6 +158,20 @@ impl EncodedPrompt {
             from = to;
         }
         Ok(())
+    }
+}
+
+/// As [`Prompt::chat`].
+impl From<&[Message]> for Prompt {
+    fn from(messages: &[Message]) -> Self {
+        Self::chat(messages)
+    }
+}
+
+/// As [`Prompt::chat`].
+impl From<&Vec<Message>> for Prompt {
+    fn from(messages: &Vec<Message>) -> Self {
+        Self::chat(messages)
     }
 }
 

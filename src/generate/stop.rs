@@ -1,5 +1,7 @@
 //! When to stop.
 
+use std::fmt;
+
 use serde::Serialize;
 
 /// Why an answer ended.
@@ -17,6 +19,18 @@ pub enum StopReason {
     MaxTokens,
     /// The cache, or the model's context, is full.
     Context,
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eos => "end of sequence",
+            Self::StopId => "stop token",
+            Self::StopString => "stop string",
+            Self::MaxTokens => "token limit",
+            Self::Context => "context full",
+        })
+    }
 }
 
 /// Holds back text that may turn out to be the beginning of a stop string.

@@ -1,26 +1,28 @@
 //! The one decoding loop of the crate: an iterator of tokens.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Instant;
-
-use candle_core::DType;
 
 use super::answer::{Answer, Seconds, Token};
 use super::config::GenerationConfig;
 use super::conversation::Conversation;
+use super::decoder::{Decoder, seconds_since};
+use super::progress::Progress;
 use super::prompt::Prompt;
-use super::reader::{Reader, seconds_since};
-use super::sampler::{LogProbs, Sampler};
-use super::stop::{StopReason, StopStrings};
+use super::source::Source;
+use super::stop::StopReason;
+use super::writer::Writer;
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::Transformer;
-use crate::thought::{Thinking, Trace};
-use crate::tokenizer::{DecodeStream, Tokenizer};
+use crate::thought::Trace;
+use crate::tokenizer::Message;
 
 /// A conversation of the stream's own, or one that outlives it.
 #[derive(Debug)]
-enum Held<'a> {
+enum Held<'c> {
     Own(Box<Conversation>),
-    Lent(&'a mut Conversation),
+    Lent(&'c mut Conversation),
 }
 
 impl Held<'_> {
@@ -32,138 +34,154 @@ impl Held<'_> {
     }
 }
 
-/// What a stream generates with.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Source<'a> {
-    pub(crate) transformer: &'a Transformer,
-    pub(crate) tokenizer: Option<&'a Tokenizer>,
-    /// The checkpoint's end-of-sequence tokens.
-    pub(crate) eos_ids: &'a [u32],
-    /// The checkpoint's own thinking.
-    pub(crate) thinking: &'a Thinking,
-    /// What a cache of the stream's own keeps keys and values as.
-    pub(crate) cache_dtype: DType,
-}
-
-/// An answer as it comes: an iterator of [`Token`]s. Drop it to cancel.
+/// An answer as it comes: an iterator of [`Token`]s.
 ///
-/// The prompt has been thought about and read when the stream is handed out; each call of `next`
-/// then runs the model once. After an error it ends.
-#[derive(Debug)]
-pub struct TokenStream<'a> {
-    source: Source<'a>,
-    conversation: Held<'a>,
-    sampler: Sampler,
-    detokenizer: Option<DecodeStream<'a>>,
-    stop_strings: StopStrings,
-    stop_ids: Vec<u32>,
-    config: GenerationConfig,
-    reader: Reader<'a>,
+/// The stream is handed out at once; the first call of `next` thinks about the prompt and reads it, and
+/// each further one runs the model once. It owns what it needs (`'static`, unless it is of a
+/// [`Conversation`]), so it can be sent to another thread. To cancel it, drop it, or use its
+/// [`Cancel`] from elsewhere: the call that is under way then ends with [`Error::Cancelled`] before the
+/// next layer. After an error it ends.
+///
+/// ```
+/// # use candle_core::Device;
+/// use hybrid_attention::{Cancel, Error, GenerationConfig, HybridModel};
+///
+/// # fn main() -> hybrid_attention::Result<()> {
+/// let model = HybridModel::tiny(&Device::Cpu)?;
+/// let cancel = Cancel::default();
+/// let stream = model.stream("Leo gave everything to Ida.", &GenerationConfig::default())?;
+/// let mut stream = stream.cancel(cancel.clone()).on_progress(|progress| println!("{progress:?}"));
+/// assert!(matches!(stream.next(), Some(Ok(_))));
+/// cancel.cancel();
+/// assert!(matches!(stream.next(), Some(Err(Error::Cancelled))));
+/// assert!(stream.next().is_none());
+/// # Ok(())
+/// # }
+/// ```
+pub struct TokenStream<'c> {
+    conversation: Held<'c>,
+    decoder: Decoder,
+    writer: Writer,
     next: Next,
-    stop: Option<StopReason>,
     kept: usize,
-    /// What came so far; `stop` holds its own reason to end.
-    answer: Answer,
+    prompt_logprobs: bool,
+    progress: Box<dyn FnMut(Progress) + Send + 'c>,
+    /// What the user said, for a turn of a conversation.
+    said: Option<Message>,
 }
 
 /// Where the next logits come from.
 #[derive(Debug)]
 enum Next {
+    /// The prompt, which has yet to be read.
+    Prompt,
     /// They came with the prompt.
     Logits(Vec<f32>),
     /// A generated token that has not run yet.
     Token(u32),
-    /// Nowhere: the step that took the last of them failed, and with it the stream.
+    /// Nowhere: a step failed, and with it the stream.
     Nothing,
 }
 
-impl<'a> TokenStream<'a> {
-    /// Thinks about the prompt and reads it. Without a `conversation` the answer stands alone.
+impl<'c> TokenStream<'c> {
+    /// Checks everything that can be checked before the model runs. Without a `conversation` the answer
+    /// stands alone.
     pub(crate) fn new(
-        source: Source<'a>,
+        source: &Arc<Source>,
         prompt: &Prompt,
         config: &GenerationConfig,
-        conversation: Option<&'a mut Conversation>,
+        conversation: Option<&'c mut Conversation>,
     ) -> Result<Self> {
-        let transformer = source.transformer;
-        let prompt = prompt.encode(source.tokenizer)?;
-        let ids = prompt.ids.clone();
-        let sampler = Sampler::new(config, &ids)?;
-        let thinking = config.thinking.as_ref().unwrap_or(source.thinking);
-        let mut reader = Reader::new(transformer, thinking, prompt)?;
-        let (stop_strings, stop_ids) = stops(config, source)?;
-        let mut conversation = match conversation {
-            Some(lent) => Held::Lent(lent),
+        let transformer = source.model.decoder();
+        let prompt = prompt.encode(source.tokenizer.as_ref())?;
+        let writer = Writer::new(source, config, &prompt.ids)?;
+        let (mind, total) = (source.thinking(config).on(&source.model)?, prompt.ids.len());
+        transformer.check_context(total)?;
+        transformer.check_ids(&prompt.ids)?;
+        let conversation = match conversation {
+            Some(lent) => {
+                if total > lent.capacity() {
+                    let (of, capacity) = ("the conversation", lent.capacity());
+                    return Err(Error::ContextFull { of, capacity, requested: total });
+                }
+                Held::Lent(lent)
+            }
             None => {
                 let context = transformer.config().max_position_embeddings;
-                let wanted = ids.len().saturating_add(config.max_tokens);
-                let capacity = wanted.min(context).max(ids.len());
-                Held::Own(Box::new(Conversation::new(transformer, capacity, source.cache_dtype)?))
+                let capacity = total.saturating_add(config.max_tokens).min(context).max(total);
+                Held::Own(Box::new(Conversation::new(&source.pool, capacity)?))
             }
         };
-        let read = reader.read(config, conversation.get())?;
-        let detokenizer = source.tokenizer.map(|it| it.decode_stream(&ids));
         Ok(Self {
-            source,
             conversation,
-            sampler,
-            detokenizer,
-            stop_strings: StopStrings::new(stop_strings),
-            stop_ids,
-            config: config.clone(),
-            reader,
-            next: Next::Logits(read.logits),
-            stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
-            kept: read.kept,
-            answer: Answer {
-                prompt_ids: ids,
-                ids: Vec::new(),
-                text: String::new(),
-                logprobs: Vec::new(),
-                top_logprobs: Vec::new(),
-                prompt_logprobs: read.prompt_logprobs,
-                stop: StopReason::MaxTokens,
-                traces: read.traces,
-                seconds: read.seconds,
-            },
+            decoder: Decoder::new(mind, prompt),
+            writer,
+            next: Next::Prompt,
+            kept: 0,
+            prompt_logprobs: config.prompt_logprobs,
+            progress: Box::new(|_| ()),
+            said: None,
         })
     }
 
-    /// The prompt as the model took it.
+    /// As a turn of its conversation, which takes it up when the answer has ended.
+    pub(crate) fn turn(mut self, said: Message) -> Self {
+        self.said = Some(said);
+        self
+    }
+
+    /// The same stream, which stops when this is cancelled, or when its time is up.
+    #[must_use]
+    pub fn cancel(mut self, cancel: Cancel) -> Self {
+        self.decoder.cancel(cancel);
+        self
+    }
+
+    /// The same stream, which tells how far the work before the first token has come.
+    #[must_use]
+    pub fn on_progress(mut self, call: impl FnMut(Progress) + Send + 'c) -> Self {
+        self.progress = Box::new(call);
+        self
+    }
+
+    /// The prompt as the model takes it.
     #[must_use]
     pub fn prompt_ids(&self) -> &[u32] {
-        &self.answer.prompt_ids
+        &self.writer.answer.prompt_ids
     }
 
     /// How many of the prompt's tokens were in the conversation's cache already and did not run
-    /// again.
+    /// again; 0 before the prompt has been read.
     #[must_use]
     pub fn kept(&self) -> usize {
         self.kept
     }
 
-    /// The log-probability of each prompt token; see [`Answer::prompt_logprobs`].
+    /// The log-probability of each prompt token, once it has been read; see [`Answer::prompt_logprobs`].
     #[must_use]
     pub fn prompt_logprobs(&self) -> Option<&[Option<f32>]> {
-        self.answer.prompt_logprobs.as_deref()
+        self.writer.answer.prompt_logprobs.as_deref()
     }
 
     /// What thinking did so far; see [`Answer::traces`].
     #[must_use]
     pub fn traces(&self) -> &[Trace] {
-        &self.answer.traces
+        &self.writer.answer.traces
     }
 
     /// Why the answer ended; `None` while it has not.
     #[must_use]
     pub fn stop(&self) -> Option<StopReason> {
-        self.stop
+        match self.next {
+            Next::Prompt => None,
+            Next::Logits(_) | Next::Token(_) | Next::Nothing => self.writer.stop,
+        }
     }
 
     /// Where the time went so far.
     #[must_use]
     pub fn seconds(&self) -> Seconds {
-        self.answer.seconds
+        self.writer.answer.seconds
     }
 
     /// Runs to the end and gives the whole answer, tokens already taken from the stream included.
@@ -171,106 +189,78 @@ impl<'a> TokenStream<'a> {
     /// # Errors
     /// The first error of the stream; [`Error::StreamFailed`] when it was given before.
     pub fn collect_answer(mut self) -> Result<Answer> {
+        self.read_prompt()?;
         for token in &mut self {
             token?;
         }
-        match self.stop {
-            Some(stop) => Ok(Answer { stop, ..self.answer }),
-            None => Err(Error::StreamFailed),
+        self.writer.finish()
+    }
+
+    /// Thinks about the prompt and reads it, if that has not been done: what the first call of `next` does
+    /// by itself. Gives the tokens of the prompt that were in the conversation's cache already.
+    ///
+    /// # Errors
+    /// As those of the stream, which then ends.
+    pub fn read_prompt(&mut self) -> Result<usize> {
+        if matches!(self.next, Next::Prompt) {
+            self.next = Next::Nothing;
+            let Self { conversation, decoder, writer, progress, .. } = self;
+            let read = decoder.read(self.prompt_logprobs, conversation.get(), progress)?;
+            self.kept = read.kept;
+            let logits = writer.begin(read);
+            self.next = Next::Logits(logits);
         }
+        Ok(self.kept)
     }
 
     fn advance(&mut self) -> Result<Token> {
         let logits = match std::mem::replace(&mut self.next, Next::Nothing) {
             Next::Logits(logits) => logits,
             Next::Token(id) => {
-                let answer = &mut self.answer;
-                let conversation = self.conversation.get();
-                self.reader.go_on(id, conversation, &mut answer.traces, &mut answer.seconds)?
+                let Answer { traces, seconds, .. } = &mut self.writer.answer;
+                self.decoder.step(id, self.conversation.get(), traces, seconds)?
             }
-            Next::Nothing => return Err(Error::StreamFailed),
+            Next::Prompt | Next::Nothing => return Err(Error::StreamFailed),
         };
-        let id = self.sampler.sample(&logits)?;
-        let position = self.answer.prompt_ids.len() + self.answer.ids.len();
-        let logprobs = LogProbs::new(&logits, position)?;
-        let (logprob, top_logprobs) = (logprobs.of(id), logprobs.top(self.config.top_logprobs));
-        self.answer.ids.push(id);
-
-        self.stop = self.stop_at(id);
-        let mut text = String::new();
-        let hidden = matches!(self.stop, Some(StopReason::Eos | StopReason::StopId));
-        if let Some(detokenizer) = &mut self.detokenizer {
-            let mut piece = if hidden { String::new() } else { detokenizer.push(id) };
-            if self.stop.is_some() {
-                piece.push_str(&detokenizer.finish());
-            }
-            let (shown, met) = self.stop_strings.push(&piece);
-            text = shown;
-            if met {
-                self.stop = Some(StopReason::StopString);
-            } else if self.stop.is_some() {
-                text.push_str(&self.stop_strings.finish());
-            }
+        let token = self.writer.write(&logits, self.conversation.get().has_room())?;
+        self.next = Next::Token(token.id);
+        if self.writer.stop.is_some()
+            && let Some(said) = self.said.take()
+        {
+            let answer = Message::assistant(self.writer.answer.text.clone());
+            self.conversation.get().messages.extend([said, answer]);
         }
-        self.next = Next::Token(id);
-        self.answer.text.push_str(&text);
-        self.answer.logprobs.push(logprob);
-        self.answer.top_logprobs.push(top_logprobs.clone());
-        Ok(Token { id, text, logprob, top_logprobs })
+        Ok(token)
     }
-
-    /// Whether the answer ends with this token, stop strings aside.
-    fn stop_at(&mut self, id: u32) -> Option<StopReason> {
-        let eos_ids = self.config.eos_ids.as_deref().unwrap_or(self.source.eos_ids);
-        let cache = &self.conversation.get().cache;
-        if eos_ids.contains(&id) {
-            Some(StopReason::Eos)
-        } else if self.stop_ids.contains(&id) {
-            Some(StopReason::StopId)
-        } else if self.answer.ids.len() >= self.config.max_tokens {
-            Some(StopReason::MaxTokens)
-        } else if cache.len() >= cache.capacity() {
-            Some(StopReason::Context)
-        } else {
-            None
-        }
-    }
-}
-
-/// The texts and the tokens that end an answer. A text that is the spelling of a control token never
-/// shows in the answer, so that token itself is looked for.
-fn stops(config: &GenerationConfig, source: Source<'_>) -> Result<(Vec<String>, Vec<u32>)> {
-    let vocab_size = source.transformer.config().vocab_size;
-    let (mut strings, mut ids) = (Vec::new(), config.stop_ids.clone());
-    let eos_ids = config.eos_ids.as_deref().unwrap_or(&[]);
-    for (name, given) in [("stop_id", ids.as_slice()), ("eos_ids", eos_ids)] {
-        if let Some(id) = given.iter().find(|&&id| id as usize >= vocab_size) {
-            let expected = format!("less than the vocabulary of {vocab_size}");
-            return Err(Error::parameter(name, expected, id));
-        }
-    }
-    for stop in &config.stop {
-        let tokenizer =
-            source.tokenizer.ok_or(Error::NoTokenizer { needed_for: "a stop string" })?;
-        match tokenizer.special_id(stop) {
-            Some(id) => ids.push(id),
-            None => strings.push(stop.clone()),
-        }
-    }
-    Ok((strings, ids))
 }
 
 impl Iterator for TokenStream<'_> {
     type Item = Result<Token>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.stop.is_some() || matches!(self.next, Next::Nothing) {
+        if let Next::Nothing = self.next {
             return None;
         }
-        let (start, thought) = (Instant::now(), self.answer.seconds.think);
+        if let Err(error) = self.read_prompt() {
+            return Some(Err(error));
+        }
+        if self.writer.stop.is_some() {
+            return None;
+        }
+        let (start, thought) = (Instant::now(), self.writer.answer.seconds.think);
         let token = self.advance();
-        let seconds = &mut self.answer.seconds;
+        let seconds = &mut self.writer.answer.seconds;
         seconds.decode += seconds_since(start) - (seconds.think - thought);
         Some(token)
+    }
+}
+
+impl fmt::Debug for TokenStream<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenStream")
+            .field("conversation", &self.conversation)
+            .field("answer", &self.writer.answer)
+            .field("next", &self.next)
+            .finish_non_exhaustive()
     }
 }

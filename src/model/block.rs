@@ -2,15 +2,15 @@
 
 use candle_core::{DType, Tensor};
 
-use super::View;
 use super::attention::Attention;
-use super::kv_cache::KeyValues;
+use super::context::BlockContext;
 use super::linear::Linear;
-use super::mlp::Mlp;
-use super::ops;
+use super::mlp::{Mlp, SideProjection};
+use super::tap::Site;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
+use crate::kernels;
 
 /// Attention, then MLP, each behind its norm and added to the residual stream.
 #[derive(Clone, Debug)]
@@ -38,18 +38,14 @@ impl Block {
         })
     }
 
-    /// `(batch, seq, hidden) -> (batch, seq, hidden)`: the residual stream in and out.
-    /// `remember` as in [`Attention::forward`].
-    pub(super) fn forward(
-        &self,
-        xs: &Tensor,
-        view: &View,
-        remember: impl FnOnce(KeyValues) -> Result<KeyValues>,
-    ) -> Result<Tensor> {
-        let normed = self.input_layernorm.forward(xs)?;
-        let xs = ops::add(xs, self.self_attn.forward(&normed, view, remember)?)?;
-        let ys = self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?;
-        ops::add(&xs, ys)
+    /// `(tokens, hidden) -> (tokens, hidden)`: the residual stream in and out.
+    pub(super) fn forward(&self, xs: &Tensor, cx: &mut BlockContext<'_, '_, '_>) -> Result<Tensor> {
+        cx.show(Site::Input, xs)?;
+        let xs = (xs + self.self_attn.forward(&self.input_layernorm.forward(xs)?, cx)?)?;
+        cx.show(Site::AfterAttention, &xs)?;
+        let xs = (&xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?, cx)?)?;
+        cx.show(Site::Output, &xs)?;
+        Ok(xs)
     }
 
     /// All of its projections.
@@ -66,9 +62,8 @@ impl Block {
         }
     }
 
-    /// Who attends to whom in this block, see [`Attention::shares`].
-    pub(super) fn attention_shares(&self, xs: &Tensor, view: &View) -> Result<Tensor> {
-        self.self_attn.shares(&self.input_layernorm.forward(xs)?, view)
+    pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {
+        self.mlp.set_side(side)
     }
 }
 
@@ -91,6 +86,6 @@ impl RmsNorm {
     }
 
     pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(xs, &self.weight, self.eps)
+        kernels::rms_norm(xs, &self.weight, self.eps)
     }
 }

@@ -2,21 +2,35 @@
 
 use candle_core::Tensor;
 
+use super::context::BlockContext;
 use super::linear::{Input, Linear};
-use super::ops;
 use super::weights::Weights;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernels::{self, Fresh};
 
 /// Tokens that are widened at a time; enough that reading the weights again costs nothing.
 const TOKENS_AT_ONCE: usize = 1024;
 
-/// `down(silu(gate(x)) · up(x))`
+/// `down(silu(gate(x)) · up(x))`, where `x` is the residual stream behind its norm, or with a side signal
+/// `[x ; side]`.
 #[derive(Clone, Debug)]
 pub(super) struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    side: Option<SideProjection>,
+}
+
+/// The columns of an MLP's projections that read a [side signal](super::SideSignal): with
+/// `[W U]` as the wide projection, `[W U] [x ; side] = W x + U side`, so that the weights of the
+/// checkpoint stay as they are, quantised or not, and a `U` of zeros changes nothing.
+#[derive(Clone, Debug)]
+pub struct SideProjection {
+    /// Added to `gate_proj`: `(intermediate, width)`
+    pub gate: Linear,
+    /// Added to `up_proj`: `(intermediate, width)`
+    pub up: Linear,
 }
 
 impl Mlp {
@@ -28,6 +42,7 @@ impl Mlp {
             gate_proj: linear("gate_proj", inner, hidden)?,
             up_proj: linear("up_proj", inner, hidden)?,
             down_proj: linear("down_proj", hidden, inner)?,
+            side: None,
         })
     }
 
@@ -44,24 +59,63 @@ impl Mlp {
         }
     }
 
-    /// `(batch, seq, hidden) -> (batch, seq, hidden)`. A long text goes piece by piece, because what
-    /// stands inside is several times as wide.
-    pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let (batch, seq, _) = xs.dims3()?;
-        let step = (TOKENS_AT_ONCE / batch).max(1);
-        if seq <= step || xs.track_op() {
-            return self.forward_whole(xs);
+    pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {
+        if let Some(SideProjection { gate, up }) = &side {
+            let inner = self.gate_proj.shape().0;
+            if gate.shape() != up.shape() || gate.shape().0 != inner {
+                let expected = format!("gate and up of one shape ({inner}, width)");
+                let got = format!("{:?} and {:?}", gate.shape(), up.shape());
+                return Err(Error::parameter("side projection", expected, got));
+            }
         }
-        let pieces = (0..seq).step_by(step).map(|start| {
-            self.forward_whole(&xs.narrow(1, start, step.min(seq - start))?.contiguous()?)
-        });
-        Ok(Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)?)
+        self.side = side;
+        Ok(())
     }
 
-    fn forward_whole(&self, xs: &Tensor) -> Result<Tensor> {
+    /// `(tokens, hidden) -> (tokens, hidden)`. A long text goes piece by piece, because what stands
+    /// inside is several times as wide.
+    pub(super) fn forward(&self, xs: &Tensor, cx: &BlockContext<'_, '_, '_>) -> Result<Fresh> {
+        let (tokens, side) = (xs.dim(0)?, cx.side()?);
+        if tokens <= TOKENS_AT_ONCE || xs.track_op() {
+            return self.piece(xs, side.as_ref());
+        }
+        let pieces = (0..tokens).step_by(TOKENS_AT_ONCE).map(|start| {
+            let some = |of: &Tensor| -> Result<Tensor> {
+                Ok(of.narrow(0, start, TOKENS_AT_ONCE.min(tokens - start))?.contiguous()?)
+            };
+            let side = side.as_ref().map(some).transpose()?;
+            Ok(self.piece(&some(xs)?, side.as_ref())?.into_tensor())
+        });
+        Fresh::cat(&pieces.collect::<Result<Vec<_>>>()?)
+    }
+
+    fn piece(&self, xs: &Tensor, side: Option<&Tensor>) -> Result<Fresh> {
         let input = Input::new(xs, &[&self.gate_proj, &self.up_proj])?;
         let (gate, up) =
             rayon::join(|| self.gate_proj.times(&input), || self.up_proj.times(&input));
-        self.down_proj.forward(&ops::swiglu(gate?, &up?)?) // (batch, seq, intermediate) inside
+        let (mut gate, mut up) = (gate?, up?); // (tokens, intermediate)
+        if let Some(side) = side {
+            let columns = self.side_columns(side)?;
+            let input = Input::new(side, &[&columns.gate, &columns.up])?;
+            gate = Fresh::sum(gate, columns.gate.times(&input)?)?;
+            up = Fresh::sum(up, columns.up.times(&input)?)?;
+        }
+        let inner = kernels::swiglu(gate, &up.into_tensor())?.into_tensor();
+        self.down_proj.times(&Input::new(&inner, &[&self.down_proj])?)
+    }
+
+    fn side_columns(&self, signal: &Tensor) -> Result<&SideProjection> {
+        let width = signal.dim(1)?;
+        match &self.side {
+            Some(columns) if columns.gate.shape().1 == width => Ok(columns),
+            Some(columns) => {
+                let expected = format!("a width of {}", columns.gate.shape().1);
+                Err(Error::parameter("side signal", expected, width))
+            }
+            None => {
+                let expected = "none for a layer without a side projection";
+                Err(Error::parameter("side signal", expected, format!("a width of {width}")))
+            }
+        }
     }
 }

@@ -4,9 +4,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ops;
+use crate::batch::Batch;
 use crate::config::Config;
 use crate::error::Result;
+use crate::kernels;
 
 /// Cosines and sines of `position · theta^(-2i / head_dim)`, shared by all layers.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ struct Tables {
     sin: Tensor,
 }
 
-/// The rotation of one forward pass: the rows of the tables for its positions.
+/// The rotation of one pass: the rows of the tables for its positions, `(tokens, head_dim / 2)` each.
 #[derive(Debug)]
 pub(super) struct Rotation {
     cos: Tensor,
@@ -36,9 +37,9 @@ pub(super) struct Rotation {
 }
 
 impl Rotation {
-    /// Cuts `(batch, seq, heads · head_dim)` into rotated heads, `(batch, heads, seq, head_dim)`.
+    /// Cuts `(tokens, heads · head_dim)` into rotated heads, `(heads, tokens, head_dim)`.
     pub(super) fn split_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
-        ops::split_heads(xs, heads, Some((&self.cos, &self.sin)))
+        kernels::split_heads(xs, heads, Some((&self.cos, &self.sin)))
     }
 }
 
@@ -59,29 +60,15 @@ impl Rope {
         Ok(Self { inv_freq, dtype, device: device.clone(), tables })
     }
 
-    /// The rotation of `seq` slots from slot `first` on, in rows whose text begins at `starts`.
-    pub(super) fn at(&self, first: usize, seq: usize, starts: &[usize]) -> Result<Rotation> {
-        if starts.iter().all(|&start| start == 0) {
-            let tables = self.tables(first + seq)?;
-            let rows = |table: &Tensor| table.narrow(0, first, seq);
+    /// The rotation of the tokens of `batch`, each at its position.
+    pub(super) fn at(&self, batch: &Batch) -> Result<Rotation> {
+        let ends = (0..batch.sequences()).map(|index| batch.first(index) + batch.rows(index).len());
+        let tables = self.tables(ends.max().unwrap_or(0))?;
+        if batch.sequences() == 1 {
+            let rows = |table: &Tensor| table.narrow(0, batch.first(0), batch.tokens());
             return Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? });
         }
-        // A padded row counts its positions from its own first token; padding stands at 0.
-        let slots = first..first + seq;
-        let position = |start: &usize| {
-            let start = *start;
-            slots.clone().map(move |slot| slot.saturating_sub(start))
-        };
-        let Rotation { cos, sin } = self.of(starts.iter().flat_map(position))?;
-        let rows = |angles: &Tensor| angles.reshape((starts.len(), seq, self.inv_freq.len()));
-        Ok(Rotation { cos: rows(&cos)?, sin: rows(&sin)? })
-    }
-
-    /// The rotation of slots that stand at these positions, the same in every row of a batch.
-    pub(super) fn of(&self, positions: impl Iterator<Item = usize>) -> Result<Rotation> {
-        let positions: Vec<u32> = positions.map(|position| position as u32).collect();
-        let longest = positions.iter().max().map_or(0, |position| *position as usize + 1);
-        let tables = self.tables(longest)?;
+        let positions: Vec<u32> = batch.positions().map(|position| position as u32).collect();
         let positions = Tensor::new(positions, &self.device)?;
         let rows = |table: &Tensor| table.index_select(&positions, 0);
         Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? })
@@ -143,16 +130,16 @@ mod tests {
     fn tables_grow_with_the_text_not_with_the_model() -> Result<()> {
         let rope = rope(1_000_000_000)?;
         assert_eq!(rope.tables(1)?.positions, Rope::FIRST);
-        let before = rope.at(1000, 24, &[0])?;
+        let before = rope.at(&Batch::one(24)?.starting_at(0, 1000)?)?;
         assert_eq!(rope.tables(5000)?.positions, 8192);
-        let after = rope.at(1000, 24, &[0])?;
+        let after = rope.at(&Batch::one(24)?.starting_at(0, 1000)?)?;
         assert_eq!(before.cos.to_vec2::<f32>()?, after.cos.to_vec2::<f32>()?);
         Ok(())
     }
 
     #[test]
     fn a_position_turns_pair_i_by_theta_to_the_minus_2i_over_dim() -> Result<()> {
-        let rotation = rope(4096)?.at(0, 4096, &[0])?;
+        let rotation = rope(4096)?.at(&Batch::one(4096)?)?;
         let (cos, sin) = (rotation.cos.to_vec2::<f32>()?, rotation.sin.to_vec2::<f32>()?);
         for position in [0, 1, 77, 4095] {
             for pair in 0..4 {
@@ -167,11 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn a_padded_row_counts_from_its_own_first_token() -> Result<()> {
+    fn each_sequence_counts_from_its_own_first_token() -> Result<()> {
         let rope = rope(64)?;
-        let (rows, plain) = (rope.at(0, 6, &[0, 2])?, rope.at(0, 4, &[0])?);
-        let padded = rows.cos.get(1)?.narrow(0, 2, 4)?; // the tokens of row 1
-        assert_eq!(padded.to_vec2::<f32>()?, plain.cos.to_vec2::<f32>()?);
+        let both = rope.at(&Batch::ragged(&[6, 4])?.starting_at(1, 7)?)?;
+        let alone = rope.at(&Batch::one(4)?.starting_at(0, 7)?)?;
+        let second = both.cos.narrow(0, 6, 4)?;
+        assert_eq!(second.to_vec2::<f32>()?, alone.cos.to_vec2::<f32>()?);
         Ok(())
     }
 }

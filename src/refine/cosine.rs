@@ -3,21 +3,21 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use candle_core::{D, Tensor};
-use candle_nn::ops;
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::rows::{check_fits, directions, wide};
+use super::rows::{directions, wide};
 use super::{OpConfig, Refine, Step, is_default};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::kernels::softmax;
+use crate::batch::{Batch, flat};
 
 /// Lets every row move towards those like it, or strengthens the rows that matter to a focus.
 ///
 /// Each row `i` of a context segment weighs the rows `j` of the same segment that it may look at by
 /// `w_ij = softmax_j(cos(x_i, x_j) / temperature)`. Rows never see another segment, nor anything
 /// that does not think, so nothing leaks through plain text. The rows are those of the op before,
-/// `(batch, seq, hidden)`; a row of zeros is unlike all, with a cosine of 0.
+/// `(.., hidden)`; a row of zeros is unlike all, with a cosine of 0.
 ///
 /// * [`mix`](Self::mix): `x_i + strength · (Σ_j w_ij x_j - x_i)` for every row in focus. At strength
 ///   1 this is one retrieval from a modern Hopfield network (Ramsauer et al. 2021) that stores the
@@ -30,13 +30,13 @@ use crate::layout::Layout;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use hybrid_attention::{Result, model::Layout};
+/// use hybrid_attention::{Result, model::Batch};
 /// use hybrid_attention::refine::{Among, CosineReweight, Focus, Refine, Step};
 ///
 /// # fn main() -> Result<()> {
 /// let xs = Tensor::new(&[[[1f32, 0.0], [0.0, 2.0], [0.0, 4.0]]], &Device::Cpu)?;
-/// let layout = Layout::dense(1, 3);
-/// let step = Step::new(&xs, &xs, &layout);
+/// let batch = Batch::one(3)?;
+/// let step = Step::new(&xs, &xs, &batch);
 /// let refined = |op: CosineReweight| -> Result<_> {
 ///     Ok(op.refine(&xs, &step)?.round()?.to_vec3::<f32>()?)
 /// };
@@ -90,7 +90,7 @@ pub enum Focus {
     All,
     /// The last row of each segment.
     Last,
-    /// These tokens, counted from the first token of every text of the batch. Each must be part of
+    /// These tokens, counted from the first token of every sequence. Each must be part of
     /// a context segment; at least one. Order and repetitions do not matter.
     Rows(Vec<usize>),
 }
@@ -139,7 +139,7 @@ impl CosineReweight {
     }
 
     /// What cosines are divided by before the softmax, above 0. Default 0.1. Small temperatures
-    /// leave the likest row only, large ones weigh all alike.
+    /// leave the most similar row only, large ones weigh all alike.
     #[must_use]
     pub fn temperature(mut self, temperature: f64) -> Self {
         self.temperature = Temperature(temperature);
@@ -153,7 +153,7 @@ impl CosineReweight {
         self
     }
 
-    /// Does not let a row look at itself. Default: it does, so that a row without its like stays
+    /// Does not let a row look at itself. Default: it does, so that a row that is like no other stays
     /// about where it was. A row that has nothing else to look at keeps its place.
     #[must_use]
     pub fn exclude_self(mut self) -> Self {
@@ -170,25 +170,23 @@ impl CosineReweight {
         self
     }
 
-    /// The slots of `text` that are listed in the focus; all others are told by the segment.
-    fn listed(&self, text: usize, start: usize, layout: &Layout) -> Result<BTreeSet<usize>> {
+    /// The tokens of a sequence that are listed in the focus; all others are told by the segment.
+    fn listed(&self, sequence: usize, batch: &Batch) -> Result<BTreeSet<usize>> {
         let Focus::Rows(rows) = &self.focus else {
             return Ok(BTreeSet::new());
         };
-        let length = layout.seq() - start;
-        let slot = |row: &usize| {
+        let length = batch.rows(sequence).len();
+        for row in rows {
             if *row >= length {
-                let expected = format!("rows below the {length} tokens of text {text}");
+                let expected = format!("rows below the {length} tokens of sequence {sequence}");
                 return Err(Error::parameter("focus", expected, row));
             }
-            let slot = start + row;
-            if layout.context(text).iter().all(|segment| !segment.contains(&slot)) {
-                let expected = format!("rows in a context segment of text {text}");
+            if batch.context(sequence).iter().all(|segment| !segment.contains(row)) {
+                let expected = format!("rows in a context segment of sequence {sequence}");
                 return Err(Error::parameter("focus", expected, format!("{row}, which is plain")));
             }
-            Ok(slot)
-        };
-        rows.iter().map(slot).collect()
+        }
+        Ok(rows.iter().copied().collect())
     }
 
     /// The rows of a segment that look at others and have any to look at, counted from its first.
@@ -204,29 +202,10 @@ impl CosineReweight {
             Focus::All => (0..n).filter(sees_any).collect(),
             Focus::Last => n.checked_sub(1).into_iter().filter(sees_any).collect(),
             Focus::Rows(_) => {
-                let rows = listed.range(segment.clone()).map(|slot| slot - segment.start);
+                let rows = listed.range(segment.clone()).map(|row| row - segment.start);
                 rows.filter(sees_any).collect()
             }
         }
-    }
-
-    /// One text, `(seq, hidden)`, segment by segment; the slots between them as they are.
-    fn text(
-        &self,
-        slots: &Tensor,
-        segments: &[Range<usize>],
-        listed: &BTreeSet<usize>,
-    ) -> Result<Tensor> {
-        let mut pieces = Vec::new();
-        let mut done = 0;
-        for segment in segments {
-            let rows = slots.narrow(0, segment.start, segment.len())?;
-            pieces.push(slots.narrow(0, done, segment.start - done)?);
-            pieces.push(self.segment(&rows, &self.queries(segment, listed))?);
-            done = segment.end;
-        }
-        pieces.push(slots.narrow(0, done, slots.dim(0)? - done)?);
-        Ok(Tensor::cat(&pieces, 0)?)
     }
 
     /// One segment, `(rows, hidden)`.
@@ -292,17 +271,13 @@ impl CosineReweight {
         let n = rows.dim(0)?;
         let (units, _) = directions(rows)?;
         let keys = units.t()?; // (hidden, rows)
-        // A colder one leaves nothing but the likest row, but could overflow.
+        // A colder one leaves nothing but the most similar row, but could overflow.
         let sharpness = (1.0 / self.temperature.0).min(1e30);
         for queries in queries.chunks((SCORES / n.max(1)).clamp(1, QUERIES)) {
             let index = indices(queries, rows)?;
             let cosines = units.index_select(&index, 0)?.matmul(&keys)?; // (block, rows)
             let scores = self.masked((cosines * sharpness)?, queries)?;
-            let weights = match scores.track_op() {
-                true => ops::softmax(&scores, D::Minus1)?,
-                false => ops::softmax_last_dim(&scores)?,
-            };
-            block(&index, &weights)?;
+            block(&index, &softmax(&scores)?)?;
         }
         Ok(())
     }
@@ -334,18 +309,28 @@ impl CosineReweight {
 impl Refine for CosineReweight {
     fn refine(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
         self.validate()?;
-        let layout = step.layout;
-        check_fits(xs, layout)?;
-        let starts = layout.starts().into_iter().enumerate();
-        let listed = starts.map(|(text, start)| self.listed(text, start, layout));
+        let batch = step.batch;
+        batch.check(xs)?;
+        let listed = (0..batch.sequences()).map(|sequence| self.listed(sequence, batch));
         let listed = listed.collect::<Result<Vec<_>>>()?;
         if self.strength == 0.0 || xs.elem_count() == 0 {
             return Ok(xs.clone());
         }
-        let texts = listed.iter().enumerate();
-        let texts =
-            texts.map(|(text, listed)| self.text(&xs.get(text)?, layout.context(text), listed));
-        Ok(Tensor::stack(&texts.collect::<Result<Vec<_>>>()?, 0)?)
+        // Segment by segment; the rows between them as they are.
+        let rows = flat(xs)?;
+        let (mut pieces, mut done) = (Vec::new(), 0);
+        for (sequence, listed) in listed.iter().enumerate() {
+            let start = batch.rows(sequence).start;
+            for segment in batch.context(sequence) {
+                let from = start + segment.start;
+                pieces.push(rows.narrow(0, done, from - done)?);
+                let own = rows.narrow(0, from, segment.len())?;
+                pieces.push(self.segment(&own, &self.queries(segment, listed))?);
+                done = from + segment.len();
+            }
+        }
+        pieces.push(rows.narrow(0, done, batch.tokens() - done)?);
+        Ok(Tensor::cat(&pieces, 0)?.reshape(xs.shape())?)
     }
 
     fn validate(&self) -> Result<()> {

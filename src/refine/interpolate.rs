@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 const NO_CIRCLE: f64 = 1e-3;
 
 /// A step from the thoughts `z` towards what the pass, and the ops before this one, made of them:
-/// `z' = z + w · (xs - z)`. All tensors are `(batch, seq, hidden)`.
+/// `z' = z + w · (xs - z)`. All tensors are `(.., hidden)`.
 ///
 /// Undamped (`w = 1`) repetition of the whole stack ruins a pretrained model; `w = 1 / passes` over
 /// a few middle layers is the one setting with gains on record that needs no training. It is the
@@ -22,14 +22,14 @@ const NO_CIRCLE: f64 = 1e-3;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use hybrid_attention::{Result, model::Layout};
+/// use hybrid_attention::{Result, model::Batch};
 /// use hybrid_attention::refine::{Anchor, Interpolate, Refine, Step, seq};
 ///
 /// # fn main() -> Result<()> {
 /// let z = Tensor::new(&[[[4f32, 0.0]]], &Device::Cpu)?;
 /// let h = Tensor::new(&[[[0f32, 4.0]]], &Device::Cpu)?;
-/// let layout = Layout::dense(1, 1);
-/// let second = Step { index: 1, passes: 4, ..Step::new(&z, &h, &layout) };
+/// let batch = Batch::one(1)?;
+/// let second = Step { index: 1, passes: 4, ..Step::new(&z, &h, &batch) };
 /// let refined = |op: Interpolate| -> Result<_> {
 ///     Ok(op.refine(&h, &second)?.to_vec3::<f32>()?)
 /// };
@@ -261,7 +261,7 @@ fn slerp(from: &Tensor, to: &Tensor, share: f64) -> Result<Tensor> {
     let ((u, before), (v, after)) = (directions(from)?, directions(to)?);
     let opposite = (&u + &v)?.sqr()?.sum_keepdim(D::Minus1)?.le(NO_CIRCLE * NO_CIRCLE)?;
     let circle = ((before.gt(0.0)? * after.gt(0.0)?)? * opposite.eq(0u8)?)?;
-    let angle = angle(&u, &v)?; // (batch, seq, 1), as all of these
+    let angle = angle(&u, &v)?; // (.., 1), as all of these
     let length = (lerp(&before, &after, share)? / angle.sin()?)?;
     let weight = |share: f64, own: &Tensor| -> Result<Tensor> {
         let on_circle = (&length * (&angle * share)?.sin()?)?;

@@ -32,7 +32,7 @@ use std::fmt::Debug;
 use candle_core::Tensor;
 
 use crate::error::Result;
-use crate::layout::Layout;
+use crate::batch::Batch;
 
 pub use self::cosine::{Among, CosineReweight, Focus};
 pub use self::interpolate::{Anchor, Interpolate};
@@ -46,8 +46,9 @@ pub use self::seq::{OpConfig, Seq, seq};
 
 /// What a refinement is told of the pass it refines.
 ///
-/// All tensors of thoughts are `(batch, seq, hidden)`. Only the rows that [`Step::layout`] says are
-/// context may change: whatever an op makes of plain rows and padding is put back.
+/// All tensors of thoughts are of one shape, `(tokens, hidden)`, or of other leading dimensions with as
+/// many rows: the tokens of all sequences one behind the other. Only the rows that [`Step::batch`] says are
+/// context may change: whatever an op makes of plain rows is put back.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
     /// The thoughts that went into the pass.
@@ -55,14 +56,14 @@ pub struct Step<'a> {
     /// The first thoughts, before any pass.
     pub first: &'a Tensor,
     /// What came out of the pass, before any op. Plain rows behind all context may have been left
-    /// out of it, as padding is: there it is `z`.
+    /// out of it: there it is `z`.
     pub h: &'a Tensor,
     /// What came out of the first pass: `h` itself in the first.
     pub first_h: &'a Tensor,
     /// The embeddings of the tokens. Equal to `first` for a span that begins at layer 0.
     pub embeddings: &'a Tensor,
-    /// Which rows are real, and which of them think together.
-    pub layout: &'a Layout,
+    /// Which rows are of which sequence, and which of them think together.
+    pub batch: &'a Batch,
     /// Which pass this is, from 0.
     pub index: usize,
     /// How many passes there will be at most; at least 1.
@@ -76,16 +77,16 @@ pub struct Step<'a> {
 
 impl<'a> Step<'a> {
     /// The first and only pass over `z`, with no model behind it. Change what differs:
-    /// `Step { index: 1, passes: 3, ..Step::new(&z, &h, &layout) }`.
+    /// `Step { index: 1, passes: 3, ..Step::new(&z, &h, &batch) }`.
     #[must_use]
-    pub fn new(z: &'a Tensor, h: &'a Tensor, layout: &'a Layout) -> Self {
+    pub fn new(z: &'a Tensor, h: &'a Tensor, batch: &'a Batch) -> Self {
         Self {
             z,
             first: z,
             h,
             first_h: h,
             embeddings: z,
-            layout,
+            batch,
             index: 0,
             passes: 1,
             gate: None,
@@ -97,9 +98,9 @@ impl<'a> Step<'a> {
 /// What a refinement may ask of the model: how its decoder would read some thoughts.
 ///
 /// The layers from the span on read them causally, whatever the hand-off. Thoughts `z` are
-/// `(batch, seq, hidden)`, as in the [`Step`].
+/// `(tokens, hidden)`, or of another leading shape, as in the [`Step`].
 pub trait Readout: Debug {
-    /// The scores of every vocabulary entry as the next token: `(batch, seq, vocab)`.
+    /// The scores of every vocabulary entry as the next token: `(.., vocab)`.
     /// Differentiable when `z` is tracked.
     ///
     /// # Errors
@@ -107,8 +108,8 @@ pub trait Readout: Debug {
     /// `z` over weights that carry no gradient.
     fn logits(&self, z: &Tensor) -> Result<Tensor>;
 
-    /// How badly each batch row's own next tokens are predicted: `(batch)` in `f32`, the mean
-    /// negative log-likelihood in nats, 0 for a row of one token. Carries no gradient.
+    /// How badly the next tokens of each sequence are predicted: `(sequences)` in `f32`, the mean
+    /// negative log-likelihood in nats, 0 for a sequence of one token. Carries no gradient.
     ///
     /// # Errors
     /// When the computation fails.
@@ -128,7 +129,7 @@ pub trait Readout: Debug {
 ///
 /// ```
 /// use candle_core::Tensor;
-/// use hybrid_attention::{Result, model::Layout, refine::{Refine, Step}};
+/// use hybrid_attention::{Result, model::Batch, refine::{Refine, Step}};
 ///
 /// /// Moves less with every pass: `z + (xs - z) / (index + 2)`.
 /// #[derive(Debug)]
@@ -143,8 +144,8 @@ pub trait Readout: Debug {
 /// # use candle_core::Device;
 /// # fn main() -> Result<()> {
 /// let (z, h) = (Tensor::new(&[[[0f32]]], &Device::Cpu)?, Tensor::new(&[[[6f32]]], &Device::Cpu)?);
-/// let layout = Layout::dense(1, 1);
-/// let step = Step { index: 1, passes: 3, ..Step::new(&z, &h, &layout) };
+/// let batch = Batch::one(1)?;
+/// let step = Step { index: 1, passes: 3, ..Step::new(&z, &h, &batch) };
 /// assert_eq!(Settle.refine(&h, &step)?.to_vec3::<f32>()?, [[[2.0]]]);
 /// # Ok(())
 /// # }
@@ -157,7 +158,7 @@ pub trait Refine: Debug + Send + Sync {
     }
 
     /// The next thoughts from `xs`, which is what the op before made, or [`Step::h`] for the first
-    /// op, with [`Step::z`] in the rows that do not think. Both are `(batch, seq, hidden)`.
+    /// op, with [`Step::z`] in the rows that do not think. Both are `(.., hidden)`.
     ///
     /// # Errors
     /// When the computation fails; the thought loop ends with that error.

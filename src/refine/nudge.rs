@@ -12,7 +12,7 @@ use crate::error::Result;
 /// Moves thoughts down the gradient of an objective, the weights frozen.
 ///
 /// The objective is the prompt's own next-token loss when it is decoded from the thoughts, unless
-/// another is given. Each row of the batch keeps the best place it came by, the start included, so
+/// another is given. Each sequence keeps the best place it came by, the start included, so
 /// the loss never rises. A nudge of K steps costs K gradients (each about three times the layers
 /// `a..n` and the head) and one forward pass. Only tokens of context segments move; the result
 /// carries no gradient.
@@ -26,15 +26,15 @@ use crate::error::Result;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use hybrid_attention::model::Layout;
+/// use hybrid_attention::model::Batch;
 /// use hybrid_attention::refine::{GradientNudge, Optimizer, Refine, Step};
 /// # fn main() -> hybrid_attention::Result<()> {
 /// let z = Tensor::new(&[[[3f32, 4.0]]], &Device::Cpu)?; // one token of size √12.5
 /// let nudge = GradientNudge::new(1)
 ///     .optimizer(Optimizer::Sgd { learning_rate: 0.04 })
 ///     .trust(0.5)
-///     .objective_fn(|xs, _step| Ok((xs.sqr()?.sum((1, 2))? * 0.5)?)); // its gradient: the thoughts
-/// let nudged = nudge.refine(&z, &Step::new(&z, &z, &Layout::dense(1, 1)))?;
+///     .objective_fn(|xs, step| Ok((step.batch.sum(&xs.sqr()?)? * 0.5)?)); // its gradient: the thoughts
+/// let nudged = nudge.refine(&z, &Step::new(&z, &z, &Batch::one(1)?))?;
 /// assert_eq!(nudged.to_vec3::<f32>()?, [[[1.5, 2.0]]]); // halfway to 0, where trust ends
 /// # Ok(())
 /// # }
@@ -113,12 +113,12 @@ impl Refine for GradientNudge {
         let mut best: Option<Best> = None;
         for _ in 0..self.steps {
             let (losses, gradient) = self.goal.loss_and_gradient(&here, step)?;
-            best = Some(Best::of(best, &here, losses)?);
+            best = Some(Best::of(best, &here, losses, step.batch)?);
             wide = trust.hold(&descent.step(&wide, &trust.moving(&gradient)?)?)?;
             here = wide.to_dtype(xs.dtype())?;
         }
         let losses = self.goal.loss(&here, step)?;
-        Ok(Best::of(best, &here, losses)?.xs)
+        Ok(Best::of(best, &here, losses, step.batch)?.xs)
     }
 
     fn validate(&self) -> Result<()> {

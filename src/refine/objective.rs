@@ -22,20 +22,20 @@ use crate::error::{Error, Result};
 ///
 /// impl Objective for Grounded {
 ///     fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor> {
-///         Ok((xs - step.embeddings)?.sqr()?.sum((1, 2))?) // (batch)
+///         step.batch.sum(&(xs - step.embeddings)?.sqr()?) // (sequences)
 ///     }
 /// }
 /// let nudge = GradientNudge::new(4).objective(Grounded);
 /// # let _ = nudge;
 /// ```
 pub trait Objective: fmt::Debug + Send + Sync {
-    /// One number for each row of the batch, `(batch)` in `f32`, that depends on no other row of
-    /// `xs`, which is `(batch, seq, hidden)`. For a [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss
+    /// One number for each sequence, `(sequences)` in `f32`, that depends on no other sequence of
+    /// `xs`, which is `(.., hidden)`; [`Batch::sum`](crate::model::Batch::sum) makes one. For a [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss
     /// must be differentiable in it.
     ///
     /// # Errors
     /// When the computation fails; the nudge ends with that error. It also ends with
-    /// [`Error::NotFinite`], at the row of the batch, for a loss or a gradient that is not, and with
+    /// [`Error::NotFinite`], with the index of the sequence, for a loss or a gradient that is not, and with
     /// [`Error::Parameter`] for a loss of another shape or one that no gradient leads back from.
     fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor>;
 }
@@ -78,13 +78,13 @@ impl Goal {
         self.0.is_none()
     }
 
-    /// The loss of each row of the batch.
+    /// The loss of each sequence.
     pub(super) fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Vec<f32>> {
         let loss = match &self.0 {
             Some(objective) => objective.loss(xs, step)?,
             None => readout(step)?.loss(xs)?,
         };
-        losses(&loss, xs.dim(0)?)
+        losses(&loss, step.batch.sequences())
     }
 
     /// [`Goal::loss`], and its gradient with respect to `xs`.
@@ -93,15 +93,15 @@ impl Goal {
         xs: &Tensor,
         step: &Step<'_>,
     ) -> Result<(Vec<f32>, Tensor)> {
-        let batch = xs.dim(0)?;
+        let sequences = step.batch.sequences();
         let Some(objective) = &self.0 else {
             let (loss, gradient) = readout(step)?.loss_and_gradient(xs)?;
-            return Ok((losses(&loss, batch)?, gradient));
+            return Ok((losses(&loss, sequences)?, gradient));
         };
         let xs = Var::from_tensor(xs)?;
         let loss = objective.loss(xs.as_tensor(), step)?;
-        let losses = losses(&loss, batch)?;
-        // rows do not depend on each other: the slope of the sum is that of each
+        let losses = losses(&loss, sequences)?;
+        // sequences do not depend on each other: the slope of the sum is that of each
         let gradient = loss.sum_all()?.backward()?.remove(&xs).ok_or_else(|| {
             let expected = "a loss that is differentiable in the thoughts";
             Error::parameter("objective", expected, "one that no gradient leads back from")
@@ -132,11 +132,11 @@ fn readout<'a>(step: &Step<'a>) -> Result<&'a dyn Readout> {
     })
 }
 
-/// Refuses a loss that is not one finite number for each row.
-fn losses(loss: &Tensor, batch: usize) -> Result<Vec<f32>> {
-    if loss.dims() != [batch] || loss.dtype() != DType::F32 {
+/// Refuses a loss that is not one finite number for each sequence.
+fn losses(loss: &Tensor, sequences: usize) -> Result<Vec<f32>> {
+    if loss.dims() != [sequences] || loss.dtype() != DType::F32 {
         let got = format!("{:?} of {:?}", loss.dims(), loss.dtype());
-        return Err(Error::parameter("objective", format!("a loss of [{batch}] of F32"), got));
+        return Err(Error::parameter("objective", format!("a loss of [{sequences}] of F32"), got));
     }
     let losses = loss.to_vec1::<f32>()?;
     match losses.iter().position(|loss| !loss.is_finite()) {

@@ -1,14 +1,11 @@
 //! A nudge of what the decoder says rather than of what it reads.
 
 use candle_core::{D, DType, Tensor, Var};
-use candle_nn::ops::log_softmax;
 use serde::{Deserialize, Serialize};
 
 use super::optimizer::{Adam, check_ratio, check_steps};
 use crate::error::{Error, Result};
-
-/// Positions whose scores stand in memory at a time.
-const SCORES_AT_ONCE: usize = 64;
+use crate::likelihood;
 
 /// One vector, fitted to the prompt, that is added to every final hidden state before the head
 /// (SLOT, arXiv 2505.12392).
@@ -25,11 +22,11 @@ const SCORES_AT_ONCE: usize = 64;
 /// use hybrid_attention::refine::OutputNudge;
 /// # fn main() -> hybrid_attention::Result<()> {
 /// let head = Linear::dense(&Tensor::new(&[[1f32, 0.0], [0.0, 1.0]], &Device::Cpu)?)?;
-/// let normed = Tensor::new(&[[[1f32, 0.0], [1.0, 0.0]]], &Device::Cpu)?; // says token 0
+/// let normed = Tensor::new(&[[1f32, 0.0], [1.0, 0.0]], &Device::Cpu)?; // says token 0
 /// let nudge = OutputNudge::new(3);
 /// let delta = nudge.fit(&normed, &[0, 1], &|xs| head.forward(xs))?; // 1 followed
-/// let scores = head.forward(&normed.broadcast_add(&delta)?)?.to_vec3::<f32>()?;
-/// assert!(scores[0][1][1] > 0.0); // it is likelier now
+/// let scores = head.forward(&normed.broadcast_add(&delta)?)?.to_vec2::<f32>()?;
+/// assert!(scores[1][1] > 0.0); // it is likelier now
 /// # Ok(())
 /// # }
 /// ```
@@ -76,8 +73,8 @@ impl OutputNudge {
 
     /// The vector for a text, `(1, hidden)` in the type of `normed`, to be added to what goes into
     /// the head. `normed` are the text's final hidden states after the final norm,
-    /// `(1, seq, hidden)`; `ids` its tokens; `head` gives the scores of every vocabulary entry,
-    /// `(1, n, hidden) -> (1, n, vocab)`. Zero for a text of one token, which predicts nothing.
+    /// `(tokens, hidden)`; `ids` its tokens; `head` gives the scores of every vocabulary entry,
+    /// `(n, hidden) -> (n, vocab)`. Zero for a text of one token, which predicts nothing.
     ///
     /// # Errors
     /// What `head` returns, among them [`Error::Unsupported`] for one that carries no gradient;
@@ -90,9 +87,9 @@ impl OutputNudge {
         head: &dyn Fn(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let hidden = match normed.dims() {
-            &[1, seq, hidden] if seq == ids.len() => hidden,
+            &[tokens, hidden] if tokens == ids.len() => hidden,
             got => {
-                let expected = format!("(1, {}, hidden), a state for each token", ids.len());
+                let expected = format!("({}, hidden), a state for each token", ids.len());
                 return Err(Error::parameter("normed", expected, format!("{got:?}")));
             }
         };
@@ -131,24 +128,23 @@ impl Prompt<'_> {
     fn loss(&self, delta: &Tensor, gradient: bool) -> Result<(f64, Option<Tensor>)> {
         let predicted = self.ids.len().saturating_sub(1);
         let (mut loss, mut slope) = (0.0, delta.zeros_like()?);
-        let mut from = 0;
-        for targets in self.ids.get(1..).unwrap_or(&[]).chunks(SCORES_AT_ONCE) {
-            let normed = self.normed.narrow(1, from, targets.len())?;
+        for run in likelihood::runs(predicted) {
+            let targets = self.ids.get(run.start + 1..=run.end).unwrap_or(&[]);
+            let normed = self.normed.narrow(0, run.start, run.len())?;
             let delta = Var::from_tensor(delta)?;
             let added = if gradient { delta.as_tensor() } else { &delta.as_detached_tensor() };
             let logits = (self.head)(&normed.broadcast_add(&added.to_dtype(normed.dtype())?)?)?;
             let vocab_size = logits.dim(D::Minus1)?;
-            for (position, &id) in (from + 1..).zip(targets) {
+            for (position, &id) in (run.start + 1..).zip(targets) {
                 if id as usize >= vocab_size {
                     return Err(Error::TokenOutOfRange { position, id, vocab_size });
                 }
             }
-            let target = Tensor::new(targets, logits.device())?.reshape((1, (), 1))?;
-            let logprobs = log_softmax(&logits.to_dtype(DType::F32)?, D::Minus1)?;
-            let part = (logprobs.gather(&target, D::Minus1)?.sum_all()? / -(predicted as f64))?;
+            let logprobs = likelihood::of_targets(&logits, targets)?;
+            let part = (logprobs.sum_all()? / -(predicted as f64))?;
             let value = f64::from(part.to_scalar::<f32>()?);
             if !value.is_finite() {
-                return Err(Error::NotFinite { what: "losses", position: from });
+                return Err(Error::NotFinite { what: "losses", position: run.start });
             }
             if gradient {
                 let of_part = part.backward()?.remove(&delta).ok_or_else(|| {
@@ -157,7 +153,6 @@ impl Prompt<'_> {
                 slope = (slope + of_part.detach())?;
             }
             loss += value;
-            from += targets.len();
         }
         Ok((loss, gradient.then_some(slope)))
     }

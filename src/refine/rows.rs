@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, D, DType, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Shape, Tensor};
 
-use crate::error::{Error, Result};
-use crate::layout::Layout;
-use crate::kernels::{f32s, gradient_for, values};
+use crate::error::Result;
+use crate::batch::{Batch, flat};
+use crate::kernels::{f32s, gradient_for, is_f32_on_cpu, values};
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
@@ -20,16 +20,6 @@ pub(crate) fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((scaled.broadcast_div(&length)?, ((length * real)? * unit)?))
 }
 
-/// Refuses thoughts that are not laid out as `layout` says.
-pub(super) fn check_fits(thoughts: &Tensor, layout: &Layout) -> Result<()> {
-    let (batch, seq, _) = thoughts.dims3()?;
-    if (batch, seq) == (layout.batch(), layout.seq()) {
-        return Ok(());
-    }
-    let expected = format!("{} rows of {} slots", layout.batch(), layout.seq());
-    Err(Error::parameter("thoughts", expected, format!("{:?}", thoughts.dims())))
-}
-
 /// In a type that sums over many rows and channels lose nothing in: half precision as `f32`.
 pub(crate) fn wide(xs: &Tensor) -> Result<Tensor> {
     let dtype = if xs.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
@@ -37,18 +27,18 @@ pub(crate) fn wide(xs: &Tensor) -> Result<Tensor> {
 }
 
 /// Which rows think.
-pub(crate) struct Thinks<'a>(pub(crate) &'a Layout);
+pub(crate) struct Thinks<'a>(pub(crate) &'a Batch);
 
 impl Thinks<'_> {
-    /// `xs` where a row thinks, `z` where it is plain or padding: both `(batch, seq, hidden)`, as
-    /// the layout says.
+    /// `xs` where a row thinks, `z` where it is plain: both of one shape, with a row for each token.
     pub(crate) fn or(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
-        let layout = self.0;
-        if layout.is_all_context() {
+        let batch = self.0;
+        if batch.is_all_context() {
             return Ok(xs.clone());
         }
-        if [xs, z].iter().all(|it| it.device().is_cpu() && it.dtype() == DType::F32) {
-            let op = Choose { layout: layout.clone() };
+        batch.check(xs)?;
+        if [xs, z].iter().all(|it| is_f32_on_cpu(it)) {
+            let op = Choose { runs: batch.segments().collect() };
             return Ok(xs.contiguous()?.apply_op2(&z.contiguous()?, op)?);
         }
         self.run_by_run(xs, z)
@@ -56,38 +46,29 @@ impl Thinks<'_> {
 
     /// Put together run by run, which costs one copy; a choice element by element costs several.
     fn run_by_run(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
-        let layout = self.0;
-        let row = |row: usize| -> Result<Tensor> {
-            let (xs, z) = (xs.narrow(0, row, 1)?, z.narrow(0, row, 1)?);
-            let (mut runs, mut at) = (Vec::new(), 0);
-            for run in layout.context(row) {
-                runs.push(z.narrow(1, at, run.start - at)?);
-                runs.push(xs.narrow(1, run.start, run.len())?);
-                at = run.end;
-            }
-            runs.push(z.narrow(1, at, layout.seq() - at)?);
-            Ok(Tensor::cat(&runs, 1)?)
-        };
-        let rows = (0..layout.batch()).map(row).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&rows, 0)?)
+        let (rows, kept) = (flat(xs)?, flat(z)?);
+        let (mut runs, mut at) = (Vec::new(), 0);
+        for run in self.0.segments() {
+            runs.push(kept.narrow(0, at, run.start - at)?);
+            runs.push(rows.narrow(0, run.start, run.len())?);
+            at = run.end;
+        }
+        runs.push(kept.narrow(0, at, self.0.tokens() - at)?);
+        Ok(Tensor::cat(&runs, 0)?.reshape(xs.shape())?)
     }
 }
 
 /// [`Thinks::or`] on the CPU. Composed of candle's operations it has a gradient that is as large as
-/// the whole batch for every row of it.
+/// the whole batch for every run of it.
 struct Choose {
-    layout: Layout,
+    /// The rows that think.
+    runs: Vec<Range<usize>>,
 }
 
 impl Choose {
-    /// Every run of elements that think.
-    fn runs(&self, hidden: usize) -> impl Iterator<Item = Range<usize>> {
-        let rows = (0..self.layout.batch()).flat_map(|row| {
-            let runs = self.layout.context(row).iter();
-            runs.map(move |run| (row, run.clone()))
-        });
-        let seq = self.layout.seq();
-        rows.map(move |(row, run)| (row * seq + run.start) * hidden..(row * seq + run.end) * hidden)
+    /// Every run of elements that think, in rows of `hidden`.
+    fn elements(&self, hidden: usize) -> impl Iterator<Item = Range<usize>> {
+        self.runs.iter().map(move |run| run.start * hidden..run.end * hidden)
     }
 }
 
@@ -99,18 +80,18 @@ impl CustomOp2 for Choose {
     fn cpu_fwd(
         &self,
         xs: &CpuStorage,
-        xs_layout: &candle_core::Layout,
+        xs_layout: &Layout,
         z: &CpuStorage,
-        z_layout: &candle_core::Layout,
+        z_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (batch, seq, hidden) = xs_layout.shape().dims3()?;
-        let fits = (batch, seq) == (self.layout.batch(), self.layout.seq());
-        if !fits || xs_layout.dims() != z_layout.dims() {
-            candle_core::bail!("choose: {xs_layout:?} or {z_layout:?} does not fit the layout");
-        }
+        let hidden = xs_layout.dims().last().copied().unwrap_or(0);
         let (xs, z) = (f32s(xs, xs_layout)?, f32s(z, z_layout)?);
+        let fits = self.elements(hidden).last().is_none_or(|run| run.end <= xs.len());
+        if !fits || xs_layout.dims() != z_layout.dims() {
+            candle_core::bail!("choose: {xs_layout:?} or {z_layout:?} does not fit the batch");
+        }
         let mut ys = z.to_vec();
-        for run in self.runs(hidden) {
+        for run in self.elements(hidden) {
             ys[run.clone()].copy_from_slice(&xs[run]);
         }
         Ok((CpuStorage::F32(ys), xs_layout.shape().clone()))
@@ -124,13 +105,13 @@ impl CustomOp2 for Choose {
         _: &Tensor,
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let hidden = xs.dims3()?.2;
+        let hidden = xs.dim(D::Minus1)?;
         let grad = grad.contiguous()?;
         let grad = values(&grad);
         let grad = grad.get()?;
         let mut of_xs = vec![0f32; grad.len()];
         let mut of_z = grad.to_vec();
-        for run in self.runs(hidden) {
+        for run in self.elements(hidden) {
             of_xs[run.clone()].copy_from_slice(&grad[run.clone()]);
             of_z[run].fill(0.0);
         }
@@ -152,17 +133,17 @@ mod tests {
             cuts in prop::collection::vec(0usize..7, 3),
         ) {
             let run = || -> Result<()> {
-                let mut layout = Layout::ragged(&lengths);
-                for (row, length) in lengths.iter().enumerate() {
+                let mut batch = Batch::ragged(&lengths)?;
+                for (sequence, length) in lengths.iter().enumerate() {
                     let mut cuts = cuts.clone();
                     cuts.iter_mut().for_each(|cut| *cut = (*cut).min(*length));
                     cuts.sort_unstable();
-                    layout = layout.with_context(row, &[cuts[0]..cuts[1], cuts[2]..*length])?;
+                    batch = batch.with_context(sequence, &[cuts[0]..cuts[1], cuts[2]..*length])?;
                 }
-                if layout.seq() == 0 {
+                if batch.tokens() == 0 {
                     return Ok(());
                 }
-                let shape = (layout.batch(), layout.seq(), hidden);
+                let shape = (batch.tokens(), hidden);
                 let random = || Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
                 let (xs, z) = (Var::from_tensor(&random()?)?, Var::from_tensor(&random()?)?);
                 let weights = random()?;
@@ -175,7 +156,7 @@ mod tests {
                     };
                     Ok([numbers(&ys)?, of(&xs)?, of(&z)?])
                 };
-                let thinks = Thinks(&layout);
+                let thinks = Thinks(&batch);
                 let (in_one, run_by_run) = (thinks.or(&xs, &z)?, thinks.run_by_run(&xs, &z)?);
                 assert_eq!(all(in_one)?, all(run_by_run)?);
                 Ok(())

@@ -1,6 +1,6 @@
 //! A nudge that needs no gradient: probes in random directions, weighted by what they earn.
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::optimizer::{check_ratio, check_steps};
 use super::trust::{Best, Trust, default_trust};
 use super::{OpConfig, Refine, Step};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::batch::Batch;
 
 /// Moves thoughts towards a lower loss by forward passes alone, and so works where no gradient can
 /// flow: over quantised weights on a GPU, or for an objective that is not differentiable.
@@ -19,8 +19,8 @@ use crate::layout::Layout;
 /// `ε` random signs (Spall 1992) and `s` the root mean square of each thought, so that a probe
 /// moves every thought by the share σ of its length. The step is the mean of the probes, weighted
 /// by the softmax of their standardised rewards (as in path integral control, Williams et al.
-/// 2017); pairs cancel what has nothing to do with the direction (Salimans et al. 2017). Each row
-/// of the batch keeps the best place of all that were tried, the start included, so the loss never
+/// 2017); pairs cancel what has nothing to do with the direction (Salimans et al. 2017). Each
+/// sequence keeps the best place of all that were tried, the start included, so the loss never
 /// rises. A nudge of K steps in N directions costs 1 + K·(2N + 1) forward passes of the layers
 /// `a..n` and the head.
 ///
@@ -29,12 +29,12 @@ use crate::layout::Layout;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use hybrid_attention::model::Layout;
+/// use hybrid_attention::model::Batch;
 /// use hybrid_attention::refine::{ForwardNudge, Refine, Step};
 /// # fn main() -> hybrid_attention::Result<()> {
 /// let z = Tensor::new(&[[[3f32, 4.0]]], &Device::Cpu)?;
-/// let nudge = ForwardNudge::new(10).seed(7).objective_fn(|xs, _step| Ok(xs.abs()?.sum((1, 2))?));
-/// let nudged = nudge.refine(&z, &Step::new(&z, &z, &Layout::dense(1, 1)))?;
+/// let nudge = ForwardNudge::new(10).seed(7).objective_fn(|xs, step| step.batch.sum(&xs.abs()?));
+/// let nudged = nudge.refine(&z, &Step::new(&z, &z, &Batch::one(1)?))?;
 /// let size = nudged.abs()?.sum_all()?.to_scalar::<f32>()?;
 /// assert!(size < 6.5, "{size}"); // 7 at first; trust ends at 6.3
 /// # Ok(())
@@ -121,7 +121,7 @@ impl ForwardNudge {
     }
 
     /// What the directions are drawn from. Default 0. The same seed gives the same directions, to
-    /// a token wherever its row stands in a batch.
+    /// a token whatever other sequences there are.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -145,38 +145,37 @@ impl ForwardNudge {
         self
     }
 
-    /// The random signs of one direction, `(batch, seq, hidden)`; 0 for padding. A token's depend
-    /// on its place in its row, not on padding or the rest of the batch.
-    fn signs(&self, like: &Tensor, layout: &Layout, place: [usize; 3]) -> Result<Tensor> {
-        let (_, seq, hidden) = like.dims3()?;
+    /// The random signs of one direction, in the shape of the thoughts. A token's depend on its place in
+    /// its sequence, not on what else is in the batch.
+    fn signs(&self, like: &Tensor, batch: &Batch, place: [usize; 3]) -> Result<Tensor> {
+        let hidden = like.dim(D::Minus1)?;
         let key = [self.seed, place[0] as u64, place[1] as u64, place[2] as u64];
         let mut seed = [0; 32];
         for (bytes, word) in seed.chunks_exact_mut(8).zip(key) {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
         let mut signs = Vec::with_capacity(like.elem_count());
-        for start in layout.starts() {
+        for rows in batch.all_rows() {
             let mut rng = ChaCha8Rng::from_seed(seed);
-            signs.resize(signs.len() + start * hidden, 0f32);
-            for _token in start..seq {
+            for _token in rows {
                 let mut bits = 0;
                 for channel in 0..hidden {
                     bits = if channel % 32 == 0 { rng.next_u32() } else { bits >> 1 };
-                    signs.push(if bits & 1 == 1 { 1.0 } else { -1.0 });
+                    signs.push(if bits & 1 == 1 { 1f32 } else { -1.0 });
                 }
             }
         }
         Ok(Tensor::from_vec(signs, like.shape(), like.device())?.to_dtype(like.dtype())?)
     }
 
-    /// What share of the step each pair has, signed, for each row of the batch: the difference of
+    /// What share of the step each pair has, signed, for each sequence: the difference of
     /// the softmax weights of its two probes.
     fn shares(&self, losses: &[[Vec<f32>; 2]]) -> Vec<Vec<f32>> {
-        let batch = losses.first().map_or(0, |[plus, _]| plus.len());
-        let mut shares = vec![Vec::with_capacity(batch); losses.len()];
-        for row in 0..batch {
-            let of_row = |loss: &Vec<f32>| f64::from(loss.get(row).copied().unwrap_or(0.0));
-            let values: Vec<f64> = losses.iter().flatten().map(of_row).collect();
+        let sequences = losses.first().map_or(0, |[plus, _]| plus.len());
+        let mut shares = vec![Vec::with_capacity(sequences); losses.len()];
+        for sequence in 0..sequences {
+            let its = |loss: &Vec<f32>| f64::from(loss.get(sequence).copied().unwrap_or(0.0));
+            let values: Vec<f64> = losses.iter().flatten().map(its).collect();
             let weights = self.weights(&values);
             for (share, pair) in shares.iter_mut().zip(weights.chunks_exact(2)) {
                 if let [plus, minus] = pair {
@@ -207,18 +206,18 @@ impl Refine for ForwardNudge {
             return Ok(xs);
         }
         let trust = Trust::new(&xs, self.trust, step)?;
-        let sigma = (trust.unit()? * self.sigma)?; // (batch, seq, 1)
-        let mut best = Best::of(None, &xs, self.goal.loss(&xs, step)?)?;
+        let sigma = (trust.unit()? * self.sigma)?; // (.., 1)
+        let mut best = Best::of(None, &xs, self.goal.loss(&xs, step)?, step.batch)?;
         for index in 0..self.steps {
             let from = best.xs.to_dtype(trust.start.dtype())?;
             let probe = |direction: usize| -> Result<Tensor> {
-                let signs = self.signs(&from, step.layout, [step.index, index, direction])?;
+                let signs = self.signs(&from, step.batch, [step.index, index, direction])?;
                 Ok(signs.broadcast_mul(&sigma)?)
             };
             let look = |x: Tensor, best: Best| -> Result<(Best, Vec<f32>)> {
                 let x = trust.hold(&x)?.to_dtype(xs.dtype())?;
                 let losses = self.goal.loss(&x, step)?;
-                Ok((Best::of(Some(best), &x, losses.clone())?, losses))
+                Ok((Best::of(Some(best), &x, losses.clone(), step.batch)?, losses))
             };
             let mut losses = Vec::with_capacity(self.directions);
             for direction in 0..self.directions {
@@ -231,8 +230,8 @@ impl Refine for ForwardNudge {
             // the directions are drawn again rather than kept: they are as large as the thoughts
             let mut moved = from.clone();
             for (direction, share) in self.shares(&losses).into_iter().enumerate() {
-                let share = Tensor::new(share, from.device())?.to_dtype(from.dtype())?;
-                let share = share.reshape(((), 1, 1))?; // (batch, 1, 1)
+                let share = step.batch.spread(&share, from.device())?; // (tokens, 1)
+                let share = share.to_dtype(from.dtype())?.reshape(sigma.shape())?;
                 moved = (moved + probe(direction)?.broadcast_mul(&share)?)?;
             }
             best = look(moved, best)?.0;

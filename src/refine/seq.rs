@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
-use super::rows::{Thinks, check_fits};
+use super::rows::Thinks;
 use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step};
 use crate::error::{Error, Result};
 
@@ -86,11 +86,11 @@ impl Seq {
     ///
     /// # Errors
     /// [`Error::Refinement`] that names the op: what it returned itself, or what is wrong with its
-    /// result; [`Error::Parameter`] for a step whose tensors do not fit each other or its layout.
+    /// result; [`Error::Parameter`] for a step whose tensors do not fit each other or its batch.
     pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
-        check_fits(step.z, step.layout)?;
+        step.batch.check(step.z)?;
         check_alike(step.h, step.z)?;
-        let thinks = Thinks(step.layout);
+        let thinks = Thinks(step.batch);
         let first = thinks.or(step.h, step.z)?;
         self.ops.iter().enumerate().try_fold(first, |xs, (index, op)| {
             let refined = op.refine(&xs, step).and_then(|refined| {
@@ -110,6 +110,19 @@ impl Seq {
             op.validate().map_err(|source| named(index, op.as_ref(), source))
         };
         self.ops.iter().enumerate().try_for_each(check)
+    }
+}
+
+/// Equal if they do the same: ops that can be written to a file are, if they would be written alike, and
+/// others if they are the same value.
+impl PartialEq for Seq {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |(a, b): (&Arc<dyn Refine>, &Arc<dyn Refine>)| match (a.to_config(), b.to_config()) {
+            (Some(a), Some(b)) => a == b,
+            (None, None) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        self.ops.len() == other.ops.len() && self.ops.iter().zip(&other.ops).all(same)
     }
 }
 

@@ -3,7 +3,8 @@
 use candle_core::{D, DType, Tensor};
 
 use super::Step;
-use super::rows::{Thinks, check_fits, wide};
+use super::rows::{Thinks, wide};
+use crate::batch::{Batch, flat};
 use crate::error::{Error, Result};
 
 /// The bound of a nudge that is given none.
@@ -15,7 +16,7 @@ pub(super) fn default_trust() -> f64 {
 pub(super) struct Trust<'a> {
     /// Where the nudge found them.
     pub(super) start: Tensor,
-    /// Their lengths, `(batch, seq, 1)`.
+    /// Their lengths, `(.., 1)`.
     lengths: Tensor,
     ratio: f64,
     thinks: Thinks<'a>,
@@ -23,13 +24,13 @@ pub(super) struct Trust<'a> {
 
 impl<'a> Trust<'a> {
     pub(super) fn new(xs: &Tensor, ratio: f64, step: &Step<'a>) -> Result<Self> {
-        check_fits(xs, step.layout)?;
+        step.batch.check(xs)?;
         let start = wide(xs)?;
         let lengths = lengths(&start)?;
-        Ok(Self { thinks: Thinks(step.layout), start, lengths, ratio })
+        Ok(Self { thinks: Thinks(step.batch), start, lengths, ratio })
     }
 
-    /// The root mean square of each thought: `(batch, seq, 1)`.
+    /// The root mean square of each thought: `(.., 1)`.
     pub(super) fn unit(&self) -> Result<Tensor> {
         Ok((&self.lengths / (self.start.dim(D::Minus1)? as f64).sqrt())?)
     }
@@ -50,7 +51,7 @@ impl<'a> Trust<'a> {
         let gradient = gradient.detach().to_dtype(self.start.dtype())?;
         let moving = self.thinks.or(&gradient, &gradient.zeros_like()?)?;
         // 0 for finite numbers, NaN for others
-        let zeros = (&moving * 0.0)?.sum((1, 2))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        let zeros = self.thinks.0.sum(&(&moving * 0.0)?)?.to_vec1::<f32>()?;
         match zeros.iter().position(|zero| zero.is_nan()) {
             Some(position) => Err(Error::NotFinite { what: "gradients", position }),
             None => Ok(moving),
@@ -62,7 +63,7 @@ fn lengths(xs: &Tensor) -> Result<Tensor> {
     Ok(xs.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
 }
 
-/// The best thoughts so far, each row of the batch for itself.
+/// The best thoughts so far, each sequence for itself.
 pub(super) struct Best {
     pub(super) xs: Tensor,
     losses: Vec<f32>,
@@ -70,13 +71,19 @@ pub(super) struct Best {
 
 impl Best {
     /// The better of what there was and `xs`; of equals, what there was.
-    pub(super) fn of(before: Option<Self>, xs: &Tensor, losses: Vec<f32>) -> Result<Self> {
+    pub(super) fn of(
+        before: Option<Self>,
+        xs: &Tensor,
+        losses: Vec<f32>,
+        batch: &Batch,
+    ) -> Result<Self> {
         let Some(before) = before else { return Ok(Self { xs: xs.clone(), losses }) };
-        let better: Vec<u8> =
-            losses.iter().zip(&before.losses).map(|(new, old)| u8::from(new < old)).collect();
+        let pairs = losses.iter().zip(&before.losses);
+        let better: Vec<f32> = pairs.map(|(new, old)| if new < old { 1.0 } else { 0.0 }).collect();
         let lower = losses.iter().zip(&before.losses).map(|(new, old)| new.min(*old)).collect();
-        let better = Tensor::new(better, xs.device())?.reshape(((), 1, 1))?; // (batch, 1, 1)
-        let xs = better.broadcast_as(xs.shape())?.where_cond(xs, &before.xs)?;
-        Ok(Self { xs, losses: lower })
+        let better = batch.spread(&better, xs.device())?.to_dtype(DType::U8)?; // (tokens, 1)
+        let (new, old) = (flat(xs)?, flat(&before.xs)?);
+        let best = better.broadcast_as(new.shape())?.where_cond(&new, &old)?;
+        Ok(Self { xs: best.reshape(xs.shape())?, losses: lower })
     }
 }

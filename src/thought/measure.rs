@@ -1,18 +1,18 @@
 //! How far thoughts moved, and how alike they are.
 
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 
 use crate::error::Result;
-use crate::model::Layout;
+use crate::model::Batch;
 use crate::refine::directions;
 
-/// One number per row of the batch and token, padding left out.
+/// For each sequence one number per token.
 pub(super) type PerToken = Vec<Vec<f32>>;
 
 /// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is has changed by 1: all that
 /// it is.
-pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<PerToken> {
-    per_token([before, after], layout, |[old, new]| {
+pub(super) fn drift(before: &Tensor, after: &Tensor, batch: &Batch) -> Result<PerToken> {
+    per_token([before, after], batch, |[old, new]| {
         let change = old.iter().zip(new).map(|(&old, &new)| f64::from(new) - f64::from(old));
         let change = change.map(|change| change * change).sum::<f64>().sqrt();
         match length(old) {
@@ -25,8 +25,8 @@ pub(super) fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<
 
 /// The cosine of every thought with the one in the same place. Two thoughts of zeros are alike, with
 /// a cosine of 1; one of them is unlike any other, with 0.
-pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<PerToken> {
-    per_token([a, b], layout, |[a, b]| match (length(a), length(b)) {
+pub(super) fn cosine(a: &Tensor, b: &Tensor, batch: &Batch) -> Result<PerToken> {
+    per_token([a, b], batch, |[a, b]| match (length(a), length(b)) {
         (0.0, 0.0) => 1.0,
         (0.0, _) | (_, 0.0) => 0.0,
         (of_a, of_b) => {
@@ -37,11 +37,11 @@ pub(super) fn cosine(a: &Tensor, b: &Tensor, layout: &Layout) -> Result<PerToken
 }
 
 /// The length of every thought.
-pub(super) fn norms(z: &Tensor, layout: &Layout) -> Result<PerToken> {
-    per_token([z], layout, |[z]| length(z))
+pub(super) fn norms(z: &Tensor, batch: &Batch) -> Result<PerToken> {
+    per_token([z], batch, |[z]| length(z))
 }
 
-/// The cosine of every thought with every other: `(batch, seq, hidden) -> (batch, seq, seq)`.
+/// The cosine of every thought with every other: `(seq, hidden) -> (seq, seq)`.
 pub(super) fn similarity(z: &Tensor) -> Result<Tensor> {
     let (directions, _) = directions(&z.detach().to_dtype(DType::F32)?)?;
     Ok(directions.matmul(&directions.t()?)?.clamp(-1f32, 1f32)?)
@@ -56,32 +56,30 @@ pub(super) fn mean<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
     sum / count.max(1) as f64
 }
 
-/// `(batch, seq)` as numbers.
-pub(super) fn of_tokens(values: &Tensor, layout: &Layout) -> Result<PerToken> {
-    let rows = values.to_vec2::<f32>()?.into_iter().zip(layout.starts());
-    Ok(rows.map(|(row, start)| row.get(start..).unwrap_or(&[]).to_vec()).collect())
+/// One number per row, `(tokens)`, sequence by sequence.
+pub(super) fn of_sequences(values: &[f32], batch: &Batch) -> PerToken {
+    batch.all_rows().map(|rows| values.get(rows).unwrap_or(&[]).to_vec()).collect()
 }
 
 /// `measure` of every token's thoughts. In `f64`, where no square of an `f32` overflows or vanishes,
 /// and on the host: one pass over memory, where tensor operations would take several.
 fn per_token<const N: usize>(
     thoughts: [&Tensor; N],
-    layout: &Layout,
+    batch: &Batch,
     measure: impl Fn([&[f32]; N]) -> f64,
 ) -> Result<PerToken> {
     let mut values = [const { Vec::new() }; N];
     let mut hidden = 1;
     for (values, thoughts) in values.iter_mut().zip(thoughts) {
-        hidden = thoughts.dims3()?.2.max(1);
+        batch.check(thoughts)?;
+        hidden = thoughts.dim(D::Minus1)?.max(1);
         *values = thoughts.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
     }
-    let seq = layout.seq();
-    let token = |slot: usize| {
-        let range = slot * hidden..(slot + 1) * hidden;
+    let token = |row: usize| {
+        let range = row * hidden..(row + 1) * hidden;
         measure(values.each_ref().map(|of| of.get(range.clone()).unwrap_or(&[]))) as f32
     };
-    let rows = layout.starts().into_iter().enumerate();
-    Ok(rows.map(|(row, start)| (row * seq + start..(row + 1) * seq).map(token).collect()).collect())
+    Ok(batch.all_rows().map(|rows| rows.map(token).collect()).collect())
 }
 
 fn length(z: &[f32]) -> f64 {

@@ -1,15 +1,12 @@
 //! How the decoder would read some thoughts, for refinements, halting and traces.
 
-use candle_core::{D, DType, Tensor, Var};
-use candle_nn::ops::log_softmax;
+use candle_core::{Tensor, Var};
 
-use super::Text;
+use super::EncodedBatch;
 use crate::error::{Error, Result};
-use crate::model::{Pass, Transformer};
+use crate::likelihood;
+use crate::model::{Pass, Transformer, flat};
 use crate::refine::Readout;
-
-/// Positions whose logits stand in memory at a time.
-pub(crate) const LOGITS_AT_ONCE: usize = 64;
 
 /// Layers `a..n` over thoughts about a text, causally and without a cache, then the head.
 #[derive(Debug)]
@@ -17,78 +14,97 @@ pub(super) struct CausalReadout<'a> {
     transformer: &'a Transformer,
     /// The layer `a` that thoughts enter.
     entry: usize,
-    text: &'a Text,
+    text: &'a EncodedBatch,
+}
+
+/// What follows a token, and how much of its sequence's loss it is.
+struct Target {
+    row: usize,
+    id: u32,
+    weight: f32,
+    sequence: usize,
 }
 
 impl<'a> CausalReadout<'a> {
-    pub(super) fn new(transformer: &'a Transformer, entry: usize, text: &'a Text) -> Self {
+    pub(super) fn new(transformer: &'a Transformer, entry: usize, text: &'a EncodedBatch) -> Self {
         Self { transformer, entry, text }
     }
 
-    /// The stream that leaves the last layer, `(batch, seq, hidden)`.
+    /// The decoder's head.
+    pub(super) fn transformer(&self) -> &Transformer {
+        self.transformer
+    }
+
+    /// The stream that leaves the last layer, in the shape of `z`.
     pub(super) fn hidden(&self, z: &Tensor) -> Result<Tensor> {
         let layers = self.entry..self.transformer.all_layers().end;
-        self.transformer.forward(z, layers, Pass::Causal(&self.text.layout))
+        self.transformer.forward(z, layers, Pass::Causal(&self.text.batch))
     }
 
-    /// Scores after the last token of each row: `(batch, vocab)`.
+    /// Scores after the last token of each sequence: `(sequences, vocab)`.
     pub(super) fn last_logits(&self, z: &Tensor) -> Result<Tensor> {
-        let last = self.hidden(z)?.narrow(1, self.text.layout.seq() - 1, 1)?;
-        Ok(self.transformer.logits(&last)?.squeeze(1)?)
+        let last = self.text.batch.all_rows().map(|rows| rows.end.saturating_sub(1) as u32);
+        let last = Tensor::new(last.collect::<Vec<_>>(), z.device())?;
+        self.transformer.logits(&flat(&self.hidden(z)?)?.index_select(&last, 0)?)
     }
 
-    /// The loss of each row, `(batch)`, from the stream that leaves the last layer; with its
-    /// gradient in the shape of `hidden`, if wanted. Block by block, so that the scores of a whole
-    /// text never stand in memory.
+    /// The loss of each sequence, `(sequences)`, from the stream that leaves the last layer; with its
+    /// gradient in the shape of `hidden`, if wanted. Run by run, so that the scores of a whole text
+    /// never stand in memory.
     fn loss_of_hidden(&self, hidden: &Tensor, gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
-        let (batch, seq, _) = hidden.dims3()?;
-        let device = hidden.device();
-        let (targets, weights) = self.targets();
-        let mut loss = Tensor::zeros(batch, DType::F32, device)?;
-        let mut gradients = Vec::new();
-        for from in (0..seq).step_by(LOGITS_AT_ONCE) {
-            let count = LOGITS_AT_ONCE.min(seq - from);
-            let block = |rows: &[Vec<u32>]| {
-                rows.iter().flat_map(|row| row[from..from + count].to_vec()).collect::<Vec<_>>()
+        let (device, rows) = (hidden.device(), flat(hidden)?);
+        let mut losses = vec![0f64; self.text.batch.sequences()];
+        let (targets, mut of_rows) = (self.targets(), Vec::new());
+        let mut rest = targets.as_slice();
+        for run in likelihood::runs(rows.dim(0)?) {
+            let (these, later) = rest.split_at(rest.partition_point(|it| it.row < run.end));
+            rest = later;
+            let run_rows = Var::from_tensor(&rows.narrow(0, run.start, run.len())?.detach())?;
+            let input = match gradient {
+                true => run_rows.as_tensor().clone(),
+                false => run_rows.as_detached_tensor(),
             };
-            let target = Tensor::from_vec(block(&targets), (batch, count, 1), device)?;
-            let weight: Vec<f32> =
-                weights.iter().flat_map(|row| row[from..from + count].to_vec()).collect();
-            let weight = Tensor::from_vec(weight, (batch, count), device)?;
-            let hidden = Var::from_tensor(&hidden.narrow(1, from, count)?.detach())?;
-            let input =
-                if gradient { hidden.as_tensor().clone() } else { hidden.as_detached_tensor() };
-            let logits = self.transformer.logits(&input)?.to_dtype(DType::F32)?;
-            let logprobs =
-                log_softmax(&logits, D::Minus1)?.gather(&target, D::Minus1)?.squeeze(D::Minus1)?;
-            let losses = (logprobs * weight)?.neg()?.sum(D::Minus1)?; // (batch)
-            if gradient {
-                let mut of = losses.sum_all()?.backward()?;
-                gradients.push(of.remove(&hidden).ok_or_else(no_gradient)?.detach());
+            // A row that predicts nothing weighs nothing.
+            let (mut ids, mut weights) = (vec![0; run.len()], vec![0f32; run.len()]);
+            for target in these {
+                if let (Some(id), Some(weight)) =
+                    (ids.get_mut(target.row - run.start), weights.get_mut(target.row - run.start))
+                {
+                    (*id, *weight) = (target.id, target.weight);
+                }
             }
-            loss = (loss + losses.detach())?;
+            let logprobs = likelihood::of_targets(&self.transformer.logits(&input)?, &ids)?;
+            let parts = (logprobs * Tensor::new(weights, device)?)?.neg()?; // (rows)
+            let values = parts.to_vec1::<f32>()?;
+            for target in these {
+                let value = values.get(target.row - run.start).copied().unwrap_or(0.0);
+                if let Some(loss) = losses.get_mut(target.sequence) {
+                    *loss += f64::from(value);
+                }
+            }
+            if gradient {
+                let mut of = parts.sum_all()?.backward()?;
+                of_rows.push(of.remove(&run_rows).ok_or_else(no_gradient)?.detach());
+            }
         }
-        let gradient = if gradient { Some(Tensor::cat(&gradients, 1)?) } else { None };
-        Ok((loss, gradient))
+        let losses: Vec<f32> = losses.into_iter().map(|loss| loss as f32).collect();
+        let gradient = match gradient {
+            true => Some(Tensor::cat(&of_rows, 0)?.reshape(hidden.shape())?),
+            false => None,
+        };
+        Ok((Tensor::new(losses, device)?, gradient))
     }
 
-    /// For each slot the token that should follow, and its share of the row's mean: 0 for padding
-    /// and for the last token.
-    fn targets(&self) -> (Vec<Vec<u32>>, Vec<Vec<f32>>) {
-        let layout = &self.text.layout;
-        let seq = layout.seq();
-        let mut targets = Vec::with_capacity(layout.batch());
-        let mut weights = Vec::with_capacity(layout.batch());
-        for (ids, start) in self.text.ids.chunks(seq.max(1)).zip(layout.starts()) {
-            let predicted = seq.saturating_sub(start + 1);
-            let mut next: Vec<u32> = ids.iter().skip(1).copied().collect();
-            next.resize(seq, 0);
-            targets.push(next);
-            let share = 1.0 / predicted.max(1) as f32;
-            let weight = |slot| if slot >= start && slot + 1 < seq { share } else { 0.0 };
-            weights.push((0..seq).map(weight).collect());
+    /// The tokens that have another after them, in the order of rows.
+    fn targets(&self) -> Vec<Target> {
+        let mut targets = Vec::new();
+        for (sequence, rows) in self.text.batch.all_rows().enumerate() {
+            let weight = 1.0 / rows.len().saturating_sub(1).max(1) as f32;
+            let next = self.text.ids.iter().skip(rows.start + 1).take(rows.len().saturating_sub(1));
+            let of_row = |(row, id): (usize, &u32)| Target { row, id: *id, weight, sequence };
+            targets.extend((rows.start..).zip(next).map(of_row));
         }
-        (targets, weights)
+        targets
     }
 }
 
@@ -104,9 +120,9 @@ impl Readout for CausalReadout<'_> {
     /// Forwards without a graph, keeping only what enters each layer; then back through the layers
     /// one by one, each run again with a graph of its own.
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)> {
-        let layout = &self.text.layout;
+        let batch = &self.text.batch;
         let run = |xs: &Tensor, layer: usize| {
-            self.transformer.forward(xs, layer..layer + 1, Pass::Causal(layout))
+            self.transformer.forward(xs, layer..layer + 1, Pass::Causal(batch))
         };
         let layers = self.entry..self.transformer.all_layers().end;
         let mut entering = Vec::with_capacity(layers.len());

@@ -1,94 +1,108 @@
 //! Fills a trace with what was asked for, beside the loop and without touching its thoughts.
 
-use std::ops::Range;
+use candle_core::{DType, Tensor};
 
-use candle_core::{D, DType, Tensor};
-use candle_nn::ops::log_softmax;
-
+use super::ThoughtLoop;
 use super::measure::{self, PerToken};
-use super::readout::{CausalReadout, LOGITS_AT_ONCE};
+use super::readout::CausalReadout;
 use super::trace::{Detail, Map, Maps, TokenTrace};
 use crate::error::Result;
-use crate::model::{Layout, Sight, Transformer};
+use crate::kernels::log_softmax;
+use crate::likelihood;
+use crate::model::{Attended, Batch, ForwardContext, Pass, Tap, flat};
 
 /// Looks at the thoughts after every pass, as closely as a [`Detail`] asks.
 pub(super) struct Recorder<'a> {
-    pub(super) detail: Detail,
-    pub(super) transformer: &'a Transformer,
-    pub(super) span: Range<usize>,
-    pub(super) sight: Sight,
-    pub(super) layout: &'a Layout,
-    pub(super) readout: &'a CausalReadout<'a>,
+    mind: &'a ThoughtLoop,
+    batch: &'a Batch,
+    readout: &'a CausalReadout<'a>,
     /// The thoughts before any pass.
-    pub(super) first: &'a Tensor,
+    first: &'a Tensor,
     /// What left the last layer when the latest thoughts were read causally.
-    pub(super) hidden: Option<Tensor>,
+    hidden: Option<Tensor>,
 }
 
-impl Recorder<'_> {
+impl<'a> Recorder<'a> {
+    pub(super) fn new(
+        mind: &'a ThoughtLoop,
+        batch: &'a Batch,
+        readout: &'a CausalReadout<'a>,
+        first: &'a Tensor,
+    ) -> Self {
+        Self { mind, batch, readout, first, hidden: None }
+    }
+
     /// The thoughts `z` in numbers, compared with those of the call before.
     pub(super) fn tokens(&mut self, z: &Tensor) -> Result<Option<TokenTrace>> {
-        if self.detail < Detail::Tokens {
+        if self.mind.thinking.detail < Detail::Tokens {
             return Ok(None);
         }
         let hidden = self.readout.hidden(&z.detach())?;
         let before = self.hidden.replace(hidden.clone());
         let (entropy, kl) = self.distributions(before.as_ref().unwrap_or(&hidden), &hidden)?;
         Ok(Some(TokenTrace {
-            cosine: measure::cosine(self.first, z, self.layout)?,
-            norm: measure::norms(z, self.layout)?,
+            cosine: measure::cosine(self.first, z, self.batch)?,
+            norm: measure::norms(z, self.batch)?,
             entropy,
             kl,
         }))
     }
 
     /// Entropy of the next-token distributions after `after`, and their divergence from those after
-    /// `before`, in blocks: the scores of a whole text never stand in memory.
+    /// `before`.
     fn distributions(&self, before: &Tensor, after: &Tensor) -> Result<(PerToken, PerToken)> {
-        let seq = self.layout.seq();
+        let (before, after) = (flat(before)?, flat(after)?);
         let (mut entropies, mut divergences) = (Vec::new(), Vec::new());
-        for from in (0..seq).step_by(LOGITS_AT_ONCE) {
+        for run in likelihood::runs(self.batch.tokens()) {
             let says = |hidden: &Tensor| -> Result<Tensor> {
-                let some = hidden.narrow(1, from, LOGITS_AT_ONCE.min(seq - from))?;
-                let logits = self.transformer.logits(&some)?.to_dtype(DType::F32)?;
-                Ok(log_softmax(&logits, D::Minus1)?) // (batch, some, vocab)
+                let some = hidden.narrow(0, run.start, run.len())?;
+                log_softmax(&self.readout.transformer().logits(&some)?) // (run, vocab)
             };
-            let (old, new) = (says(before)?, says(after)?);
-            entropies.push((new.exp()? * &new)?.sum(D::Minus1)?.neg()?);
-            divergences.push((old.exp()? * (&old - &new)?)?.sum(D::Minus1)?);
+            let (old, new) = (says(&before)?, says(&after)?);
+            entropies.extend(likelihood::entropy(&new)?.to_vec1::<f32>()?);
+            divergences.extend(likelihood::divergence(&old, &new)?.to_vec1::<f32>()?);
         }
-        let (entropy, kl) = (Tensor::cat(&entropies, 1)?, Tensor::cat(&divergences, 1)?);
-        Ok((measure::of_tokens(&entropy, self.layout)?, measure::of_tokens(&kl, self.layout)?))
+        let of = |values: &[f32]| measure::of_sequences(values, self.batch);
+        Ok((of(&entropies), of(&divergences)))
     }
 
     /// Who was like whom after a pass over `before`, and who saw whom in it.
     pub(super) fn maps(&self, before: &Tensor, after: &Tensor) -> Result<Option<Maps>> {
-        if self.detail < Detail::Maps {
+        if self.mind.thinking.detail < Detail::Maps {
             return Ok(None);
         }
-        let (span, layout) = (self.span.clone(), self.layout);
-        let attention = self.transformer.thinker().attention_shares(
-            &before.detach(),
-            span,
-            layout,
-            self.sight,
-        )?;
-        Ok(Some(Maps {
-            similarity: self.of_rows(&measure::similarity(after)?)?,
-            attention: attention.iter().map(|it| self.of_rows(it)).collect::<Result<_>>()?,
-        }))
-    }
-
-    /// Squares `(batch, seq, seq)` as numbers, without padding.
-    fn of_rows(&self, squares: &Tensor) -> Result<Vec<Map>> {
-        let row = |(index, start): (usize, usize)| -> Result<Map> {
-            let tokens = self.layout.seq() - start;
-            if tokens == 0 {
+        let after = flat(&after.detach())?;
+        let similarity = |rows: std::ops::Range<usize>| -> Result<Map> {
+            if rows.is_empty() {
                 return Ok(Map::new()); // candle cannot read a square of none
             }
-            let square = squares.get(index)?.narrow(0, start, tokens)?.narrow(1, start, tokens)?;
-            Ok(square.to_dtype(DType::F32)?.to_vec2()?)
+            Ok(measure::similarity(&after.narrow(0, rows.start, rows.len())?)?.to_vec2()?)
         };
-        self.layout.starts().into_iter().enumerate().map(row).collect()
+        let similarity = self.batch.all_rows().map(similarity).collect::<Result<_>>()?;
+        let mut shares = Shares { sequences: self.batch.sequences(), layers: Vec::new() };
+        let pass = Pass::uncached(self.batch, self.mind.thinking.sight);
+        let context = ForwardContext::from(pass).tap(&mut shares);
+        self.mind.model.thinker().forward(&before.detach(), self.mind.span(), context)?;
+        Ok(Some(Maps { similarity, attention: shares.layers }))
+    }
+}
+
+/// The share of every token's attention that goes to every other, mean over the heads: for each layer,
+/// for each sequence.
+struct Shares {
+    sequences: usize,
+    layers: Vec<Vec<Map>>,
+}
+
+impl Tap for Shares {
+    fn attention(&mut self, _layer: usize, attended: &Attended<'_>) -> Result<()> {
+        let map = |sequence: usize| -> Result<Map> {
+            if attended.mask().keys(sequence).is_empty() {
+                return Ok(Map::new());
+            }
+            Ok(attended.mean_weights(sequence)?.to_dtype(DType::F32)?.to_vec2()?)
+        };
+        self.layers.push((0..self.sequences).map(map).collect::<Result<_>>()?);
+        Ok(())
     }
 }

@@ -1,16 +1,21 @@
 //! How to think: the settings of the thought loop.
 
 use std::fmt::Display;
-use std::ops::Range;
+use std::ops::{Bound, RangeBounds};
 
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::ThoughtLoop;
 use super::halting::Halt;
 use super::trace::Detail;
+use super::{ThoughtLoop, ThoughtModel};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{Sight, Transformer};
-use crate::refine::{Interpolate, OutputNudge, Seq};
+use crate::model::Sight;
+use crate::refine::{Interpolate, OutputNudge, Seq, Step, seq};
+
+/// The end of a span that goes up to the last layer, whichever that is.
+const TOP: usize = usize::MAX;
 
 /// How the decoder receives the thoughts.
 ///
@@ -64,7 +69,7 @@ impl HandOff {
 ///     .halt(Halt::Drift(0.03));
 /// # let _ = thinking;
 /// ```
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Thinking {
     pub(super) passes: usize,
@@ -93,7 +98,7 @@ impl Thinking {
         Self::default()
     }
 
-    /// Reads what `hybrid.json` holds: these settings as JSON, where what is left out has its
+    /// Reads what a checkpoint's `hybrid.json` holds: these settings as JSON, where what is left out has its
     /// default.
     ///
     /// ```
@@ -113,7 +118,7 @@ impl Thinking {
     /// [`Error::Malformed`] for text that is something else, or names a setting there is not; as
     /// [`Thinking::validate`] for values.
     pub fn from_json(text: &str) -> Result<Self> {
-        let malformed = |error: &dyn Display| Error::malformed("hybrid.json", error);
+        let malformed = |error: &dyn Display| Error::malformed("JSON text of a Thinking", error);
         if !text.trim_start().starts_with('{') {
             return Err(malformed(&"expected a JSON object")); // serde would take a list, too
         }
@@ -123,16 +128,27 @@ impl Thinking {
     }
 
     /// At most this many thought passes, up to [`Thinking::MAX_PASSES`], over the whole stack unless
-    /// [`span`](Self::span) says otherwise. 0 is no thinking.
+    /// [`span`](Self::span) says otherwise. 0 is no thinking. To change it later there is
+    /// [`with_passes`](Self::with_passes).
     #[must_use]
     pub fn passes(passes: usize) -> Self {
         Self { passes, ..Self::default() }
     }
 
-    /// The layers a thought pass runs, `a..b` with `a < b <= num_hidden_layers`.
+    /// The layers a thought pass runs, `a..b` with `a < b <= num_hidden_layers`, or `a..` up to the last.
     #[must_use]
-    pub fn span(mut self, span: Range<usize>) -> Self {
-        self.span = Some((span.start, span.end));
+    pub fn span(mut self, span: impl RangeBounds<usize>) -> Self {
+        let start = match span.start_bound() {
+            Bound::Included(&start) => start,
+            Bound::Excluded(&before) => before.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match span.end_bound() {
+            Bound::Included(&last) => last.saturating_add(1),
+            Bound::Excluded(&end) => end,
+            Bound::Unbounded => TOP,
+        };
+        self.span = Some((start, end));
         self
     }
 
@@ -151,6 +167,23 @@ impl Thinking {
     pub fn refine(mut self, refine: impl Into<Seq>) -> Self {
         self.refine = Some(refine.into());
         self
+    }
+
+    /// What becomes of the thoughts after each pass, as a function of what the pass made of them and of
+    /// the [`Step`]. Such thinking cannot be written to a file.
+    ///
+    /// ```
+    /// use hybrid_attention::Thinking;
+    ///
+    /// let halfway = Thinking::passes(2).refine_fn(|xs, step| Ok(((xs + step.z)? / 2.0)?));
+    /// # let _ = halfway;
+    /// ```
+    #[must_use]
+    pub fn refine_fn<F>(self, function: F) -> Self
+    where
+        F: Fn(&Tensor, &Step<'_>) -> Result<Tensor> + Send + Sync + 'static,
+    {
+        self.refine(seq().add_fn(function))
     }
 
     /// Stops thinking before the last pass when this is met; may be called several times, and the
@@ -230,12 +263,14 @@ impl Thinking {
     }
 
     /// What to add to the final hidden states of an answer.
-    pub(crate) fn chosen_output_nudge(&self) -> Option<&OutputNudge> {
+    #[must_use]
+    pub fn chosen_output_nudge(&self) -> Option<&OutputNudge> {
         self.output_nudge.as_ref()
     }
 
     /// After how many new tokens to think again; 0 is never.
-    pub(crate) fn rethinks_every(&self) -> usize {
+    #[must_use]
+    pub fn rethinks_every(&self) -> usize {
         self.rethink_every
     }
 
@@ -244,20 +279,25 @@ impl Thinking {
     /// # Errors
     /// As [`Thinking::validate`]; [`Error::Parameter`] for a span that is empty or beyond the
     /// model's layers.
-    pub fn on<'a>(&'a self, transformer: &'a Transformer) -> Result<ThoughtLoop<'a>> {
+    pub fn on(&self, model: &ThoughtModel) -> Result<ThoughtLoop> {
         self.validate()?;
-        let all = transformer.all_layers();
-        let span = self.span.map_or(all.clone(), |(a, b)| a..b);
+        let all = model.decoder().all_layers();
+        let span = match self.span {
+            Some((a, TOP)) => a..all.end,
+            Some((a, b)) => a..b,
+            None => all.clone(),
+        };
         if span.is_empty() || span.end > all.end {
             let expected = format!("a non-empty range within {all:?}");
             return Err(Error::parameter("span", expected, format!("{span:?}")));
         }
         let span = if self.is_none() { all } else { span };
-        let refine = self.refine.clone().unwrap_or_else(|| match transformer.thought_gate() {
+        let refine = self.refine.clone().unwrap_or_else(|| match model.thought_gate() {
             Some(_) => Interpolate::gated().into(),
             None => Interpolate::damped().into(),
         });
-        Ok(ThoughtLoop { thinking: self, transformer, span, refine })
+        let (thinking, model) = (self.clone(), model.clone());
+        Ok(ThoughtLoop { thinking, model, span, refine, cancel: Cancel::default() })
     }
 
     /// Checks what does not depend on the model.

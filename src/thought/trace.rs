@@ -36,9 +36,9 @@ pub enum Halted {
 /// What one run of the thought loop did, pass by pass.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Trace {
-    /// Tokens of the longest row that was thought about.
+    /// Tokens of the longest sequence that was thought about.
     pub tokens: usize,
-    /// Why each row of the batch stopped thinking; empty when there were no passes.
+    /// Why each sequence stopped thinking; empty when there were no passes.
     pub halted: Vec<Halted>,
     /// The first thoughts, before any pass; as [`Detail`] asks.
     pub first: Option<TokenTrace>,
@@ -57,7 +57,7 @@ impl Trace {
 /// What one pass did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PassTrace {
-    /// The relative change of the thoughts, `‖z' - z‖ / ‖z‖`, mean over the real tokens of the rows
+    /// The relative change of the thoughts, `‖z' - z‖ / ‖z‖`, mean over the tokens of the sequences
     /// that were still thinking. Under about 0.03 further passes change little.
     pub drift: f64,
     /// What the pass and its refinement took, in seconds, without the making of this trace.
@@ -68,7 +68,7 @@ pub struct PassTrace {
     pub maps: Option<Maps>,
 }
 
-/// Thoughts in numbers: for each row of the batch one for each token, padding left out.
+/// Thoughts in numbers: for each sequence one for each token.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct TokenTrace {
     /// Cosine to the token's first thought, in `[-1, 1]`.
@@ -82,15 +82,15 @@ pub struct TokenTrace {
     pub kl: Vec<Vec<f32>>,
 }
 
-/// A square of numbers, `(tokens, tokens)`: row by row, padding left out.
+/// A square of numbers, `(tokens, tokens)`: row by row.
 pub type Map = Vec<Vec<f32>>;
 
 /// Who was like whom, and who saw whom, in one pass.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Maps {
-    /// For each row of the batch, the cosine of every thought with every other after the pass.
+    /// For each sequence, the cosine of every thought with every other after the pass.
     pub similarity: Vec<Map>,
-    /// For each layer of the span, for each row of the batch, the share of every token's (row's)
+    /// For each layer of the span, for each sequence, the share of every token's (row's)
     /// attention that goes to every other (column), mean over the heads.
     pub attention: Vec<Vec<Map>>,
 }

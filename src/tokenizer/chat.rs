@@ -25,6 +25,9 @@ const LONGEST: usize = 1 << 17;
 /// 30 MB; what is not used takes no memory.
 const STACK: usize = 256 << 20;
 
+/// Roles that a template may treat as it likes: write what they say elsewhere, or in part, or not at all.
+const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
+
 /// One turn of a conversation.
 ///
 /// ```
@@ -89,11 +92,27 @@ impl ChatTemplate {
     ) -> Result<String> {
         let env =
             self.0.as_ref().map_err(|message| Error::Template { message: message.clone() })?;
-        let messages = Value::from(Serde(messages));
-        let variables = context! { messages, add_generation_prompt, tools => (), documents => () };
-        env.get_template(NAME)
+        if messages.is_empty() {
+            return Err(Error::parameter("messages", "at least one", "none"));
+        }
+        let values = Value::from(Serde(messages));
+        let variables =
+            context! { messages => values, add_generation_prompt, tools => (), documents => () };
+        let text = env
+            .get_template(NAME)
             .and_then(|template| template.render(variables))
-            .map_err(|error| Error::Template { message: describe(&error) })
+            .map_err(|error| Error::Template { message: describe(&error) })?;
+        // Many templates pass over a role that they do not know, without a word.
+        let passed_over = |message: &&Message| {
+            !ROLES.contains(&message.role.as_str()) && !text.contains(message.content.trim())
+        };
+        match messages.iter().find(passed_over) {
+            Some(Message { role, .. }) => {
+                let message = format!("it passes over a message of the role {role:?}");
+                Err(Error::Template { message })
+            }
+            None => Ok(text),
+        }
     }
 }
 

@@ -137,8 +137,8 @@ fn fallback_byte(token: &str) -> Option<u8> {
 /// prompt and answer together, after what it gives for the prompt. A character that is spread over
 /// several tokens comes with the last of them.
 #[derive(Debug)]
-pub struct DecodeStream<'t> {
-    tokenizer: &'t Tokenizer,
+pub struct DecodeStream {
+    tokenizer: Tokenizer,
     skip_special: bool,
     /// The start of a character that is not complete: 0 to 3 bytes between calls.
     pending: Vec<u8>,
@@ -146,10 +146,10 @@ pub struct DecodeStream<'t> {
     strip: usize,
 }
 
-impl<'t> DecodeStream<'t> {
-    pub(super) fn start(tokenizer: &'t Tokenizer, skip_special: bool) -> Self {
+impl DecodeStream {
+    pub(super) fn start(tokenizer: &Tokenizer, skip_special: bool) -> Self {
         let strip = tokenizer.detokenizer.strip.map_or(0, |(_, times)| times);
-        Self { tokenizer, skip_special, pending: Vec::new(), strip }
+        Self { tokenizer: tokenizer.clone(), skip_special, pending: Vec::new(), strip }
     }
 
     /// Takes the next token and gives the text that it completes, which is empty for a control

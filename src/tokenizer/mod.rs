@@ -11,6 +11,7 @@ mod gguf;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::quantized::gguf_file;
 
@@ -22,7 +23,8 @@ pub use decode::DecodeStream;
 use chat::ChatTemplate;
 use decode::Detokenizer;
 
-/// Text to token ids and back, and the chat template of a checkpoint.
+/// Text to token ids and back, and the chat template of a checkpoint. Cheap to clone: a clone shares
+/// all of it.
 ///
 /// ```
 /// # fn main() -> hybrid_attention::Result<()> {
@@ -39,16 +41,16 @@ use decode::Detokenizer;
 /// }
 /// # Ok(()) }
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    detokenizer: Detokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
+    detokenizer: Arc<Detokenizer>,
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
     /// Whether encoding with special tokens puts BOS in front of a text by itself.
     adds_bos: bool,
-    chat: Option<ChatTemplate>,
+    chat: Option<Arc<ChatTemplate>>,
 }
 
 /// What a checkpoint says around its vocabulary: the text of the named tokens, and how it chats.
@@ -114,13 +116,13 @@ impl Tokenizer {
                 .ok_or_else(|| failed(format!("{name} {text:?} is not a token of the vocabulary"))),
         };
         let mut tokenizer = Self {
-            detokenizer: Detokenizer::new(inner.get_decoder())?,
+            detokenizer: Arc::new(Detokenizer::new(inner.get_decoder())?),
             vocab_size: highest.map_or(0, |id| id as usize + 1),
             bos: id_of(&around.bos_token, "bos_token")?,
             eos: id_of(&around.eos_token, "eos_token")?,
             adds_bos: false,
             chat: None,
-            inner,
+            inner: Arc::new(inner),
         };
         // Without a configuration, BOS is the special token that stands before an empty text.
         let first = tokenizer.encode_raw("", true)?.first().copied();
@@ -133,7 +135,7 @@ impl Tokenizer {
                 ("unk_token", around.unk_token),
                 ("pad_token", around.pad_token),
             ];
-            ChatTemplate::new(&source, tokens)
+            Arc::new(ChatTemplate::new(&source, tokens))
         });
         Ok(tokenizer)
     }
@@ -217,7 +219,7 @@ impl Tokenizer {
     /// assert_eq!(text, " sat"); // a continuation keeps its space
     /// # Ok(()) }
     /// ```
-    pub fn decode_stream(&self, prompt: &[u32]) -> DecodeStream<'_> {
+    pub fn decode_stream(&self, prompt: &[u32]) -> DecodeStream {
         let mut stream = DecodeStream::start(self, true);
         for &id in prompt {
             stream.push(id);

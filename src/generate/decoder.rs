@@ -1,33 +1,35 @@
-//! The model's side of an answer: read the prompt, think about it, go on token by token.
+//! The model's side of an answer: read the prompt, think about it, go on token by token. All of it in
+//! the public verbs of [`ThoughtLoop`] and [`Transformer`].
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 
 use super::answer::Seconds;
-use super::config::{GenerationConfig, Progress};
 use super::conversation::Conversation;
+use super::progress::Progress;
 use super::prompt::EncodedPrompt;
 use super::sampler::LogProbs;
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{CHUNK, Layout, Pass, Transformer};
-use crate::thought::{LOGITS_AT_ONCE, Text, Thinking, ThoughtLoop, Trace};
+use crate::likelihood;
+use crate::model::{Batch, CHUNK, ForwardContext, Pass, Transformer};
+use crate::thought::{EncodedBatch, Entry, ThoughtLoop, Trace};
 
-/// What a text has been read with, and what of it must be kept to think about it again.
+/// A text that is being read and written, and what of it must be kept to think about it again.
 #[derive(Debug)]
-pub(super) struct Reader<'a> {
-    transformer: &'a Transformer,
-    thinking: Arc<Thinking>,
+pub(super) struct Decoder {
+    mind: ThoughtLoop,
     /// What was thought about last: the prompt, then prompt and answer.
     text: EncodedPrompt,
     /// Tokens since then.
     new: Vec<u32>,
-    /// The first thoughts of all tokens that have run, `(1, seq, hidden)` in pieces; kept only where
+    /// The first thoughts of all tokens that have run, `(tokens, hidden)` in pieces; kept only where
     /// they will be thought about again.
     first: Vec<Tensor>,
     /// What is added to the final hidden states of the answer, `(1, hidden)`.
     output_nudge: Option<Tensor>,
+    cancel: Cancel,
 }
 
 /// What is left of the work before the first token.
@@ -41,86 +43,80 @@ pub(super) struct PromptRead {
     pub(super) seconds: Seconds,
 }
 
-impl<'a> Reader<'a> {
-    pub(super) fn new(
-        transformer: &'a Transformer,
-        thinking: &Thinking,
-        prompt: EncodedPrompt,
-    ) -> Result<Self> {
-        thinking.on(transformer)?;
-        Ok(Self {
-            transformer,
-            thinking: Arc::new(thinking.clone()),
-            text: prompt,
-            new: Vec::new(),
-            first: Vec::new(),
-            output_nudge: None,
-        })
+impl Decoder {
+    pub(super) fn new(mind: ThoughtLoop, prompt: EncodedPrompt) -> Self {
+        let (new, first, cancel) = (Vec::new(), Vec::new(), Cancel::default());
+        Self { mind, text: prompt, new, first, output_nudge: None, cancel }
+    }
+
+    pub(super) fn cancel(&mut self, cancel: Cancel) {
+        self.mind = self.mind.clone().cancel(cancel.clone());
+        self.cancel = cancel;
+    }
+
+    fn transformer(&self) -> &Transformer {
+        self.mind.model().decoder()
     }
 
     /// Thinks about the prompt and reads it into the conversation's cache, as far as it is not
     /// there.
     pub(super) fn read(
         &mut self,
-        config: &GenerationConfig,
+        wants_logprobs: bool,
         conversation: &mut Conversation,
+        progress: &mut dyn FnMut(Progress),
     ) -> Result<PromptRead> {
         let start = Instant::now();
         let ids = &self.text.ids;
         let total = ids.len();
-        if total > conversation.capacity() {
-            let capacity = conversation.capacity();
-            return Err(Error::ContextFull { capacity, requested: total });
-        }
-        let plain = self.thinking.is_none();
+        let plain = self.mind.thinking().is_none();
         // Thoughts depend on the whole prompt; prompt logprobs and an output nudge need what leaves
         // the last layer at every position: then nothing from before can be kept.
-        let fits_output = self.thinking.chosen_output_nudge().is_some();
-        if !plain || config.prompt_logprobs || fits_output {
-            conversation.reset();
+        let fits_output = self.mind.thinking().chosen_output_nudge().is_some();
+        if !plain || wants_logprobs || fits_output {
+            conversation.forget();
         }
         let kept = conversation.rewind(ids);
         let new = ids.get(kept..).unwrap_or(&[]);
-        let layout = if plain { Layout::dense(1, new.len()) } else { self.text.layout()? };
-        let text = Text::new(self.transformer, new, layout).map_err(|error| match error {
+        let batch = if plain { Batch::one(new.len())? } else { self.text.batch()? };
+        let text = EncodedBatch::new(self.transformer(), new, batch).map_err(|error| match error {
             Error::TokenOutOfRange { position, id, vocab_size } => {
                 Error::TokenOutOfRange { position: kept + position, id, vocab_size }
             }
             other => other,
         })?;
 
-        let mind = self.thinking.on(self.transformer)?;
-        let first = mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
+        let first = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         if self.thinks_again() {
             self.first = vec![first.clone()];
         }
         let thinking_from = Instant::now();
-        let thoughts = mind.think(&text, first, |done, passes| {
-            config.report(Progress::Think { done, total: passes });
+        let thoughts = self.mind.think(&text, first, |done, total| {
+            progress(Progress::Think { done, total });
         })?;
         let think = if plain { 0.0 } else { seconds_since(thinking_from) };
 
-        let mut scores = PromptLogProbs::new(config.prompt_logprobs, ids);
-        let (xs, layers) = mind.enter(&text, &thoughts, Some(&mut conversation.cache))?;
+        let mut scores = PromptLogProbs::new(wants_logprobs, ids);
+        let cache = &mut conversation.cache;
+        let Entry { xs, layers } = self.mind.enter(&text, &thoughts, Some(&mut [cache]))?;
         let mut hidden = Vec::new();
-        config.report(Progress::Prefill { done: kept, total });
+        progress(Progress::Prefill { done: kept, total });
         for from in (0..new.len()).step_by(CHUNK) {
             let length = CHUNK.min(new.len() - from);
-            let xs = xs.narrow(1, from, length)?;
-            let pass = Pass::Cached(&mut conversation.cache);
-            let h = self.transformer.forward(&xs, layers.clone(), pass)?;
-            scores.add(self.transformer, &h)?;
+            let xs = xs.narrow(0, from, length)?;
+            let h = self.forward(&xs, layers.clone(), conversation)?;
+            scores.add(self.transformer(), &h)?;
             match fits_output {
                 true => hidden.push(h),
-                false => hidden = vec![h.narrow(1, length - 1, 1)?],
+                false => hidden = vec![h.narrow(0, length - 1, 1)?],
             }
             if plain {
                 conversation.ids.extend(new.iter().skip(from).take(length));
             }
-            config.report(Progress::Prefill { done: kept + from + length, total });
+            progress(Progress::Prefill { done: kept + from + length, total });
         }
         let prompt_logprobs = scores.done;
-        let hidden = Tensor::cat(&hidden, 1)?;
+        let hidden = Tensor::cat(&hidden, 0)?;
         self.fit_output(&hidden)?;
         let logits = self.logits(&hidden)?;
         let traces = if plain { Vec::new() } else { vec![thoughts.trace] };
@@ -129,7 +125,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Goes on after a generated token: gives the logits after it.
-    pub(super) fn go_on(
+    pub(super) fn step(
         &mut self,
         id: u32,
         conversation: &mut Conversation,
@@ -137,33 +133,33 @@ impl<'a> Reader<'a> {
         seconds: &mut Seconds,
     ) -> Result<Vec<f32>> {
         if !self.thinks_again() {
-            let xs = self.transformer.embed_ids(&[id], (1, 1))?;
-            let pass = Pass::Cached(&mut conversation.cache);
-            let h = self.transformer.forward(&xs, self.transformer.all_layers(), pass)?; // (1, 1, hidden)
-            if self.thinking.is_none() {
-                conversation.ids.push(id);
-            }
+            let xs = self.transformer().embed_ids(&[id])?;
+            let h = self.forward(&xs, self.transformer().all_layers(), conversation)?;
+            self.took(id, conversation);
             return self.logits(&h);
         }
-        let thinking = Arc::clone(&self.thinking);
-        let mind = thinking.on(self.transformer)?;
-        let text = Text::new(self.transformer, &[id], Layout::dense(1, 1))?;
-        let xs = mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
+        let text = EncodedBatch::new(self.transformer(), &[id], Batch::one(1)?)?;
+        let xs = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         self.first.push(xs.clone());
         self.new.push(id);
-        if self.new.len() < thinking.rethinks_every() {
-            let layers = mind.span().start..self.transformer.all_layers().end;
-            let pass = Pass::Cached(&mut conversation.cache);
-            return self.logits(&self.transformer.forward(&xs, layers, pass)?);
+        if self.new.len() < self.mind.thinking().rethinks_every() {
+            let layers = self.mind.span().start..self.transformer().all_layers().end;
+            return self.logits(&self.forward(&xs, layers, conversation)?);
         }
-        self.think_again(&mind, conversation, traces, seconds)
+        self.think_again(conversation, traces, seconds)
+    }
+
+    /// Takes note of a generated token that has run.
+    pub(super) fn took(&self, id: u32, conversation: &mut Conversation) {
+        if self.mind.thinking().is_none() {
+            conversation.ids.push(id);
+        }
     }
 
     /// Thinks about prompt and answer, and rebuilds the cache from the first position on that this
     /// changes.
     fn think_again(
         &mut self,
-        mind: &ThoughtLoop<'_>,
         conversation: &mut Conversation,
         traces: &mut Vec<Trace>,
         seconds: &mut Seconds,
@@ -171,42 +167,58 @@ impl<'a> Reader<'a> {
         let changed = self.text.extend(&std::mem::take(&mut self.new));
         // An output nudge is fitted to all that leaves the last layer.
         let changed = if self.output_nudge.is_some() { 0 } else { changed };
-        let text = Text::new(self.transformer, &self.text.ids, self.text.layout()?)?;
-        let first = Tensor::cat(&self.first, 1)?;
+        let text = EncodedBatch::new(self.transformer(), &self.text.ids, self.text.batch()?)?;
+        let first = Tensor::cat(&self.first, 0)?;
         self.first = vec![first.clone()];
         let start = Instant::now();
-        let thoughts = mind.think(&text, first, |_, _| ())?;
+        let thoughts = self.mind.think(&text, first, |_, _| ())?;
         seconds.think += seconds_since(start);
 
         let cache = &mut conversation.cache;
-        let (xs, layers) = mind.enter_again(&text, &thoughts, cache, changed)?;
-        let h = self.transformer.forward(&xs, layers, Pass::Cached(cache))?;
+        let Entry { xs, layers } = self.mind.enter_again(&text, &thoughts, cache, changed)?;
+        let h = self.forward(&xs, layers, conversation)?;
         traces.push(thoughts.trace);
         self.fit_output(&h)?;
         self.logits(&h)
     }
 
-    /// Fits the output nudge, if there is one, to what leaves the last layer: `(1, seq, hidden)`.
+    fn forward(
+        &self,
+        xs: &Tensor,
+        layers: std::ops::Range<usize>,
+        conversation: &mut Conversation,
+    ) -> Result<Tensor> {
+        let pass = ForwardContext::from(Pass::Cached(&mut conversation.cache));
+        self.transformer().forward(xs, layers, pass.cancel(&self.cancel))
+    }
+
+    /// Fits the output nudge, if there is one, to what leaves the last layer: `(tokens, hidden)`.
     fn fit_output(&mut self, hidden: &Tensor) -> Result<()> {
-        if let Some(nudge) = self.thinking.chosen_output_nudge() {
-            let normed = self.transformer.norm(hidden)?;
-            let head = |xs: &Tensor| self.transformer.head(xs);
+        if let Some(nudge) = self.mind.thinking().chosen_output_nudge() {
+            let normed = self.transformer().norm(hidden)?;
+            let head = |xs: &Tensor| self.transformer().head(xs);
             self.output_nudge = Some(nudge.fit(&normed, &self.text.ids, &head)?);
         }
         Ok(())
     }
 
     fn thinks_again(&self) -> bool {
-        !self.thinking.is_none() && self.thinking.rethinks_every() > 0
+        !self.mind.thinking().is_none() && self.mind.thinking().rethinks_every() > 0
     }
 
-    /// The scores after the last position of `h`, `(1, seq, hidden)`.
+    /// Whether each of its steps is one token through all layers and the head, and so can run beside
+    /// others'.
+    pub(super) fn steps_plainly(&self) -> bool {
+        !self.thinks_again() && self.output_nudge.is_none()
+    }
+
+    /// The scores after the last position of `h`, `(tokens, hidden)`.
     fn logits(&self, h: &Tensor) -> Result<Vec<f32>> {
-        let mut normed = self.transformer.norm(&h.narrow(1, h.dim(1)? - 1, 1)?)?;
+        let mut normed = self.transformer().norm(&h.narrow(0, h.dim(0)? - 1, 1)?)?;
         if let Some(nudge) = &self.output_nudge {
             normed = normed.broadcast_add(nudge)?;
         }
-        let logits = self.transformer.head(&normed)?;
+        let logits = self.transformer().head(&normed)?;
         Ok(logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 }
@@ -222,13 +234,12 @@ impl<'a> PromptLogProbs<'a> {
         Self { ids, done: wanted.then(|| vec![None]) }
     }
 
-    /// Adds the positions after `h`, `(1, positions, hidden)`.
+    /// Adds the positions after `h`, `(positions, hidden)`.
     fn add(&mut self, transformer: &Transformer, h: &Tensor) -> Result<()> {
         let Some(done) = &mut self.done else { return Ok(()) };
-        let positions = h.dim(1)?;
-        for from in (0..positions).step_by(LOGITS_AT_ONCE) {
-            let some = h.narrow(1, from, LOGITS_AT_ONCE.min(positions - from))?;
-            let logits = transformer.logits(&some)?.squeeze(0)?.to_dtype(DType::F32)?;
+        for run in likelihood::runs(h.dim(0)?) {
+            let some = h.narrow(0, run.start, run.len())?;
+            let logits = transformer.logits(&some)?.to_dtype(DType::F32)?;
             for logits in logits.to_vec2::<f32>()? {
                 // The last position tells of the first generated token, not of the prompt.
                 if let Some(&id) = self.ids.get(done.len()) {

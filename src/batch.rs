@@ -1,0 +1,305 @@
+//! Which tokens of a pass belong together, and which of those think.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+/// The shape of the sequences that run together, one behind the other without padding: how long each is,
+/// the position at which it begins, and which runs of it are *context* (thought about, each run seeing
+/// the whole of itself) rather than *plain* (always causal).
+///
+/// ```text
+/// lengths [2, 4]  ->  rows         0 1 2 3 4 5
+///                     tokens       A B C D E F     sequence 0 is rows 0..2, sequence 1 rows 2..6
+///                     positions    0 1 0 1 2 3
+/// ```
+///
+/// A stream of theirs is a tensor `(tokens, hidden)`, or of any other leading shape with as many rows:
+/// `(1, seq, hidden)` for one sequence, `(count, seq, hidden)` for several of one length.
+///
+/// ```
+/// use hybrid_attention::model::Batch;
+///
+/// let batch = Batch::ragged(&[2, 4])?.with_context(1, &[0..3])?;
+/// assert_eq!((batch.tokens(), batch.rows(1)), (6, 2..6));
+/// assert_eq!(batch.thinks(), [1, 1, 1, 1, 1, 0]);
+/// # Ok::<_, hybrid_attention::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    sequences: Vec<Sequence>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Sequence {
+    /// Its rows among those of all sequences.
+    rows: Range<usize>,
+    /// The position of its first token.
+    first: usize,
+    /// Context segments, counted from the first token: ascending, apart from each other, not empty.
+    context: Vec<Range<usize>>,
+}
+
+impl Batch {
+    /// The most tokens of a batch: positions are 31-bit numbers everywhere.
+    pub const MAX_TOKENS: usize = i32::MAX as usize;
+
+    /// One sequence of `len` tokens, all of it one context segment.
+    ///
+    /// # Errors
+    /// As [`Batch::dense`].
+    pub fn one(len: usize) -> Result<Self> {
+        Self::new(std::iter::once(len))
+    }
+
+    /// `count` sequences of `len` tokens, each one context segment.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for more than [`MAX_TOKENS`](Self::MAX_TOKENS), or more sequences than
+    /// memory holds.
+    pub fn dense(count: usize, len: usize) -> Result<Self> {
+        Self::new((0..count).map(|_| len))
+    }
+
+    /// Sequences of these lengths, each one context segment.
+    ///
+    /// # Errors
+    /// As [`Batch::dense`].
+    pub fn ragged(lengths: &[usize]) -> Result<Self> {
+        Self::new(lengths.iter().copied())
+    }
+
+    fn new(lengths: impl ExactSizeIterator<Item = usize>) -> Result<Self> {
+        let count = lengths.len();
+        let mut sequences = Vec::new();
+        if sequences.try_reserve_exact(count).is_err() {
+            return Err(too_many(format!("{count} sequences")));
+        }
+        let mut end = 0usize;
+        for len in lengths {
+            let start = end;
+            end = start.saturating_add(len);
+            if end > Self::MAX_TOKENS {
+                return Err(too_many(format!("{start} tokens and {len} more")));
+            }
+            sequences.push(Sequence::whole(start..end));
+        }
+        Ok(Self { sequences })
+    }
+
+    /// The same sequences, with only these runs of tokens of one of them as its context segments, and
+    /// everything else of it plain. Runs count from the first token of that sequence.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] when there is no such sequence, or the runs are not ascending, apart from
+    /// each other, and within it.
+    pub fn with_context(mut self, sequence: usize, segments: &[Range<usize>]) -> Result<Self> {
+        let this = self.sequence_mut(sequence)?;
+        let (length, mut free) = (this.rows.len(), 0);
+        for segment in segments {
+            if segment.start < free || segment.end < segment.start || segment.end > length {
+                return Err(Error::parameter(
+                    "segments",
+                    format!("ascending runs of the sequence's {length} tokens"),
+                    format!("{segments:?}"),
+                ));
+            }
+            free = segment.end;
+        }
+        this.context = segments.iter().filter(|run| !run.is_empty()).cloned().collect();
+        Ok(self)
+    }
+
+    /// The same sequences, one of which begins at position `first` instead of 0. Not for a pass that
+    /// goes on after a cache, which knows its own positions.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] when there is no such sequence, or its positions could not be counted.
+    pub fn starting_at(mut self, sequence: usize, first: usize) -> Result<Self> {
+        let this = self.sequence_mut(sequence)?;
+        if first.saturating_add(this.rows.len()) > Self::MAX_TOKENS {
+            let expected = format!("positions up to {}", Self::MAX_TOKENS);
+            return Err(Error::parameter("first", expected, first));
+        }
+        this.first = first;
+        Ok(self)
+    }
+
+    fn sequence_mut(&mut self, sequence: usize) -> Result<&mut Sequence> {
+        let count = self.sequences.len();
+        self.sequences.get_mut(sequence).ok_or_else(|| {
+            Error::parameter("sequence", format!("less than the {count} of the batch"), sequence)
+        })
+    }
+
+    /// Sequences in it.
+    #[must_use]
+    pub fn sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Tokens of all sequences together.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.sequences.last().map_or(0, |last| last.rows.end)
+    }
+
+    /// The rows of a sequence among those of all; none for one that there is not.
+    #[must_use]
+    pub fn rows(&self, sequence: usize) -> Range<usize> {
+        self.sequences.get(sequence).map_or(0..0, |this| this.rows.clone())
+    }
+
+    /// The rows of every sequence.
+    pub fn all_rows(&self) -> impl ExactSizeIterator<Item = Range<usize>> + '_ {
+        self.sequences.iter().map(|this| this.rows.clone())
+    }
+
+    /// The length of every sequence.
+    #[must_use]
+    pub fn lengths(&self) -> Vec<usize> {
+        self.all_rows().map(|rows| rows.len()).collect()
+    }
+
+    /// The position at which a sequence begins.
+    #[must_use]
+    pub fn first(&self, sequence: usize) -> usize {
+        self.sequences.get(sequence).map_or(0, |this| this.first)
+    }
+
+    /// The position of every row.
+    pub fn positions(&self) -> impl Iterator<Item = usize> + '_ {
+        self.sequences.iter().flat_map(|this| this.first..this.first + this.rows.len())
+    }
+
+    /// The context segments of a sequence, counted from its first token.
+    #[must_use]
+    pub fn context(&self, sequence: usize) -> &[Range<usize>] {
+        self.sequences.get(sequence).map_or(&[], |this| &this.context)
+    }
+
+    /// The context segments of all sequences, in rows.
+    pub fn segments(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.sequences.iter().flat_map(|this| {
+            let start = this.rows.start;
+            this.context.iter().map(move |run| start + run.start..start + run.end)
+        })
+    }
+
+    /// `1` for every row that belongs to a context segment, `0` for a plain one.
+    #[must_use]
+    pub fn thinks(&self) -> Vec<u8> {
+        let mut thinks = vec![0; self.tokens()];
+        for run in self.segments() {
+            if let Some(rows) = thinks.get_mut(run) {
+                rows.fill(1);
+            }
+        }
+        thinks
+    }
+
+    /// Whether every token is context, and each sequence one segment.
+    #[must_use]
+    pub fn is_all_context(&self) -> bool {
+        self.sequences.iter().all(|this| this.context == Sequence::whole(this.rows.clone()).context)
+    }
+
+    /// The sequences without the plain tokens behind their last context segment, and the rows that are
+    /// left.
+    pub(crate) fn fronts(&self) -> (Self, Vec<Range<usize>>) {
+        let mut front = self.clone();
+        let (mut kept, mut end) = (Vec::with_capacity(self.sequences.len()), 0);
+        for this in &mut front.sequences {
+            let len = this.context.last().map_or(0, |last| last.end);
+            kept.push(this.rows.start..this.rows.start + len);
+            this.rows = end..end + len;
+            end += len;
+        }
+        (front, kept)
+    }
+
+    /// A piece of it: the sequences that `rows` are of, cut to these, and which of all they are.
+    /// Nothing of the piece is context.
+    ///
+    /// ```text
+    /// lengths [2, 4, 3], rows 1..5  ->  lengths [1, 3], sequences 0..2, the first from position 1 on
+    /// ```
+    pub(crate) fn piece(&self, rows: &Range<usize>) -> (Self, Range<usize>) {
+        let inside = |this: &&Sequence| this.rows.start < rows.end && rows.start < this.rows.end;
+        let from = self.sequences.iter().take_while(|this| !inside(this)).count();
+        let cut = self.sequences.iter().filter(inside).map(|this| {
+            let skipped = rows.start.saturating_sub(this.rows.start);
+            let start = this.rows.start.max(rows.start) - rows.start;
+            let end = this.rows.end.min(rows.end) - rows.start;
+            Sequence { rows: start..end, first: this.first + skipped, context: Vec::new() }
+        });
+        let sequences: Vec<_> = cut.collect();
+        let which = from..from + sequences.len();
+        (Self { sequences }, which)
+    }
+
+    /// Refuses a stream that has not a row for each token.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`].
+    pub fn check(&self, xs: &Tensor) -> Result<()> {
+        let rows: usize = xs.dims().split_last().map_or(0, |(_, leading)| leading.iter().product());
+        if rows == self.tokens() {
+            return Ok(());
+        }
+        let (sequences, tokens) = (self.sequences(), self.tokens());
+        let expected = format!("the {tokens} tokens of its {sequences} sequences");
+        Err(Error::parameter("batch", expected, format!("a stream {:?}", xs.dims())))
+    }
+
+    /// One number for each sequence, from what its rows hold: the sum over them and over all channels
+    /// of `xs`, in `f32`. Differentiable.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// use hybrid_attention::model::Batch;
+    ///
+    /// let xs = Tensor::new(&[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu)?;
+    /// let sums = Batch::ragged(&[1, 2])?.sum(&xs)?;
+    /// assert_eq!(sums.to_vec1::<f32>()?, [3.0, 18.0]);
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Batch::check`].
+    pub fn sum(&self, xs: &Tensor) -> Result<Tensor> {
+        self.check(xs)?;
+        let xs = flat(xs)?.to_dtype(DType::F32)?;
+        let sum = |rows: Range<usize>| xs.narrow(0, rows.start, rows.len())?.sum_all();
+        let sums = self.all_rows().map(sum).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&sums, 0)?)
+    }
+
+    /// The value of its sequence for every row: `(tokens, 1)`.
+    pub(crate) fn spread(&self, values: &[f32], device: &Device) -> Result<Tensor> {
+        let of_rows = |(rows, value): (Range<usize>, &f32)| std::iter::repeat_n(*value, rows.len());
+        let rows: Vec<f32> = self.all_rows().zip(values).flat_map(of_rows).collect();
+        Ok(Tensor::from_vec(rows, (self.tokens(), 1), device)?)
+    }
+}
+
+impl Sequence {
+    /// All rows as one context segment, from position 0 on.
+    fn whole(rows: Range<usize>) -> Self {
+        let whole = 0..rows.len();
+        let context = if whole.is_empty() { Vec::new() } else { std::iter::once(whole).collect() };
+        Self { rows, first: 0, context }
+    }
+}
+
+/// A stream as `(tokens, hidden)`, whatever its leading dimensions.
+pub(crate) fn flat(xs: &Tensor) -> Result<Tensor> {
+    Ok(xs.flatten_to(xs.rank().saturating_sub(2))?)
+}
+
+fn too_many(got: String) -> Error {
+    let expected = format!("at most {} tokens, and as many sequences", Batch::MAX_TOKENS);
+    Error::parameter("batch", expected, got)
+}

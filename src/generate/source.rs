@@ -1,0 +1,43 @@
+//! What answers are made with.
+
+use candle_core::DType;
+
+use super::config::GenerationConfig;
+use crate::error::Result;
+use crate::model::KvPool;
+use crate::thought::{Thinking, ThoughtModel};
+use crate::tokenizer::Tokenizer;
+
+/// A model and what its checkpoint says of how to use it. Every part is cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    pub(crate) model: ThoughtModel,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    /// The checkpoint's own way to generate.
+    pub(crate) defaults: GenerationConfig,
+    /// Its end-of-sequence tokens.
+    pub(crate) eos_ids: Vec<u32>,
+    /// Its own thinking.
+    pub(crate) thinking: Thinking,
+    /// Where caches take their memory from.
+    pub(crate) pool: KvPool,
+}
+
+impl Source {
+    /// With another model of the same checkpoint, whose keys and values are others.
+    pub(crate) fn with_model(&self, model: ThoughtModel) -> Result<Self> {
+        let pool = model.decoder().new_pool(self.pool.dtype(), self.pool.budget_bytes())?;
+        Ok(Self { model, pool, ..self.clone() })
+    }
+
+    /// With caches of another type, or another budget in bytes.
+    pub(crate) fn with_pool(&self, dtype: DType, budget: usize) -> Result<Self> {
+        let pool = self.model.decoder().new_pool(dtype, budget)?;
+        Ok(Self { pool, ..self.clone() })
+    }
+
+    /// What `config` says of thinking, or else the checkpoint.
+    pub(crate) fn thinking<'a>(&'a self, config: &'a GenerationConfig) -> &'a Thinking {
+        config.chosen_thinking().unwrap_or(&self.thinking)
+    }
+}

@@ -1,0 +1,224 @@
+//! What a pass brings along: who sees whom, what is remembered, and who looks on.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::kv_cache::{KvCache, Open, Remembered};
+use super::mask::{Mask, Sight};
+use super::rope::Rotation;
+use super::tap::{Attended, Site, Tap};
+use crate::batch::Batch;
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+
+/// Who sees whom in a forward pass, and what is remembered of it.
+#[derive(Debug)]
+pub enum Pass<'a> {
+    /// Every token sees itself and what came before it in its sequence, in this very pass. Nothing is
+    /// remembered.
+    Causal(&'a Batch),
+    /// A thought pass: inside each context segment every token sees every other; plain tokens
+    /// stay causal. Nothing is remembered.
+    Bidirectional(&'a Batch),
+    /// Causal, one sequence that goes on after what its cache holds; the new tokens are added to it. New
+    /// tokens are taken up in chunks, so a long prompt needs no more memory than a short one. Gradients
+    /// flow through all new tokens; what the cache holds already is a constant to them.
+    Cached(&'a mut KvCache),
+    /// The same for several sequences side by side, or in both directions.
+    Remembered {
+        /// The new tokens of each sequence, and its context segments among these. Positions are the
+        /// caches'.
+        batch: &'a Batch,
+        /// Whether context tokens see what comes after them; then all new tokens run in one piece.
+        sight: Sight,
+        /// One for each sequence.
+        caches: &'a mut [&'a mut KvCache],
+    },
+}
+
+impl<'a> Pass<'a> {
+    /// Whether context tokens see what comes after them.
+    pub(crate) fn is_bidirectional(&self) -> bool {
+        matches!(self, Self::Bidirectional(_) | Self::Remembered { sight: Sight::Bidirectional, .. })
+    }
+
+    /// A pass of which nothing is remembered.
+    #[must_use]
+    pub fn uncached(batch: &'a Batch, sight: Sight) -> Self {
+        match sight {
+            Sight::Causal => Self::Causal(batch),
+            Sight::Bidirectional => Self::Bidirectional(batch),
+        }
+    }
+}
+
+/// A [`Pass`] with what else a caller may bring: a [side signal](SideSignal), a [tap](Tap), a way to
+/// [cancel](Cancel) it. A pass alone is one without any of these.
+///
+/// ```
+/// # use candle_core::Device;
+/// use hybrid_attention::model::{Batch, ForwardContext, Pass, Site, Tap};
+/// use hybrid_attention::{HybridModel, Result};
+/// use candle_core::Tensor;
+///
+/// /// The length of what leaves each layer.
+/// struct Norms(Vec<f32>);
+///
+/// impl Tap for Norms {
+///     fn residual(&mut self, _layer: usize, site: Site, xs: &Tensor) -> Result<()> {
+///         if site == Site::Output {
+///             self.0.push(xs.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?);
+///         }
+///         Ok(())
+///     }
+/// }
+/// # fn main() -> Result<()> {
+/// let model = HybridModel::tiny(&Device::Cpu)?;
+/// let (transformer, batch) = (model.transformer(), Batch::one(3)?);
+/// let xs = transformer.embed_ids(&[11, 150, 12])?;
+/// let mut norms = Norms(Vec::new());
+/// let context = ForwardContext::from(Pass::Causal(&batch)).tap(&mut norms);
+/// transformer.forward(&xs, 0..2, context)?;
+/// assert_eq!(norms.0.len(), 2);
+/// # Ok(())
+/// # }
+/// ```
+pub struct ForwardContext<'a> {
+    pub(super) pass: Pass<'a>,
+    pub(super) side: Option<&'a SideSignal>,
+    pub(super) tap: Option<&'a mut dyn Tap>,
+    pub(super) cancel: Option<&'a Cancel>,
+}
+
+impl<'a> From<Pass<'a>> for ForwardContext<'a> {
+    fn from(pass: Pass<'a>) -> Self {
+        Self { pass, side: None, tap: None, cancel: None }
+    }
+}
+
+impl<'a> ForwardContext<'a> {
+    /// With a side signal.
+    #[must_use]
+    pub fn side(mut self, side: &'a SideSignal) -> Self {
+        self.side = Some(side);
+        self
+    }
+
+    /// With somebody who looks on.
+    #[must_use]
+    pub fn tap(mut self, tap: &'a mut dyn Tap) -> Self {
+        self.tap = Some(tap);
+        self
+    }
+
+    /// With a way to stop it.
+    #[must_use]
+    pub fn cancel(mut self, cancel: &'a Cancel) -> Self {
+        self.cancel = Some(cancel);
+        self
+    }
+}
+
+impl std::fmt::Debug for ForwardContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ForwardContext")
+            .field("pass", &self.pass)
+            .field("side", &self.side)
+            .field("tap", &self.tap.is_some())
+            .field("cancel", &self.cancel)
+            .finish()
+    }
+}
+
+/// What goes into the MLPs of some layers beside the residual stream: for each of them a tensor
+/// `(tokens, width)`, one row for each row of the pass. There the MLP reads `[context ; side]`, by
+/// [`SideProjection`](super::SideProjection)s.
+#[derive(Clone, Debug, Default)]
+pub struct SideSignal {
+    layers: BTreeMap<usize, Tensor>,
+}
+
+impl SideSignal {
+    /// No signal.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With `(tokens, width)` for one layer, instead of what there was for it. A width of 0 is none.
+    #[must_use]
+    pub fn layer(mut self, layer: usize, signal: Tensor) -> Self {
+        self.layers.insert(layer, signal);
+        self
+    }
+
+    /// What it has for a layer.
+    #[must_use]
+    pub fn get(&self, layer: usize) -> Option<&Tensor> {
+        self.layers.get(&layer)
+    }
+}
+
+/// What a block is handed: all that it shares with the other blocks of a pass.
+pub(super) struct BlockContext<'p, 'a, 'c> {
+    pub(super) rotation: Rotation,
+    pub(super) mask: Mask,
+    /// Which of all rows of the pass run now.
+    pub(super) rows: Range<usize>,
+    pub(super) caches: Option<(&'p mut Open<'a, 'c>, Range<usize>)>,
+    pub(super) side: Option<&'p SideSignal>,
+    pub(super) tap: Option<&'p mut dyn Tap>,
+    /// The layer that runs now.
+    pub(super) layer: usize,
+}
+
+impl BlockContext<'_, '_, '_> {
+    /// What the queries attend to, given the keys and values of the new tokens,
+    /// `(kv_heads, tokens, head_dim)` each: those that the caches hold, these included, or only these.
+    pub(super) fn remember(&mut self, keys: Tensor, values: Tensor) -> Result<Remembered> {
+        match &mut self.caches {
+            Some((open, which)) => open.remember(self.layer, which, (&keys, &values), &self.mask),
+            None => Ok(Remembered::Packed(keys, values)),
+        }
+    }
+
+    /// What comes beside the residual stream in this layer, `(tokens, width)`.
+    pub(super) fn side(&self) -> Result<Option<Tensor>> {
+        let Some(signal) = self.side.and_then(|side| side.get(self.layer)) else { return Ok(None) };
+        let all = signal.dims();
+        if all.len() != 2 || all[0] < self.rows.end {
+            let expected = format!("(tokens, width), a row for each of {} or more", self.rows.end);
+            return Err(Error::parameter("side signal", expected, format!("{all:?}")));
+        }
+        if all[1] == 0 {
+            return Ok(None);
+        }
+        Ok(Some(signal.narrow(0, self.rows.start, self.rows.len())?))
+    }
+
+    /// Shows the residual stream to who looks on.
+    pub(super) fn show(&mut self, site: Site, xs: &Tensor) -> Result<()> {
+        match &mut self.tap {
+            Some(tap) => tap.residual(self.layer, site, xs),
+            None => Ok(()),
+        }
+    }
+
+    /// Shows what attention computes.
+    pub(super) fn show_attention(
+        &mut self,
+        q: &Tensor,
+        remembered: &Remembered,
+        context: &Tensor,
+    ) -> Result<()> {
+        match &mut self.tap {
+            Some(tap) => {
+                let attended = Attended::new(q, remembered, context, &self.mask);
+                tap.attention(self.layer, &attended)
+            }
+            None => Ok(()),
+        }
+    }
+}

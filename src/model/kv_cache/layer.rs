@@ -1,0 +1,249 @@
+//! One layer's part of a cache.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::pool::Block;
+use crate::error::{Error, Result};
+use crate::kernels::{self, HeldBlocks, KV_BLOCK};
+
+/// The blocks of one layer, and how far they are filled.
+///
+/// ```text
+/// blocks of 4, len 10, the first four positions let go of:   first 4   [4 5 6 7] [8 9 _ _]
+/// position 9 stands in block 9/4 - first/4 = 1, slot 9 % 4 = 1
+/// ```
+#[derive(Debug, Default)]
+pub(super) struct LayerCache {
+    blocks: VecDeque<Arc<Block>>,
+    /// The position in slot 0 of the first block: a multiple of [`KV_BLOCK`].
+    first: usize,
+    /// The position that the next token takes.
+    len: usize,
+    /// What is held from some position on, with the graph that it came from: only while a pass runs
+    /// that takes up more tokens than one chunk, or as long as the cache keeps its graph.
+    live: Option<Live>,
+}
+
+/// Keys and values in a graph, `(kv_heads, positions, head_dim)` each.
+#[derive(Clone, Debug)]
+struct Live {
+    from: usize,
+    keys: Tensor,
+    values: Tensor,
+}
+
+/// What is needed to undo a pass.
+#[derive(Debug)]
+pub(super) struct Saved {
+    first: usize,
+    len: usize,
+    /// Blocks that were there.
+    blocks: usize,
+    /// Those of them that the pass has let go of.
+    dropped: Vec<Arc<Block>>,
+    live: Option<Live>,
+}
+
+impl LayerCache {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn oldest(&self) -> usize {
+        self.first
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub(super) fn fork(&self) -> Self {
+        let Self { blocks, first, len, live } = self;
+        Self { blocks: blocks.clone(), first: *first, len: *len, live: live.clone() }
+    }
+
+    pub(super) fn reset(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Forgets positions from `length` on. That nothing before is missing has been seen to.
+    pub(super) fn truncate(&mut self, length: usize) {
+        if length >= self.len {
+            return;
+        }
+        self.blocks.truncate(length.div_ceil(KV_BLOCK).saturating_sub(self.first / KV_BLOCK));
+        self.len = length;
+        if self.blocks.is_empty() {
+            self.first = length / KV_BLOCK * KV_BLOCK;
+        }
+        self.live = None;
+    }
+
+    pub(super) fn save(&self) -> Saved {
+        let Self { blocks, first, len, live } = self;
+        let (blocks, dropped) = (blocks.len(), Vec::new());
+        Saved { first: *first, len: *len, blocks, dropped, live: live.clone() }
+    }
+
+    pub(super) fn restore(&mut self, saved: Saved) {
+        // What is left of the blocks that were there, behind those that were let go of.
+        self.blocks.truncate(saved.blocks - saved.dropped.len());
+        saved.dropped.into_iter().rev().for_each(|block| self.blocks.push_front(block));
+        (self.first, self.len, self.live) = (saved.first, saved.len, saved.live);
+    }
+
+    /// Lets go of the blocks that no token from here on sees.
+    pub(super) fn roll(&mut self, window: usize, saved: &mut Saved) {
+        let needed = (self.len + 1).saturating_sub(window);
+        while self.first + KV_BLOCK <= needed {
+            let Some(block) = self.blocks.pop_front() else { break };
+            if saved.dropped.len() < saved.blocks {
+                saved.dropped.push(block);
+            }
+            self.first += KV_BLOCK;
+        }
+    }
+
+    /// How many blocks must be made before `new` more positions can be written: those that are missing,
+    /// and a copy of the last one if somebody else holds it.
+    pub(super) fn lacking(&self, new: usize) -> usize {
+        if new == 0 {
+            return 0;
+        }
+        let missing = (self.len + new).div_ceil(KV_BLOCK) - self.first / KV_BLOCK;
+        missing.saturating_sub(self.blocks.len()) + usize::from(self.shares_its_last())
+    }
+
+    /// Whether the next position goes into a block that somebody else holds, too.
+    fn shares_its_last(&self) -> bool {
+        let inside = self.blocks.get(self.len / KV_BLOCK - self.first / KV_BLOCK);
+        inside.is_some_and(|block| Arc::strong_count(block) > 1)
+    }
+
+    /// Takes the [lacking](Self::lacking) blocks from those that were made.
+    pub(super) fn supply(&mut self, new: usize, made: &mut impl Iterator<Item = Block>) -> Result<()> {
+        let mut lacking = self.lacking(new);
+        if new > 0 && self.shares_its_last() {
+            let last = self.blocks.get_mut(self.len / KV_BLOCK - self.first / KV_BLOCK);
+            if let (Some(last), Some(copy)) = (last, made.next()) {
+                copy.tensor.slice_set(&last.tensor, 0, 0)?;
+                *last = Arc::new(copy);
+            }
+            lacking -= 1;
+        }
+        self.blocks.extend(made.take(lacking).map(Arc::new));
+        Ok(())
+    }
+
+    /// Takes up rows `rows` of new keys and values, `(kv_heads, tokens, head_dim)`. There are blocks for
+    /// them, and nobody else holds these. If they come in a graph, it is kept beside the blocks, where
+    /// they are rounded as the blocks round them.
+    pub(super) fn append(
+        &mut self,
+        keys: &Tensor,
+        values: &Tensor,
+        rows: &Range<usize>,
+    ) -> Result<()> {
+        let tracked = keys.track_op() || values.track_op();
+        if !tracked && self.live.is_none() {
+            return self.write(keys, values, rows);
+        }
+        let (old_keys, old_values) = self.gather(&(self.first..self.len), keys.dtype())?;
+        let kept_as = self.blocks.front().map_or(keys.dtype(), |block| block.tensor.dtype());
+        let with = |old: Tensor, new: &Tensor| -> Result<Tensor> {
+            let new = rounded(&new.narrow(1, rows.start, rows.len())?, kept_as)?;
+            Ok(Tensor::cat(&[old, new], 1)?)
+        };
+        let (all_keys, all_values) = (with(old_keys, keys)?, with(old_values, values)?);
+        self.write(&keys.detach(), &values.detach(), rows)?;
+        self.live = Some(Live { from: self.first, keys: all_keys, values: all_values });
+        Ok(())
+    }
+
+    fn write(&mut self, keys: &Tensor, values: &Tensor, rows: &Range<usize>) -> Result<()> {
+        let mut row = rows.start;
+        while row < rows.end {
+            let slot = self.len % KV_BLOCK;
+            let count = (KV_BLOCK - slot).min(rows.end - row);
+            let Some(block) = self.blocks.get(self.len / KV_BLOCK - self.first / KV_BLOCK) else {
+                let capacity = self.first + self.blocks.len() * KV_BLOCK;
+                return Err(Error::ContextFull { of: "the cache", capacity, requested: self.len + count });
+            };
+            kernels::write_block(&block.tensor, keys, values, row, count, slot)?;
+            row += count;
+            self.len += count;
+        }
+        Ok(())
+    }
+
+    /// Makes what is held a constant: no gradient will lead back to the pass that computed it.
+    pub(super) fn cut_graph(&mut self) {
+        self.live = None;
+    }
+
+    /// Its blocks as kernels read them.
+    pub(super) fn held(&self) -> HeldBlocks {
+        let blocks = self.blocks.iter().map(|block| block.tensor.clone()).collect();
+        HeldBlocks { first: self.first, blocks }
+    }
+
+    /// Keys and values of the positions `range`, `(kv_heads, positions, head_dim)` each in `dtype`; in
+    /// their graph, where there is one.
+    pub(super) fn gather(&self, range: &Range<usize>, dtype: DType) -> Result<(Tensor, Tensor)> {
+        if let Some(Live { from, keys, values }) = &self.live
+            && *from <= range.start
+        {
+            let some = |of: &Tensor| of.narrow(1, range.start - from, range.len())?.to_dtype(dtype);
+            return Ok((some(keys)?, some(values)?));
+        }
+        kernels::gather(&self.held(), range, dtype)
+    }
+}
+
+/// `xs` with the values that are left when it is kept as `dtype`. Its gradient is that of `xs`: the
+/// slope of rounding is 0 or none, so it is taken for a constant shift, which a backward pass does
+/// not see (Bengio et al. 2013). The gradient of candle's `to_dtype` would be rounded as well, and in
+/// `f16` overflow.
+fn rounded(xs: &Tensor, dtype: DType) -> Result<Tensor> {
+    if xs.dtype() == dtype {
+        return Ok(xs.clone());
+    }
+    let plain = xs.detach();
+    let kept = plain.to_dtype(dtype)?.to_dtype(xs.dtype())?;
+    match xs.track_op() {
+        // What is kept is so near that the difference is exact, and with it the sum.
+        true => Ok((xs + (kept - plain)?)?),
+        false => Ok(kept),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    /// With a graph and without, also where a number is too large or too small for its type.
+    #[test]
+    fn rounding_gives_the_same_numbers_with_a_gradient() -> Result<()> {
+        let edges =
+            [0f32, 1e-9, -3e-8, 6e-5, 1.0, 1.003, -255.7, 65519.0, 65520.0, -1e30, f32::MAX];
+        let xs = Tensor::new(&edges, &Device::Cpu)?;
+        let xs = Tensor::cat(&[&xs, &Tensor::randn(0f32, 1e-4, 999, &Device::Cpu)?], 0)?;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let var = Var::from_tensor(&xs)?;
+            let (ys, slope) =
+                (rounded(var.as_tensor(), dtype)?, Tensor::rand(0f32, 1.0, 1010, &Device::Cpu)?);
+            let expected = xs.to_dtype(dtype)?.to_dtype(DType::F32)?;
+            assert_eq!(ys.to_vec1::<f32>()?, expected.to_vec1::<f32>()?, "{dtype:?}");
+            assert_eq!(rounded(&xs, dtype)?.to_vec1::<f32>()?, expected.to_vec1::<f32>()?);
+            let gradients = (&ys * &slope)?.sum_all()?.backward()?;
+            let gradient = gradients.get(&var).map(Tensor::to_vec1::<f32>).transpose()?;
+            assert_eq!(gradient, Some(slope.to_vec1::<f32>()?), "{dtype:?}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,164 @@
+//! Caches that a pass is writing into.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::layer::Saved;
+use super::{KvCache, LayerCache};
+use crate::error::{Error, Result};
+use crate::kernels::HeldBlocks;
+use crate::model::mask::Mask;
+
+/// The caches of a pass, one for each of its sequences, while it runs. Unless it is
+/// [committed](Self::commit), they become what they were when it was begun, however it ends.
+pub(in crate::model) struct Open<'a, 'c> {
+    caches: &'a mut [&'c mut KvCache],
+    layers: Range<usize>,
+    /// For each cache, for each of the layers.
+    saved: Vec<Vec<Saved>>,
+}
+
+/// What the queries of a pass attend to.
+pub(in crate::model) enum Remembered {
+    /// Keys and values of all sequences one behind the other, `(kv_heads, keys, head_dim)` each.
+    Packed(Tensor, Tensor),
+    /// The blocks of each sequence.
+    Blocks(Vec<HeldBlocks>),
+}
+
+impl<'a, 'c> Open<'a, 'c> {
+    /// Begins a pass of `layers`, all of which go on from one position.
+    pub(in crate::model) fn begin(
+        caches: &'a mut [&'c mut KvCache],
+        layers: &Range<usize>,
+    ) -> Result<Self> {
+        for cache in caches.iter() {
+            cache.position(layers)?;
+        }
+        let mut open = Self { caches, layers: layers.clone(), saved: Vec::new() };
+        for cache in open.caches.iter_mut() {
+            open.saved.push(cache.layers_mut(layers).iter().map(LayerCache::save).collect());
+        }
+        open.cut_graphs();
+        Ok(open)
+    }
+
+    /// The position at which each of `which` goes on.
+    pub(in crate::model) fn positions(&self, which: &Range<usize>) -> Result<Vec<usize>> {
+        let caches = self.caches.get(which.clone()).unwrap_or(&[]);
+        caches.iter().map(|cache| cache.position(&self.layers)).collect()
+    }
+
+    /// The oldest position that all layers of each of `which` hold.
+    pub(in crate::model) fn oldest(&self, which: &Range<usize>) -> Vec<usize> {
+        let caches = self.caches.get(which.clone()).unwrap_or(&[]);
+        let oldest = |cache: &&'c mut KvCache| {
+            let layers = cache.layers.get(self.layers.clone()).unwrap_or(&[]);
+            layers.iter().map(LayerCache::oldest).max().unwrap_or(0)
+        };
+        caches.iter().map(oldest).collect()
+    }
+
+    /// Makes room in each of the caches, letting go of what no window will see: in all of them, or in
+    /// none.
+    pub(in crate::model) fn reserve(&mut self, which: &Range<usize>, new: &[usize]) -> Result<()> {
+        let Self { caches, layers, saved } = self;
+        let caches = caches.get_mut(which.clone()).unwrap_or(&mut []);
+        let saved = saved.get_mut(which.clone()).unwrap_or(&mut []);
+        // What they lack is taken from all pools before any of it is handed out.
+        let mut made = Vec::with_capacity(caches.len());
+        for ((cache, saved), new) in caches.iter_mut().zip(saved).zip(new) {
+            cache.check_room(layers, *new)?;
+            let window = cache.pool.shape().window.filter(|_| !cache.keeps_all);
+            let mut lacking = 0;
+            for (layer, saved) in cache.layers_mut(layers).iter_mut().zip(saved) {
+                if let Some(window) = window {
+                    layer.roll(window, saved);
+                }
+                lacking += layer.lacking(*new);
+            }
+            made.push(cache.pool.take(lacking)?);
+        }
+        for ((cache, made), new) in caches.iter_mut().zip(made).zip(new) {
+            let mut made = made.into_iter();
+            for layer in cache.layers_mut(layers) {
+                layer.supply(*new, &mut made)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes up the keys and values of new tokens in one layer, `(kv_heads, tokens, head_dim)` each, and
+    /// gives those of all that `mask` says are there, these included. [`Open::reserve`] has made the
+    /// room.
+    ///
+    /// Where they are tracked, what is given is a copy in their own type, because blocks are written
+    /// again, and the new tokens carry their gradient.
+    pub(in crate::model) fn remember(
+        &mut self,
+        layer: usize,
+        which: &Range<usize>,
+        (keys, values): (&Tensor, &Tensor),
+        mask: &Mask,
+    ) -> Result<Remembered> {
+        let rows: Vec<_> = mask.spans().sequences.iter().map(|this| this.queries.clone()).collect();
+        self.write(layer, which, (keys, values), &rows)?;
+        let held = self.caches.get(which.clone()).unwrap_or(&[]);
+        let held = held.iter().filter_map(|cache| cache.layers.get(layer));
+        let tracked = keys.track_op() || values.track_op();
+        if !tracked && keys.device().is_cpu() {
+            return Ok(Remembered::Blocks(held.map(LayerCache::held).collect()));
+        }
+        let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
+        for (layer, this) in held.zip(&mask.spans().sequences) {
+            let (keys, values) = layer.gather(&this.keys, keys.dtype())?;
+            all_keys.push(keys);
+            all_values.push(values);
+        }
+        Ok(Remembered::Packed(Tensor::cat(&all_keys, 1)?, Tensor::cat(&all_values, 1)?))
+    }
+
+    /// Takes up, in one layer of each of `which`, its rows of new keys and values.
+    pub(super) fn write(
+        &mut self,
+        layer: usize,
+        which: &Range<usize>,
+        (keys, values): (&Tensor, &Tensor),
+        rows: &[Range<usize>],
+    ) -> Result<()> {
+        let caches = self.caches.get_mut(which.clone()).unwrap_or(&mut []);
+        for (cache, rows) in caches.iter_mut().zip(rows) {
+            let layers = cache.layers.len();
+            let Some(layer) = cache.layers.get_mut(layer) else {
+                let expected = format!("one of more than {layer} layers");
+                return Err(Error::parameter("cache", expected, layers));
+            };
+            layer.append(keys, values, rows)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what was taken up.
+    pub(in crate::model) fn commit(mut self) {
+        self.saved.clear();
+    }
+
+    fn cut_graphs(&mut self) {
+        for cache in self.caches.iter_mut().filter(|cache| !cache.keeps_graph) {
+            cache.layers.iter_mut().for_each(LayerCache::cut_graph);
+        }
+    }
+}
+
+impl Drop for Open<'_, '_> {
+    fn drop(&mut self) {
+        let Self { caches, layers, saved } = self;
+        for (cache, saved) in caches.iter_mut().zip(saved.drain(..)) {
+            for (layer, saved) in cache.layers_mut(layers).iter_mut().zip(saved) {
+                layer.restore(saved);
+            }
+        }
+        self.cut_graphs();
+    }
+}

@@ -1,0 +1,163 @@
+//! Blocks of positions, and the budget that they are taken from.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::KvCache;
+use crate::model::Transformer;
+use crate::error::{Error, Result};
+use crate::kernels::KV_BLOCK;
+
+/// Where caches take their memory from: a budget in bytes that they share, and what keys and values are
+/// kept as. Cheap to clone; a clone is the same pool.
+///
+/// A block holds the keys and values of [`KvPool::BLOCK`] positions in one layer. Blocks are made when
+/// positions come, not before, and go back to the budget when no cache holds them any more.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use hybrid_attention::{Error, HybridModel, model::Pass};
+///
+/// let model = HybridModel::tiny(&Device::Cpu)?;
+/// let transformer = model.transformer();
+/// let pool = transformer.new_pool(DType::F32, 1 << 20)?; // a mebibyte
+/// let mut cache = pool.new_cache(64)?;
+/// let xs = transformer.embed_ids(&[11, 150, 12])?;
+/// transformer.forward(&xs, transformer.all_layers(), Pass::Cached(&mut cache))?;
+/// assert_eq!(pool.used_bytes(), cache.bytes());
+///
+/// let tight = transformer.new_pool(DType::F32, 1000)?;
+/// let mut cache = tight.new_cache(64)?;
+/// let full = transformer.forward(&xs, transformer.all_layers(), Pass::Cached(&mut cache));
+/// assert!(matches!(full, Err(Error::PoolFull { .. })) && cache.is_empty());
+/// # Ok::<_, Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct KvPool {
+    shape: Arc<Shape>,
+    budget: Arc<Budget>,
+}
+
+/// What the caches of a pool have in common.
+#[derive(Debug)]
+pub(super) struct Shape {
+    /// Which transformer's keys and values these are: what they mean lies in its weights.
+    pub(super) owner: u64,
+    pub(super) layers: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) window: Option<usize>,
+    pub(super) most_positions: usize,
+    pub(super) dtype: DType,
+    pub(super) device: Device,
+}
+
+#[derive(Debug)]
+struct Budget {
+    bytes: usize,
+    used: AtomicUsize,
+}
+
+/// Keys and values of some positions in one layer. Its bytes are the budget's again when it is dropped.
+#[derive(Debug)]
+pub(super) struct Block {
+    /// `(2, kv_heads, KV_BLOCK, head_dim)`: keys, values
+    pub(super) tensor: Tensor,
+    /// What it was paid with.
+    _share: Share,
+}
+
+/// A part of the budget.
+#[derive(Debug)]
+struct Share {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl KvPool {
+    /// Positions of a block.
+    pub const BLOCK: usize = KV_BLOCK;
+
+    pub(in crate::model) fn new(transformer: &Transformer, dtype: DType, bytes: usize) -> Self {
+        let config = transformer.config();
+        let shape = Shape {
+            owner: transformer.stack_id(),
+            layers: config.num_hidden_layers,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            window: config.sliding_window,
+            most_positions: config.max_position_embeddings,
+            dtype,
+            device: transformer.device().clone(),
+        };
+        let budget = Budget { bytes, used: AtomicUsize::new(0) };
+        Self { shape: Arc::new(shape), budget: Arc::new(budget) }
+    }
+
+    /// An empty cache for one sequence of up to `capacity` positions.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a capacity of zero or beyond memory, [`Error::ContextFull`] for one
+    /// beyond the model's `max_position_embeddings`.
+    pub fn new_cache(&self, capacity: usize) -> Result<KvCache> {
+        KvCache::new(self, capacity)
+    }
+
+    /// Bytes that its caches may hold together.
+    #[must_use]
+    pub fn budget_bytes(&self) -> usize {
+        self.budget.bytes
+    }
+
+    /// Bytes that they hold now; a block that several hold counts once.
+    #[must_use]
+    pub fn used_bytes(&self) -> usize {
+        self.budget.used.load(Ordering::Relaxed)
+    }
+
+    /// What keys and values are kept as.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.shape.dtype
+    }
+
+    pub(super) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Bytes of a block.
+    pub(super) fn block_bytes(&self) -> usize {
+        let Shape { kv_heads, head_dim, dtype, .. } = &*self.shape;
+        let sizes = [2, *kv_heads, KV_BLOCK, *head_dim, dtype.size_in_bytes()];
+        sizes.into_iter().fold(1, usize::saturating_mul)
+    }
+
+    /// So many new blocks, or none.
+    pub(super) fn take(&self, count: usize) -> Result<Vec<Block>> {
+        let (bytes, budget) = (self.block_bytes(), &self.budget);
+        let requested = bytes.saturating_mul(count);
+        let within = |used: usize| {
+            used.checked_add(requested).filter(|sum| *sum <= budget.bytes)
+        };
+        if let Err(used) = budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within) {
+            return Err(Error::PoolFull { budget: budget.bytes, used, requested });
+        }
+        // From here on dropping a share gives its part back, whatever happens.
+        let shares: Vec<_> =
+            (0..count).map(|_| Share { budget: Arc::clone(budget), bytes }).collect();
+        let Shape { kv_heads, head_dim, dtype, device, .. } = &*self.shape;
+        let block = |share| {
+            let tensor = Tensor::zeros((2, *kv_heads, KV_BLOCK, *head_dim), *dtype, device)?;
+            Ok(Block { tensor, _share: share })
+        };
+        shares.into_iter().map(block).collect()
+    }
+}

@@ -1,0 +1,288 @@
+//! Blocks one above the other, and the passes through them.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::block::Block;
+use super::context::{BlockContext, ForwardContext, Pass, SideSignal};
+use super::kv_cache::{CHUNK, KvCache, Open};
+use super::linear::Linear;
+use super::mask::{Mask, Sight};
+use super::mlp::SideProjection;
+use super::rope::Rope;
+use super::tap::Tap;
+use super::weights::Weights;
+use crate::batch::{Batch, flat};
+use crate::cancel::Cancel;
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Transformer blocks one above the other: what turns one residual stream into another.
+///
+/// A [`Transformer`](super::Transformer) is one with an embedding table below and a vocabulary head above.
+#[derive(Clone, Debug)]
+pub struct Stack {
+    /// Tells this one's caches from all others of the process.
+    id: u64,
+    blocks: Vec<Block>,
+    rope: Arc<Rope>,
+    hidden_size: usize,
+    window: Option<usize>,
+    most_positions: usize,
+}
+
+/// What the pieces of a pass have in common.
+struct Running<'p> {
+    layers: Range<usize>,
+    sight: Sight,
+    side: Option<&'p SideSignal>,
+    tap: Option<&'p mut dyn Tap>,
+    cancel: Option<&'p Cancel>,
+}
+
+impl Stack {
+    /// `count` blocks, the weights of which are `{prefix}.{0, 1, ..}.*`, with a stream of type `dtype`.
+    ///
+    /// # Errors
+    /// A weight that is missing or of another shape.
+    pub(crate) fn new(
+        config: &Config,
+        prefix: &str,
+        count: usize,
+        (dtype, device): (DType, &Device),
+        weights: &mut impl Weights,
+    ) -> Result<Self> {
+        let block = |index| Block::new(config, &format!("{prefix}.{index}"), dtype, weights);
+        Ok(Self {
+            id: next_id(),
+            blocks: (0..count).map(block).collect::<Result<_>>()?,
+            rope: Arc::new(Rope::new(config, dtype, device)?),
+            hidden_size: config.hidden_size,
+            window: config.sliding_window,
+            most_positions: config.max_position_embeddings,
+        })
+    }
+
+    /// How many blocks there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    /// Runs `layers` over the residual stream `xs`; see
+    /// [`Transformer::forward`](super::Transformer::forward).
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`](super::Transformer::forward).
+    pub fn forward<'a>(
+        &self,
+        xs: &Tensor,
+        layers: Range<usize>,
+        context: impl Into<ForwardContext<'a>>,
+    ) -> Result<Tensor> {
+        let context = context.into();
+        in_pool(|| self.run(xs, layers, context))
+    }
+
+    fn run(&self, xs: &Tensor, layers: Range<usize>, context: ForwardContext<'_>) -> Result<Tensor> {
+        let ForwardContext { pass, side, tap, cancel } = context;
+        let tokens = self.check_stream(xs)?;
+        self.check_layers(&layers)?;
+        if layers.is_empty() {
+            return Ok(xs.clone());
+        }
+        let mut running = Running { layers, sight: Sight::Causal, side, tap, cancel };
+        let flat = flat(xs)?; // (tokens, hidden)
+        let ys = match pass {
+            Pass::Causal(batch) => self.uncached(&flat, batch, running)?,
+            Pass::Bidirectional(batch) => {
+                running.sight = Sight::Bidirectional;
+                self.uncached(&flat, batch, running)?
+            }
+            Pass::Cached(cache) => self.cached(&flat, &Batch::one(tokens)?, &mut [cache], running)?,
+            Pass::Remembered { batch, sight, caches } => {
+                running.sight = sight;
+                self.cached(&flat, batch, caches, running)?
+            }
+        };
+        Ok(ys.reshape(xs.shape())?)
+    }
+
+    /// All sequences at once, each by itself.
+    fn uncached(&self, xs: &Tensor, batch: &Batch, mut running: Running<'_>) -> Result<Tensor> {
+        batch.check(xs)?;
+        for (sequence, rows) in batch.all_rows().enumerate() {
+            self.check_context(batch.first(sequence).saturating_add(rows.len()))?;
+        }
+        let context = BlockContext {
+            rotation: self.rope.at(batch)?,
+            mask: Mask::new(batch, running.sight, self.window)?,
+            rows: 0..batch.tokens(),
+            caches: None,
+            side: running.side,
+            tap: running.tap.take().map(|tap| &mut *tap),
+            layer: 0,
+        };
+        self.blocks(xs, context, &running)
+    }
+
+    /// Sequences that go on after their caches: causally in chunks, in both directions at once.
+    fn cached(
+        &self,
+        xs: &Tensor,
+        batch: &Batch,
+        caches: &mut [&mut KvCache],
+        mut running: Running<'_>,
+    ) -> Result<Tensor> {
+        batch.check(xs)?;
+        if caches.len() != batch.sequences() {
+            let expected = format!("one for each of {} sequences", batch.sequences());
+            return Err(Error::parameter("caches", expected, caches.len()));
+        }
+        // All of it is checked before anything is taken up.
+        let mut batch = batch.clone();
+        for (sequence, cache) in caches.iter().enumerate() {
+            cache.check_owner(self.id)?;
+            let (first, new) = (cache.position(&running.layers)?, batch.rows(sequence).len());
+            cache.check_room(&running.layers, new)?;
+            self.check_context(first.saturating_add(new))?;
+            batch = batch.starting_at(sequence, first)?;
+        }
+        let mut open = Open::begin(caches, &running.layers)?;
+        let step = match running.sight {
+            Sight::Causal => CHUNK,
+            Sight::Bidirectional => batch.tokens(),
+        };
+        let mut chunks = Vec::new();
+        for start in (0..batch.tokens()).step_by(step.max(1)) {
+            let rows = start..batch.tokens().min(start + step);
+            let (piece, which) = match rows == (0..batch.tokens()) {
+                true => (batch.clone(), 0..batch.sequences()),
+                false => batch.piece(&rows),
+            };
+            open.reserve(&which, &piece.lengths())?;
+            let oldest = open.oldest(&which);
+            let context = BlockContext {
+                rotation: self.rope.at(&piece)?,
+                mask: Mask::with_past(&piece, running.sight, self.window, &oldest)?,
+                rows: rows.clone(),
+                caches: Some((&mut open, which)),
+                side: running.side,
+                tap: running.tap.as_mut().map(|tap| &mut **tap as &mut dyn Tap),
+                layer: 0,
+            };
+            chunks.push(self.blocks(&xs.narrow(0, start, rows.len())?, context, &running)?);
+        }
+        open.commit();
+        match chunks.as_slice() {
+            [only] => Ok(only.clone()),
+            chunks => Ok(Tensor::cat(chunks, 0)?),
+        }
+    }
+
+    fn blocks(
+        &self,
+        xs: &Tensor,
+        mut context: BlockContext<'_, '_, '_>,
+        running: &Running<'_>,
+    ) -> Result<Tensor> {
+        let mut xs = xs.clone();
+        for (layer, block) in running.layers.clone().zip(&self.blocks[running.layers.clone()]) {
+            running.cancel.map_or(Ok(()), Cancel::check)?;
+            context.layer = layer;
+            xs = block.forward(&xs, &mut context)?;
+        }
+        Ok(xs)
+    }
+
+    /// The same blocks and tensors under an id of its own, of which `change` may make others: its keys
+    /// and values will be others, too.
+    pub(crate) fn variant(&self) -> Self {
+        Self { id: next_id(), ..self.clone() }
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Bytes of its matrices by what they are kept as.
+    pub(crate) fn weight_bytes(&self) -> BTreeMap<String, usize> {
+        Linear::bytes_of(self.projections())
+    }
+
+    pub(super) fn projections(&self) -> impl Iterator<Item = &Linear> {
+        self.blocks.iter().flat_map(Block::projections)
+    }
+
+    /// The projection called `0.self_attn.q_proj` or the like.
+    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
+        let (layer, projection) = name.split_once('.')?;
+        let index: usize = layer.parse().ok()?;
+        if index.to_string() != layer {
+            return None; // 00 would be the same projection under a second name
+        }
+        self.blocks.get_mut(index)?.projection_mut(projection)
+    }
+
+    pub(super) fn set_side(&mut self, layer: usize, side: Option<SideProjection>) -> Result<()> {
+        let layers = self.blocks.len();
+        match self.blocks.get_mut(layer) {
+            Some(block) => block.set_side(side),
+            None => Err(Error::parameter("layer", format!("less than {layers}"), layer)),
+        }
+    }
+
+    fn check_layers(&self, layers: &Range<usize>) -> Result<()> {
+        if layers.start <= layers.end && layers.end <= self.blocks.len() {
+            return Ok(());
+        }
+        let expected = format!("a range within 0..{}", self.blocks.len());
+        Err(Error::parameter("layers", expected, format!("{layers:?}")))
+    }
+
+    /// The tokens of a residual stream `(.., hidden)`.
+    pub(super) fn check_stream(&self, xs: &Tensor) -> Result<usize> {
+        match xs.dims() {
+            [leading @ .., hidden] if !leading.is_empty() && *hidden == self.hidden_size => {
+                match leading.iter().product() {
+                    0 => Err(Error::EmptyPrompt),
+                    tokens => Ok(tokens),
+                }
+            }
+            got => {
+                let expected = format!("a stream (tokens, {})", self.hidden_size);
+                Err(Error::parameter("xs", expected, format!("{got:?}")))
+            }
+        }
+    }
+
+    /// Refuses more positions than the model was trained for.
+    pub(crate) fn check_context(&self, requested: usize) -> Result<()> {
+        let capacity = self.most_positions;
+        if requested > capacity {
+            return Err(Error::ContextFull { of: "the model", capacity, requested });
+        }
+        Ok(())
+    }
+}
+
+/// Does `work` on a thread of rayon's pool: from outside, each of its many small parallel steps would
+/// wait for a thread of the pool to take it up.
+pub(super) fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
+
+fn next_id() -> u64 {
+    static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}

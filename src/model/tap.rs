@@ -1,0 +1,156 @@
+//! Looking into a pass.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::kv_cache::Remembered;
+use super::mask::Mask;
+use crate::error::{Error, Result};
+use crate::kernels;
+
+/// Looks on while a pass runs, layer by layer. It changes nothing, and where there is none, nothing is
+/// computed for it. An error it returns ends the pass.
+///
+/// A causal pass over a cache runs in chunks, and shows each of them.
+pub trait Tap: Send {
+    /// The residual stream at a place in a layer, `(tokens, hidden)`.
+    ///
+    /// # Errors
+    /// Whatever ends the pass.
+    fn residual(&mut self, _layer: usize, _site: Site, _xs: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// What attention computes in a layer.
+    ///
+    /// # Errors
+    /// Whatever ends the pass.
+    fn attention(&mut self, _layer: usize, _attended: &Attended<'_>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Places in a block where the residual stream can be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Site {
+    /// What enters it.
+    Input,
+    /// Behind attention, before the MLP.
+    AfterAttention,
+    /// What leaves it.
+    Output,
+}
+
+/// The attention of one layer, as a [`Tap`] sees it. Scores and weights are computed when they are asked
+/// for, by the functions that the pass itself computes with where it has no faster kernel.
+#[derive(Debug)]
+pub struct Attended<'a> {
+    queries: &'a Tensor,
+    remembered: &'a Remembered,
+    context: &'a Tensor,
+    mask: &'a Mask,
+}
+
+impl<'a> Attended<'a> {
+    pub(super) fn new(
+        queries: &'a Tensor,
+        remembered: &'a Remembered,
+        context: &'a Tensor,
+        mask: &'a Mask,
+    ) -> Self {
+        Self { queries, remembered, context, mask }
+    }
+
+    /// Who sees whom.
+    #[must_use]
+    pub fn mask(&self) -> &Mask {
+        self.mask
+    }
+
+    /// Query heads.
+    #[must_use]
+    pub fn heads(&self) -> usize {
+        self.queries.dims().first().copied().unwrap_or(0)
+    }
+
+    /// The queries, rotated: `(heads, tokens, head_dim)`.
+    #[must_use]
+    pub fn queries(&self) -> &Tensor {
+        self.queries
+    }
+
+    /// The keys of one sequence, rotated, and its values: `(kv_heads, keys, head_dim)` each, at the
+    /// positions [`Mask::keys`]. In the type of the queries, with the values that they are kept with.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a sequence that there is not.
+    pub fn keys_and_values(&self, sequence: usize) -> Result<(Tensor, Tensor)> {
+        let spans = self.mask.spans();
+        let Some(this) = spans.sequences.get(sequence) else {
+            let expected = format!("less than the {} of the pass", spans.sequences.len());
+            return Err(Error::parameter("sequence", expected, sequence));
+        };
+        let dtype = self.queries.dtype();
+        match self.remembered {
+            Remembered::Packed(keys, values) => {
+                let own = |of: &Tensor| of.narrow(1, this.from, this.keys.len())?.to_dtype(dtype);
+                Ok((own(keys)?, own(values)?))
+            }
+            Remembered::Blocks(blocks) => match blocks.get(sequence) {
+                Some(held) => kernels::gather(held, &this.keys, dtype),
+                None => Err(Error::parameter("sequence", "one with blocks", sequence)),
+            },
+        }
+    }
+
+    /// What each token gathered from the values it saw, heads side by side, before the output
+    /// projection: `(tokens, heads · head_dim)`.
+    #[must_use]
+    pub fn context(&self) -> &Tensor {
+        self.context
+    }
+
+    /// The scores `q kᵀ / sqrt(head_dim)` of one head over one sequence, for some of its queries:
+    /// `(queries, keys)`, minus infinity where a query does not see a key.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a sequence, a head or queries that there are not.
+    pub fn scores(&self, sequence: usize, head: usize, queries: Range<usize>) -> Result<Tensor> {
+        let (keys, _) = self.keys_and_values(sequence)?;
+        let count = self.mask.spans().sequences.get(sequence).map_or(0, |it| it.queries.len());
+        if head >= self.heads() {
+            let expected = format!("less than the {} heads", self.heads());
+            return Err(Error::parameter("head", expected, head));
+        }
+        if queries.start > queries.end || queries.end > count {
+            let expected = format!("a range within 0..{count}");
+            return Err(Error::parameter("queries", expected, format!("{queries:?}")));
+        }
+        let scale = 1.0 / (self.queries.dim(2)? as f64).sqrt();
+        kernels::scores(self.queries, &keys, self.mask.spans(), sequence, head, queries, scale)
+    }
+
+    /// The weights of one head over one sequence, for some of its queries: the softmax of
+    /// [`scores`](Self::scores), `(queries, keys)`, 0 where a query does not see a key.
+    ///
+    /// # Errors
+    /// As [`scores`](Self::scores).
+    pub fn weights(&self, sequence: usize, head: usize, queries: Range<usize>) -> Result<Tensor> {
+        kernels::softmax(&self.scores(sequence, head, queries)?)
+    }
+
+    /// The weights of one sequence, mean over the heads: `(queries, keys)`. One head at a time stands
+    /// in memory.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a sequence that there is not.
+    pub fn mean_weights(&self, sequence: usize) -> Result<Tensor> {
+        let count = self.mask.spans().sequences.get(sequence).map_or(0, |it| it.queries.len());
+        let mut sum = self.weights(sequence, 0, 0..count)?;
+        for head in 1..self.heads() {
+            sum = (sum + self.weights(sequence, head, 0..count)?)?;
+        }
+        Ok((sum / self.heads().max(1) as f64)?)
+    }
+}

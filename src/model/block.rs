@@ -7,10 +7,10 @@ use super::attention::Attention;
 use super::kv_cache::KeyValues;
 use super::linear::Linear;
 use super::mlp::Mlp;
-use super::ops;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
+use crate::kernels;
 
 /// Attention, then MLP, each behind its norm and added to the residual stream.
 #[derive(Clone, Debug)]
@@ -47,9 +47,8 @@ impl Block {
         remember: impl FnOnce(KeyValues) -> Result<KeyValues>,
     ) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(xs)?;
-        let xs = ops::add(xs, self.self_attn.forward(&normed, view, remember)?)?;
-        let ys = self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?;
-        ops::add(&xs, ys)
+        let xs = (xs + self.self_attn.forward(&normed, view, remember)?)?;
+        &xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?
     }
 
     /// All of its projections.
@@ -91,6 +90,6 @@ impl RmsNorm {
     }
 
     pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(xs, &self.weight, self.eps)
+        kernels::rms_norm(xs, &self.weight, self.eps)
     }
 }

@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 
-use super::linear::{Input, Linear};
-use super::ops;
+use super::linear::Linear;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
+use crate::kernels::{Fresh, Input, swiglu};
 
 /// Tokens that are widened at a time; enough that reading the weights again costs nothing.
 const TOKENS_AT_ONCE: usize = 1024;
@@ -46,22 +46,23 @@ impl Mlp {
 
     /// `(batch, seq, hidden) -> (batch, seq, hidden)`. A long text goes piece by piece, because what
     /// stands inside is several times as wide.
-    pub(super) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, xs: &Tensor) -> Result<Fresh> {
         let (batch, seq, _) = xs.dims3()?;
         let step = (TOKENS_AT_ONCE / batch).max(1);
         if seq <= step || xs.track_op() {
             return self.forward_whole(xs);
         }
         let pieces = (0..seq).step_by(step).map(|start| {
-            self.forward_whole(&xs.narrow(1, start, step.min(seq - start))?.contiguous()?)
+            let piece = xs.narrow(1, start, step.min(seq - start))?.contiguous()?;
+            self.forward_whole(&piece)
         });
-        Ok(Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)?)
+        Fresh::cat(pieces.collect::<Result<Vec<_>>>()?, 1)
     }
 
-    fn forward_whole(&self, xs: &Tensor) -> Result<Tensor> {
-        let input = Input::new(xs, &[&self.gate_proj, &self.up_proj])?;
+    fn forward_whole(&self, xs: &Tensor) -> Result<Fresh> {
+        let input = Input::new(xs, &[self.gate_proj.weight(), self.up_proj.weight()])?;
         let (gate, up) =
             rayon::join(|| self.gate_proj.times(&input), || self.up_proj.times(&input));
-        self.down_proj.forward(&ops::swiglu(gate?, &up?)?) // (batch, seq, intermediate) inside
+        self.down_proj.product(swiglu(gate?, up?.tensor())?.tensor()) // (batch, seq, intermediate) inside
     }
 }

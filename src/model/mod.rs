@@ -35,15 +35,12 @@
 
 mod attention;
 mod block;
-#[cfg(any(test, feature = "flash-attn"))]
-mod flash_attn;
 mod hand_over;
 mod kv_cache;
 mod linear;
 mod mask;
 mod minds;
 mod mlp;
-mod ops;
 mod packing;
 mod rope;
 mod weights;
@@ -64,7 +61,6 @@ use crate::kernels;
 
 pub use self::attention::attend;
 pub use self::hand_over::HandOver;
-pub(crate) use crate::kernels::reads_blocks;
 pub(crate) use self::kv_cache::CHUNK;
 pub use self::kv_cache::KvCache;
 pub use self::linear::Linear;
@@ -73,6 +69,7 @@ pub use self::mask::{Mask, Sight};
 pub use self::minds::Mind;
 pub use self::weights::Weights;
 pub(crate) use self::weights::is_or_is_under;
+pub(crate) use crate::kernels::reads_blocks;
 pub use crate::layout::Layout;
 
 /// Who sees whom in a forward pass, and what is remembered of it.

@@ -4,9 +4,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ops;
 use crate::config::Config;
 use crate::error::Result;
+use crate::kernels;
 
 /// Cosines and sines of `position · theta^(-2i / head_dim)`, shared by all layers.
 #[derive(Debug)]
@@ -38,8 +38,32 @@ pub(super) struct Rotation {
 impl Rotation {
     /// Cuts `(batch, seq, heads · head_dim)` into rotated heads, `(batch, heads, seq, head_dim)`.
     pub(super) fn split_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
-        ops::split_heads(xs, heads, Some((&self.cos, &self.sin)))
+        split_heads(xs, heads, Some((&self.cos, &self.sin)))
     }
+}
+
+/// `(batch, seq, heads · head_dim)` to `(batch, heads, seq, head_dim)`.
+pub(super) fn split_heads(
+    xs: &Tensor,
+    heads: usize,
+    rotation: Option<(&Tensor, &Tensor)>,
+) -> Result<Tensor> {
+    let (batch, seq, width) = xs.dims3()?;
+    let flat = |angles: &Tensor| -> Result<Tensor> {
+        let half = angles.dim(candle_core::D::Minus1)?;
+        let angles = match angles.rank() {
+            3 => angles.clone(),
+            _ => angles.unsqueeze(0)?.expand((batch, seq, half))?,
+        };
+        Ok(angles.reshape((batch * seq, half))?)
+    };
+    let rotation = match rotation {
+        Some((cos, sin)) => Some((flat(cos)?, flat(sin)?)),
+        None => None,
+    };
+    let rotation = rotation.as_ref().map(|(cos, sin)| (cos, sin));
+    let ys = kernels::split_heads(&xs.reshape((batch * seq, width))?, heads, rotation)?;
+    Ok(ys.reshape((heads, batch, seq, width / heads))?.transpose(0, 1)?.contiguous()?)
 }
 
 impl Rope {

@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp2, D, DType, Shape, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::{f32s, fits_kernels, gradient_for, values};
 use crate::layout::Layout;
-use crate::kernels::{f32s, gradient_for, values};
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
@@ -47,7 +47,7 @@ impl Thinks<'_> {
         if layout.is_all_context() {
             return Ok(xs.clone());
         }
-        if [xs, z].iter().all(|it| it.device().is_cpu() && it.dtype() == DType::F32) {
+        if [xs, z].into_iter().all(fits_kernels) {
             let op = Choose { layout: layout.clone() };
             return Ok(xs.contiguous()?.apply_op2(&z.contiguous()?, op)?);
         }

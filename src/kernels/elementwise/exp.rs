@@ -13,7 +13,7 @@ const HIGHEST: f32 = 88.0;
 /// `x = n ln 2 + r` with whole `n` and `|r| <= ln 2 / 2`; then `e^x = 2^n e^r`, with a polynomial
 /// for `e^r` (Cody & Waite 1980; coefficients of Cephes' `expf`).
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(in crate::kernels) fn exp(x: f32) -> f32 {
     // Adding 1.5 · 2^23 rounds to a whole number, which then stands in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     let shifted = x * std::f32::consts::LOG2_E + ROUND;

@@ -4,7 +4,7 @@ use super::LANES;
 use super::exp::exp;
 
 #[inline(always)]
-pub(super) fn softmax(scores: &mut [f32]) {
+pub(in crate::kernels) fn softmax_in_place(scores: &mut [f32]) {
     let max = largest(scores);
     let mut sums = [0f32; LANES];
     let (chunks, rest) = scores.as_chunks_mut::<LANES>();

@@ -5,15 +5,15 @@ use std::any::Any;
 
 use pulp::Simd;
 
-use super::blocks::{GROUP, Groups, PART};
-use super::element::from_half;
-use super::fixed::Fixed;
+use super::super::dense::from_half;
+use super::chunk::{PART, PerGroup, SCALE_GROUP};
+use super::fixed_point::FixedPoint;
 
 /// Sums side by side, to be added up at last.
 pub(super) type Lanes = [f32; 16];
 
 /// Steps on 32 bytes, and from the whole numbers in them to `f32`.
-pub(super) trait Unit: Copy {
+pub(in crate::kernels) trait QuantSimd: Copy {
     /// 32 bytes.
     type Bytes: Copy;
 
@@ -36,7 +36,7 @@ pub(super) trait Unit: Copy {
     /// The `f16` with these bits.
     fn half(self, bits: u16) -> f32;
     /// Several of them, each twice.
-    fn pairs(self, halves: [[u8; 2]; 8]) -> Groups;
+    fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup;
 
     /// Adds `Σ d q·x` over the two groups of a part to the lanes, for numbers with a sign, in `f32`.
     fn add_products(self, q: Self::Bytes, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes);
@@ -45,24 +45,31 @@ pub(super) trait Unit: Copy {
     /// [`adds_all_bytes`] holds.
     ///
     /// Four products to a lane are at most `4 · 255 · 2²¹`, which is less than 2³¹.
-    fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes);
+    fn add_chunk(
+        self,
+        q: &Parts<Self>,
+        d: &PerGroup,
+        m: &PerGroup,
+        x: &FixedPoint,
+        lanes: &mut Lanes,
+    );
 
     /// `d q - m` for the two groups of a part. Numbers up to 63 are the same with a sign and without.
     fn scale(self, q: Self::Bytes, d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]);
 }
 
 /// The numbers of a chunk, two parts at a time.
-pub(super) type Parts<U> = [[<U as Unit>::Bytes; 2]; 4];
+pub(super) type Parts<U> = [[<U as QuantSimd>::Bytes; 2]; 4];
 
 /// Something to be done on one of them.
-pub(super) trait OnUnit {
+pub(super) trait OnQuantSimd {
     type Output;
-    fn run(self, unit: impl Unit) -> Self::Output;
+    fn run(self, simd: impl QuantSimd) -> Self::Output;
 }
 
-/// Does it on the unit that is `simd`'s.
+/// Does it on the vector unit that `simd` stands for.
 #[inline(always)]
-pub(super) fn on_unit<S: Simd, T: OnUnit>(simd: S, task: T) -> T::Output {
+pub(super) fn on_quant_simd<S: Simd, T: OnQuantSimd>(simd: S, task: T) -> T::Output {
     #[cfg(target_arch = "x86_64")]
     {
         use pulp::x86::{V3, V4};
@@ -77,21 +84,21 @@ pub(super) fn on_unit<S: Simd, T: OnUnit>(simd: S, task: T) -> T::Output {
     task.run(Plain)
 }
 
-/// The same, with what [`Unit::add_chunk`] gains by instructions that few processors have.
+/// The same, with what [`QuantSimd::add_chunk`] gains by instructions that few processors have.
 #[inline(always)]
-pub(super) fn on_unit_for_chunks<S: Simd, T: OnUnit>(simd: S, task: T) -> T::Output {
+pub(super) fn on_quant_simd_for_chunks<S: Simd, T: OnQuantSimd>(simd: S, task: T) -> T::Output {
     #[cfg(target_arch = "x86_64")]
     {
         let simd: &dyn Any = &simd;
         let v4 = simd.downcast_ref::<pulp::x86::V4>();
-        if let Some(unit) = v4.and_then(|v4| x86::Vnni::try_new(*v4)) {
-            return unit.run(task);
+        if let Some(simd) = v4.and_then(|v4| x86::Vnni::try_new(*v4)) {
+            return simd.run(task);
         }
     }
-    on_unit(simd, task)
+    on_quant_simd(simd, task)
 }
 
-/// Whether [`on_unit_for_chunks`] finds a unit here that multiplies bytes without a sign, however large.
+/// Whether [`on_quant_simd_for_chunks`] finds a vector unit here that multiplies bytes without a sign, however large.
 /// Others add up pairs in 16 bits.
 pub(super) fn adds_all_bytes() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -112,7 +119,7 @@ const fn all(byte: u8) -> u64 {
     u64::from_ne_bytes([byte; 8])
 }
 
-impl Unit for Plain {
+impl QuantSimd for Plain {
     type Bytes = [u64; 4];
 
     #[inline(always)]
@@ -170,14 +177,16 @@ impl Unit for Plain {
     }
 
     #[inline(always)]
-    fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+    fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
         pairs(halves)
     }
 
     #[inline(always)]
     fn add_products(self, q: [u64; 4], d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
-        for ((q, x), d) in numbers(q).as_chunks::<GROUP>().0.iter().zip(x.as_chunks().0).zip(d) {
-            let x: &[f32; GROUP] = x;
+        for ((q, x), d) in
+            numbers(q).as_chunks::<SCALE_GROUP>().0.iter().zip(x.as_chunks().0).zip(d)
+        {
+            let x: &[f32; SCALE_GROUP] = x;
             for (lane, (q, x)) in lanes.iter_mut().zip(q.iter().zip(x)) {
                 *lane += d * (x * f32::from(*q));
             }
@@ -185,14 +194,21 @@ impl Unit for Plain {
     }
 
     #[inline(always)]
-    fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+    fn add_chunk(
+        self,
+        q: &Parts<Self>,
+        d: &PerGroup,
+        m: &PerGroup,
+        x: &FixedPoint,
+        lanes: &mut Lanes,
+    ) {
         let groups = d.as_chunks::<4>().0.iter();
         for ((q, bytes), d) in q.iter().zip(&x.bytes).zip(groups) {
             let q = q.map(numbers);
             for (index, q) in q.as_flattened().iter().enumerate() {
                 let whole = bytes.iter().fold(0, |whole, it| whole * 256 + i32::from(it[index]));
                 let whole = whole * i32::from(*q);
-                lanes[index % GROUP] += x.scale * d[index / GROUP] * whole as f32;
+                lanes[index % SCALE_GROUP] += x.scale * d[index / SCALE_GROUP] * whole as f32;
             }
         }
         for ((lane, m), sum) in lanes.iter_mut().zip(m).zip(&x.sums) {
@@ -202,11 +218,11 @@ impl Unit for Plain {
 
     #[inline(always)]
     fn scale(self, q: [u64; 4], d: &[f32; 2], m: &[f32; 2], wide: &mut [f32; PART]) {
-        let wide = wide.as_chunks_mut::<GROUP>().0;
+        let wide = wide.as_chunks_mut::<SCALE_GROUP>().0;
         for ((wide, q), (d, m)) in
             wide.iter_mut().zip(numbers(q).as_chunks().0).zip(d.iter().zip(m))
         {
-            let q: &[i8; GROUP] = q;
+            let q: &[i8; SCALE_GROUP] = q;
             for (wide, q) in wide.iter_mut().zip(q) {
                 *wide = f32::from(*q) * d - m;
             }
@@ -214,9 +230,9 @@ impl Unit for Plain {
     }
 }
 
-/// [`Unit::pairs`] on any processor.
+/// [`QuantSimd::pairs`] on any processor.
 #[inline(always)]
-fn pairs(halves: [[u8; 2]; 8]) -> Groups {
+fn pairs(halves: [[u8; 2]; 8]) -> PerGroup {
     let mut pairs = [0.0; 16];
     for (pair, half) in pairs.as_chunks_mut().0.iter_mut().zip(halves) {
         *pair = [from_half(u16::from_le_bytes(half)); 2];
@@ -243,7 +259,9 @@ mod x86 {
     use pulp::x86::{V3, V4};
     use pulp::{cast, f32x8, f32x16, u64x2};
 
-    use super::{Fixed, Groups, Lanes, OnUnit, PART, Parts, Unit, from_half, pairs};
+    use super::{
+        FixedPoint, Lanes, OnQuantSimd, PART, Parts, PerGroup, QuantSimd, from_half, pairs,
+    };
 
     /// The steps on bytes, 32 of which fill a register of AVX2.
     macro_rules! bytes {
@@ -330,7 +348,7 @@ mod x86 {
         }
     }
 
-    impl Unit for V3 {
+    impl QuantSimd for V3 {
         bytes!();
 
         #[inline(always)]
@@ -339,7 +357,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+        fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
             pairs(halves)
         }
 
@@ -356,7 +374,14 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+        fn add_chunk(
+            self,
+            q: &Parts<Self>,
+            d: &PerGroup,
+            m: &PerGroup,
+            x: &FixedPoint,
+            lanes: &mut Lanes,
+        ) {
             let scale = self.splat_f32x8(x.scale);
             let d: [f32x8; 2] = cast(*d);
             let d = d.map(|d| self.mul_f32x8(d, scale));
@@ -401,7 +426,7 @@ mod x86 {
         }
     }
 
-    impl Unit for V4 {
+    impl QuantSimd for V4 {
         bytes!();
 
         #[inline(always)]
@@ -412,7 +437,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+        fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
             let halves: __m128i = cast(halves);
             let low = self.sse2._mm_unpacklo_epi16(halves, halves);
             let high = self.sse2._mm_unpackhi_epi16(halves, halves);
@@ -431,7 +456,14 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+        fn add_chunk(
+            self,
+            q: &Parts<Self>,
+            d: &PerGroup,
+            m: &PerGroup,
+            x: &FixedPoint,
+            lanes: &mut Lanes,
+        ) {
             V3::add_chunk(*self, q, d, m, x, lanes);
         }
 
@@ -455,7 +487,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        pub(super) fn run<T: OnUnit>(self, task: T) -> T::Output {
+        pub(super) fn run<T: OnQuantSimd>(self, task: T) -> T::Output {
             // SAFETY: `self` is proof that all of these are there.
             unsafe { run_with_vnni(self, task) }
         }
@@ -464,8 +496,8 @@ mod x86 {
     #[target_feature(
         enable = "avx,avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni"
     )]
-    fn run_with_vnni<T: OnUnit>(unit: Vnni, task: T) -> T::Output {
-        task.run(unit)
+    fn run_with_vnni<T: OnQuantSimd>(simd: Vnni, task: T) -> T::Output {
+        task.run(simd)
     }
 
     impl Deref for Vnni {
@@ -477,7 +509,7 @@ mod x86 {
         }
     }
 
-    impl Unit for Vnni {
+    impl QuantSimd for Vnni {
         bytes!();
 
         #[inline(always)]
@@ -486,7 +518,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn pairs(self, halves: [[u8; 2]; 8]) -> Groups {
+        fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
             self.v4.pairs(halves)
         }
 
@@ -496,7 +528,14 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_chunk(self, q: &Parts<Self>, d: &Groups, m: &Groups, x: &Fixed, lanes: &mut Lanes) {
+        fn add_chunk(
+            self,
+            q: &Parts<Self>,
+            d: &PerGroup,
+            m: &PerGroup,
+            x: &FixedPoint,
+            lanes: &mut Lanes,
+        ) {
             let d = self.mul_f32x16(cast(*d), self.splat_f32x16(x.scale));
             let mut sum = self.splat_f32x16(0.0);
             for (step, (q, bytes)) in q.iter().zip(&x.bytes).enumerate() {

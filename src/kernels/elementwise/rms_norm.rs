@@ -4,7 +4,8 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{LANES, f32s, gradient_for, values};
+use super::super::storage::{f32s, gradient_for, values};
+use super::LANES;
 
 /// Elements that one task computes, about.
 const RUN: usize = 1 << 14;
@@ -12,9 +13,9 @@ const RUN: usize = 1 << 14;
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension of a contiguous `x` in `f32`; the
 /// weight has that dimension. The plain twin is `candle_nn::ops::rms_norm_slow`.
 #[derive(Debug)]
-pub(crate) struct RmsNorm {
+pub(in crate::kernels) struct RmsNorm {
     /// Keeps rows of zeros from being divided by zero.
-    pub(crate) eps: f32,
+    pub(in crate::kernels) eps: f32,
 }
 
 impl CustomOp2 for RmsNorm {

@@ -12,82 +12,118 @@
 //!
 //! Scores lie with their rows side by side, so that the largest one, the sum and the mask of a row are
 //! found by whole vectors.
+//!
+//! Keys that go by together begin at a position that is a multiple of KEYS, wherever their queries begin
+//! and wherever they lie; a key that a row does not see adds an exact 0 to it. So how queries are cut into
+//! blocks and tiles, which threads decide, changes no bit:
+//!
+//! ```text
+//! a row sees positions 50..130:   50..96   96..130             of keys 48..96, 96..144
+//! beside one that sees 10..131:   10..48   48..96   96..131    the first all hidden from it, the others in part
+//! ```
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use candle_core::{DType, Device, Layout, Result, Storage, Tensor, WithDType};
+use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::dot::dot;
-use super::element::Element;
-use super::exp::exp;
-use super::softmax::softmax;
-use super::tiles::Group;
-use super::values;
-use crate::model::Mask;
+use super::super::dense::{Element, MicroKernel, dot};
+use super::super::elementwise::{exp, softmax_in_place};
+use super::super::storage::{elements, values};
+use super::{HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans};
 
 /// Keys that are scored at a time: with their values and the scores of a tile, they stay in the
-/// first-level cache for each of the tiles that look at them. A multiple of every group.
-const KEYS: usize = 48;
+/// first-level cache for each of the tiles that look at them. A multiple of every micro-panel.
+pub(super) const KEYS: usize = 48;
 
 /// Rows that look at the same keys while these are in the cache, about.
 const ROWS: usize = 128;
 
 /// `softmax(q kᵀ · scale + mask) v` on the CPU, without a gradient.
 ///
-/// `q` is `(batch, heads, queries, head_dim)` in `f32`; `k` and `v` are
-/// `(batch, kv_heads, keys, head_dim)` in `f32`, `bf16` or `f16`. The result is
-/// `(batch, queries, heads · head_dim)` in `f32`. The caller has seen to it that shapes and mask fit
-/// each other. The plain twin is [`Attend`](super::Attend), and below it candle's operations.
-pub(crate) fn attend(
+/// `q` is `(heads, queries, head_dim)` in `f32`; keys and values are in `f32`, `bf16` or `f16`. The result
+/// is `(queries, heads · head_dim)` in `f32`. The caller has seen to it that shapes and spans fit each
+/// other. The plain twin is [`Attend`](super::Attend), and below it candle's operations.
+pub(in crate::kernels) fn attend(
     q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &Mask,
+    held: &KeyValues<'_>,
+    spans: &Spans,
     scale: f32,
 ) -> Result<Tensor> {
-    let (batch, heads, queries, head_dim) = q.dims4()?;
-    let kv_heads = k.dim(1)?;
+    match held.tensors().next().map(Tensor::dtype) {
+        Some(DType::BF16) => attend_to::<bf16>(q, held, spans, scale),
+        Some(DType::F16) => attend_to::<f16>(q, held, spans, scale),
+        _ => attend_to::<f32>(q, held, spans, scale),
+    }
+}
+
+fn attend_to<T: Element + WithDType>(
+    q: &Tensor,
+    held: &KeyValues<'_>,
+    spans: &Spans,
+    scale: f32,
+) -> Result<Tensor> {
+    let (heads, queries, head_dim) = q.dims3()?;
     let q = q.contiguous()?;
-    let (k, v) = (with_whole_rows(k)?, with_whole_rows(v)?);
-    let held = values(&q);
-    let sizes = Sizes { batch, heads, kv_heads, group: heads / kv_heads, queries, head_dim };
-    let (k_storage, k_layout) = k.storage_and_layout();
-    let (v_storage, v_layout) = v.storage_and_layout();
-    let (Storage::Cpu(k), Storage::Cpu(v)) = (&*k_storage, &*v_storage) else {
-        candle_core::bail!("attend: expected keys and values on the CPU");
+    let q_values = values(&q);
+    let q = q_values.get()?;
+    let job = |kv_heads: usize, keys: &[Keys<'_, T>]| {
+        let sizes = Sizes { heads, kv_heads, group: heads / kv_heads, queries, head_dim };
+        Job { sizes, q, spans, keys, scale }.run()
     };
-    let q = held.get()?;
-    let ys = match (k, v) {
-        (CpuStorage::F32(k), CpuStorage::F32(v)) => {
-            let (k, v) = (Rows::new(k, k_layout), Rows::new(v, v_layout));
-            Job { sizes, q, k, v, mask, scale }.run()
+    let ys = match *held {
+        KeyValues::Packed { keys, values } => {
+            let (keys, values) = (with_whole_rows(keys)?, with_whole_rows(values)?);
+            let (k_storage, k_layout) = keys.storage_and_layout();
+            let (v_storage, v_layout) = values.storage_and_layout();
+            let (k, v) = (slice::<T>(&k_storage)?, slice::<T>(&v_storage)?);
+            let of = |spans: &SequenceSpans| Keys::Packed {
+                keys: Packed::new(k, k_layout, spans, head_dim),
+                values: Packed::new(v, v_layout, spans, head_dim),
+            };
+            job(keys.dim(0)?, &spans.sequences.iter().map(of).collect::<Vec<_>>())
         }
-        (CpuStorage::BF16(k), CpuStorage::BF16(v)) => {
-            let (k, v) = (Rows::new(k, k_layout), Rows::new(v, v_layout));
-            Job { sizes, q, k, v, mask, scale }.run()
+        KeyValues::Blocks(held) => {
+            let Some(block) = held.iter().find_map(|held| held.blocks.first()) else {
+                return Tensor::zeros((queries, heads * head_dim), DType::F32, &Device::Cpu);
+            };
+            let kv_heads = block.dim(1)?;
+            let guards = held.iter().map(|held| held.blocks.iter().map(Tensor::storage_and_layout));
+            let guards: Vec<Vec<_>> = guards.map(Iterator::collect).collect();
+            let slices = guards.iter().map(|blocks| {
+                blocks
+                    .iter()
+                    .map(|(storage, layout)| elements(slice::<T>(storage)?, layout))
+                    .collect()
+            });
+            let slices = slices.collect::<Result<Vec<Vec<_>>>>()?;
+            let of = |(held, blocks)| Keys::in_blocks(held, blocks, head_dim);
+            job(kv_heads, &held.iter().zip(&slices).map(of).collect::<Vec<_>>())
         }
-        (CpuStorage::F16(k), CpuStorage::F16(v)) => {
-            let (k, v) = (Rows::new(k, k_layout), Rows::new(v, v_layout));
-            Job { sizes, q, k, v, mask, scale }.run()
-        }
-        _ => candle_core::bail!("attend: expected keys and values of one type of weight"),
     };
-    Tensor::from_vec(ys, (batch, queries, heads * head_dim), &candle_core::Device::Cpu)
+    Tensor::from_vec(ys, (queries, heads * head_dim), &Device::Cpu)
+}
+
+/// All that a storage holds.
+fn slice<T: WithDType>(storage: &Storage) -> Result<&[T]> {
+    match storage {
+        Storage::Cpu(storage) => storage.as_slice(),
+        _ => candle_core::bail!("attend: expected keys and values on the CPU"),
+    }
 }
 
 /// Itself, if the keys of a head lie one behind the other, as those in a cache do.
 fn with_whole_rows(tensor: &Tensor) -> Result<Tensor> {
-    match (tensor.stride(), tensor.dim(3)?) {
-        ([.., row, 1], head_dim) if *row == head_dim => Ok(tensor.clone()),
+    match (tensor.stride(), tensor.dim(2)?) {
+        ([_, row, 1], head_dim) if *row == head_dim => Ok(tensor.clone()),
         _ => tensor.contiguous(),
     }
 }
 
 #[derive(Clone, Copy)]
 struct Sizes {
-    batch: usize,
     heads: usize,
     kv_heads: usize,
     /// Query heads to a key head.
@@ -96,71 +132,136 @@ struct Sizes {
     head_dim: usize,
 }
 
-/// Keys or values: `(batch, kv_heads, keys, head_dim)`.
+/// The keys and values of one sequence, wherever they lie.
 #[derive(Clone, Copy)]
-struct Rows<'a, T> {
-    values: &'a [T],
-    start: usize,
-    /// From one row of the batch, and from one head, to the next.
-    steps: [usize; 2],
+enum Keys<'a, T> {
+    Packed {
+        keys: Packed<'a, T>,
+        values: Packed<'a, T>,
+    },
+    /// Each block is `(2, kv_heads, KV_BLOCK, head_dim)`; slot 0 of the first has position `first`.
+    Blocks {
+        first: usize,
+        blocks: &'a [&'a [T]],
+        head_dim: usize,
+    },
 }
 
-impl<'a, T> Rows<'a, T> {
-    fn new(values: &'a [T], layout: &Layout) -> Self {
-        let steps = match layout.stride() {
-            [batch, head, ..] => [*batch, *head],
-            _ => [0, 0],
-        };
-        Self { values, start: layout.start_offset(), steps }
+/// Keys or values, `(kv_heads, keys, head_dim)`, of which a sequence has some.
+#[derive(Clone, Copy)]
+struct Packed<'a, T> {
+    elements: &'a [T],
+    /// Of the first position of the sequence, and which that is.
+    start: usize,
+    first: usize,
+    /// From one head to the next.
+    of_head: usize,
+    head_dim: usize,
+}
+
+impl<'a, T> Packed<'a, T> {
+    fn new(elements: &'a [T], layout: &Layout, spans: &SequenceSpans, head_dim: usize) -> Self {
+        let start = layout.start_offset() + spans.from * head_dim;
+        let of_head = layout.stride().first().copied().unwrap_or_default();
+        Self { elements, start, first: spans.keys.start, of_head, head_dim }
     }
 
-    /// Some keys of one head, `(keys, head_dim)`.
-    fn of(&self, row: usize, head: usize, keys: &Range<usize>, head_dim: usize) -> &'a [T] {
-        let start = self.start + row * self.steps[0] + head * self.steps[1];
-        &self.values[start + keys.start * head_dim..start + keys.end * head_dim]
+    fn of(&self, head: usize, positions: &Range<usize>) -> &'a [T] {
+        let start = self.start + head * self.of_head;
+        let at = |position: usize| start + (position - self.first) * self.head_dim;
+        &self.elements[at(positions.start)..at(positions.end)]
+    }
+}
+
+impl<'a, T> Keys<'a, T> {
+    fn in_blocks(held: &HeldBlocks, blocks: &'a Vec<&'a [T]>, head_dim: usize) -> Self {
+        Self::Blocks { first: held.first, blocks, head_dim }
+    }
+
+    /// As many of these positions as lie in one piece.
+    fn piece(&self, positions: Range<usize>) -> Range<usize> {
+        match self {
+            Self::Packed { .. } => positions,
+            // Positions 90..200 of blocks from 0 on: 90..96, then 96..192, then 192..200.
+            Self::Blocks { .. } => {
+                let end = (positions.start / KV_BLOCK + 1) * KV_BLOCK;
+                positions.start..positions.end.min(end)
+            }
+        }
+    }
+
+    /// Keys and values of a head at positions that lie in one piece, `(positions, head_dim)` each.
+    #[inline(always)]
+    fn of(&self, head: usize, positions: &Range<usize>) -> [&'a [T]; 2] {
+        match self {
+            Self::Packed { keys, values } => [keys, values].map(|it| it.of(head, positions)),
+            Self::Blocks { first, blocks, head_dim } => {
+                let (block, slot) =
+                    ((positions.start - first) / KV_BLOCK, (positions.start - first) % KV_BLOCK);
+                let (keys, values) = blocks[block].split_at(blocks[block].len() / 2);
+                let start = (head * KV_BLOCK + slot) * head_dim;
+                [keys, values].map(|it| &it[start..start + positions.len() * head_dim])
+            }
+        }
     }
 }
 
 /// All that is to be attended to.
-#[derive(Clone, Copy)]
 struct Job<'a, T> {
     sizes: Sizes,
+    /// `(heads, queries, head_dim)`
     q: &'a [f32],
-    k: Rows<'a, T>,
-    v: Rows<'a, T>,
-    mask: &'a Mask,
+    spans: &'a Spans,
+    /// Those of each sequence.
+    keys: &'a [Keys<'a, T>],
     scale: f32,
 }
 
 impl<T: Element> Job<'_, T> {
-    fn run(self) -> Vec<f32> {
-        let Sizes { batch, heads, kv_heads, group, queries, head_dim } = self.sizes;
-        let mut ys = vec![0f32; batch * queries * heads * head_dim];
-        if ys.is_empty() {
-            return ys;
+    fn run(&self) -> Vec<f32> {
+        let Sizes { heads, kv_heads, group, queries, head_dim } = self.sizes;
+        let mut ys = vec![0f32; queries * heads * head_dim];
+        let most = queries.div_ceil(2 * rayon::current_num_threads()).max(1);
+        let block = (ROWS / group.max(1)).clamp(1, most);
+        let (mut tasks, mut rest) = (Vec::new(), ys.as_mut_slice());
+        for (spans, &keys) in self.spans.sequences.iter().zip(self.keys) {
+            // Of a single query, key heads go to the threads; of more, blocks of queries.
+            let alone = spans.sees.len() == 1;
+            let step = if alone { 1 } else { block };
+            for start in (0..spans.sees.len()).step_by(step) {
+                let queries = start..spans.sees.len().min(start + step);
+                let of_queries = rest.split_off_mut(..queries.len() * heads * head_dim);
+                let of_queries = of_queries.unwrap_or_default();
+                let task = |head, ys| Task { spans, keys, queries: queries.clone(), head, ys };
+                match alone {
+                    true => {
+                        let heads = of_queries.chunks_exact_mut(group * head_dim).enumerate();
+                        tasks.extend(heads.map(|(head, ys)| task(Some(head), ys)));
+                    }
+                    false => tasks.push(task(None, of_queries)),
+                }
+            }
         }
         let arch = Arch::new();
-        // Of a single query, key heads go to the threads; of more, blocks of queries.
-        if queries == 1 {
-            let heads = ys.par_chunks_mut(group * head_dim).enumerate();
-            heads.for_each_init(Room::default, |room, (index, ys)| {
-                let (row, head) = (index / kv_heads, index % kv_heads);
-                arch.dispatch(One { job: self, row, head, ys, room });
-            });
-            return ys;
-        }
-        let of_query = heads * head_dim;
-        let most = queries.div_ceil(2 * rayon::current_num_threads());
-        let block = (ROWS / group).clamp(1, most);
-        ys.par_chunks_mut(queries * of_query).enumerate().for_each(|(row, ys)| {
-            let blocks = ys.par_chunks_mut(block * of_query).enumerate();
-            blocks.for_each_init(Room::default, |room, (index, ys)| {
-                let queries = index * block..queries.min((index + 1) * block);
-                arch.dispatch(Block { job: self, row, queries, ys, room });
-            });
+        tasks.into_par_iter().for_each_init(Room::default, |room, task| match task.head {
+            Some(head) => arch.dispatch(OneQuery { job: self, task, head, room }),
+            None => arch.dispatch(QueryBlock { job: self, task, room }),
         });
+        debug_assert_eq!(kv_heads * group, heads);
         ys
     }
+}
+
+/// Some queries of one sequence.
+struct Task<'a, T> {
+    spans: &'a SequenceSpans,
+    keys: Keys<'a, T>,
+    /// Counted from the first of the sequence.
+    queries: Range<usize>,
+    /// The one key head, or all.
+    head: Option<usize>,
+    /// `(queries, query heads · head_dim)`
+    ys: &'a mut [f32],
 }
 
 /// What a thread needs again and again.
@@ -173,7 +274,7 @@ struct Room {
     /// For each row: the largest score so far, and the sum of what all are then.
     largest: Vec<f32>,
     sum: Vec<f32>,
-    /// The keys that each row sees: from the first to before the second.
+    /// The positions that each row sees: from the first to before the second.
     from: Vec<u32>,
     to: Vec<u32>,
     /// `(KEYS, rows)` of one tile, or all of one query.
@@ -182,59 +283,69 @@ struct Room {
     wide: [Vec<f32>; 2],
 }
 
-/// The one query of a row of the batch, against the keys of a head: what a token costs that is decoded.
-/// Few rows would leave most of a tile empty, so vectors run along the channels here.
-struct One<'a, T> {
-    job: Job<'a, T>,
-    row: usize,
+/// The one query of a sequence, against the keys of a head: what a token costs that is decoded. Few rows
+/// would leave most of a tile empty, so vectors run along the channels here.
+struct OneQuery<'a, T> {
+    job: &'a Job<'a, T>,
+    task: Task<'a, T>,
     head: usize,
-    /// `(group, head_dim)`
-    ys: &'a mut [f32],
     room: &'a mut Room,
 }
 
-impl<T: Element> WithSimd for One<'_, T> {
+impl<T: Element> WithSimd for OneQuery<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Job { q, k, v, mask, scale, .. } = self.job;
-        let Sizes { heads, group, head_dim, .. } = self.job.sizes;
-        let Room { scores, wide: [wide, _], .. } = self.room;
+        let Task { spans, keys, ys, .. } = self.task;
+        let Sizes { group, queries, head_dim, .. } = self.job.sizes;
+        let Room { scores, wide: [wide, q], .. } = self.room;
         wide.resize(head_dim, 0.0);
-        let keys = mask.sees(self.row, 0);
-        let k = k.of(self.row, self.head, &keys, head_dim);
-        let v = v.of(self.row, self.head, &keys, head_dim);
-        let q = &q[(self.row * heads + self.head * group) * head_dim..][..group * head_dim];
-        scores.resize(group * keys.len(), 0.0); // (group, keys)
-        for (key, k) in k.chunks_exact(head_dim).enumerate() {
-            let k = T::widen(simd, k, wide);
-            for (q, scores) in q.chunks_exact(head_dim).zip(scores.chunks_exact_mut(keys.len())) {
-                scores[key] = scale * dot(simd, q, k);
-            }
+        q.clear(); // (group, head_dim)
+        for head in self.head * group..(self.head + 1) * group {
+            let from = (head * queries + spans.queries.start) * head_dim;
+            q.extend_from_slice(&self.job.q[from..from + head_dim]);
         }
-        scores.chunks_exact_mut(keys.len().max(1)).for_each(softmax);
-        for (key, v) in v.chunks_exact(head_dim).enumerate() {
-            let v = T::widen(simd, v, wide);
-            let shares = scores.chunks_exact(keys.len());
-            for (y, shares) in self.ys.chunks_exact_mut(head_dim).zip(shares) {
-                y.iter_mut().zip(v).for_each(|(y, v)| *y += shares[key] * v);
+        let Some(seen) = spans.sees.first() else { return };
+        scores.resize(group * seen.len(), 0.0); // (group, seen)
+        let mut rest = seen.clone();
+        while !rest.is_empty() {
+            let piece = keys.piece(rest.clone());
+            let [k, _] = keys.of(self.head, &piece);
+            for (key, k) in (piece.start - seen.start..).zip(k.chunks_exact(head_dim)) {
+                let k = T::widen(simd, k, wide);
+                for (q, scores) in q.chunks_exact(head_dim).zip(scores.chunks_exact_mut(seen.len()))
+                {
+                    scores[key] = self.job.scale * dot(simd, q, k);
+                }
             }
+            rest.start = piece.end;
+        }
+        scores.chunks_exact_mut(seen.len().max(1)).for_each(softmax_in_place);
+        let mut rest = seen.clone();
+        while !rest.is_empty() {
+            let piece = keys.piece(rest.clone());
+            let [_, v] = keys.of(self.head, &piece);
+            for (key, v) in (piece.start - seen.start..).zip(v.chunks_exact(head_dim)) {
+                let v = T::widen(simd, v, wide);
+                let shares = scores.chunks_exact(seen.len());
+                for (y, shares) in ys.chunks_exact_mut(head_dim).zip(shares) {
+                    y.iter_mut().zip(v).for_each(|(y, v)| *y += shares[key] * v);
+                }
+            }
+            rest.start = piece.end;
         }
     }
 }
 
-/// Some queries of one row of the batch, against the keys of all heads.
-struct Block<'a, T> {
-    job: Job<'a, T>,
-    row: usize,
-    queries: Range<usize>,
-    /// `(queries, heads · head_dim)`
-    ys: &'a mut [f32],
+/// Some queries of one sequence, against the keys of all heads.
+struct QueryBlock<'a, T> {
+    job: &'a Job<'a, T>,
+    task: Task<'a, T>,
     room: &'a mut Room,
 }
 
-impl<T: Element> WithSimd for Block<'_, T> {
+impl<T: Element> WithSimd for QueryBlock<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -247,22 +358,22 @@ impl<T: Element> WithSimd for Block<'_, T> {
     }
 }
 
-impl<T: Element> Block<'_, T> {
-    /// The `index`th row of the block: its query, and its head among those of the key head.
+impl<T: Element> QueryBlock<'_, T> {
+    /// The `index`th row of the block: its query, counted from the first of the block, and its head among
+    /// those of the head group.
     fn row(&self, index: usize) -> (usize, usize) {
         let group = self.job.sizes.group;
-        (self.queries.start + index / group, index % group)
+        (index / group, index % group)
     }
 
     #[inline(always)]
     fn attend<S: Simd, const N: usize>(mut self, simd: S)
     where
-        for<'b> [&'b [f32]; N]: Group<S>,
+        for<'b> [&'b [f32]; N]: MicroKernel<S>,
     {
-        let Job { k, v, mask, .. } = self.job;
         let Sizes { kv_heads, group, head_dim, .. } = self.job.sizes;
         let width = 2 * S::F32_LANES;
-        let rows = self.queries.len() * group;
+        let rows = self.task.queries.len() * group;
         let padded = rows.next_multiple_of(width);
         let room = std::mem::take(self.room);
         let Room { mut q, mut o, mut largest, mut sum, mut from, mut to, mut scores, mut wide } =
@@ -279,7 +390,8 @@ impl<T: Element> Block<'_, T> {
         from.clear();
         to.clear();
         for index in 0..padded {
-            let sees = mask.sees(self.row, self.row(index.min(rows - 1)).0);
+            let (query, _) = self.row(index.min(rows - 1));
+            let sees = &self.task.spans.sees[self.task.queries.start + query];
             from.push(sees.start as u32);
             to.push(sees.end as u32);
         }
@@ -293,10 +405,10 @@ impl<T: Element> Block<'_, T> {
             largest.resize(padded, f32::NEG_INFINITY);
             sum.clear();
             sum.resize(padded, 0.0);
-            for start in (first..last).step_by(KEYS) {
-                let keys = start..last.min(start + KEYS);
-                let k = T::widen(simd, k.of(self.row, head, &keys, head_dim), wide_k);
-                let v = T::widen(simd, v.of(self.row, head, &keys, head_dim), wide_v);
+            for start in (first / KEYS * KEYS..last).step_by(KEYS) {
+                let keys = start.max(first)..last.min(start + KEYS);
+                let [k, v] = self.task.keys.of(head, &keys);
+                let (k, v) = (T::widen(simd, k, wide_k), T::widen(simd, v, wide_v));
                 let tiles =
                     q.chunks_exact(width * head_dim).zip(o.chunks_exact_mut(width * head_dim));
                 for (tile, (q, o)) in tiles.enumerate() {
@@ -323,13 +435,14 @@ impl<T: Element> Block<'_, T> {
         *self.room = Room { q, o, largest, sum, from, to, scores, wide };
     }
 
-    /// Turns the queries of a head's group into tiles.
+    /// Turns the queries of a head group into tiles.
     #[inline(always)]
     fn pack(&self, head: usize, rows: usize, width: usize, tiles: &mut [f32]) {
-        let Sizes { heads, group, queries, head_dim, .. } = self.job.sizes;
+        let Sizes { group, queries, head_dim, .. } = self.job.sizes;
+        let first = self.task.spans.queries.start + self.task.queries.start;
         for index in 0..rows {
             let (query, within) = self.row(index);
-            let from = ((self.row * heads + head * group + within) * queries + query) * head_dim;
+            let from = ((head * group + within) * queries + first + query) * head_dim;
             let tile = &mut tiles[index / width * width * head_dim..][..width * head_dim];
             let q = &self.job.q[from..from + head_dim];
             for (place, q) in tile.iter_mut().skip(index % width).step_by(width).zip(q) {
@@ -343,9 +456,9 @@ impl<T: Element> Block<'_, T> {
     fn unpack(&mut self, head: usize, rows: usize, width: usize, tiles: &[f32], sum: &[f32]) {
         let Sizes { heads, group, head_dim, .. } = self.job.sizes;
         for index in 0..rows {
-            let (query, within) = (index / group, index % group);
+            let (query, within) = self.row(index);
             let head = head * group + within;
-            let y = &mut self.ys[(query * heads + head) * head_dim..][..head_dim];
+            let y = &mut self.task.ys[(query * heads + head) * head_dim..][..head_dim];
             let tile = &tiles[index / width * width * head_dim..][..width * head_dim];
             let scale = 1.0 / sum[index];
             for (y, o) in y.iter_mut().zip(tile.iter().skip(index % width).step_by(width)) {
@@ -382,7 +495,7 @@ fn seen(keys: &Range<usize>, from: &[u32], to: &[u32]) -> Seen {
 #[inline(always)]
 fn score<S: Simd, const N: usize>(simd: S, k: &[f32], q: &[f32], head_dim: usize, s: &mut [f32])
 where
-    for<'b> [&'b [f32]; N]: Group<S>,
+    for<'b> [&'b [f32]; N]: MicroKernel<S>,
 {
     let width = 2 * S::F32_LANES;
     let (q, _) = S::as_simd_f32s(q);
@@ -390,7 +503,7 @@ where
     for (k, s) in k.chunks(N * head_dim).zip(s.chunks_mut(N * width)) {
         // Behind the last key, the first is scored again for nothing.
         let key = |n: usize| k.get(n * head_dim..(n + 1) * head_dim).unwrap_or(&k[..head_dim]);
-        let products = Group::times(std::array::from_fn::<_, N, _>(key), simd, q);
+        let products = MicroKernel::times(std::array::from_fn::<_, N, _>(key), simd, q);
         for (s, [left, right]) in s.chunks_exact_mut(width).zip(products) {
             let (s, _) = S::as_mut_simd_f32s(s);
             if let [s_left, s_right] = s {

@@ -1,35 +1,70 @@
 //! candle's flash attention (Dao 2023), for CUDA devices and behind the feature `flash-attn`: no score
 //! ever stands in memory. It is taken where it computes just what the mask says, and nowhere else.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
+use super::SequenceSpans;
 #[cfg(feature = "flash-attn")]
-use super::mask::Mask;
+use super::Spans;
 #[cfg(feature = "flash-attn")]
 use crate::error::Result;
 
-/// [`attend`](super::attend) of tensors that fit each other and the mask; `None` where the kernel
-/// cannot express it.
+/// [`attend`](crate::kernels::attend) of queries, keys and values, packed, that fit each other and the
+/// spans; `None` where the kernel cannot express it.
 #[cfg(feature = "flash-attn")]
-pub(super) fn attend(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &Mask,
+pub(in crate::kernels) fn attend(
+    inputs: [&Tensor; 3],
+    spans: &Spans,
     scale: f32,
 ) -> Result<Option<Tensor>> {
-    let inputs = [q, k, v];
+    let [q, ..] = inputs;
     let fit = |xs: &Tensor| xs.device().is_cuda() && xs.dtype() == q.dtype() && reads(xs);
     if !inputs.into_iter().all(fit) {
         return Ok(None);
     }
-    let Some(band) = mask.band() else { return Ok(None) };
-    let (batch, heads, queries, head_dim) = q.dims4()?;
+    let [sequence] = spans.sequences.as_slice() else { return Ok(None) };
+    let Some(band) = Band::of(sequence) else { return Ok(None) };
+    let (heads, queries, head_dim) = q.dims3()?;
     // It reads (batch, seq, heads, head_dim), in any order in memory.
-    let [q, k, v] = inputs.map(|xs| xs.transpose(1, 2));
+    let [q, k, v] = inputs.map(|xs| xs.unsqueeze(0)?.transpose(1, 2));
     let (behind, ahead) = (band.behind, band.ahead);
     let ys = candle_flash_attn::flash_attn_windowed(&q?, &k?, &v?, scale, behind, ahead)?;
-    Ok(Some(ys.reshape((batch, queries, heads * head_dim))?))
+    Ok(Some(ys.reshape((queries, heads * head_dim))?))
+}
+
+/// Spans that are the same for every query: the last query stands at the last key, the others at those
+/// before it, and each sees so many keys on either side of its own, `None` for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Band {
+    behind: Option<usize>,
+    ahead: Option<usize>,
+}
+
+impl Band {
+    /// The band that a sequence's spans are, if they are one.
+    fn of(spans: &SequenceSpans) -> Option<Self> {
+        let keys = spans.keys.len();
+        let past = keys.checked_sub(spans.sees.len())?;
+        let first = spans.keys.start;
+        let sees = || spans.sees.iter().map(|it| it.start - first..it.end - first);
+        let placed = || sees().enumerate().map(|(query, sees)| (past + query, sees));
+        // If any band is these spans, the one that reaches as far as its furthest queries do is.
+        let behind = placed().map(|(at, sees)| at.saturating_sub(sees.start)).max()?;
+        let ahead = placed().map(|(at, sees)| sees.end.saturating_sub(at + 1)).max()?;
+        let band = Self {
+            behind: sees().any(|sees| sees.start > 0).then_some(behind),
+            ahead: sees().any(|sees| sees.end < keys).then_some(ahead),
+        };
+        placed().all(|(at, sees)| sees == band.around(at, keys)).then_some(band)
+    }
+
+    /// What the query at key `at` sees of `keys` keys.
+    fn around(&self, at: usize, keys: usize) -> Range<usize> {
+        let start = self.behind.map_or(0, |behind| at.saturating_sub(behind));
+        start..self.ahead.map_or(keys, |ahead| keys.min(at + ahead + 1))
+    }
 }
 
 /// Numbers that the kernel loads at once, in 16 bytes.
@@ -38,7 +73,7 @@ const AT_ONCE: usize = 8;
 /// The longest heads that the kernel has a form for.
 const LONGEST_HEAD: usize = 512;
 
-/// Whether the kernel can read `xs`, `(batch, heads, seq, head_dim)`, which it neither checks in full
+/// Whether the kernel can read `xs`, `(heads, queries, head_dim)`, which it neither checks in full
 /// nor gives a gradient for: heads of 16-bit numbers, each in one piece that begins at a multiple of 16
 /// bytes.
 fn reads(xs: &Tensor) -> bool {

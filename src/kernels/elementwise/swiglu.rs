@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, CustomOp2, InplaceOp2, Layout, Result, Shape, Tens
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::super::storage::{f32s, f32s_mut, gradient_for, values};
 use super::exp::exp;
-use super::{f32s, f32s_mut, gradient_for, values};
 
 /// Elements that one task computes.
 const RUN: usize = 1 << 14;
@@ -13,7 +13,7 @@ const RUN: usize = 1 << 14;
 /// `silu(gate) · up`, both contiguous, of one shape, in `f32`: in the place of `gate`, or in a new
 /// one with a gradient. The plain twin is `gate.silu()? * up`.
 #[derive(Debug)]
-pub(crate) struct SwiGlu;
+pub(in crate::kernels) struct SwiGlu;
 
 impl InplaceOp2 for SwiGlu {
     fn name(&self) -> &'static str {

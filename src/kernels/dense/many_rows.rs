@@ -3,10 +3,10 @@
 //! ```text
 //! x   is packed once:   tiles of a few tokens, and in a tile, for each k, those tokens side by side
 //! w   goes by panels:   PANEL rows, of which RUN weights at a time are widened to f32
-//! y'  += w' x'          GROUP rows of the panel by one tile: sums stay in registers for a whole run
+//! y'  += w' x'          MICRO_PANEL rows of the panel by one tile: sums stay in registers for a whole run
 //! ```
 //!
-//! A tile fills two vector registers, so a step of `k` loads these, and each weight of the group is
+//! A tile fills two vector registers, so a step of `k` loads these, and each weight of the micro-panel is
 //! spread over a register and multiplied with both. Rows of a weight are read as they lie: it is the
 //! much smaller `x` that is turned. What comes out is `yᵀ`, and a panel of it is turned back while it
 //! is in the cache.
@@ -26,14 +26,14 @@ const PANEL: usize = 48;
 
 /// Rows that share the loads of a tile: their sums, two registers each, with the tile itself leave
 /// one of 32 registers over, or of 16.
-const GROUP: usize = 12;
-const SMALL_GROUP: usize = 6;
+const MICRO_PANEL: usize = 12;
+const SMALL_MICRO_PANEL: usize = 6;
 
 /// Rows and columns that are turned at a time: a cache line.
 const SIDE: usize = 16;
 
 /// Rows of input, packed.
-pub(super) struct Tiles {
+pub(in crate::kernels) struct Tiles {
     rows: usize,
     len: usize,
     /// Tiles of `(len, tokens)`, filled up with zeros.
@@ -42,18 +42,18 @@ pub(super) struct Tiles {
 
 impl Tiles {
     /// Of `x`, `(rows, len)`, neither of them 0.
-    pub(super) fn new(x: &[f32], len: usize) -> Self {
+    pub(in crate::kernels) fn new(x: &[f32], len: usize) -> Self {
         Self { rows: x.len() / len, len, packed: Arch::new().dispatch(Pack { x, len }) }
     }
 
     /// `x Wᵀ` for `w` of `(out, len)`: `(rows, out)`.
-    pub(super) fn product<T: Element>(&self, w: &[T]) -> Vec<f32> {
+    pub(in crate::kernels) fn product<T: Element>(&self, w: &[T]) -> Vec<f32> {
         let Self { rows, len, packed } = self;
         let (rows, row_len) = (*rows, len / T::LEN);
         let (out, padded) = (w.len() / row_len, packed.len() / len);
         let arch = Arch::new();
         let threads = rayon::current_num_threads();
-        let panel = out.div_ceil(threads).next_multiple_of(GROUP).clamp(GROUP, PANEL);
+        let panel = out.div_ceil(threads).next_multiple_of(MICRO_PANEL).clamp(MICRO_PANEL, PANEL);
         // Not zeroed, as all of it is written.
         let mut y: Vec<f32> = Vec::with_capacity(rows * out);
         let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };
@@ -182,9 +182,9 @@ impl<T: Element> WithSimd for Panel<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         if S::REGISTER_COUNT >= 32 {
-            self.multiply::<S, GROUP>(simd);
+            self.multiply::<S, MICRO_PANEL>(simd);
         } else {
-            self.multiply::<S, SMALL_GROUP>(simd);
+            self.multiply::<S, SMALL_MICRO_PANEL>(simd);
         }
     }
 }
@@ -193,7 +193,7 @@ impl<T: Element> Panel<'_, T> {
     #[inline(always)]
     fn multiply<S: Simd, const N: usize>(self, simd: S)
     where
-        for<'b> [&'b [f32]; N]: Group<S>,
+        for<'b> [&'b [f32]; N]: MicroKernel<S>,
     {
         let Self { x, w, len, wide, columns } = self;
         let (tokens, padded) = (2 * S::F32_LANES, x.len() / len);
@@ -210,15 +210,15 @@ impl<T: Element> Panel<'_, T> {
             for (tile, x) in x.chunks_exact(tokens * len).enumerate() {
                 let (x, _) = S::as_simd_f32s(&x[start * tokens..][..run * tokens]);
                 let (x, _) = x.as_chunks::<2>();
-                let groups = panel.chunks_exact(N).zip(columns.chunks_mut(N * padded));
-                for (group, columns) in groups {
+                let micro_panels = panel.chunks_exact(N).zip(columns.chunks_mut(N * padded));
+                for (micro_panel, columns) in micro_panels {
                     // Behind the last row of the weight, the first is multiplied again for nothing.
-                    let weights = std::array::from_fn(|row| match group[row] {
-                        [] => &group[0][..run],
+                    let weights = std::array::from_fn(|row| match micro_panel[row] {
+                        [] => &micro_panel[0][..run],
                         w => &w[..run],
                     });
                     let columns = columns.chunks_exact_mut(padded);
-                    for (column, sums) in columns.zip(Group::times(weights, simd, x)) {
+                    for (column, sums) in columns.zip(MicroKernel::times(weights, simd, x)) {
                         let (place, _) =
                             S::as_mut_simd_f32s(&mut column[tile * tokens..][..tokens]);
                         for (place, sum) in place.iter_mut().zip(sums) {
@@ -231,16 +231,16 @@ impl<T: Element> Panel<'_, T> {
     }
 }
 
-/// As many rows of a weight as share the loads of a tile.
-pub(super) trait Group<S: Simd>: Sized {
+/// As many rows of a weight as share the loads of a tile: a micro-panel.
+pub(in crate::kernels) trait MicroKernel<S: Simd>: Sized {
     /// `Σ w[n][k] · x[k]` for each row `n`.
     fn times(self, simd: S, x: &[[S::f32s; 2]]) -> impl Iterator<Item = [S::f32s; 2]>;
 }
 
 /// Each sum has a name, as those of an array are kept in memory.
-macro_rules! group {
+macro_rules! micro_kernel {
     ($count:literal: $($w:ident $left:ident $right:ident),*) => {
-        impl<S: Simd> Group<S> for [&[f32]; $count] {
+        impl<S: Simd> MicroKernel<S> for [&[f32]; $count] {
             #[inline(always)]
             fn times(self, simd: S, x: &[[S::f32s; 2]]) -> impl Iterator<Item = [S::f32s; 2]> {
                 assert!(self.iter().all(|w| w.len() == x.len()), "a weight for each step");
@@ -262,8 +262,8 @@ macro_rules! group {
     };
 }
 
-group!(6: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5);
-group!(12: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5,
+micro_kernel!(6: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5);
+micro_kernel!(12: w0 l0 r0, w1 l1 r1, w2 l2 r2, w3 l3 r3, w4 l4 r4, w5 l5 r5,
     w6 l6 r6, w7 l7 r7, w8 l8 r8, w9 l9 r9, w10 l10 r10, w11 l11 r11);
 
 #[cfg(test)]
@@ -281,7 +281,7 @@ mod tests {
         rows.flat_map(|column| &column[..x.len() / len]).copied().collect()
     }
 
-    /// This processor takes one of these paths only, whoever has another one another.
+    /// A processor takes only one of these paths, and other processors take the others.
     #[test]
     fn every_vector_unit_multiplies() {
         for (rows, len, out) in [(1, 1, 1), (33, 7, 5), (20, RUN, 12), (70, 2 * RUN + 9, PANEL)] {

@@ -6,17 +6,20 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::blocks::{Block, CHUNK, GROUP, PART};
-use super::dot::prefetch_ahead;
-use super::fixed::Fixed;
-use super::units::{Lanes, OnUnit, Parts, Unit, adds_all_bytes, on_unit, on_unit_for_chunks};
-use super::{FEW_ROWS, ROWS_PER_TASK};
+use super::super::dense::{ROWS_PER_TASK, prefetch_ahead};
+use super::super::input_rows::FEW_ROWS;
+use super::blocks::QuantBlock;
+use super::chunk::{CHUNK, PART, SCALE_GROUP};
+use super::fixed_point::FixedPoint;
+use super::simd::{
+    Lanes, OnQuantSimd, Parts, QuantSimd, adds_all_bytes, on_quant_simd, on_quant_simd_for_chunks,
+};
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
-/// `(out, len)`. `fixed` gives what [`fix`] makes of `x`.
-pub(super) fn columns<'a, B: Block>(
+/// `(out, len)`. `fixed_point` gives what [`to_fixed_point`] makes of `x`.
+pub(in crate::kernels) fn few_rows<'a, B: QuantBlock>(
     x: &[f32],
-    fixed: impl FnOnce() -> &'a Vec<Fixed>,
+    fixed_point: impl FnOnce() -> &'a Vec<FixedPoint>,
     w: &[B],
     len: usize,
     columns: &mut [f32],
@@ -32,13 +35,13 @@ pub(super) fn columns<'a, B: Block>(
     if B::SIGNED && !adds_all_bytes() {
         return tasks.for_each(|(columns, w)| arch.dispatch(Signed { x, w, len, columns }));
     }
-    let x = fixed().as_slice();
+    let x = fixed_point().as_slice();
     tasks.for_each(|(columns, w)| arch.dispatch(Whole { x, w, len, columns }));
 }
 
 /// The chunks of each row of `x` in fixed point.
-pub(super) fn fix(x: &[f32], len: usize) -> Vec<Fixed> {
-    Arch::new().dispatch(Fix { x, len })
+pub(in crate::kernels) fn to_fixed_point(x: &[f32], len: usize) -> Vec<FixedPoint> {
+    Arch::new().dispatch(ToFixedPoint { x, len })
 }
 
 /// How many chunks a row of so many numbers is read as.
@@ -53,26 +56,26 @@ fn chunks(len: usize) -> usize {
 /// ```text
 /// 576 numbers:   chunk 0 is 0..256,  chunk 1 is 256..512,  chunk 2 is 320..576, up to 512 times 0
 /// ```
-struct Fix<'a> {
+struct ToFixedPoint<'a> {
     x: &'a [f32],
     len: usize,
 }
 
-impl WithSimd for Fix<'_> {
-    type Output = Vec<Fixed>;
+impl WithSimd for ToFixedPoint<'_> {
+    type Output = Vec<FixedPoint>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Vec<Fixed> {
+    fn with_simd<S: Simd>(self, _: S) -> Vec<FixedPoint> {
         let mut fixed = Vec::with_capacity(self.x.len().div_ceil(self.len) * chunks(self.len));
         for x in self.x.chunks_exact(self.len) {
             let (whole, rest) = x.as_chunks::<CHUNK>();
-            fixed.extend(whole.iter().map(Fixed::new));
+            fixed.extend(whole.iter().map(FixedPoint::new));
             if !rest.is_empty() {
                 // A chunk that ends with the row, or begins with one that is shorter.
                 let mut last = [0.0; CHUNK];
                 let start = if whole.is_empty() { 0 } else { CHUNK - rest.len() };
                 last[start..start + rest.len()].copy_from_slice(rest);
-                fixed.push(Fixed::new(&last));
+                fixed.push(FixedPoint::new(&last));
             }
         }
         fixed
@@ -87,34 +90,34 @@ struct Signed<'a, B> {
     columns: &'a mut [f32],
 }
 
-impl<B: Block> WithSimd for Signed<'_, B> {
+impl<B: QuantBlock> WithSimd for Signed<'_, B> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        on_unit(simd, self);
+        on_quant_simd(simd, self);
     }
 }
 
-impl<B: Block> OnUnit for Signed<'_, B> {
+impl<B: QuantBlock> OnQuantSimd for Signed<'_, B> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self, unit: impl Unit) {
+    fn run(self, simd: impl QuantSimd) {
         let rows = self.x.len() / self.len;
         let weights = self.w.chunks_exact(self.len / B::LEN);
         for (column, w) in self.columns.chunks_exact_mut(rows).zip(weights) {
             let mut lanes: [Lanes; FEW_ROWS] = [[0.0; 16]; FEW_ROWS];
             for (index, chunk) in w.chunks(CHUNK / B::LEN).enumerate() {
                 prefetch_ahead(chunk);
-                let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
-                B::scales(unit, chunk, &mut d, &mut m);
+                let (mut d, mut m) = ([0.0; CHUNK / SCALE_GROUP], [0.0; CHUNK / SCALE_GROUP]);
+                B::scales(simd, chunk, &mut d, &mut m);
                 for (x, lanes) in self.x.chunks_exact(self.len).zip(&mut lanes) {
                     let (x, _) = x[index * CHUNK..].as_chunks::<PART>();
                     let parts = 0..chunk.len() * B::LEN / PART;
                     let mut sums = [0.0; 16]; // from zero, so as not to wait for the last chunk
                     for (part, (x, d)) in parts.zip(x.iter().zip(d.as_chunks().0)) {
-                        unit.add_products(B::numbers(unit, chunk, part), d, x, &mut sums);
+                        simd.add_products(B::numbers(simd, chunk, part), d, x, &mut sums);
                     }
                     for (lane, sum) in lanes.iter_mut().zip(sums) {
                         *lane += sum;
@@ -131,38 +134,38 @@ impl<B: Block> OnUnit for Signed<'_, B> {
 /// Blocks multiplied in whole numbers.
 struct Whole<'a, B> {
     /// The chunks of each row.
-    x: &'a [Fixed],
+    x: &'a [FixedPoint],
     w: &'a [B],
     len: usize,
     columns: &'a mut [f32],
 }
 
-impl<B: Block> WithSimd for Whole<'_, B> {
+impl<B: QuantBlock> WithSimd for Whole<'_, B> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        on_unit_for_chunks(simd, self);
+        on_quant_simd_for_chunks(simd, self);
     }
 }
 
-impl<B: Block> OnUnit for Whole<'_, B> {
+impl<B: QuantBlock> OnQuantSimd for Whole<'_, B> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self, unit: impl Unit) {
+    fn run(self, simd: impl QuantSimd) {
         if self.x.len() == chunks(self.len) {
-            self.rows::<1>(unit); // whose sums stay in registers
+            self.rows::<1>(simd); // whose sums stay in registers
         } else {
-            self.rows::<FEW_ROWS>(unit);
+            self.rows::<FEW_ROWS>(simd);
         }
     }
 }
 
-impl<B: Block> Whole<'_, B> {
+impl<B: QuantBlock> Whole<'_, B> {
     /// For at most `ROWS` rows of `x`.
     #[inline(always)]
-    fn rows<const ROWS: usize>(self, unit: impl Unit) {
+    fn rows<const ROWS: usize>(self, simd: impl QuantSimd) {
         let (chunks, of_chunk) = (chunks(self.len), CHUNK / B::LEN);
         let weights = self.w.chunks_exact(self.len / B::LEN);
         let columns = self.columns.chunks_exact_mut(self.x.len() / chunks);
@@ -173,17 +176,17 @@ impl<B: Block> Whole<'_, B> {
             for (index, chunk) in whole.enumerate() {
                 prefetch_ahead(chunk);
                 let x = self.x.iter().skip(index).step_by(chunks);
-                add_chunk(unit, chunk, x, &mut lanes);
+                add_chunk(simd, chunk, x, &mut lanes);
             }
             if let Some(first) = rest.first() {
                 let x = self.x.iter().skip(chunks - 1).step_by(chunks);
                 if let Some((_, last)) = w.split_at_checked(w.len().wrapping_sub(of_chunk)) {
-                    add_chunk(unit, last, x, &mut lanes);
+                    add_chunk(simd, last, x, &mut lanes);
                 } else {
                     // Filled up with blocks that meet zeros.
                     let mut filled = [*first; CHUNK / PART];
                     filled[..rest.len()].copy_from_slice(rest);
-                    add_chunk(unit, &filled, x, &mut lanes);
+                    add_chunk(simd, &filled, x, &mut lanes);
                 }
             }
             for (y, lanes) in column.iter_mut().zip(&lanes) {
@@ -195,18 +198,18 @@ impl<B: Block> Whole<'_, B> {
 
 /// Adds the products of a chunk with that of each row of `x`.
 #[inline(always)]
-fn add_chunk<'a, U: Unit, B: Block>(
-    unit: U,
+fn add_chunk<'a, U: QuantSimd, B: QuantBlock>(
+    simd: U,
     chunk: &[B],
-    x: impl Iterator<Item = &'a Fixed>,
+    x: impl Iterator<Item = &'a FixedPoint>,
     lanes: &mut [Lanes],
 ) {
     assert!(chunk.len() >= CHUNK / B::LEN);
-    let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
-    B::scales(unit, chunk, &mut d, &mut m);
+    let (mut d, mut m) = ([0.0; CHUNK / SCALE_GROUP], [0.0; CHUNK / SCALE_GROUP]);
+    B::scales(simd, chunk, &mut d, &mut m);
     let numbers = |part| match B::SIGNED {
-        true => unit.without_sign(B::numbers(unit, chunk, part)),
-        false => B::numbers(unit, chunk, part),
+        true => simd.without_sign(B::numbers(simd, chunk, part)),
+        false => B::numbers(simd, chunk, part),
     };
     if B::SIGNED {
         m = d.map(|d| 128.0 * d);
@@ -218,7 +221,7 @@ fn add_chunk<'a, U: Unit, B: Block>(
         [numbers(6), numbers(7)],
     ];
     for (x, lanes) in x.zip(lanes) {
-        unit.add_chunk(&q, &d, &m, x, lanes);
+        simd.add_chunk(&q, &d, &m, x, lanes);
     }
 }
 
@@ -241,13 +244,13 @@ mod tests {
     use rand::{RngCore, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use super::super::super::dense::Element;
     use super::super::blocks::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-    use super::super::element::Element;
     use super::*;
 
     /// Three rows of weights, widened, and their products with two rows of `x`, in `whole` numbers or
-    /// not, on the unit `simd`.
-    fn run<S: Simd, B: Block>(
+    /// not, on the vector unit `simd`.
+    fn run<S: Simd, B: QuantBlock>(
         simd: S,
         x: &[f32],
         w: &[B],
@@ -264,7 +267,7 @@ mod tests {
         let rows = w.len() * B::LEN / len;
         let (mut wide, mut columns) = (vec![f32::NAN; rows * len], vec![f32::NAN; rows * 2]);
         simd.vectorize(Widen(w, &mut wide));
-        let fixed = simd.vectorize(Fix { x, len });
+        let fixed = simd.vectorize(ToFixedPoint { x, len });
         match whole {
             true => simd.vectorize(Whole { x: &fixed, w, len, columns: &mut columns }),
             false => simd.vectorize(Signed { x, w, len, columns: &mut columns }),
@@ -274,7 +277,7 @@ mod tests {
 
     fn check<const SIZE: usize>(dtype: GgmlDType)
     where
-        [u8; SIZE]: Block,
+        [u8; SIZE]: QuantBlock,
     {
         let mut random = ChaCha8Rng::seed_from_u64(3);
         for len in [256, 768, 1280, 32, 576, 1056] {
@@ -322,7 +325,7 @@ mod tests {
         }
     }
 
-    /// This processor takes one of these paths only, whoever has another one another.
+    /// A processor takes only one of these paths, and other processors take the others.
     #[test]
     fn every_vector_unit_reads_every_block() {
         check::<{ size_of::<Q4_0>() }>(GgmlDType::Q4_0);

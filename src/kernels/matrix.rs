@@ -5,7 +5,7 @@ use gemm::{Parallelism, gemm};
 
 /// A matrix in a slice: element `(i, j)` stands at `i · row + j · column`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Matrix<'a> {
+pub(in crate::kernels) struct Matrix<'a> {
     values: &'a [f32],
     shape: (usize, usize),
     row: usize,
@@ -14,7 +14,7 @@ pub(super) struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// The rows of `values` from `start` on, each `row` after the one before.
-    pub(super) fn rows(
+    pub(in crate::kernels) fn rows(
         values: &'a [f32],
         start: usize,
         shape: (usize, usize),
@@ -28,7 +28,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Rows become columns.
-    pub(super) fn t(self) -> Self {
+    pub(in crate::kernels) fn t(self) -> Self {
         let (rows, columns) = self.shape;
         Self { shape: (columns, rows), row: self.column, column: self.row, ..self }
     }
@@ -36,7 +36,7 @@ impl<'a> Matrix<'a> {
 
 /// `into = keep · into + scale · a b`, where `into` holds its rows one right after the other and
 /// `keep` is 0 or 1.
-pub(super) fn product(
+pub(in crate::kernels) fn product(
     into: &mut [f32],
     keep: bool,
     scale: f32,

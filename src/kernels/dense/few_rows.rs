@@ -1,5 +1,5 @@
 //! Dot products of a few input rows with every row of a dense weight, limited by how fast it is read;
-//! those with blocks are in `block_dot`.
+//! those with blocks are in `quantized`.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -9,7 +9,12 @@ use super::element::{Element, RUN};
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, few of them, and dense `w` of
 /// `(out, len)`.
-pub(super) fn columns<T: Element>(x: &[f32], w: &[T], len: usize, columns: &mut [f32]) {
+pub(in crate::kernels) fn few_rows<T: Element>(
+    x: &[f32],
+    w: &[T],
+    len: usize,
+    columns: &mut [f32],
+) {
     if len == 0 || x.is_empty() {
         return;
     }
@@ -107,7 +112,7 @@ fn dot_rows<S: Simd, T: Element, const N: usize>(simd: S, x: &[f32], w: [&[T]; N
 
 /// `Σ x[i]·w[i]`
 #[inline(always)]
-pub(super) fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
+pub(in crate::kernels) fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
     let (x, x_tail) = S::as_simd_f32s(x);
     let (w, w_tail) = S::as_simd_f32s(w);
     // Four sums at once: one alone would wait for its own previous addition.
@@ -134,7 +139,7 @@ const AHEAD: usize = 4096;
 
 /// Asks for what lies [`AHEAD`] of this run.
 #[inline(always)]
-pub(super) fn prefetch_ahead<T>(run: &[T]) {
+pub(in crate::kernels) fn prefetch_ahead<T>(run: &[T]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use pulp::Simd;
 
 /// The smallest piece that weights are stored in: one number, or a GGUF block of several.
-pub(super) trait Element: Copy + Send + Sync {
+pub(in crate::kernels) trait Element: Copy + Send + Sync {
     /// Weights in it.
     const LEN: usize = 1;
 
@@ -18,7 +18,7 @@ pub(super) trait Element: Copy + Send + Sync {
 
 /// Weights that are widened at a time, into a buffer that stays in the first-level cache. A multiple
 /// of every block.
-pub(super) const RUN: usize = 512;
+pub(in crate::kernels) const RUN: usize = 512;
 
 impl Element for f32 {
     const NARROW: bool = false;
@@ -59,7 +59,7 @@ impl Element for f16 {
 /// included; infinities and NaN get their exponent back. `half` looks for a processor instruction at
 /// every call, which cannot be compiled into a loop.
 #[inline(always)]
-pub(super) fn from_half(bits: u16) -> f32 {
+pub(in crate::kernels) fn from_half(bits: u16) -> f32 {
     const TWO_TO_112: f32 = f32::from_bits((127 + 112) << 23);
     const TOP: u32 = 0x7c00;
     let bits = u32::from(bits);

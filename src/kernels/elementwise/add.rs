@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result};
 use rayon::prelude::*;
 
-use super::{f32s, f32s_mut};
+use super::super::storage::{f32s, f32s_mut};
 
 /// Elements that one task computes.
 const RUN: usize = 1 << 14;
@@ -11,7 +11,7 @@ const RUN: usize = 1 << 14;
 /// `ys += xs`, both contiguous, of one shape, in `f32`. The plain twin is candle's addition, which
 /// needs new memory: for a large tensor dearer than the sum.
 #[derive(Debug)]
-pub(crate) struct AddTo;
+pub(in crate::kernels) struct AddTo;
 
 impl InplaceOp2 for AddTo {
     fn name(&self) -> &'static str {

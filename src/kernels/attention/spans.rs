@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::error::{Error, Result};
+
 /// For every query of a pass the one unbroken run of keys that it sees. Queries of several sequences lie
 /// one behind the other, and so do keys, unless they lie in blocks; nobody sees another sequence.
 ///
@@ -41,5 +43,41 @@ impl Spans {
     /// Packed keys of all sequences.
     pub(crate) fn keys(&self) -> usize {
         self.sequences.last().map_or(0, |last| last.from + last.keys.len())
+    }
+}
+
+impl Spans {
+    pub(super) fn sequence(&self, number: usize) -> Result<&SequenceSpans> {
+        let missing = || {
+            let expected = format!("less than {}", self.sequences.len());
+            Error::parameter("sequence", expected, number)
+        };
+        self.sequences.get(number).ok_or_else(missing)
+    }
+
+    /// For each packed query the packed keys that it sees.
+    pub(super) fn packed(&self) -> impl Iterator<Item = Range<usize>> {
+        self.sequences.iter().flat_map(|it| it.sees.iter().map(|sees| it.packed(sees)))
+    }
+
+    /// Whether sequences follow each other without a gap and each query sees some of its own keys.
+    pub(super) fn are_consistent(&self) -> bool {
+        let (mut query, mut key) = (0, 0);
+        self.sequences.iter().all(|it| {
+            let follows = (it.queries.start, it.from) == (query, key);
+            let within = |sees: &Range<usize>| {
+                it.keys.start <= sees.start && sees.start < sees.end && sees.end <= it.keys.end
+            };
+            (query, key) = (it.queries.end, it.from + it.keys.len());
+            follows && it.queries.len() == it.sees.len() && it.sees.iter().all(within)
+        })
+    }
+}
+
+impl SequenceSpans {
+    /// Positions as packed keys.
+    pub(super) fn packed(&self, positions: &Range<usize>) -> Range<usize> {
+        let at = |position| self.from + position - self.keys.start;
+        at(positions.start)..at(positions.end)
     }
 }

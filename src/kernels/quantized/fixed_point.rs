@@ -5,7 +5,7 @@
 //! bytes, and hardly coarser than the largest `f32` beside it; sums of their products are exact, where
 //! sums of `f32` are rounded at every step.
 
-use super::blocks::{CHUNK, GROUP, Groups};
+use super::chunk::{CHUNK, PerGroup, SCALE_GROUP};
 
 /// Numbers that are multiplied at a time: a register of AVX-512.
 const STEP: usize = 64;
@@ -17,13 +17,13 @@ const TO_WHOLE: f32 = (3 << 22) as f32;
 /// A chunk of a row, `x = scale (65536 bytes[.][0] + 256 bytes[.][1] + bytes[.][2])`, and the sums of its
 /// groups.
 #[repr(align(64))] // a line of the cache, so that no load of a register touches two
-pub(super) struct Fixed {
+pub(in crate::kernels) struct FixedPoint {
     pub(super) bytes: [[[i8; STEP]; 3]; CHUNK / STEP],
     pub(super) scale: f32,
-    pub(super) sums: Groups,
+    pub(super) sums: PerGroup,
 }
 
-impl Fixed {
+impl FixedPoint {
     #[inline(always)]
     pub(super) fn new(x: &[f32; CHUNK]) -> Self {
         const SIGN: u32 = 1 << 31;
@@ -55,8 +55,8 @@ impl Fixed {
             }
         }
         // Of what is held here, so that rounding `x` makes no difference between it and its sums.
-        let mut sums = [0.0; CHUNK / GROUP];
-        for (sum, group) in sums.iter_mut().zip(whole.as_chunks::<GROUP>().0) {
+        let mut sums = [0.0; CHUNK / SCALE_GROUP];
+        for (sum, group) in sums.iter_mut().zip(whole.as_chunks::<SCALE_GROUP>().0) {
             *sum = scale * group.iter().sum::<i32>() as f32; // 16 times 21 bits and a sign
         }
         Self { bytes, scale, sums }
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn back(fixed: &Fixed, index: usize) -> f64 {
+    fn back(fixed: &FixedPoint, index: usize) -> f64 {
         let bytes = fixed.bytes[index / STEP];
         let [high, middle, low] = bytes.map(|bytes| i64::from(bytes[index % STEP]));
         (high * 65536 + middle * 256 + low) as f64 * f64::from(fixed.scale)
@@ -87,12 +87,12 @@ mod tests {
             // The largest is at least half a power of two, of which a whole number is 2⁻²¹; but no step is
             // smaller than the inverse of the largest f32.
             let bound = f64::from(largest) * 2f64.powi(-21) + 2f64.powi(-128);
-            let fixed = Fixed::new(&x);
+            let fixed = FixedPoint::new(&x);
             for (index, x) in x.iter().enumerate() {
                 prop_assert!((back(&fixed, index) - f64::from(*x)).abs() <= bound);
             }
             for (group, sum) in fixed.sums.iter().enumerate() {
-                let of = (0..GROUP).map(|index| back(&fixed, group * GROUP + index));
+                let of = (0..SCALE_GROUP).map(|index| back(&fixed, group * SCALE_GROUP + index));
                 let of: f64 = of.sum();
                 prop_assert!((of - f64::from(*sum)).abs() <= 16.0 * bound, "{of} {sum}");
             }
@@ -104,8 +104,8 @@ mod tests {
         for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut chunk = [1.0; CHUNK];
             chunk[17] = x;
-            assert!(Fixed::new(&chunk).scale.is_nan());
+            assert!(FixedPoint::new(&chunk).scale.is_nan());
         }
-        assert_eq!(back(&Fixed::new(&[0.0; CHUNK]), 1), 0.0);
+        assert_eq!(back(&FixedPoint::new(&[0.0; CHUNK]), 1), 0.0);
     }
 }

@@ -6,24 +6,13 @@
 
 use pulp::Simd;
 
-use super::element::Element;
-use super::units::{OnUnit, Unit, on_unit};
-
-/// Weights that share a scale, at least.
-pub(super) const GROUP: usize = 16;
-
-/// Weights that lie together in every block.
-pub(super) const PART: usize = 2 * GROUP;
-
-/// The weights of a large block, or of eight small ones.
-pub(super) const CHUNK: usize = 8 * PART;
-
-/// One number for each group of a chunk.
-pub(super) type Groups = [f32; CHUNK / GROUP];
+use super::super::dense::Element;
+use super::chunk::{CHUNK, PART, PerGroup, SCALE_GROUP};
+use super::simd::{OnQuantSimd, QuantSimd, on_quant_simd};
 
 /// A block holds whole numbers `q`, one for each weight, and scales `d` and minima `m` for groups of
 /// them: a weight is `d q - m`.
-pub(super) trait Block: Copy + Send + Sync {
+pub(in crate::kernels) trait QuantBlock: Copy + Send + Sync {
     /// Weights in it, [`PART`] or [`CHUNK`].
     const LEN: usize;
 
@@ -31,20 +20,20 @@ pub(super) trait Block: Copy + Send + Sync {
     const SIGNED: bool = false;
 
     /// The numbers of a part of a chunk.
-    fn numbers<U: Unit>(unit: U, chunk: &[Self], part: usize) -> U::Bytes;
+    fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], part: usize) -> U::Bytes;
 
     /// Scales and minima of a chunk, or of as many small blocks as there are.
-    fn scales(unit: impl Unit, chunk: &[Self], d: &mut Groups, m: &mut Groups);
+    fn scales(simd: impl QuantSimd, chunk: &[Self], d: &mut PerGroup, m: &mut PerGroup);
 }
 
-impl<B: Block> Element for B {
+impl<B: QuantBlock> Element for B {
     const LEN: usize = B::LEN;
 
     #[inline(always)]
     fn widen<'a, S: Simd>(simd: S, w: &'a [B], wide: &'a mut [f32]) -> &'a [f32] {
         let (wide, _) = wide.split_at_mut(w.len() * B::LEN);
         for (wide, chunk) in wide.chunks_mut(CHUNK).zip(w.chunks(CHUNK / B::LEN)) {
-            on_unit(simd, Widen { chunk, wide });
+            on_quant_simd(simd, Widen { chunk, wide });
         }
         wide
     }
@@ -56,53 +45,53 @@ struct Widen<'a, B> {
     wide: &'a mut [f32],
 }
 
-impl<B: Block> OnUnit for Widen<'_, B> {
+impl<B: QuantBlock> OnQuantSimd for Widen<'_, B> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self, unit: impl Unit) {
-        let (mut d, mut m) = ([0.0; CHUNK / GROUP], [0.0; CHUNK / GROUP]);
-        B::scales(unit, self.chunk, &mut d, &mut m);
+    fn run(self, simd: impl QuantSimd) {
+        let (mut d, mut m) = ([0.0; CHUNK / SCALE_GROUP], [0.0; CHUNK / SCALE_GROUP]);
+        B::scales(simd, self.chunk, &mut d, &mut m);
         let groups = d.as_chunks().0.iter().zip(m.as_chunks().0);
         for (part, (wide, (d, m))) in self.wide.as_chunks_mut().0.iter_mut().zip(groups).enumerate()
         {
-            unit.scale(B::numbers(unit, self.chunk, part), d, m, wide);
+            simd.scale(B::numbers(simd, self.chunk, part), d, m, wide);
         }
     }
 }
 
 /// 32 weights: a scale and 32 whole numbers.
-pub(super) type Q8_0 = [u8; 34];
+pub(in crate::kernels) type Q8_0 = [u8; 34];
 /// 32 weights: a scale and 32 numbers of 4 bits, less 8.
-pub(super) type Q4_0 = [u8; 18];
+pub(in crate::kernels) type Q4_0 = [u8; 18];
 /// 32 weights: a scale, a minimum and 32 numbers of 4 bits.
-pub(super) type Q4_1 = [u8; 20];
+pub(in crate::kernels) type Q4_1 = [u8; 20];
 /// 32 weights: a scale, a fifth bit for each, and 32 numbers of 4 bits, all less 16.
-pub(super) type Q5_0 = [u8; 22];
+pub(in crate::kernels) type Q5_0 = [u8; 22];
 /// 32 weights: a scale, a minimum, a fifth bit for each, and 32 numbers of 4 bits.
-pub(super) type Q5_1 = [u8; 24];
+pub(in crate::kernels) type Q5_1 = [u8; 24];
 /// 256 weights of 2 bits: 16 scales and minima of 4 bits, their scale and that of the minima.
-pub(super) type Q2K = [u8; 84];
+pub(in crate::kernels) type Q2K = [u8; 84];
 /// 256 weights of 3 bits: a third bit for each, 2 bits, 16 scales of 6 bits, and their scale.
-pub(super) type Q3K = [u8; 110];
+pub(in crate::kernels) type Q3K = [u8; 110];
 /// 256 weights of 4 bits: a scale and one for the minima, 8 scales and minima of 6 bits.
-pub(super) type Q4K = [u8; 144];
+pub(in crate::kernels) type Q4K = [u8; 144];
 /// 256 weights of 5 bits: as [`Q4K`], with a fifth bit for each.
-pub(super) type Q5K = [u8; 176];
+pub(in crate::kernels) type Q5K = [u8; 176];
 /// 256 weights of 6 bits: the lower 4 of each, the upper 2, 16 scales of 8 bits, and their scale.
-pub(super) type Q6K = [u8; 210];
+pub(in crate::kernels) type Q6K = [u8; 210];
 
 /// Does `$do` with the blocks of a [`QTensor`](candle_core::quantized::QTensor) on the CPU.
 macro_rules! for_blocks {
     ($weight:expr, |$blocks:ident| $do:expr) => {{
         let (dtype, data) = ($weight.dtype(), $weight.data()?);
-        $crate::kernels::blocks::for_blocks!(dtype, data, |$blocks| $do,
+        $crate::kernels::quantized::for_blocks!(dtype, data, |$blocks| $do,
             Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2K Q3K Q4K Q5K Q6K)
     }};
     ($dtype:expr, $data:expr, |$blocks:ident| $do:expr, $($block:ident)*) => {
         match $dtype {
             $(candle_core::quantized::GgmlDType::$block => {
-                const SIZE: usize = size_of::<$crate::kernels::blocks::$block>();
+                const SIZE: usize = size_of::<$crate::kernels::quantized::blocks::$block>();
                 let ($blocks, _) = $data.as_chunks::<SIZE>();
                 $do
             })*
@@ -110,12 +99,12 @@ macro_rules! for_blocks {
         }
     };
 }
-pub(super) use for_blocks;
+pub(in crate::kernels) use for_blocks;
 
 /// The `f16` of a block that is at `at`.
 #[inline(always)]
-fn scale(unit: impl Unit, block: &[u8], at: usize) -> f32 {
-    unit.half(u16::from_le_bytes(*part(block, at)))
+fn scale(simd: impl QuantSimd, block: &[u8], at: usize) -> f32 {
+    simd.half(u16::from_le_bytes(*part(block, at)))
 }
 
 /// `N` bytes of a block from `at` on, which is a constant: there is no check left at run time.
@@ -124,25 +113,25 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().unwrap_or(&[0; N])
 }
 
-/// Implements [`Block`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and `$scales`
+/// Implements [`QuantBlock`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and `$scales`
 /// sets the scales `$d` and minima `$m` of its groups.
 macro_rules! large_block {
     (
-        $name:ty, |$unit:ident, $block:ident|
+        $name:ty, |$simd:ident, $block:ident|
         $part:ident => $numbers:expr,
         ($d:ident, $m:ident) => $scales:block
     ) => {
-        impl Block for $name {
+        impl QuantBlock for $name {
             const LEN: usize = CHUNK;
 
             #[inline(always)]
-            fn numbers<U: Unit>($unit: U, chunk: &[Self], $part: usize) -> U::Bytes {
+            fn numbers<U: QuantSimd>($simd: U, chunk: &[Self], $part: usize) -> U::Bytes {
                 let $block = &chunk[0];
                 $numbers
             }
 
             #[inline(always)]
-            fn scales($unit: impl Unit, chunk: &[Self], $d: &mut Groups, $m: &mut Groups) {
+            fn scales($simd: impl QuantSimd, chunk: &[Self], $d: &mut PerGroup, $m: &mut PerGroup) {
                 let $block = &chunk[0];
                 $scales
             }
@@ -150,40 +139,40 @@ macro_rules! large_block {
     };
 }
 
-/// [`Unit::nibbles`] with a fifth bit for each, one after another from `fifths` on.
+/// [`QuantSimd::nibbles`] with a fifth bit for each, one after another from `fifths` on.
 #[inline(always)]
-fn fives<U: Unit>(unit: U, block: &[u8], fifths: usize, at: usize) -> U::Bytes {
-    let fifths = unit.and(unit.bits(*part(block, fifths)), 16);
-    unit.or(unit.nibbles(part(block, at)), fifths)
+fn fives<U: QuantSimd>(simd: U, block: &[u8], fifths: usize, at: usize) -> U::Bytes {
+    let fifths = simd.and(simd.bits(*part(block, fifths)), 16);
+    simd.or(simd.nibbles(part(block, at)), fifths)
 }
 
 /// The `f16` at `at` of each small block of a chunk, for both of its groups; 0 where there is none.
 #[inline(always)]
-fn pairs_of_scales<const N: usize>(unit: impl Unit, chunk: &[[u8; N]], at: usize) -> Groups {
+fn pairs_of_scales<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]], at: usize) -> PerGroup {
     let bits = |block: usize| chunk.get(block).map_or([0; 2], |block| *part(block, at));
-    unit.pairs([bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)])
+    simd.pairs([bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)])
 }
 
-/// Implements [`Block`] for 32 weights, whose scale is their first `f16`: `$numbers` are theirs, and
+/// Implements [`QuantBlock`] for 32 weights, whose scale is their first `f16`: `$numbers` are theirs, and
 /// `$minima` are those of a `$chunk` with the scales `$d`.
 macro_rules! small_block {
     (
-        $name:ty, |$unit:ident, $block:ident| $numbers:expr,
+        $name:ty, |$simd:ident, $block:ident| $numbers:expr,
         |$chunk:ident, $d:ident| $minima:expr, signed $signed:literal
     ) => {
-        impl Block for $name {
+        impl QuantBlock for $name {
             const LEN: usize = PART;
             const SIGNED: bool = $signed;
 
             #[inline(always)]
-            fn numbers<U: Unit>($unit: U, chunk: &[Self], part: usize) -> U::Bytes {
+            fn numbers<U: QuantSimd>($simd: U, chunk: &[Self], part: usize) -> U::Bytes {
                 let $block = &chunk[part];
                 $numbers
             }
 
             #[inline(always)]
-            fn scales($unit: impl Unit, $chunk: &[Self], d: &mut Groups, m: &mut Groups) {
-                let $d = pairs_of_scales($unit, $chunk, 0);
+            fn scales($simd: impl QuantSimd, $chunk: &[Self], d: &mut PerGroup, m: &mut PerGroup) {
+                let $d = pairs_of_scales($simd, $chunk, 0);
                 (*d, *m) = ($d, $minima);
             }
         }
@@ -192,40 +181,40 @@ macro_rules! small_block {
 
 /// The minima of a chunk of small blocks, which are stored behind the scales, and with the other sign.
 #[inline(always)]
-fn minima<const N: usize>(unit: impl Unit, chunk: &[[u8; N]]) -> Groups {
-    pairs_of_scales(unit, chunk, 2).map(|m| -m)
+fn minima<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]]) -> PerGroup {
+    pairs_of_scales(simd, chunk, 2).map(|m| -m)
 }
 
-small_block!(Q8_0, |unit, block| unit.load(part(block, 2)), |chunk, d| [0.0; 16], signed true);
-small_block!(Q4_0, |unit, block| unit.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d), signed false);
-small_block!(Q4_1, |unit, block| unit.nibbles(part(block, 4)), |chunk, d| minima(unit, chunk), signed false);
-small_block!(Q5_0, |unit, block| fives(unit, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), signed false);
-small_block!(Q5_1, |unit, block| fives(unit, block, 4, 8), |chunk, d| minima(unit, chunk), signed false);
+small_block!(Q8_0, |simd, block| simd.load(part(block, 2)), |chunk, d| [0.0; 16], signed true);
+small_block!(Q4_0, |simd, block| simd.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d), signed false);
+small_block!(Q4_1, |simd, block| simd.nibbles(part(block, 4)), |chunk, d| minima(simd, chunk), signed false);
+small_block!(Q5_0, |simd, block| fives(simd, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), signed false);
+small_block!(Q5_1, |simd, block| fives(simd, block, 4, 8), |chunk, d| minima(simd, chunk), signed false);
 
 // The parts of a large block have their bits in the same place of 32 bytes, which other parts share.
 
-large_block!(Q2K, |unit, block| n => {
-    let qs = unit.load(part(block, 16 + n / 4 * 32));
-    unit.and(unit.shift_down(qs, n % 4 * 2), 3)
+large_block!(Q2K, |simd, block| n => {
+    let qs = simd.load(part(block, 16 + n / 4 * 32));
+    simd.and(simd.shift_down(qs, n % 4 * 2), 3)
 }, (d, m) => {
     let packed = part::<16>(block, 0);
-    let (d_of_all, m_of_all) = (scale(unit, block, 80), scale(unit, block, 82));
+    let (d_of_all, m_of_all) = (scale(simd, block, 80), scale(simd, block, 82));
     *d = packed.map(|both| d_of_all * f32::from(both & 15));
     *m = packed.map(|both| m_of_all * f32::from(both >> 4));
 });
 
-large_block!(Q3K, |unit, block| n => {
-    let (thirds, qs) = (unit.load(part(block, 0)), unit.load(part(block, 32 + n / 4 * 32)));
-    let low = unit.and(unit.shift_down(qs, n % 4 * 2), 3);
-    let third = unit.and(unit.shift_down(thirds, n), 1);
-    unit.or(low, unit.shift_up(third, 2))
+large_block!(Q3K, |simd, block| n => {
+    let (thirds, qs) = (simd.load(part(block, 0)), simd.load(part(block, 32 + n / 4 * 32)));
+    let low = simd.and(simd.shift_down(qs, n % 4 * 2), 3);
+    let third = simd.and(simd.shift_down(thirds, n), 1);
+    simd.or(low, simd.shift_up(third, 2))
 }, (d, m) => {
     // 16 scales: the lower 4 bits in 8 bytes, the upper 2 of each in the 4 bytes behind.
     let (low, high) = (u64::from_le_bytes(*part(block, 96)), u32::from_le_bytes(*part(block, 104)));
     let low = [low, low >> 4].map(|low| low & u64::from_ne_bytes([15; 8]));
     let high = [high, high >> 2, high >> 4, high >> 6].map(|high| high & u32::from_ne_bytes([3; 4]));
     let (low, high) = (low.map(u64::to_le_bytes), high.map(u32::to_le_bytes));
-    let d_of_all = scale(unit, block, 108);
+    let d_of_all = scale(simd, block, 108);
     for ((d, low), high) in d.iter_mut().zip(low.as_flattened()).zip(high.as_flattened()) {
         *d = d_of_all * (f32::from(low | high << 4) - 32.0);
     }
@@ -236,9 +225,9 @@ large_block!(Q3K, |unit, block| n => {
 /// have 6 bits: those of the last four parts are put together of 4 bits and the 2 that the first four
 /// leave over.
 #[inline(always)]
-fn scales_and_minima(unit: impl Unit, block: &[u8], d: &mut Groups, m: &mut Groups) {
+fn scales_and_minima(simd: impl QuantSimd, block: &[u8], d: &mut PerGroup, m: &mut PerGroup) {
     let packed = part::<12>(block, 4);
-    let (d_of_all, m_of_all) = (scale(unit, block, 0), scale(unit, block, 2));
+    let (d_of_all, m_of_all) = (scale(simd, block, 0), scale(simd, block, 2));
     for part in 0..4 {
         let [scale, minimum, rest] = [packed[part], packed[part + 4], packed[part + 8]];
         let first = [scale & 63, minimum & 63];
@@ -250,30 +239,30 @@ fn scales_and_minima(unit: impl Unit, block: &[u8], d: &mut Groups, m: &mut Grou
     }
 }
 
-large_block!(Q4K, |unit, block| n => {
-    unit.and(unit.shift_down(unit.load(part(block, 16 + n / 2 * 32)), n % 2 * 4), 15)
+large_block!(Q4K, |simd, block| n => {
+    simd.and(simd.shift_down(simd.load(part(block, 16 + n / 2 * 32)), n % 2 * 4), 15)
 }, (d, m) => {
-    scales_and_minima(unit, block, d, m);
+    scales_and_minima(simd, block, d, m);
 });
 
-large_block!(Q5K, |unit, block| n => {
-    let (fifths, qs) = (unit.load(part(block, 16)), unit.load(part(block, 48 + n / 2 * 32)));
-    let low = unit.and(unit.shift_down(qs, n % 2 * 4), 15);
-    let fifth = unit.and(unit.shift_down(fifths, n), 1);
-    unit.or(low, unit.shift_up(fifth, 4))
+large_block!(Q5K, |simd, block| n => {
+    let (fifths, qs) = (simd.load(part(block, 16)), simd.load(part(block, 48 + n / 2 * 32)));
+    let low = simd.and(simd.shift_down(qs, n % 2 * 4), 15);
+    let fifth = simd.and(simd.shift_down(fifths, n), 1);
+    simd.or(low, simd.shift_up(fifth, 4))
 }, (d, m) => {
-    scales_and_minima(unit, block, d, m);
+    scales_and_minima(simd, block, d, m);
 });
 
-large_block!(Q6K, |unit, block| n => {
+large_block!(Q6K, |simd, block| n => {
     let (half, quarter) = (n / 4, n % 4);
-    let low = unit.load(part(block, half * 64 + quarter % 2 * 32));
-    let low = unit.and(unit.shift_down(low, quarter / 2 * 4), 15);
-    let high = unit.load(part(block, 128 + half * 32));
-    let high = unit.and(unit.shift_down(high, 2 * quarter), 3);
-    unit.or(low, unit.shift_up(high, 4))
+    let low = simd.load(part(block, half * 64 + quarter % 2 * 32));
+    let low = simd.and(simd.shift_down(low, quarter / 2 * 4), 15);
+    let high = simd.load(part(block, 128 + half * 32));
+    let high = simd.and(simd.shift_down(high, 2 * quarter), 3);
+    simd.or(low, simd.shift_up(high, 4))
 }, (d, m) => {
-    let d_of_all = scale(unit, block, 208);
+    let d_of_all = scale(simd, block, 208);
     *d = part::<16>(block, 192).map(|packed| d_of_all * f32::from(packed as i8));
     *m = d.map(|d| 32.0 * d);
 });

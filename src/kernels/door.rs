@@ -1,0 +1,259 @@
+//! The one door: here, and nowhere else, it is decided which form of an operation runs.
+//!
+//! Most have three: one without a graph, one of this crate that carries a gradient, and the composite one
+//! of candle's operations, which runs on any device and which the others are tested against. candle's own
+//! fused forms silently cut the gradient graph: they are taken only where nothing tracks a gradient.
+
+use std::sync::Arc;
+
+use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::{D, DType, Module, Tensor};
+use candle_nn::ops;
+
+use super::attention::{self, Attend, KeyValues, Spans, gather};
+use super::elementwise::{AddTo, RmsNorm, SplitHeads, SwiGlu};
+use super::fresh::Fresh;
+use super::gradients::{Frozen, Product};
+use super::input_rows::InputRows;
+use super::weight::Weight;
+use crate::error::{Error, Result};
+
+/// Whether this crate's CPU kernels read `xs`.
+pub(crate) fn fits_kernels(xs: &Tensor) -> bool {
+    xs.device().is_cpu() && xs.dtype() == DType::F32
+}
+
+/// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in `f32`
+/// (Zhang & Sennrich 2019; `MistralRMSNorm` of transformers).
+pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if fits_kernels(xs) && fits_kernels(weight) {
+        let eps = eps as f32;
+        return Ok(xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps })?);
+    }
+    if !xs.track_op() && !weight.track_op() {
+        return Ok(ops::rms_norm(&xs.contiguous()?, weight, eps as f32)?);
+    }
+    Ok(ops::rms_norm_slow(xs, weight, eps as f32)?)
+}
+
+/// Cuts `(tokens, heads · head_dim)` into heads, `(heads, tokens, head_dim)`, and turns each by the angles
+/// of its position, if there are any: cosines and sines, `(tokens, head_dim / 2)`.
+///
+/// # Errors
+/// [`Error::Parameter`] where the width is no multiple of `heads`; when a device fails.
+pub(crate) fn split_heads(
+    xs: &Tensor,
+    heads: usize,
+    rotation: Option<(&Tensor, &Tensor)>,
+) -> Result<Tensor> {
+    let (tokens, width) = xs.dims2()?;
+    if heads == 0 || !width.is_multiple_of(heads) {
+        return Err(Error::parameter("heads", format!("a divisor of the width {width}"), heads));
+    }
+    if fits_kernels(xs) {
+        let rotation = match rotation {
+            Some((cos, sin)) => Some((cos.contiguous()?, sin.contiguous()?)),
+            None => None,
+        };
+        return Ok(xs.contiguous()?.apply_op1(SplitHeads { heads, rotation })?);
+    }
+    let xs = xs.reshape((tokens, heads, width / heads))?.transpose(0, 1)?.contiguous()?;
+    rotation.map_or(Ok(xs.clone()), |(cos, sin)| rope(&xs, cos, sin))
+}
+
+/// Rotates the two halves of each head by the angles of its position (Su et al. 2021, in the
+/// order of transformers' `rotate_half`): `xs` is `(heads, tokens, head_dim)`, `cos` and `sin` are
+/// `(tokens, head_dim / 2)`.
+fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if !xs.track_op() {
+        let xs = xs.unsqueeze(0)?.contiguous()?;
+        return Ok(
+            candle_nn::rotary_emb::rope(&xs, &cos.contiguous()?, &sin.contiguous()?)?.squeeze(0)?
+        );
+    }
+    let half = xs.dim(D::Minus1)? / 2;
+    let (x1, x2) = (xs.narrow(D::Minus1, 0, half)?, xs.narrow(D::Minus1, half, half)?);
+    let y1 = (x1.broadcast_mul(cos)? - x2.broadcast_mul(sin)?)?;
+    let y2 = (x2.broadcast_mul(cos)? + x1.broadcast_mul(sin)?)?;
+    Ok(Tensor::cat(&[y1, y2], D::Minus1)?)
+}
+
+/// Softmax over the last dimension.
+pub(crate) fn softmax(xs: &Tensor) -> Result<Tensor> {
+    if xs.track_op() {
+        return Ok(ops::softmax(xs, D::Minus1)?);
+    }
+    Ok(ops::softmax_last_dim(&xs.contiguous()?)?)
+}
+
+/// The logarithm of [`softmax`] in `f32`, with a gradient.
+pub(crate) fn log_softmax(xs: &Tensor) -> Result<Tensor> {
+    Ok(ops::log_softmax(&xs.to_dtype(DType::F32)?, D::Minus1)?)
+}
+
+/// `xs + ys`, where `ys` lies if that can be.
+pub(super) fn add(xs: &Tensor, ys: Fresh) -> Result<Fresh> {
+    let ys = ys.into_tensor();
+    let tracked = xs.track_op() || ys.track_op();
+    let whole = xs.dims() == ys.dims() && xs.is_contiguous() && ys.is_contiguous();
+    if tracked || !whole || !fits_kernels(xs) || !fits_kernels(&ys) {
+        return Ok(Fresh::new((xs + ys)?));
+    }
+    ys.inplace_op2(xs, &AddTo)?;
+    Ok(Fresh::new(ys))
+}
+
+/// `silu(gate) · up`, element by element, where `gate` lies if that can be.
+pub(crate) fn swiglu(gate: Fresh, up: &Tensor) -> Result<Fresh> {
+    let gate = gate.into_tensor();
+    let fit = fits_kernels(&gate) && fits_kernels(up);
+    if !fit || gate.dims() != up.dims() || !gate.is_contiguous() || !up.is_contiguous() {
+        return Ok(Fresh::new((gate.silu()? * up)?));
+    }
+    if gate.track_op() || up.track_op() {
+        return Ok(Fresh::new(gate.apply_op2(up, SwiGlu)?));
+    }
+    gate.inplace_op2(up, &SwiGlu)?;
+    Ok(Fresh::new(gate))
+}
+
+/// What one or several weights multiply.
+pub(crate) struct Input {
+    /// `(…, in_features)`
+    xs: Tensor,
+    /// The same as kernels of the CPU read it, if a kernel multiplies one of the weights.
+    rows: Option<InputRows>,
+}
+
+impl Input {
+    /// Lays `xs`, `(…, in_features)`, out for all of these weights.
+    pub(crate) fn new(xs: &Tensor, weights: &[&Weight]) -> Result<Self> {
+        let rows = match weights.iter().any(|weight| is_frozen(weight, xs)) {
+            true => Some(input_rows(xs)?),
+            false => None,
+        };
+        Ok(Self { xs: xs.clone(), rows })
+    }
+
+    /// `(…, in_features)`
+    pub(crate) fn tensor(&self) -> &Tensor {
+        &self.xs
+    }
+
+    /// `x Wᵀ`, `(…, out_features)`, in the type of `x`.
+    pub(crate) fn times(&self, weight: &Weight) -> Result<Fresh> {
+        let ys = match weight {
+            weight if is_frozen(weight, &self.xs) => match &self.rows {
+                Some(rows) => frozen(&self.xs, rows, weight)?,
+                None => frozen(&self.xs, &input_rows(&self.xs)?, weight)?,
+            },
+            Weight::Dense(weight) => dense(&self.xs, weight)?,
+            Weight::Quantized(weight) => quantized(&self.xs, weight)?,
+        };
+        Ok(Fresh::new(ys))
+    }
+}
+
+/// Whether a kernel of this crate multiplies `xs` by this weight, leaving a gradient for it out. A dense
+/// weight of `f32` that `xs` brings a gradient to is as fast without one.
+fn is_frozen(weight: &Weight, xs: &Tensor) -> bool {
+    fits_kernels(xs)
+        && match weight {
+            Weight::Dense(weight) => {
+                let tracked = xs.track_op() || weight.track_op();
+                !tracked || !weight.track_op() && weight.dtype() != DType::F32
+            }
+            Weight::Quantized(_) => true,
+        }
+}
+
+fn input_rows(xs: &Tensor) -> Result<InputRows> {
+    Ok(InputRows::new(&xs.detach().reshape(((), xs.dim(D::Minus1)?))?)?)
+}
+
+/// On the CPU, with a gradient for `x` alone.
+fn frozen(xs: &Tensor, rows: &InputRows, weight: &Weight) -> Result<Tensor> {
+    let (out_features, _) = weight.dims()?;
+    let ys = rows.times(weight)?.reshape(with_last(xs, out_features))?;
+    if !xs.track_op() {
+        return Ok(ys);
+    }
+    Ok(xs.apply_op1(Frozen::new(weight, ys))?)
+}
+
+/// By operations of candle's, and on the CPU with a gradient for the weight.
+fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if fits_kernels(xs) {
+        let weight = weight.to_dtype(DType::F32)?.contiguous()?;
+        return Ok(xs.contiguous()?.apply_op2(&weight, Product)?);
+    }
+    let (out_features, in_features) = weight.dims2()?;
+    let ys = xs.reshape(((), in_features))?.matmul(&weight.to_dtype(xs.dtype())?.t()?)?;
+    Ok(ys.reshape(with_last(xs, out_features))?)
+}
+
+/// On other devices than the CPU.
+fn quantized(xs: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
+    if xs.track_op() {
+        return Err(Error::unsupported("gradient", "through quantised weights on this device"));
+    }
+    Ok(QMatMul::QTensor(Arc::clone(weight)).forward(&xs.contiguous()?)?)
+}
+
+/// The shape of `xs` with another last dimension.
+fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
+    let mut shape = xs.dims().to_vec();
+    if let Some(of_xs) = shape.last_mut() {
+        *of_xs = last;
+    }
+    shape
+}
+
+/// `softmax(q kᵀ · scale + mask) v`: the attention of every pass of the crate.
+///
+/// `q` is `(heads, queries, head_dim)`, the queries of all sequences one behind the other; the
+/// `heads / kv_heads` query heads of a head group share their one key head. On the CPU, keys and values
+/// may be narrower than an `f32` `q`. Returns the heads side by side, `(queries, heads · head_dim)`. It
+/// is differentiable in `q` and in packed keys and values.
+///
+/// On the CPU no bit of a query's result depends on what else is in the pass, on the number of threads, or
+/// on whether keys lie packed or in blocks. Only a sequence's last query rounds otherwise when it comes
+/// alone than when it comes with others.
+///
+/// With the feature `flash-attn`, on a CUDA device, candle's flash attention computes it where all
+/// three are `f16` or all `bf16`, nothing tracks a gradient, a head has a multiple of 8 numbers, at most
+/// 512, and there is one sequence whose queries each see all keys, or so many behind and ahead of
+/// themselves. It has been compiled against candle's types, and never yet been run on a GPU.
+///
+/// # Errors
+/// [`Error::Parameter`] where shapes do not fit each other or the spans; when a device fails.
+pub(crate) fn attend(
+    q: &Tensor,
+    held: &KeyValues<'_>,
+    spans: &Arc<Spans>,
+    scale: f64,
+) -> Result<Fresh> {
+    attention::check(q, held, spans)?;
+    let tracked = q.track_op() || held.tensors().any(Tensor::track_op);
+    if !tracked && fits_kernels(q) && held.are_read_in_place() {
+        return Ok(Fresh::new(attention::attend_in_place(q, held, spans, scale as f32)?));
+    }
+    let gathered;
+    let (k, v) = match *held {
+        KeyValues::Packed { keys, values } => (keys, values),
+        KeyValues::Blocks(held) => {
+            gathered = gather(held, spans, q.dtype())?;
+            (&gathered.0, &gathered.1)
+        }
+    };
+    #[cfg(feature = "flash-attn")]
+    if let Some(ys) = attention::attend_on_cuda([q, k, v], spans, scale as f32)? {
+        return Ok(Fresh::new(ys));
+    }
+    if fits_kernels(q) && k.device().is_cpu() && v.device().is_cpu() {
+        let wide = |it: &Tensor| it.to_dtype(DType::F32)?.contiguous();
+        let op = Attend { spans: Arc::clone(spans), scale: scale as f32 };
+        return Ok(Fresh::new(q.contiguous()?.apply_op3(&wide(k)?, &wide(v)?, op)?));
+    }
+    Ok(Fresh::new(attention::attend_composite(q, k, v, spans, scale)?))
+}

@@ -1,0 +1,18 @@
+//! What is computed element by element, or row by row: each in one pass over memory.
+
+mod add;
+mod exp;
+mod rms_norm;
+mod softmax;
+mod split_heads;
+mod swiglu;
+
+pub(super) use add::AddTo;
+pub(super) use exp::exp;
+pub(super) use rms_norm::RmsNorm;
+pub(super) use softmax::softmax_in_place;
+pub(super) use split_heads::SplitHeads;
+pub(super) use swiglu::SwiGlu;
+
+/// Partial results side by side: one alone would wait for its own previous step.
+pub(super) const LANES: usize = 32;

@@ -16,7 +16,7 @@ use super::source::Source;
 use super::writer::Writer;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{Batch, ForwardContext, KvCache, Pass, Sight};
+use crate::model::{Batch, ForwardContext, Pass, Sight};
 
 /// Answers to several prompts, each as soon as it ends: an iterator of the number of the prompt, from 0
 /// on, and what came of it.
@@ -180,9 +180,8 @@ impl Answers {
         let (start, transformer) = (Instant::now(), self.source.model.decoder());
         let xs = transformer.embed_ids(&ids)?; // (lanes, hidden)
         let batch = Batch::dense(ids.len(), 1)?;
-        let mut caches: Vec<&mut KvCache> =
-            lanes.iter_mut().map(|lane| &mut lane.conversation.cache).collect();
-        let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches: &mut caches };
+        let caches = lanes.iter_mut().map(|lane| &mut lane.conversation.cache).collect();
+        let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
         let context = ForwardContext::from(pass).cancel(&self.cancel);
         let h = transformer.forward(&xs, transformer.all_layers(), context)?;
         let logits = transformer.logits(&h)?.to_dtype(DType::F32)?.to_vec2()?; // (lanes, vocab)

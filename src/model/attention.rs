@@ -4,13 +4,13 @@ use candle_core::Tensor;
 
 use super::context::BlockContext;
 use super::kv_cache::Remembered;
-use super::linear::{Input, Linear};
+use super::linear::Linear;
 use super::mask::Mask;
 use super::rope::Rotation;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
-use crate::kernels::{self, Fresh, KeyValues};
+use crate::kernels::{self, Fresh, Input, KeyValues};
 
 /// The attention of one block.
 #[derive(Clone, Debug)]
@@ -64,12 +64,12 @@ impl Attention {
         let context = kernels::attend(&q, &remembered.key_values(), spans, self.scale)?;
         let context = context.into_tensor(); // (tokens, heads · head_dim)
         cx.show_attention(&q, &remembered, &context)?;
-        self.o_proj.times(&Input::new(&context, &[&self.o_proj])?)
+        self.o_proj.product(&context)
     }
 
     /// Queries, keys and values of `xs`, each `(heads or kv_heads, tokens, head_dim)`.
     fn project(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, Tensor, Tensor)> {
-        let input = Input::new(xs, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let input = Input::new(xs, &[&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::weight))?;
         let rotated = |projection: &Linear, heads| {
             rotation.split_heads(&projection.times(&input)?.into_tensor(), heads)
         };

@@ -34,7 +34,7 @@ pub enum Pass<'a> {
         /// Whether context tokens see what comes after them; then all new tokens run in one piece.
         sight: Sight,
         /// One for each sequence.
-        caches: &'a mut [&'a mut KvCache],
+        caches: Vec<&'a mut KvCache>,
     },
 }
 

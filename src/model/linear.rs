@@ -1,6 +1,7 @@
 //! A projection without bias. Its weight is dense or quantised, with or without low-rank adapters;
 //! nobody else needs to know which.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
@@ -67,7 +68,7 @@ impl Linear {
     }
 
     /// What the weight is kept as, as GGUF tools write it, and its bytes.
-    pub(crate) fn kept(&self) -> (String, usize) {
+    fn kept(&self) -> (String, usize) {
         match &self.weight {
             Weight::Dense(weight) => {
                 let dtype = weight.dtype();
@@ -82,6 +83,16 @@ impl Linear {
                 (name, weight.storage_size_in_bytes())
             }
         }
+    }
+
+    /// The bytes of several, by what they are kept as.
+    pub(crate) fn bytes_of<'a>(all: impl Iterator<Item = &'a Self>) -> BTreeMap<String, usize> {
+        let mut bytes = BTreeMap::new();
+        for linear in all {
+            let (kept, count) = linear.kept();
+            *bytes.entry(kept).or_default() += count;
+        }
+        bytes
     }
 
     /// Rows of the weight by their numbers: `(n)` of `u32` to `(n, in_features)`, in

@@ -3,11 +3,11 @@
 use candle_core::Tensor;
 
 use super::context::BlockContext;
-use super::linear::{Input, Linear};
+use super::linear::Linear;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Fresh};
+use crate::kernels::{self, Fresh, Input};
 
 /// Tokens that are widened at a time; enough that reading the weights again costs nothing.
 const TOKENS_AT_ONCE: usize = 1024;
@@ -84,24 +84,23 @@ impl Mlp {
                 Ok(of.narrow(0, start, TOKENS_AT_ONCE.min(tokens - start))?.contiguous()?)
             };
             let side = side.as_ref().map(some).transpose()?;
-            Ok(self.piece(&some(xs)?, side.as_ref())?.into_tensor())
+            self.piece(&some(xs)?, side.as_ref())
         });
-        Fresh::cat(&pieces.collect::<Result<Vec<_>>>()?)
+        Fresh::cat(pieces.collect::<Result<Vec<_>>>()?, 0)
     }
 
     fn piece(&self, xs: &Tensor, side: Option<&Tensor>) -> Result<Fresh> {
-        let input = Input::new(xs, &[&self.gate_proj, &self.up_proj])?;
+        let input = Input::new(xs, &[&self.gate_proj, &self.up_proj].map(Linear::weight))?;
         let (gate, up) =
             rayon::join(|| self.gate_proj.times(&input), || self.up_proj.times(&input));
         let (mut gate, mut up) = (gate?, up?); // (tokens, intermediate)
         if let Some(side) = side {
             let columns = self.side_columns(side)?;
-            let input = Input::new(side, &[&columns.gate, &columns.up])?;
-            gate = Fresh::sum(gate, columns.gate.times(&input)?)?;
-            up = Fresh::sum(up, columns.up.times(&input)?)?;
+            let input = Input::new(side, &[&columns.gate, &columns.up].map(Linear::weight))?;
+            gate = (gate + columns.gate.times(&input)?)?;
+            up = (up + columns.up.times(&input)?)?;
         }
-        let inner = kernels::swiglu(gate, &up.into_tensor())?.into_tensor();
-        self.down_proj.times(&Input::new(&inner, &[&self.down_proj])?)
+        self.down_proj.product(kernels::swiglu(gate, up.tensor())?.tensor())
     }
 
     fn side_columns(&self, signal: &Tensor) -> Result<&SideProjection> {

@@ -40,9 +40,11 @@ struct Running<'p> {
     layers: Range<usize>,
     sight: Sight,
     side: Option<&'p SideSignal>,
-    tap: Option<&'p mut dyn Tap>,
     cancel: Option<&'p Cancel>,
 }
+
+/// Who looks on.
+type Onlooker<'p> = Option<&'p mut dyn Tap>;
 
 impl Stack {
     /// `count` blocks, the weights of which are `{prefix}.{0, 1, ..}.*`, with a stream of type `dtype`.
@@ -101,25 +103,31 @@ impl Stack {
         if layers.is_empty() {
             return Ok(xs.clone());
         }
-        let mut running = Running { layers, sight: Sight::Causal, side, tap, cancel };
+        let mut running = Running { layers, sight: Sight::Causal, side, cancel };
         let flat = flat(xs)?; // (tokens, hidden)
         let ys = match pass {
-            Pass::Causal(batch) => self.uncached(&flat, batch, running)?,
+            Pass::Causal(batch) => self.uncached(&flat, batch, &running, tap)?,
             Pass::Bidirectional(batch) => {
                 running.sight = Sight::Bidirectional;
-                self.uncached(&flat, batch, running)?
+                self.uncached(&flat, batch, &running, tap)?
             }
-            Pass::Cached(cache) => self.cached(&flat, &Batch::one(tokens)?, &mut [cache], running)?,
-            Pass::Remembered { batch, sight, caches } => {
+            Pass::Cached(cache) => self.cached(&flat, &Batch::one(tokens)?, &mut [cache], &running, tap)?,
+            Pass::Remembered { batch, sight, mut caches } => {
                 running.sight = sight;
-                self.cached(&flat, batch, caches, running)?
+                self.cached(&flat, batch, &mut caches, &running, tap)?
             }
         };
         Ok(ys.reshape(xs.shape())?)
     }
 
     /// All sequences at once, each by itself.
-    fn uncached(&self, xs: &Tensor, batch: &Batch, mut running: Running<'_>) -> Result<Tensor> {
+    fn uncached(
+        &self,
+        xs: &Tensor,
+        batch: &Batch,
+        running: &Running<'_>,
+        mut tap: Onlooker<'_>,
+    ) -> Result<Tensor> {
         batch.check(xs)?;
         for (sequence, rows) in batch.all_rows().enumerate() {
             self.check_context(batch.first(sequence).saturating_add(rows.len()))?;
@@ -130,10 +138,10 @@ impl Stack {
             rows: 0..batch.tokens(),
             caches: None,
             side: running.side,
-            tap: running.tap.take().map(|tap| &mut *tap),
+            tap: tap.as_mut().map(|tap| &mut **tap as &mut dyn Tap),
             layer: 0,
         };
-        self.blocks(xs, context, &running)
+        self.blocks(xs, context, running)
     }
 
     /// Sequences that go on after their caches: causally in chunks, in both directions at once.
@@ -142,7 +150,8 @@ impl Stack {
         xs: &Tensor,
         batch: &Batch,
         caches: &mut [&mut KvCache],
-        mut running: Running<'_>,
+        running: &Running<'_>,
+        mut tap: Onlooker<'_>,
     ) -> Result<Tensor> {
         batch.check(xs)?;
         if caches.len() != batch.sequences() {
@@ -178,10 +187,10 @@ impl Stack {
                 rows: rows.clone(),
                 caches: Some((&mut open, which)),
                 side: running.side,
-                tap: running.tap.as_mut().map(|tap| &mut **tap as &mut dyn Tap),
+                tap: tap.as_mut().map(|tap| &mut **tap as &mut dyn Tap),
                 layer: 0,
             };
-            chunks.push(self.blocks(&xs.narrow(0, start, rows.len())?, context, &running)?);
+            chunks.push(self.blocks(&xs.narrow(0, start, rows.len())?, context, running)?);
         }
         open.commit();
         match chunks.as_slice() {

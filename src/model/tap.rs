@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::kv_cache::Remembered;
+use super::kv_cache::{Remembered, gather};
 use super::mask::Mask;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, SequenceSpans, Spans};
 
 /// Looks on while a pass runs, layer by layer. It changes nothing, and where there is none, nothing is
 /// computed for it. An error it returns ends the pass.
@@ -98,7 +98,7 @@ impl<'a> Attended<'a> {
                 Ok((own(keys)?, own(values)?))
             }
             Remembered::Blocks(blocks) => match blocks.get(sequence) {
-                Some(held) => kernels::gather(held, &this.keys, dtype),
+                Some(held) => gather(held, &this.keys, dtype),
                 None => Err(Error::parameter("sequence", "one with blocks", sequence)),
             },
         }
@@ -118,17 +118,19 @@ impl<'a> Attended<'a> {
     /// [`Error::Parameter`] for a sequence, a head or queries that there are not.
     pub fn scores(&self, sequence: usize, head: usize, queries: Range<usize>) -> Result<Tensor> {
         let (keys, _) = self.keys_and_values(sequence)?;
-        let count = self.mask.spans().sequences.get(sequence).map_or(0, |it| it.queries.len());
-        if head >= self.heads() {
-            let expected = format!("less than the {} heads", self.heads());
-            return Err(Error::parameter("head", expected, head));
+        let Some(this) = self.mask.spans().sequences.get(sequence) else {
+            return Err(Error::parameter("sequence", "one of the pass", sequence));
+        };
+        let (count, heads) = (this.queries.len(), self.heads());
+        if head >= heads || queries.start >= queries.end || queries.end > count {
+            let expected = format!("a head of {heads} and some queries of {count}");
+            return Err(Error::parameter("scores", expected, format!("{head} and {queries:?}")));
         }
-        if queries.start > queries.end || queries.end > count {
-            let expected = format!("a range within 0..{count}");
-            return Err(Error::parameter("queries", expected, format!("{queries:?}")));
-        }
-        let scale = 1.0 / (self.queries.dim(2)? as f64).sqrt();
-        kernels::scores(self.queries, &keys, self.mask.spans(), sequence, head, queries, scale)
+        // As if the sequence ran alone.
+        let alone = SequenceSpans { queries: 0..count, from: 0, ..this.clone() };
+        let q = self.queries.narrow(1, this.queries.start, count)?;
+        let scale = 1.0 / (q.dim(2)? as f64).sqrt();
+        kernels::scores(&q, &keys, &Spans { sequences: vec![alone] }, 0, head, queries, scale)
     }
 
     /// The weights of one head over one sequence, for some of its queries: the softmax of
@@ -137,7 +139,7 @@ impl<'a> Attended<'a> {
     /// # Errors
     /// As [`scores`](Self::scores).
     pub fn weights(&self, sequence: usize, head: usize, queries: Range<usize>) -> Result<Tensor> {
-        kernels::softmax(&self.scores(sequence, head, queries)?)
+        kernels::shares(&self.scores(sequence, head, queries)?)
     }
 
     /// The weights of one sequence, mean over the heads: `(queries, keys)`. One head at a time stands

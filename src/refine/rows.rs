@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Shape, Tensor};
 
 use crate::error::Result;
 use crate::batch::{Batch, flat};
-use crate::kernels::{f32s, gradient_for, is_f32_on_cpu, values};
+use crate::kernels::{f32s, fits_kernels, gradient_for, values};
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
@@ -37,7 +37,7 @@ impl Thinks<'_> {
             return Ok(xs.clone());
         }
         batch.check(xs)?;
-        if [xs, z].iter().all(|it| is_f32_on_cpu(it)) {
+        if [xs, z].iter().all(|it| fits_kernels(it)) {
             let op = Choose { runs: batch.segments().collect() };
             return Ok(xs.contiguous()?.apply_op2(&z.contiguous()?, op)?);
         }

@@ -33,7 +33,7 @@ impl ThoughtLoop {
     ) -> Result<Tensor> {
         let Entry { xs, layers } = match &mut pass {
             Pass::Cached(cache) => self.enter(text, thoughts, Some(&mut [&mut **cache]))?,
-            Pass::Remembered { caches, .. } => self.enter(text, thoughts, Some(&mut **caches))?,
+            Pass::Remembered { caches, .. } => self.enter(text, thoughts, Some(caches))?,
             Pass::Causal(_) | Pass::Bidirectional(_) => self.enter(text, thoughts, None)?,
         };
         let reader = match pass.is_bidirectional() {
@@ -152,12 +152,13 @@ impl ThoughtLoop {
     ) -> Result<Tensor> {
         let (span, sight, decoder) = (self.span(), self.thinking.sight, self.model.decoder());
         if weight == 0.0 {
+            let caches = again(caches);
             let pass = Pass::Remembered { batch, sight: Sight::Causal, caches };
             return decoder.forward(&thoughts.first, span, self.cancellable(pass));
         }
         if weight == 1.0 && self.model.is_of_one_mind() {
             // Plain tokens run causally in it as it is.
-            let pass = Pass::Remembered { batch, sight, caches };
+            let pass = Pass::Remembered { batch, sight, caches: again(caches) };
             return decoder.forward(&thoughts.z, span, self.cancellable(pass));
         }
         let (plain, z) = (flat(&thoughts.first)?, flat(&thoughts.z)?);
@@ -230,8 +231,7 @@ impl Side {
         let cache = |len: usize| Ok(pool.new_cache(len.max(1))?.keeping_all());
         let mut caches = batch.lengths().into_iter().map(cache).collect::<Result<Vec<_>>>()?;
         let xs = {
-            let mut caches: Vec<&mut KvCache> = caches.iter_mut().collect();
-            let pass = Pass::Remembered { batch, sight, caches: &mut caches };
+            let pass = Pass::Remembered { batch, sight, caches: caches.iter_mut().collect() };
             transformer.forward(xs, layer..layer + 1, mind.cancellable(pass))?
         };
         Ok(Self { xs, caches, dtype: transformer.dtype() })
@@ -248,6 +248,11 @@ impl Side {
             None => Err(Error::parameter("sequence", "one of the batch", sequence)),
         }
     }
+}
+
+/// The same caches, lent for one more pass.
+fn again<'a>(caches: &'a mut [&mut KvCache]) -> Vec<&'a mut KvCache> {
+    caches.iter_mut().map(|cache| &mut **cache).collect()
 }
 
 /// A sequence of `len` tokens in runs that think and runs that do not.

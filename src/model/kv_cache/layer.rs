@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 
 use super::pool::Block;
 use crate::error::{Error, Result};
-use crate::kernels::{self, HeldBlocks, KV_BLOCK};
+use crate::kernels::{self, HeldBlocks, KV_BLOCK, SequenceSpans, Spans};
 
 /// The blocks of one layer, and how far they are filled.
 ///
@@ -200,8 +200,19 @@ impl LayerCache {
             let some = |of: &Tensor| of.narrow(1, range.start - from, range.len())?.to_dtype(dtype);
             return Ok((some(keys)?, some(values)?));
         }
-        kernels::gather(&self.held(), range, dtype)
+        gather(&self.held(), range, dtype)
     }
+}
+
+/// Keys and values of some positions of one sequence, `(kv_heads, positions, head_dim)` each in `dtype`.
+pub(in crate::model) fn gather(
+    held: &HeldBlocks,
+    range: &Range<usize>,
+    dtype: DType,
+) -> Result<(Tensor, Tensor)> {
+    let (keys, from) = (range.clone(), 0);
+    let only = SequenceSpans { queries: 0..0, keys, from, sees: Vec::new() };
+    kernels::gather(std::slice::from_ref(held), &Spans { sequences: vec![only] }, dtype)
 }
 
 /// `xs` with the values that are left when it is kept as `dtype`. Its gradient is that of `xs`: the

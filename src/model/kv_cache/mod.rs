@@ -13,7 +13,8 @@ use self::pool::Shape;
 use crate::error::{Error, Result};
 use crate::kernels::KV_BLOCK;
 
-pub(super) use self::open::Open;
+pub(super) use self::layer::gather;
+pub(super) use self::open::{Open, Remembered};
 pub use self::pool::KvPool;
 
 /// Tokens that run through the blocks at a time when a cache takes them up.

@@ -20,6 +20,7 @@ pub(in crate::model) struct Open<'a, 'c> {
 }
 
 /// What the queries of a pass attend to.
+#[derive(Debug)]
 pub(in crate::model) enum Remembered {
     /// Keys and values of all sequences one behind the other, `(kv_heads, keys, head_dim)` each.
     Packed(Tensor, Tensor),

@@ -15,9 +15,9 @@ use candle_core::backprop::GradStore;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::adapter::{Adapter, AdapterConfig};
-use hybrid_attention::model::{Layout, Linear, Mind, Pass, Sight, Transformer, Weights};
+use hybrid_attention::model::{Batch, Linear, AdapterScope, Pass, Sight, Transformer, Weights};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, HandOff, Text, Thoughts};
+use hybrid_attention::thought::{Detail, HandOff, EncodedBatch, Thoughts};
 use hybrid_attention::{Config, EmbedConfig, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ const PROJECTIONS: [&str; 7] =
 const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }];
 
-const MINDS: [Mind; 3] = [Mind::Thinking, Mind::Decoding, Mind::Both];
+const MINDS: [AdapterScope; 3] = [AdapterScope::Thinking, AdapterScope::Decoding, AdapterScope::Both];
 
 type Tensors = HashMap<String, Tensor>;
 
@@ -88,12 +88,12 @@ fn build(config: &Config, weights: &Tensors) -> Result<Transformer> {
 
 /// The logits of a causal reading.
 fn causal(model: &Transformer, ids: &[u32]) -> Result<Tensor> {
-    tiny::logits(model, &tiny::embed(model, ids)?, Pass::Causal(&Layout::dense(1, ids.len())))
+    tiny::logits(model, &tiny::embed(model, ids)?, Pass::Causal(&Batch::one(ids.len())?))
 }
 
 fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
-    let z = mind.encode(text, Pass::Causal(text.layout()))?;
+    let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
 }
 
@@ -125,7 +125,7 @@ fn loaded_output_is_pefts() -> Result {
     for name in CASES {
         let (adapter, golden) = (fixture_adapter(name)?, golden(name)?);
         let ids = golden["input_ids"].to_dtype(DType::U32)?;
-        let layout = Layout::dense(1, ids.dim(1)?);
+        let layout = Batch::one(ids.dim(1)?)?;
         for (how, model) in
             [("adapted", base.adapted(&adapter)?), ("merged", base.merged(&adapter)?)]
         {
@@ -224,11 +224,11 @@ fn a_gate_stands_beside_the_adapter() -> Result {
     let gate_of = |model: &Transformer| -> Result<Tensor> {
         Ok(model.thought_gate().ok_or("no gate")?.clone())
     };
-    for mind in [Mind::Thinking, Mind::Both] {
+    for mind in [AdapterScope::Thinking, AdapterScope::Both] {
         assert_identical("new", &gate_of(&base.adapted_for(&loaded, mind)?)?, &gate)?;
     }
     assert_identical("merged", &gate_of(&base.merged(&loaded)?)?, &gate)?;
-    let decoding = base.adapted_for(&loaded, Mind::Decoding)?;
+    let decoding = base.adapted_for(&loaded, AdapterScope::Decoding)?;
     assert_identical("old", &gate_of(&decoding)?, &weights["thought.gate"])?;
     assert_identical("old", &gate_of(&base.adapted(&bare)?)?, &weights["thought.gate"])?;
 
@@ -469,7 +469,7 @@ fn adapters_add_up() -> Result {
     // One for both minds reaches each of them where they differ already.
     let plain = causal(&base.adapted(&two)?, &ids)?;
     for (mind, decodes, thinks) in
-        [(Mind::Thinking, &plain, &expected), (Mind::Decoding, &expected, &plain)]
+        [(AdapterScope::Thinking, &plain, &expected), (AdapterScope::Decoding, &expected, &plain)]
     {
         let first = base.adapted_for(&one, mind)?;
         for model in [first.adapted(&two)?, first.merged(&two)?] {
@@ -549,8 +549,8 @@ fn adapter_without_variables(adapter: &Adapter) -> Result<Adapter> {
 
 // ---- two minds ----
 
-fn layout() -> Result<Layout> {
-    Ok(Layout::dense(1, 10).with_context(0, &SEGMENTS)?)
+fn layout() -> Result<Batch> {
+    Ok(Batch::one(10)?.with_context(0, &SEGMENTS)?)
 }
 
 /// Two context segments around a plain one, and a plain end.
@@ -568,21 +568,21 @@ fn an_adapter_for_one_mind_leaves_the_other_bit_for_bit() -> Result {
     for sight in [Sight::Bidirectional, Sight::Causal] {
         let thinking = Thinking::passes(2).sight(sight);
         let pass = |model: &Transformer| -> Result<Tensor> {
-            Ok(thinking.on(model)?.think_once(&z, text.layout())?)
+            Ok(thinking.on(model)?.think_once(&z, text.batch())?)
         };
         for mind in MINDS {
             let model = base.adapted_for(&adapter, mind)?;
             let name = format!("{mind:?}, {sight:?}");
             let (thinks, decodes) = match mind {
-                Mind::Thinking => (&both, &base),
-                Mind::Decoding => (&base, &both),
-                Mind::Both => (&both, &both),
+                AdapterScope::Thinking => (&both, &base),
+                AdapterScope::Decoding => (&base, &both),
+                AdapterScope::Both => (&both, &both),
             };
             assert_identical(&name, &pass(&model)?, &pass(thinks)?)?;
             let ids = text.ids();
             assert_identical(&name, &causal(&model, ids)?, &causal(decodes, ids)?)?;
             assert_identical(&name, &causal(model.thinker(), ids)?, &causal(thinks, ids)?)?;
-            let mut cache = model.new_cache(&Layout::dense(1, 10), 10)?;
+            let mut cache = model.new_cache(10)?;
             let xs = tiny::embed(&model, ids)?;
             let cached = tiny::logits(&model, &xs, Pass::Cached(&mut cache))?;
             assert_close(&name, &cached, &causal(decodes, ids)?, 1e-5)?;
@@ -612,20 +612,20 @@ fn two_minds_are_two_models(
     let decoder = Reference::new(config, &plus(&weights, &for_decoding)?)?;
     let thinker = Reference::new(config, &plus(&weights, &for_thinking)?)?;
     let model = build(config, &weights)?
-        .adapted_for(&adapter_without_variables(&for_decoding)?, Mind::Decoding)?
-        .adapted_for(&adapter_without_variables(&for_thinking)?, Mind::Thinking)?;
+        .adapted_for(&adapter_without_variables(&for_decoding)?, AdapterScope::Decoding)?
+        .adapted_for(&adapter_without_variables(&for_thinking)?, AdapterScope::Thinking)?;
 
     let (ids, answer) = (tiny::tokens(config, seed, 10), tiny::tokens(config, seed + 1, 3));
-    let text = Text::new(&model, &ids, layout()?)?;
+    let text = EncodedBatch::new(&model, &ids, layout()?)?;
     let thinking =
         Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.4)).hand_off(hand_off);
     let thinking = thinking.detail(Detail::Maps);
     let mind = thinking.on(&model)?;
-    let mut cache = model.new_cache(text.layout(), 13)?;
+    let mut cache = model.new_cache(13)?;
     let first = mind.encode(&text, Pass::Cached(&mut cache))?;
     let thoughts = mind.think(&text, first, |_, _| ())?;
     let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
-    let uncached = mind.hand_off(&text, &thoughts, Pass::Causal(text.layout()))?;
+    let uncached = mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))?;
     assert_close("without a cache", &uncached, &h, 1e-5)?;
 
     let loops = |reference| ThoughtLoop {
@@ -696,9 +696,9 @@ fn a_mind_of_its_own_that_is_the_same_changes_nothing() -> Result {
     let config = Config { sliding_window: Some(4), ..tiny::config() };
     let base = tiny::transformer(&config, 11)?;
     let nothing = Adapter::new(&config, &everywhere(), 11, &Device::Cpu)?;
-    let apart = base.adapted_for(&nothing, Mind::Thinking)?;
+    let apart = base.adapted_for(&nothing, AdapterScope::Thinking)?;
     let layout =
-        Layout::ragged(&[9, 6]).with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?;
+        Batch::ragged(&[9, 6])?.with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?;
     let text = tiny::text(&base, &layout, 11)?;
     for hand_off in HAND_OFFS.into_iter().chain([0.0, 1.0].map(|weight| HandOff::Mixed { weight }))
     {
@@ -706,7 +706,7 @@ fn a_mind_of_its_own_that_is_the_same_changes_nothing() -> Result {
             let thinking = Thinking::passes(2).span(span.clone()).hand_off(hand_off);
             let read = |model: &Transformer| -> Result<Tensor> {
                 let mind = thinking.on(model)?;
-                let mut cache = model.new_cache(&layout, 10)?;
+                let mut cache = model.new_cache(10)?;
                 let z = mind.encode(&text, Pass::Cached(&mut cache))?;
                 let thoughts = mind.think(&text, z, |_, _| ())?;
                 let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
@@ -729,11 +729,11 @@ fn answers_are_those_of_their_minds() -> Result {
     };
     let ids = tiny::tokens(&config, 12, 9);
     let plain = GenerationConfig::default().max_tokens(5).top_logprobs(2);
-    let (base, both) = (tiny::hybrid(&config, 12)?, with(Mind::default())?);
-    let thinking = with(Mind::Thinking)?.generate(ids.as_slice(), &plain)?;
+    let (base, both) = (tiny::hybrid(&config, 12)?, with(AdapterScope::default())?);
+    let thinking = with(AdapterScope::Thinking)?.generate(ids.as_slice(), &plain)?;
     let bare = base.generate(ids.as_slice(), &plain)?;
     assert_eq!((thinking.ids, thinking.top_logprobs), (bare.ids, bare.top_logprobs.clone()));
-    let decoding = with(Mind::Decoding)?.generate(ids.as_slice(), &plain)?;
+    let decoding = with(AdapterScope::Decoding)?.generate(ids.as_slice(), &plain)?;
     let adapted = both.generate(ids.as_slice(), &plain)?;
     assert_eq!(decoding.top_logprobs, adapted.top_logprobs);
     assert_ne!(adapted.top_logprobs, bare.top_logprobs);
@@ -742,7 +742,7 @@ fn answers_are_those_of_their_minds() -> Result {
     for hand_off in HAND_OFFS {
         let thinking = Thinking::passes(2).span(1..3).hand_off(hand_off);
         let how = GenerationConfig::default().thinking(thinking.clone());
-        for mind in [Mind::Thinking, Mind::Decoding] {
+        for mind in [AdapterScope::Thinking, AdapterScope::Decoding] {
             let model = with(mind)?;
             let again = how.clone().thinking(thinking.clone().rethink_every(2)).max_tokens(5);
             let answer = model.generate(ids.as_slice(), &again)?;
@@ -760,8 +760,8 @@ fn answers_are_those_of_their_minds() -> Result {
             let from_0 = GenerationConfig::default().thinking(Thinking::passes(2).span(0..2));
             Ok(model.think(ids.as_slice(), &from_0)?.z)
         };
-        assert_identical("thoughts", &z(&with(Mind::Thinking)?)?, &z(&both)?)?;
-        assert_identical("thoughts", &z(&with(Mind::Decoding)?)?, &z(&base)?)?;
+        assert_identical("thoughts", &z(&with(AdapterScope::Thinking)?)?, &z(&both)?)?;
+        assert_identical("thoughts", &z(&with(AdapterScope::Decoding)?)?, &z(&base)?)?;
     }
     Ok(())
 }
@@ -777,9 +777,9 @@ fn embeddings_are_those_of_the_mind_that_reads() -> Result {
         Ok(HybridModel::new(tiny::transformer(&config, 13)?, tokenizer)?)
     };
     let base = bare()?;
-    let both = bare()?.with_adapter(&adapter, Mind::Both)?;
-    let thinks = bare()?.with_adapter(&adapter, Mind::Thinking)?;
-    let decodes = bare()?.with_adapter(&adapter, Mind::Decoding)?;
+    let both = bare()?.with_adapter(&adapter, AdapterScope::Both)?;
+    let thinks = bare()?.with_adapter(&adapter, AdapterScope::Thinking)?;
+    let decodes = bare()?.with_adapter(&adapter, AdapterScope::Decoding)?;
     let embed = |model: &HybridModel, sight, thinking: &Thinking| -> Result<Tensor> {
         let how = EmbedConfig::default().sight(sight).thinking(thinking.clone());
         Ok(model.embed(&["a cat", "the dog and the cat"], &how)?)
@@ -824,13 +824,13 @@ fn gradients_reach_the_adapter_and_nothing_else() -> Result {
         let text = tiny::text(&model, &layout()?, 14)?;
         let thinking = Thinking::passes(2).span(1..3).hand_off(hand_off);
         let thinking = match mind {
-            Mind::Decoding => thinking.refine(Interpolate::new(0.4)),
+            AdapterScope::Decoding => thinking.refine(Interpolate::new(0.4)),
             _ => thinking.refine(Interpolate::gated()),
         };
         let loss = || -> Result<Tensor> {
             let thoughts = think(&model, &thinking, &text)?;
             let mind = thinking.on(&model)?;
-            let h = mind.hand_off(&text, &thoughts, Pass::Causal(text.layout()))?;
+            let h = mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))?;
             let logits = model.logits(&h)?;
             Ok((&logits * tiny::noise(7, logits.dims(), 0.3)?)?.sum_all()?)
         };
@@ -863,9 +863,9 @@ fn gradients_reach_the_adapter_and_nothing_else() -> Result {
         }
         // Thought passes run layers 1 and 2 and no head; decoding all of it, and no gate.
         let expected = match mind {
-            Mind::Thinking => 2 * 2 * 7 + 1,
-            Mind::Decoding => 2 * (3 * 7 + 1),
-            Mind::Both => 2 * (3 * 7 + 1) + 1,
+            AdapterScope::Thinking => 2 * 2 * 7 + 1,
+            AdapterScope::Decoding => 2 * (3 * 7 + 1),
+            AdapterScope::Both => 2 * (3 * 7 + 1) + 1,
         };
         assert!(reached >= expected - 4, "{mind:?}, {hand_off:?}: {reached} of {expected}");
         assert!(reached <= expected, "{mind:?}, {hand_off:?}: {reached} of {expected}");
@@ -1332,7 +1332,7 @@ fn survive(folder: &Path) -> hybrid_attention::Result<()> {
         base.transformer().adapted_for(&adapter, mind)?;
     }
     base.transformer().merged(&adapter)?;
-    let model = base.with_adapter(&adapter, Mind::Both)?;
+    let model = base.with_adapter(&adapter, AdapterScope::Both)?;
     model.generate([3], &GenerationConfig::default().max_tokens(1))?;
     Ok(())
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{Device, IndexOp, Tensor};
-use hybrid_attention::model::{Layout, Pass, Sight};
+use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, EmbedConfig, Error, HybridModel, Pooling, Thinking, Tokenizer};
 
@@ -39,7 +39,7 @@ fn pool(pooling: Pooling, tokens: &[Vec<f32>]) -> Vec<f32> {
 #[test]
 fn pooling_is_a_weighted_sum_of_the_real_tokens() -> Result {
     let lengths = [5, 1, 3];
-    let layout = Layout::ragged(&lengths);
+    let layout = Batch::ragged(&lengths)?;
     let hidden = tiny::noise(1, &[3, 5, 4], 1.0)?;
     for pooling in KINDS {
         let got = pooling.pool(&hidden, &layout)?;
@@ -55,7 +55,7 @@ fn pooling_is_a_weighted_sum_of_the_real_tokens() -> Result {
 #[test]
 fn a_layout_of_another_shape_is_refused() -> Result {
     let hidden = tiny::noise(1, &[3, 5, 4], 1.0)?;
-    for layout in [Layout::dense(1, 5), Layout::dense(2, 5), Layout::dense(3, 4)] {
+    for layout in [Batch::one(5)?, Batch::dense(2, 5)?, Batch::dense(3, 4)?] {
         for pooling in KINDS {
             let refused = pooling.pool(&hidden, &layout);
             assert!(refused.is_err(), "{pooling:?} over {layout:?}");
@@ -111,7 +111,7 @@ fn an_embedding_is_the_pooled_last_hidden_state() -> Result {
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
     for text in TEXTS {
         let ids = tokenizer.encode(text, true)?;
-        let layout = Layout::dense(1, ids.len());
+        let layout = Batch::one(ids.len())?;
         for (sight, pass) in [
             (Sight::Causal, Pass::Causal(&layout)),
             (Sight::Bidirectional, Pass::Bidirectional(&layout)),

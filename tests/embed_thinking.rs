@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{IndexOp, Tensor};
-use hybrid_attention::model::{Layout, Pass, Sight};
+use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Halt, HandOff};
 use hybrid_attention::{Config, EmbedConfig, HybridModel, Pooling, Thinking, Tokenizer};
@@ -71,7 +71,7 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
     for text in TEXTS {
         let ids = tokenizer.encode(text, true)?;
-        let layout = Layout::dense(1, ids.len());
+        let layout = Batch::one(ids.len())?;
         let xs = tiny::embed(transformer, &ids)?;
         let forward = |xs: &Tensor, layers, sight| {
             transformer.forward(

@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::adapter::{Adapter, AdapterConfig};
-use hybrid_attention::model::{Mind, Sight};
+use hybrid_attention::model::{AdapterScope, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Detail, HandOff};
 use hybrid_attention::{
@@ -264,10 +264,10 @@ fn generate_uses_an_adapter_in_the_mind_it_is_for() -> Result {
     let config = GenerationConfig::default().thinking(Thinking::passes(2)).max_tokens(6);
     let bare = ids(&[])?;
     for (more, mind) in [
-        (None, Mind::Both),
-        (Some("--adapter-for=both"), Mind::Both),
-        (Some("--adapter-for=thinking"), Mind::Thinking),
-        (Some("--adapter-for=decoding"), Mind::Decoding),
+        (None, AdapterScope::Both),
+        (Some("--adapter-for=both"), AdapterScope::Both),
+        (Some("--adapter-for=thinking"), AdapterScope::Thinking),
+        (Some("--adapter-for=decoding"), AdapterScope::Decoding),
     ] {
         let args: Vec<&str> = ["--adapter", path].into_iter().chain(more).collect();
         let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;

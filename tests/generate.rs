@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
 use hybrid_attention::generate::Progress;
-use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::model::{Batch, Pass, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{
     Answer, Config, Conversation, GenerationConfig, HybridModel, Message, Prompt, StopReason,
@@ -92,7 +92,7 @@ fn some_ids(count: usize) -> Vec<u32> {
 
 /// `(seq, vocab)`: the causal log-probabilities after each of `ids`, without a cache.
 fn reference(transformer: &Transformer, ids: &[u32]) -> Result<Vec<Vec<f32>>> {
-    let layout = Layout::dense(1, ids.len());
+    let layout = Batch::one(ids.len())?;
     let xs = transformer.embed(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)?;
     let h = transformer.forward(&xs, transformer.all_layers(), Pass::Causal(&layout))?;
     let logits = transformer.logits(&h)?.squeeze(0)?;
@@ -774,7 +774,7 @@ fn parts_become_the_segments_they_say() -> Result {
     // The last token of all is always plain.
     let segments = [borders[0]..borders[1], borders[2]..borders[3] - 1];
 
-    let layout = Layout::dense(1, ids.len()).with_context(0, &segments)?;
+    let layout = Batch::one(ids.len())?.with_context(0, &segments)?;
     let embeddings =
         transformer.embed(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?)?;
     for a in [0, 1] {

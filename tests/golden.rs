@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::model::{Batch, Pass, Transformer};
 use hybrid_attention::{GenerationConfig, HybridModel};
 
 use common::{Result, fixture, fixture_config, fixture_weights, write_consolidated, write_gguf};
@@ -105,7 +105,7 @@ fn hidden_states_and_logits_are_those_of_transformers() -> Result {
         let folder = tempfile::tempdir()?;
         for path in case.rewritten(folder.path())? {
             let ids = case.input_ids()?;
-            let layout = Layout::dense(1, ids.dim(1)?);
+            let layout = Batch::one(ids.dim(1)?)?;
             let has_window = case.golden.contains_key("bidirectional.window.hidden.0");
             assert_eq!(has_window, transformer(&path, true)?.config().sliding_window.is_some());
             for (kind, windowed) in
@@ -144,7 +144,7 @@ fn the_cache_gives_the_same_logits_in_any_chunks() -> Result {
         let seq = ids.dim(1)?;
         let model = transformer(&case.path, true)?;
         for chunk in [seq, 5, 1] {
-            let mut cache = model.new_cache(&Layout::dense(1, seq), seq)?;
+            let mut cache = model.new_cache(seq)?;
             let mut logits = Vec::new();
             for start in (0..seq).step_by(chunk) {
                 let xs = model.embed(&ids.narrow(1, start, chunk.min(seq - start))?)?;
@@ -188,7 +188,7 @@ fn a_narrow_cache_gives_the_logits_up_to_its_rounding() -> Result {
             let seq = ids.dim(1)?;
             let model = transformer(&case.path, true)?;
             for chunk in [seq, 5, 1] {
-                let mut cache = model.new_cache_as(&Layout::dense(1, seq), seq, dtype)?;
+                let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(seq)?;
                 let mut logits = Vec::new();
                 for start in (0..seq).step_by(chunk) {
                     let xs = model.embed(&ids.narrow(1, start, chunk.min(seq - start))?)?;
@@ -209,7 +209,7 @@ fn a_narrow_cache_gives_the_logits_up_to_its_rounding() -> Result {
 fn uncached(model: &Transformer, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
     let mut ids = prompt.to_vec();
     for _ in 0..count {
-        let layout = Layout::dense(1, ids.len());
+        let layout = Batch::one(ids.len())?;
         let xs = model.embed(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?)?;
         let h = model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?;
         let logits = model.logits(&h.narrow(1, ids.len() - 1, 1)?)?;

@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor, Var};
-use hybrid_attention::model::{Layout, Linear, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Linear, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, Thinking};
 
@@ -54,12 +54,12 @@ fn configs() -> [Config; 2] {
     [tiny::config(), windowed]
 }
 
-fn inputs(config: &Config, layout: &Layout) -> Result<Tensor> {
+fn inputs(config: &Config, layout: &Batch) -> Result<Tensor> {
     tiny::noise(5, &[layout.batch(), layout.seq(), config.hidden_size], 1.0)
 }
 
-fn layouts() -> Result<[Layout; 2]> {
-    Ok([Layout::dense(1, 5), Layout::ragged(&[6, 3]).with_context(0, &[1..3, 4..6])?])
+fn layouts() -> Result<[Batch; 2]> {
+    Ok([Batch::one(5)?, Batch::ragged(&[6, 3])?.with_context(0, &[1..3, 4..6])?])
 }
 
 #[test]
@@ -83,11 +83,11 @@ fn of_the_inputs() -> Result {
 fn of_new_tokens_through_a_cache() -> Result {
     for config in configs() {
         let model = tiny::transformer(&config, 12)?;
-        let layout = Layout::dense(1, 7);
+        let layout = Batch::one(7)?;
         let xs = inputs(&config, &layout)?;
         let (past, new) = (xs.narrow(1, 0, 4)?, xs.narrow(1, 4, 3)?);
         check("cached", &new, |new| {
-            let mut cache = model.new_cache(&layout, 7)?;
+            let mut cache = model.new_cache(7)?;
             model.forward(&past, model.all_layers(), Pass::Cached(&mut cache))?;
             tiny::logits(&model, new, Pass::Cached(&mut cache))
         })?;
@@ -101,14 +101,14 @@ fn of_new_tokens_through_a_cache() -> Result {
 fn of_a_pass_whose_cache_is_written_again() -> Result {
     let config = tiny::config();
     let name = "model.layers.0.self_attn.q_proj.weight";
-    let layout = Layout::dense(1, 4);
+    let layout = Batch::one(4)?;
     let xs = inputs(&config, &layout)?;
     let gradient = |write_again: bool| -> Result<Tensor> {
         let mut weights = tiny::weights(&config, 15)?;
         let weight = Var::from_tensor(&weights[name])?;
         weights.insert(name.to_owned(), weight.as_tensor().clone());
         let model = Transformer::new(&config, &mut weights)?;
-        let mut cache = model.new_cache(&layout, 4)?;
+        let mut cache = model.new_cache(4)?;
         let h = model.forward(&xs, model.all_layers(), Pass::Cached(&mut cache))?;
         if write_again {
             cache.reset();
@@ -123,7 +123,7 @@ fn of_a_pass_whose_cache_is_written_again() -> Result {
 #[test]
 fn of_the_inputs_through_thought_and_hand_off() -> Result {
     let model = tiny::transformer(&tiny::config(), 13)?;
-    let layout = Layout::dense(1, 6).with_context(0, &[0..3, 3..4])?;
+    let layout = Batch::one(6)?.with_context(0, &[0..3, 3..4])?;
     let xs = inputs(model.config(), &layout)?;
     let text = tiny::text(&model, &layout, 13)?;
     let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
@@ -142,7 +142,7 @@ fn of_every_weight() -> Result {
     for (config, seq) in configs().into_iter().zip([3, 6]).chain([(tiny::config(), 6)]) {
         let weights = tiny::weights(&config, 14)?;
         let ids = tiny::tokens(&config, 14, seq);
-        let layout = Layout::dense(1, seq);
+        let layout = Batch::one(seq)?;
         for (name, weight) in &weights {
             for sight in [Sight::Causal, Sight::Bidirectional] {
                 check(name, weight, |weight| {

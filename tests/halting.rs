@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::Tensor;
 use hybrid_attention::generate::Progress;
-use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::model::{Batch, Pass, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, Halt, Halted, Text, Thoughts};
+use hybrid_attention::thought::{Detail, Halt, Halted, EncodedBatch, Thoughts};
 use hybrid_attention::{Config, Error, GenerationConfig, Thinking};
 
 use common::reference::{self, Reference, Stream, ThoughtLoop};
@@ -31,13 +31,13 @@ fn thinking(passes: usize, span: Range<usize>) -> Thinking {
 
 fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
-    let z = mind.encode(text, Pass::Causal(text.layout()))?;
+    let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
 }
 
-fn text(model: &Transformer, ids: &[u32], segments: &[Range<usize>]) -> Result<Text> {
-    let layout = Layout::dense(1, ids.len()).with_context(0, segments)?;
-    Ok(Text::new(model, ids, layout)?)
+fn text(model: &Transformer, ids: &[u32], segments: &[Range<usize>]) -> Result<EncodedBatch> {
+    let layout = Batch::one(ids.len())?.with_context(0, segments)?;
+    Ok(EncodedBatch::new(model, ids, layout)?)
 }
 
 /// What each rule looks at, after each of `CAP` passes over one row: drift, cosine distance, KL.
@@ -209,7 +209,7 @@ fn rows_of_a_batch_stop_one_by_one() -> Result {
         let model = tiny::transformer(&config, seed)?;
         let lengths = [9, 4, 12, 6];
         let seq = 12;
-        let mut layout = Layout::ragged(&lengths);
+        let mut layout = Batch::ragged(&lengths)?;
         let mut padded = Vec::new();
         let mut rows = Vec::new();
         for (row, length) in lengths.into_iter().enumerate() {
@@ -220,7 +220,7 @@ fn rows_of_a_batch_stop_one_by_one() -> Result {
             padded.extend([vec![3; seq - length], ids.clone()].concat());
             rows.push((text(&model, &ids, &segments)?, ids, segments));
         }
-        let batch = Text::new(&model, &padded, layout)?;
+        let batch = EncodedBatch::new(&model, &padded, layout)?;
         for (rule, (halt, reason)) in RULES.into_iter().enumerate() {
             // In the middle of what the first row goes through.
             let (_, ids, segments) = &rows[0];
@@ -276,8 +276,8 @@ fn rows_of_a_batch_stop_one_by_one() -> Result {
 fn a_row_that_stopped_keeps_its_thoughts() -> Result {
     let model = tiny::transformer(&tiny::config(), 20)?;
     let ids = tiny::tokens(model.config(), 20, 16);
-    let layout = Layout::dense(2, 8).with_context(0, &[0..1, 2..3])?;
-    let text = Text::new(&model, &ids, layout)?;
+    let layout = Batch::dense(2, 8)?.with_context(0, &[0..1, 2..3])?;
+    let text = EncodedBatch::new(&model, &ids, layout)?;
     let after = |passes, rule: Option<Halt>| {
         think(&model, &rule.into_iter().fold(thinking(passes, 0..3), Thinking::halt), &text)
     };
@@ -370,7 +370,7 @@ fn an_answer_goes_on_from_where_thinking_stopped() -> Result {
 #[test]
 fn the_size_of_thoughts_does_not_matter() -> Result {
     let model = tiny::transformer(&tiny::config(), 24)?;
-    let text = tiny::text(&model, &Layout::dense(1, 5), 24)?;
+    let text = tiny::text(&model, &Batch::one(5)?, 24)?;
     let z = tiny::noise(24, &[1, 5, 16], 1.0)?;
     // The pass goes on from thoughts in proportion to their size.
     let double = hybrid_attention::refine::seq().add_fn(|_, step| Ok((step.z * 1.5)?));

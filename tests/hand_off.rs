@@ -5,9 +5,9 @@ mod common;
 use std::ops::Range;
 
 use candle_core::Tensor;
-use hybrid_attention::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
+use hybrid_attention::model::{HandOver, KvCache, Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{HandOff, Text, Thoughts};
+use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts};
 use hybrid_attention::{Config, GenerationConfig, Prompt, Thinking};
 use proptest::prelude::*;
 
@@ -26,11 +26,11 @@ fn thinking(span: Range<usize>, hand_off: HandOff) -> Thinking {
 fn think(
     model: &Transformer,
     thinking: &Thinking,
-    text: &Text,
+    text: &EncodedBatch,
     room: usize,
 ) -> Result<(Tensor, Thoughts, KvCache)> {
     let mind = thinking.on(model)?;
-    let mut cache = model.new_cache(text.layout(), text.layout().seq() + room)?;
+    let mut cache = model.new_cache(text.batch().seq() + room)?;
     let z = mind.encode(text, Pass::Cached(&mut cache))?;
     let thoughts = mind.think(text, z, |_, _| ())?;
     let h = mind.hand_off(text, &thoughts, Pass::Cached(&mut cache))?;
@@ -57,8 +57,8 @@ fn agrees_with_its_definition(
     let model = tiny::transformer(config, seed)?;
     let reference = Reference::new(config, &tiny::weights(config, seed)?)?;
     let (ids, answer) = (tiny::tokens(config, seed, 10), tiny::tokens(config, seed + 1, 3));
-    let layout = Layout::dense(1, 10).with_context(0, &SEGMENTS)?;
-    let text = Text::new(&model, &ids, layout)?;
+    let layout = Batch::one(10)?.with_context(0, &SEGMENTS)?;
+    let text = EncodedBatch::new(&model, &ids, layout)?;
     let (h, thoughts, mut cache) = think(&model, &thinking(span.clone(), hand_off), &text, 3)?;
 
     let definition = ByDefinition { decoder: &reference, thinker: &reference, segments: &SEGMENTS };
@@ -127,8 +127,8 @@ fn mixed_at_1_is_key_value_and_comes_near_it_before() -> Result {
         let config = Config { sliding_window, ..tiny::config() };
         let model = tiny::transformer(&config, 7)?;
         let ids = tiny::tokens(&config, 7, length);
-        let layout = Layout::dense(1, length).with_context(0, &[0..3, 5..length - 1])?;
-        let text = Text::new(&model, &ids, layout)?;
+        let layout = Batch::one(length)?.with_context(0, &[0..3, 5..length - 1])?;
+        let text = EncodedBatch::new(&model, &ids, layout)?;
         let logits = |hand_off| -> Result<Tensor> {
             let (h, _, mut cache) = think(&model, &thinking(1..3, hand_off), &text, 1)?;
             let next = tiny::logits(&model, &tiny::embed(&model, &[3])?, Pass::Cached(&mut cache))?;
@@ -158,8 +158,8 @@ fn nothing_leaks_into_a_plain_segment() -> Result {
         for (hand_off, span) in HAND_OFFS.iter().flat_map(|h| [(*h, 0..3), (*h, 1..2)]) {
             let thinking = thinking(span.clone(), hand_off);
             let logits = |ids: &[u32]| -> Result<Vec<Vec<f32>>> {
-                let layout = Layout::dense(1, 10).with_context(0, &segments)?;
-                let text = Text::new(&model, ids, layout)?;
+                let layout = Batch::one(10)?.with_context(0, &segments)?;
+                let text = EncodedBatch::new(&model, ids, layout)?;
                 let (h, _, _) = think(&model, &thinking, &text, 0)?;
                 Ok(model.logits(&h)?.squeeze(0)?.to_vec2()?)
             };
@@ -193,7 +193,7 @@ fn a_batch_is_its_rows_one_by_one() -> Result {
     let model = tiny::transformer(&config, 9)?;
     let lengths = [7usize, 4, 6];
     let contexts = [vec![0..3, 4..6], vec![1..2, 2..3], vec![0..1, 1..5]];
-    let mut layout = Layout::ragged(&lengths);
+    let mut layout = Batch::ragged(&lengths)?;
     for (row, context) in contexts.iter().enumerate() {
         layout = layout.with_context(row, context)?;
     }
@@ -206,13 +206,13 @@ fn a_batch_is_its_rows_one_by_one() -> Result {
         all.iter().flat_map(|ids| [vec![0; 7 - ids.len()], ids.clone()].concat()).collect();
     for hand_off in HAND_OFFS {
         let thinking = thinking(1..3, hand_off);
-        let text = Text::new(&model, &padded, layout.clone())?;
+        let text = EncodedBatch::new(&model, &padded, layout.clone())?;
         let (batch, _, mut cache) = think(&model, &thinking, &text, 1)?;
         let next = Tensor::new(&[[1u32], [2], [3]], model.device())?;
         let next = tiny::logits(&model, &model.embed(&next)?, Pass::Cached(&mut cache))?;
         for (row, ids) in all.iter().enumerate() {
-            let one = Layout::dense(1, ids.len()).with_context(0, &contexts[row])?;
-            let text = Text::new(&model, ids, one)?;
+            let one = Batch::one(ids.len())?.with_context(0, &contexts[row])?;
+            let text = EncodedBatch::new(&model, ids, one)?;
             let (h, _, mut cache) = think(&model, &thinking, &text, 1)?;
             let of_batch = batch.narrow(0, row, 1)?.narrow(1, 7 - ids.len(), ids.len())?;
             assert_close(&format!("{hand_off:?} row {row}"), &of_batch, &h, 1e-5)?;
@@ -228,7 +228,7 @@ fn a_batch_is_its_rows_one_by_one() -> Result {
 #[test]
 fn handing_over_needs_no_cache_and_may_be_causal() -> Result {
     let model = tiny::transformer(&tiny::config(), 10)?;
-    let layout = Layout::dense(1, 8).with_context(0, &[0..2, 2..5])?;
+    let layout = Batch::one(8)?.with_context(0, &[0..2, 2..5])?;
     let text = tiny::text(&model, &layout, 10)?;
     for hand_off in HAND_OFFS {
         let thinking = thinking(0..2, hand_off);

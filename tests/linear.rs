@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::{Layout, Linear, Pass, Transformer};
+use hybrid_attention::model::{Batch, Linear, Pass, Transformer};
 
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -171,7 +171,7 @@ fn a_half_precision_model_is_the_rounded_one_in_f32() -> Result {
             assert_eq!(kept.dtype(), DType::F32);
             for seq in [1, 20] {
                 let ids = tiny::tokens(&config, 3, seq);
-                let layout = Layout::dense(1, seq);
+                let layout = Batch::one(seq)?;
                 let run = |model: &Transformer| {
                     tiny::logits(model, &tiny::embed(model, &ids)?, Pass::Bidirectional(&layout))
                 };

@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::{HandOver, KvCache, Layout, Pass, Sight, Transformer};
+use hybrid_attention::model::{HandOver, KvCache, Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{HandOff, Text};
+use hybrid_attention::thought::{HandOff, EncodedBatch};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 
 use common::reference::{ByDefinition, Reference, Stream};
@@ -55,13 +55,13 @@ fn a_cache_says_what_it_keeps_and_in_how_many_bytes() -> Result {
     for (sliding_window, slots) in [(None, 700), (Some(8), 7 + 512)] {
         let config = Config { sliding_window, ..tiny::config() }; // 3 layers, 2 heads of 6
         let model = tiny::transformer(&config, 1)?;
-        let layout = Layout::ragged(&[5, 3]);
-        let cache = model.new_cache(&layout, 700)?;
+        let layout = Batch::ragged(&[5, 3])?;
+        let cache = model.new_cache(700)?;
         assert_eq!((cache.dtype(), cache.slots()), (DType::F32, slots));
         let elements = 3 * 2 * 2 * 2 * slots * 6; // layers, keys and values, rows, heads, slots, channels
         assert_eq!(cache.bytes(), 4 * elements);
         for (dtype, bytes) in [(DType::F32, 4), (DType::BF16, 2), (DType::F16, 2)] {
-            let mut cache = model.new_cache_as(&layout, 700, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(700)?;
             assert_eq!((cache.dtype(), cache.slots()), (dtype, slots));
             assert_eq!(cache.bytes(), bytes * elements, "{dtype:?}");
             // What it holds is all within these bytes.
@@ -87,7 +87,7 @@ fn a_cache_says_what_it_keeps_and_in_how_many_bytes() -> Result {
 
 #[test]
 fn other_types_are_refused() -> Result {
-    let layout = Layout::dense(1, 1);
+    let layout = Batch::one(1)?;
     for (dtype, name) in [
         (DType::U8, "U8"),
         (DType::U32, "U32"),
@@ -96,7 +96,7 @@ fn other_types_are_refused() -> Result {
         (DType::F8E4M3, "F8E4M3"),
     ] {
         let model = tiny::hybrid(&tiny::config(), 1)?;
-        let by_hand = model.transformer().new_cache_as(&layout, 8, dtype).map(|_| ());
+        let by_hand = model.transformer().new_pool(dtype, usize::MAX)?.new_cache(8).map(|_| ());
         for refused in [by_hand, model.with_cache_dtype(dtype).map(|_| ())] {
             let Err(Error::Parameter { name: parameter, expected, got }) = refused else {
                 return Err(format!("{dtype:?}: {refused:?}").into());
@@ -107,12 +107,12 @@ fn other_types_are_refused() -> Result {
     }
     let model = tiny::hybrid(&tiny::config(), 1)?.with_cache_dtype(DType::BF16)?;
     for refused in [
-        model.transformer().new_cache_as(&layout, 0, DType::BF16).map(|_| ()),
+        model.transformer().new_pool(DType::BF16, usize::MAX)?.new_cache(0).map(|_| ()),
         model.conversation(0).map(|_| ()),
     ] {
         assert!(matches!(refused, Err(Error::Parameter { name: "capacity", .. })), "{refused:?}");
     }
-    let refused = model.transformer().new_cache_as(&layout, 2049, DType::F16);
+    let refused = model.transformer().new_pool(DType::F16, usize::MAX)?.new_cache(2049);
     assert!(matches!(refused, Err(Error::ContextFull { capacity: 2048, requested: 2049 })));
     Ok(())
 }
@@ -156,7 +156,7 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
         let reference = Reference::new(config, weights)?.keeping(dtype);
         let ids = tiny::tokens(config, 33, 14);
         let xs = tiny::embed(&model, &ids)?;
-        let mut cache = model.new_cache_as(&Layout::dense(1, 1), 14, dtype)?;
+        let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(14)?;
         let prompt = through(&model, &mut cache, &xs.narrow(1, 0, 8)?, 8)?;
         let answer = through(&model, &mut cache, &xs.narrow(1, 8, 6)?, 1)?;
         let got = model.logits(&Tensor::cat(&[prompt, answer], 1)?)?.squeeze(0)?;
@@ -171,7 +171,7 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
         let flips = larger * flips(unit);
         assert_close(&name, &got, &expected, flips)?;
 
-        let wide = tiny::logits(&model, &xs, Pass::Causal(&Layout::dense(1, 14)))?.squeeze(0)?;
+        let wide = tiny::logits(&model, &xs, Pass::Causal(&Batch::one(14)?))?.squeeze(0)?;
         assert!(apart(&got, &wide, 2.0 * flips)?, "{name}: nothing was rounded");
     }
     Ok(())
@@ -182,11 +182,11 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
 #[test]
 fn chunks_of_a_prompt_are_the_whole() -> Result {
     let model = tiny::transformer(&tiny::config(), 22)?;
-    let layout = Layout::ragged(&[1100, 700]);
+    let layout = Batch::ragged(&[1100, 700])?;
     let xs = tiny::text(&model, &layout, 22)?.embeddings().clone();
     for (dtype, unit) in NARROW {
         let run = |pieces: &[(Range<usize>, usize)]| -> Result<Tensor> {
-            let mut cache = model.new_cache_as(&layout, 1100, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(1100)?;
             let ys = pieces.iter().map(|(piece, chunk)| {
                 through(&model, &mut cache, &xs.narrow(1, piece.start, piece.len())?, *chunk)
             });
@@ -216,12 +216,12 @@ fn chunks_of_a_prompt_are_the_whole() -> Result {
 fn a_rolling_cache_is_the_uncached_window() -> Result {
     let config = Config { sliding_window: Some(30), ..tiny::config() };
     let model = tiny::transformer(&config, 23)?;
-    let layout = Layout::dense(1, 1200);
+    let layout = Batch::one(1200)?;
     let xs = tiny::text(&model, &layout, 23)?.embeddings().clone();
     let wide = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
     for (dtype, unit) in NARROW {
         let run = |chunk: usize| -> Result<Tensor> {
-            let mut cache = model.new_cache_as(&layout, 1200, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(1200)?;
             assert_eq!(cache.slots(), 29 + 512);
             let ys = through(&model, &mut cache, &xs, chunk)?;
             assert_eq!((cache.len(), cache.dtype()), (1200, dtype));
@@ -242,11 +242,11 @@ fn a_truncated_cache_is_a_fresh_one() -> Result {
     let model = tiny::transformer(&tiny::config(), 24)?;
     let (old, new) = (tiny::tokens(model.config(), 24, 20), tiny::tokens(model.config(), 25, 5));
     for (dtype, unit) in NARROW {
-        let mut cache = model.new_cache_as(&Layout::dense(1, 1), 30, dtype)?;
+        let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(30)?;
         through(&model, &mut cache, &tiny::embed(&model, &old)?, 20)?;
         cache.truncate(11)?;
         let ys = through(&model, &mut cache, &tiny::embed(&model, &new)?, 5)?;
-        let mut fresh = model.new_cache_as(&Layout::dense(1, 1), 30, dtype)?;
+        let mut fresh = model.new_pool(dtype, usize::MAX)?.new_cache(30)?;
         let all = [&old[..11], new.as_slice()].concat();
         let expected = through(&model, &mut fresh, &tiny::embed(&model, &all)?, 16)?;
         assert_close("truncated", &ys, &expected.narrow(1, 11, 5)?, flips(unit))?;
@@ -270,12 +270,12 @@ fn key_value_is_its_definition_with_rounded_keys_and_values() -> Result {
         let model = tiny::transformer(&config, 31)?;
         let reference = Reference::new(&config, &tiny::weights(&config, 31)?)?.keeping(dtype);
         let (ids, answer) = (tiny::tokens(&config, 31, 10), tiny::tokens(&config, 32, 3));
-        let text = Text::new(&model, &ids, Layout::dense(1, 10).with_context(0, &SEGMENTS)?)?;
+        let text = EncodedBatch::new(&model, &ids, Batch::one(10)?.with_context(0, &SEGMENTS)?)?;
         for span in [0..3, 1..2] {
             let thinking = Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.4));
             let thinking = thinking.hand_off(HandOff::KeyValue);
             let mind = thinking.on(&model)?;
-            let mut cache = model.new_cache_as(text.layout(), 13, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(13)?;
             let z = mind.encode(&text, Pass::Cached(&mut cache))?;
             let thoughts = mind.think(&text, z, |_, _| ())?;
             let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
@@ -314,10 +314,10 @@ fn plain_tokens_read_what_is_remembered() -> Result {
         // Plain tokens enter with what they were, as they do after thinking.
         let z = Tensor::cat(&[&z.narrow(1, 0, 7)?, &plain.narrow(1, 7, 2)?], 1)?;
         let hand_over = |length: usize, weight: f64| -> Result<(Tensor, KvCache)> {
-            let layout = Layout::dense(1, length).with_context(0, &[0..3, 3..7])?;
+            let layout = Batch::one(length)?.with_context(0, &[0..3, 3..7])?;
             let (plain, z) = (plain.narrow(1, 0, length)?, z.narrow(1, 0, length)?);
             let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
-            let mut cache = model.new_cache_as(&layout, 9, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(9)?;
             let h = model.hand_over(&what, 0..3, &layout, Some(&mut cache))?;
             assert_eq!((cache.len(), cache.dtype()), (length, dtype));
             Ok((h, cache))
@@ -329,7 +329,7 @@ fn plain_tokens_read_what_is_remembered() -> Result {
             let name = format!("{dtype:?} {sliding_window:?} {weight}");
             assert_close(&name, &after, &h.narrow(1, 7, 2)?, flips(unit))?;
 
-            let layout = Layout::dense(1, 9).with_context(0, &[0..3, 3..7])?;
+            let layout = Batch::one(9)?.with_context(0, &[0..3, 3..7])?;
             let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
             let wide = model.hand_over(&what, 0..3, &layout, None)?;
             assert!(apart(&h, &wide, flips(unit))?, "{name}: nothing was rounded");
@@ -360,9 +360,9 @@ fn answers_read_narrow_caches() -> Result {
             let how = GenerationConfig::default().max_tokens(8).thinking(thinking.clone());
             let answer = model.generate(ids.as_slice(), &how)?;
 
-            let text = Text::new(transformer, &ids, tiny::prompt(9)?)?;
+            let text = EncodedBatch::new(transformer, &ids, tiny::prompt(9)?)?;
             let mind = thinking.on(transformer)?;
-            let mut cache = transformer.new_cache_as(text.layout(), 17, dtype)?;
+            let mut cache = transformer.new_pool(dtype, usize::MAX)?.new_cache(17)?;
             let z = mind.encode(&text, Pass::Cached(&mut cache))?;
             let thoughts = mind.think(&text, z, |_, _| ())?;
             let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
@@ -439,7 +439,7 @@ fn gradients_are_not_cut_where_keys_and_values_are_rounded() -> Result {
         let ids = tiny::tokens(&config, 51, 620);
         let run = |model: &Transformer, dtype: DType| -> Result<Tensor> {
             let xs = tiny::embed(model, &ids)?;
-            let mut cache = model.new_cache_as(&Layout::dense(1, 1), 620, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(620)?;
             model.forward(&xs.narrow(1, 0, 20)?, 0..2, Pass::Cached(&mut cache))?;
             let h = model.forward(&xs.narrow(1, 20, 600)?, 0..2, Pass::Cached(&mut cache))?;
             Ok(model.logits(&h.narrow(1, 530, 70)?)?) // in the last chunk
@@ -478,11 +478,11 @@ fn gradients_are_not_cut_where_keys_and_values_are_rounded() -> Result {
 #[test]
 fn gradients_come_through_a_hand_over_to_a_narrow_cache() -> Result {
     let model = tiny::transformer(&tiny::config(), 52)?;
-    let layout = Layout::dense(1, 9).with_context(0, &[0..3, 3..7])?;
+    let layout = Batch::one(9)?.with_context(0, &[0..3, 3..7])?;
     let (plain, z) = (tiny::noise(52, &[1, 9, 16], 1.0)?, tiny::noise(53, &[1, 9, 16], 1.0)?);
     for ((dtype, unit), weight) in NARROW.iter().flat_map(|it| [(*it, 0.3), (*it, 1.0)]) {
         let run = |z: &Tensor, dtype: DType| -> Result<Tensor> {
-            let mut cache = model.new_cache_as(&layout, 9, dtype)?;
+            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(9)?;
             let what = HandOver { plain: &plain, z, weight, sight: Sight::Bidirectional };
             Ok(model.hand_over(&what, 0..3, &layout, Some(&mut cache))?)
         };

@@ -5,9 +5,9 @@ mod common;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
-use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Linear, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
-use hybrid_attention::thought::{HandOff, Text};
+use hybrid_attention::thought::{HandOff, EncodedBatch};
 use hybrid_attention::{
     Config, GenerationConfig, HybridModel, Message, Pooling, Prompt, Thinking, TokenStream,
     Tokenizer,
@@ -31,22 +31,22 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
     let config = tiny::config(); // 3 layers, 32 tokens, 2048 positions
     let model = tiny::hybrid(&config, 1)?;
     let transformer = model.transformer();
-    let (short, dense) = (tiny::embed(transformer, &[1, 2, 3])?, Layout::dense(1, 3));
-    let forward = |xs: &Tensor, layers, layout: &Layout| {
+    let (short, dense) = (tiny::embed(transformer, &[1, 2, 3])?, Batch::one(3)?);
+    let forward = |xs: &Tensor, layers, layout: &Batch| {
         refusal(transformer.forward(xs, layers, Pass::Causal(layout)))
     };
     let default = GenerationConfig::default;
     let generate = |config: &GenerationConfig| refusal(model.generate([1, 2, 3], config));
     let think = |thinking: Thinking| generate(&default().thinking(thinking));
     let smaller = Config { num_hidden_layers: 2, ..config.clone() };
-    let mut smaller = tiny::transformer(&smaller, 1)?.new_cache(&dense, 8)?;
+    let mut smaller = tiny::transformer(&smaller, 1)?.new_cache(8)?;
     let cached = Pass::Cached(&mut smaller);
     let f64s = |name: &str| -> Result<_> {
         let mut weights = tiny::weights(&config, 1)?;
         weights.insert(name.to_owned(), weights[name].to_dtype(DType::F64)?);
         Ok(refusal(Transformer::new(&config, &mut weights)))
     };
-    let text = Text::new(transformer, &[1, 2, 3], dense.clone())?;
+    let text = EncodedBatch::new(transformer, &[1, 2, 3], dense.clone())?;
     let thinking = Thinking::passes(1);
     let mind = thinking.on(transformer)?;
 
@@ -57,11 +57,11 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (forward(&short, 0..4, &dense), "parameter layers: expected a range within 0..3, got 0..4"),
         (
-            forward(&short, 0..3, &Layout::dense(1, 4)),
+            forward(&short, 0..3, &Batch::one(4)?),
             "parameter layout: expected the sequence of 4 slots it describes, got 3",
         ),
         (
-            forward(&short, 0..3, &Layout::dense(2, 3)),
+            forward(&short, 0..3, &Batch::dense(2, 3)?),
             "parameter batch: expected the 2 rows the pass was made for, got 1",
         ),
         (
@@ -94,11 +94,11 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
             ": a folder, not a GGUF file: HybridModel::from_folder loads it",
         ),
         (
-            refusal(transformer.new_cache(&dense, 0)),
+            refusal(transformer.new_cache(0)),
             "parameter capacity: expected at least one position, got 0",
         ),
         (
-            refusal(transformer.new_cache(&dense, usize::MAX)),
+            refusal(transformer.new_cache(usize::MAX)),
             "context full: room for 2048 positions, 18446744073709551615 requested",
         ),
         (
@@ -106,15 +106,15 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
             "token id 32 at position 1: expected less than the vocabulary of 32",
         ),
         (
-            refusal(Layout::dense(1, 5).with_context(0, &[3..4, 1..2])),
+            refusal(Batch::one(5)?.with_context(0, &[3..4, 1..2])),
             "parameter segments: expected ascending runs of the row's 5 tokens, got [3..4, 1..2]",
         ),
         (
-            refusal(Layout::dense(2, 5).with_context(2, &[])),
+            refusal(Batch::dense(2, 5)?.with_context(2, &[])),
             "parameter row: expected less than the batch of 2, got 2",
         ),
         (
-            refusal(Pooling::Mean.pool(&short, &Layout::dense(1, 4))),
+            refusal(Pooling::Mean.pool(&short, &Batch::one(4)?)),
             "parameter layout: expected 1 rows of 3 slots, got 1 rows of 4",
         ),
         (
@@ -200,7 +200,7 @@ fn a_cache_beyond_memory_is_refused() -> Result {
         ..tiny::config()
     };
     let transformer = tiny::transformer(&config, 1)?;
-    let refused = transformer.new_cache(&Layout::dense(64, 1), i32::MAX as usize);
+    let refused = transformer.new_cache(i32::MAX as usize);
     assert_eq!(
         refusal(refused),
         "parameter capacity: expected a cache that fits memory, got 2147483647"
@@ -260,11 +260,11 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
     let shape = (xs[0], xs[1], if xs[2] == 0 { hidden } else { xs[2] });
     let xs = Tensor::ones(shape, DType::F32, &Device::Cpu)?;
     let layouts = [
-        Layout::dense(shape.0, shape.1),
-        Layout::ragged(lengths),
-        Layout::dense(1, shape.1)
+        Batch::dense(shape.0, shape.1)?,
+        Batch::ragged(lengths)?,
+        Batch::one(shape.1)?
             .with_context(0, &[range(n[0], n[1])])
-            .unwrap_or(Layout::dense(0, 0)),
+            .unwrap_or(Batch::dense(0, 0)?),
     ];
     for layout in &layouts {
         let layers = range(n[0], n[1]);
@@ -272,7 +272,7 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
             let _ = model.forward(&xs, layers.clone(), Pass::Causal(layout));
             let _ = model.forward(&xs, layers.clone(), Pass::Bidirectional(layout));
             let dtype = [DType::F32, DType::BF16, DType::F16, DType::I64][n[0] % 4];
-            if let Ok(mut cache) = model.new_cache_as(layout, n[2], dtype) {
+            if let Ok(mut cache) = model.new_pool(dtype, usize::MAX)?.new_cache(n[2]) {
                 for _ in 0..3 {
                     let _ = model.forward(&xs, layers.clone(), Pass::Cached(&mut cache));
                     let _ = cache.truncate(n[3]);
@@ -289,7 +289,7 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
             _ => HandOff::Mixed { weight: 0.5 },
         });
         let ids = vec![1; n[1].min(9)];
-        let Ok(text) = Text::new(model, &ids, layout.clone()) else { continue };
+        let Ok(text) = EncodedBatch::new(model, &ids, layout.clone()) else { continue };
         let Ok(mind) = thinking.on(model) else { continue };
         let _ = mind.encode(&text, Pass::Causal(layout));
         let _ = mind.think_once(&xs, layout);

@@ -11,11 +11,11 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Layout, Linear, Pass, Transformer, Weights};
+use hybrid_attention::model::{Batch, Linear, Pass, Transformer, Weights};
 use hybrid_attention::refine::{
     ForwardNudge, GradientNudge, Optimizer, OutputNudge, Readout, Refine, Seq, Step, seq,
 };
-use hybrid_attention::thought::Text;
+use hybrid_attention::thought::EncodedBatch;
 use hybrid_attention::{Config, Error, HybridModel, Thinking};
 use proptest::prelude::*;
 
@@ -29,7 +29,7 @@ type Theirs<T> = hybrid_attention::Result<T>;
 /// enter layer `entry` and with those thoughts.
 fn ask(
     model: &Transformer,
-    (ids, layout, entry): (&[u32], &Layout, usize),
+    (ids, layout, entry): (&[u32], &Batch, usize),
     ask: impl Fn(&dyn Readout, &Step<'_>) -> Theirs<Vec<Tensor>> + Send + Sync + 'static,
 ) -> Result<Vec<Tensor>> {
     let answers = Arc::new(Mutex::new(Vec::new()));
@@ -44,7 +44,7 @@ fn ask(
     let end = model.all_layers().end;
     let thinking = Thinking::passes(1).span(entry..end).refine(seq().add_fn(ask));
     let mind = thinking.on(model)?;
-    let text = Text::new(model, ids, layout.clone())?;
+    let text = EncodedBatch::new(model, ids, layout.clone())?;
     let z = mind.encode(&text, Pass::Causal(layout))?;
     mind.think(&text, z, |_, _| ())?;
     let answers = answers.lock().map_err(|_| "poisoned")?;
@@ -54,7 +54,7 @@ fn ask(
 /// The thoughts about `ids`, and the same after `op`: `[before, after, loss before, loss after]`.
 fn nudged(
     model: &Transformer,
-    text: (&[u32], &Layout, usize),
+    text: (&[u32], &Batch, usize),
     op: impl Refine + 'static,
 ) -> Result<[Tensor; 4]> {
     let answers = ask(model, text, move |readout, step| {
@@ -78,11 +78,11 @@ fn changes(before: &Tensor, after: &Tensor) -> Result<Vec<Vec<f32>>> {
 }
 
 /// Texts of both kinds: one row all context, and padded rows with plain tokens.
-fn layouts() -> Result<[Layout; 2]> {
-    Ok([Layout::dense(1, 5), Layout::ragged(&[7, 4]).with_context(0, &[1..3, 4..6])?])
+fn layouts() -> Result<[Batch; 2]> {
+    Ok([Batch::one(5)?, Batch::ragged(&[7, 4])?.with_context(0, &[1..3, 4..6])?])
 }
 
-fn ids(config: &Config, layout: &Layout, seed: u64) -> Vec<u32> {
+fn ids(config: &Config, layout: &Batch, seed: u64) -> Vec<u32> {
     tiny::tokens(config, seed, layout.batch() * layout.seq())
 }
 
@@ -111,7 +111,7 @@ proptest! {
     ) {
         let slopes = || -> Result {
             let model = tiny::transformer(&config, seed)?;
-            let layout = Layout::ragged(&lengths);
+            let layout = Batch::ragged(&lengths)?;
             let entry = entry % config.num_hidden_layers;
             let text = ids(&config, &layout, seed);
             let shape = [layout.batch(), layout.seq(), config.hidden_size];
@@ -155,7 +155,7 @@ proptest! {
 const STEPS: [f64; 3] = [0.02, 0.005, 0.001];
 
 /// The mean negative log-likelihood of each row's next tokens, with candle's own operations.
-fn cross_entropy(logits: &Tensor, ids: &[u32], layout: &Layout) -> Theirs<Tensor> {
+fn cross_entropy(logits: &Tensor, ids: &[u32], layout: &Batch) -> Theirs<Tensor> {
     let seq = layout.seq();
     let logprobs = log_softmax(logits, D::Minus1)?;
     let mut rows = Vec::new();
@@ -205,7 +205,7 @@ fn the_readouts_gradient_is_that_of_one_graph_through_all_layers() -> Result {
 fn the_readouts_loss_is_the_cross_entropy_of_the_decoder() -> Result {
     let config = windowed();
     let model = tiny::transformer(&config, 2)?;
-    let layout = Layout::ragged(&[150, 1, 64, 65, 0]);
+    let layout = Batch::ragged(&[150, 1, 64, 65, 0])?;
     let text = ids(&config, &layout, 2);
     let answers = ask(&model, (&text, &layout, 1), |readout, step| {
         Ok(vec![readout.loss(step.z)?, readout.loss_and_gradient(step.z)?.0])
@@ -250,7 +250,7 @@ fn sgd_takes_the_steps_of_a_hand_calculation() -> Result {
             .optimizer(Optimizer::Sgd { learning_rate: rate })
             .trust(ratio)
             .objective_fn(distance(&goal));
-        let got = nudge.refine(&z, &Step::new(&z, &z, &Layout::dense(1, 3)))?;
+        let got = nudge.refine(&z, &Step::new(&z, &z, &Batch::one(3)?))?;
         let got = got.to_vec3::<f32>()?;
         let (z, goal) = (z.to_vec3::<f32>()?, goal.to_vec3::<f32>()?);
         for token in 0..3 {
@@ -288,7 +288,7 @@ fn a_target_within_reach_is_reached() -> Result {
     for (optimizer, off) in optimizers.into_iter().zip([1e-4, 0.02]) {
         let nudge =
             GradientNudge::new(200).optimizer(optimizer).trust(1.0).objective_fn(distance(&goal));
-        let got = nudge.refine(&z, &Step::new(&z, &z, &Layout::dense(2, 4)))?;
+        let got = nudge.refine(&z, &Step::new(&z, &z, &Batch::dense(2, 4)?))?;
         assert_close(&format!("{optimizer:?}"), &got, &goal, off)?;
     }
     Ok(())
@@ -300,7 +300,7 @@ fn no_thought_leaves_its_trust_region() -> Result {
     let sizes = Tensor::new(&[[[1e-3f32], [1.0], [300.0]]], &Device::Cpu)?;
     let z = tiny::noise(1, &[1, 3, 64], 1.0)?.broadcast_mul(&sizes)?;
     let goal = (target(&z)?.broadcast_mul(&sizes)? * 1e3)?;
-    let layout = Layout::dense(1, 3);
+    let layout = Batch::one(3)?;
     let step = Step::new(&z, &z, &layout);
     for ratio in [1e-3, 0.1, 2.0] {
         let nudges = both(
@@ -362,7 +362,7 @@ fn the_loss_of_no_row_rises() -> Result {
 fn the_loss_falls_on_random_models() -> Result {
     for (seed, config) in [tiny::config(), windowed()].into_iter().enumerate() {
         let model = tiny::transformer(&config, seed as u64)?;
-        let layout = Layout::dense(1, 12);
+        let layout = Batch::one(12)?;
         let text = ids(&config, &layout, 4);
         for entry in [0, 2] {
             let nudge = GradientNudge::new(4);
@@ -380,7 +380,7 @@ fn the_loss_falls_on_random_models() -> Result {
 #[test]
 fn rows_that_do_not_think_keep_their_bits() -> Result {
     let layout =
-        Layout::ragged(&[6, 3]).with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 1..2])?;
+        Batch::ragged(&[6, 3])?.with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 1..2])?;
     let z = tiny::noise(1, &[2, 6, 8], 1.0)?;
     // zeros of both signs, and what padding may hold
     let z = z.slice_assign(&[0..1, 0..1, 0..8], &Tensor::full(-0f32, (1, 1, 8), &Device::Cpu)?)?;
@@ -418,20 +418,20 @@ fn a_batch_is_its_rows_one_by_one() -> Result {
         let model = tiny::transformer(&config, 5)?;
         let rows: [(usize, &[std::ops::Range<usize>]); 3] =
             [(7, &[0..3, 3..7]), (4, &[1..2, 3..4]), (1, &[0..1, 1..1])];
-        let mut batch = Layout::ragged(&rows.each_ref().map(|row| row.0));
+        let mut batch = Batch::ragged(&rows.each_ref().map(|row| row.0))?;
         for (row, (_, segments)) in rows.iter().enumerate() {
             batch = batch.with_context(row, segments)?;
         }
         let text = ids(&config, &batch, 5);
         for nudge in both(|nudge| nudge, |nudge| nudge) {
-            let run = |text: &[u32], layout: &Layout| {
+            let run = |text: &[u32], layout: &Batch| {
                 let nudge = nudge.clone();
                 nudged(&model, (text, layout, 1), Whole(nudge))
             };
             let [_, together, ..] = run(&text, &batch)?;
             for (row, (length, segments)) in rows.iter().enumerate() {
                 let start = 7 - length;
-                let layout = Layout::dense(1, *length).with_context(0, segments)?;
+                let layout = Batch::one(*length)?.with_context(0, segments)?;
                 let [_, alone, ..] = run(&text[7 * row + start..7 * (row + 1)], &layout)?;
                 let together = together.narrow(0, row, 1)?.narrow(1, start, *length)?;
                 assert_close(&format!("{nudge:?}, row {row}"), &together, &alone, 2e-4)?;
@@ -454,7 +454,7 @@ impl Refine for Whole {
 #[test]
 fn no_strength_is_no_change() -> Result {
     let model = tiny::transformer(&tiny::config(), 6)?;
-    let layout = Layout::dense(2, 4);
+    let layout = Batch::dense(2, 4)?;
     let text = ids(model.config(), &layout, 6);
     let still: [Seq; 7] = [
         GradientNudge::new(0).into(),
@@ -474,7 +474,7 @@ fn no_strength_is_no_change() -> Result {
     let goal = target(&z)?;
     for nudge in both(|it| it.objective_fn(distance(&goal)), |it| it.objective_fn(distance(&goal)))
     {
-        assert_identical("zeros", &nudge.refine(&Step::new(&z, &z, &Layout::dense(1, 2)))?, &z)?;
+        assert_identical("zeros", &nudge.refine(&Step::new(&z, &z, &Batch::one(2)?))?, &z)?;
     }
     Ok(())
 }
@@ -484,7 +484,7 @@ fn the_result_carries_no_gradient() -> Result {
     let z = Var::from_tensor(&tiny::noise(1, &[1, 3, 8], 1.0)?)?;
     let goal = target(&z)?;
     for steps in [0, 2] {
-        let layout = Layout::dense(1, 3);
+        let layout = Batch::one(3)?;
         let step = Step::new(&z, &z, &layout);
         let gradient = GradientNudge::new(steps).objective_fn(distance(&goal)).refine(&z, &step)?;
         let forward = ForwardNudge::new(steps).objective_fn(distance(&goal)).refine(&z, &step)?;
@@ -498,7 +498,7 @@ fn the_result_carries_no_gradient() -> Result {
 fn thoughts_keep_their_type() -> Result {
     let z = tiny::noise(1, &[1, 3, 8], 1.0)?;
     let goal = target(&z)?;
-    let layout = Layout::dense(1, 3);
+    let layout = Batch::one(3)?;
     let wide = GradientNudge::new(4).objective_fn(distance(&goal));
     let wide = wide.refine(&z, &Step::new(&z, &z, &layout))?;
     for (dtype, off) in [(DType::BF16, 1e-2), (DType::F16, 2e-3), (DType::F64, 1e-5)] {
@@ -537,7 +537,7 @@ fn noting(goal: &Tensor) -> (Asked, impl Fn(&Tensor, &Step<'_>) -> Theirs<Tensor
 #[test]
 fn nothing_is_evaluated_twice() -> Result {
     let z = tiny::noise(1, &[1, 3, 8], 1.0)?;
-    let layout = Layout::dense(1, 3);
+    let layout = Batch::one(3)?;
     let step = Step::new(&z, &z, &layout);
     for steps in [1, 4] {
         let (asked, loss) = noting(&target(&z)?);
@@ -556,7 +556,7 @@ fn a_search_goes_to_the_weighted_mean_of_its_probes() -> Result {
     let z = tiny::noise(1, &[1, 3, 40], 2.0)?;
     let (asked, loss) = noting(&target(&z)?);
     let nudge = ForwardNudge::new(1).directions(6).sigma(0.07).temperature(0.8).objective_fn(loss);
-    let got = nudge.refine(&z, &Step::new(&z, &z, &Layout::dense(1, 3)))?;
+    let got = nudge.refine(&z, &Step::new(&z, &z, &Batch::one(3)?))?;
     let asked = asked.lock().map_err(|_| "poisoned")?;
     let [(start, _), probes @ .., (mean, _)] = asked.as_slice() else {
         return Err("nothing was asked".into());
@@ -589,7 +589,7 @@ fn a_search_goes_to_the_weighted_mean_of_its_probes() -> Result {
 #[test]
 fn a_seed_says_where_to_look() -> Result {
     let z = tiny::noise(1, &[1, 5, 8], 1.0)?;
-    let layout = Layout::dense(1, 5);
+    let layout = Batch::one(5)?;
     let goal = target(&z)?;
     let run = |seed, index| {
         let nudge = ForwardNudge::new(2).seed(seed).objective_fn(distance(&goal));
@@ -609,7 +609,7 @@ fn a_seed_says_where_to_look() -> Result {
 #[test]
 fn an_objective_is_checked() -> Result {
     let z = tiny::noise(1, &[2, 3, 4], 1.0)?;
-    let layout = Layout::dense(2, 3);
+    let layout = Batch::dense(2, 3)?;
     let step = Step::new(&z, &z, &layout);
     let start = z.clone();
     type Loss = Box<dyn Fn(&Tensor, &Step<'_>) -> Theirs<Tensor> + Send + Sync>;
@@ -662,7 +662,7 @@ fn an_objective_is_checked() -> Result {
 fn thoughts_of_any_shape_are_nudged_or_refused() -> Result {
     for shape in [[0, 3, 4], [2, 0, 4], [2, 3, 0], [2, 3, 1]] {
         let z = Tensor::zeros(&shape, DType::F32, &Device::Cpu)?;
-        for layout in [Layout::dense(shape[0], shape[1]), Layout::ragged(&[3, 1])] {
+        for layout in [Batch::dense(shape[0], shape[1])?, Batch::ragged(&[3, 1])?] {
             let fits = [layout.batch(), layout.seq()] == shape[..2];
             let step = Step::new(&z, &z, &layout);
             let gradient = GradientNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
@@ -678,7 +678,7 @@ fn thoughts_of_any_shape_are_nudged_or_refused() -> Result {
         }
     }
     let z = Tensor::zeros((3, 4), DType::F32, &Device::Cpu)?;
-    let layout = Layout::dense(3, 4);
+    let layout = Batch::dense(3, 4)?;
     let flat = GradientNudge::new(1).objective_fn(distance(&z));
     assert!(flat.refine(&z, &Step::new(&z, &z, &layout)).is_err());
     Ok(())
@@ -687,7 +687,7 @@ fn thoughts_of_any_shape_are_nudged_or_refused() -> Result {
 #[test]
 fn without_a_model_there_must_be_an_objective() -> Result {
     let z = tiny::noise(1, &[1, 3, 4], 1.0)?;
-    let layout = Layout::dense(1, 3);
+    let layout = Batch::one(3)?;
     for nudge in both(|nudge| nudge, |nudge| nudge) {
         let Err(Error::Refinement { source, .. }) = nudge.refine(&Step::new(&z, &z, &layout))
         else {
@@ -848,11 +848,11 @@ fn quantised_weights_are_nudged_over_like_any_others() -> Result {
     let mut unpacked: HashMap<_, _> = unpacked.collect::<Result<_>>()?;
     let quantized = Transformer::new(&config, &mut Quantized(weights))?;
     let unpacked = Transformer::new(&config, &mut unpacked)?;
-    let layout = Layout::ragged(&[8, 5]);
+    let layout = Batch::ragged(&[8, 5])?;
     let text = ids(&config, &layout, 8);
     fn same(
         models: [&Transformer; 2],
-        text: (&[u32], &Layout, usize),
+        text: (&[u32], &Batch, usize),
         op: impl Refine + Clone + 'static,
     ) -> Result {
         let [quantized, unpacked] = models;
@@ -982,7 +982,7 @@ fn the_loss_falls_on_smollm2() -> Result {
     let tokenizer = quantised.tokenizer().ok_or("no tokenizer")?;
     for prompt in PROMPTS {
         let text = tokenizer.encode(prompt, true)?;
-        let layout = Layout::dense(1, text.len());
+        let layout = Batch::one(text.len())?;
         let nudge = ForwardNudge::new(2).directions(4);
         let [_, _, before, after] = nudged(quantised.transformer(), (&text, &layout, 20), nudge)?;
         falls("forward nudge at layer 20", scalar(&before)?, scalar(&after)?, 0.001);
@@ -996,7 +996,7 @@ fn the_loss_falls_on_smollm2() -> Result {
     let head = Linear::dense(&weights.tensor("model.embed_tokens.weight", &shape)?)?;
     for prompt in PROMPTS {
         let text = tokenizer.encode(prompt, true)?;
-        let layout = Layout::dense(1, text.len());
+        let layout = Batch::one(text.len())?;
         for entry in [0, 20] {
             let nudge = GradientNudge::new(2);
             let [z, nudged_z, before, after] = nudged(model, (&text, &layout, entry), nudge)?;

@@ -5,7 +5,7 @@ mod common;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::Layout;
+use hybrid_attention::model::Batch;
 use hybrid_attention::refine::{
     Among, Anchor, CosineReweight, Focus, Interpolate, OpConfig, Refine, Seq, Step, seq,
 };
@@ -63,13 +63,13 @@ fn assert_near(what: &str, got: &Tensor, expected: &[Vec<Row>], tolerance: f64) 
 }
 
 /// Texts of different lengths with up to three segments each, some without any.
-fn layouts() -> impl Strategy<Value = Layout> {
+fn layouts() -> impl Strategy<Value = Batch> {
     let text = (1usize..12).prop_flat_map(|length| {
         (Just(length), prop::option::of(prop::collection::vec(0..=length, 0..7)))
     });
     prop::collection::vec(text, 1..4).prop_filter_map("valid segments", |texts| {
         let lengths: Vec<usize> = texts.iter().map(|(length, _)| *length).collect();
-        let mut layout = Layout::ragged(&lengths);
+        let mut layout = Batch::ragged(&lengths)?;
         for (row, (_, cuts)) in texts.into_iter().enumerate() {
             let Some(mut cuts) = cuts else { continue };
             cuts.sort_unstable();
@@ -81,24 +81,24 @@ fn layouts() -> impl Strategy<Value = Layout> {
 }
 
 /// Thoughts laid out so, a few of their rows zeros.
-fn thoughts(layout: &Layout, hidden: usize, seed: u64) -> Result<Tensor> {
+fn thoughts(layout: &Batch, hidden: usize, seed: u64) -> Result<Tensor> {
     let xs = tiny::noise(seed, &[layout.batch(), layout.seq(), hidden], 1.0)?;
     let keep = tiny::noise(!seed, &[layout.batch(), layout.seq(), 1], 1.0)?.gt(-1.5f32)?;
     Ok(xs.broadcast_mul(&keep.to_dtype(DType::F32)?)?)
 }
 
 /// The slots of text `text` that no segment holds.
-fn outside(layout: &Layout, text: usize) -> Vec<usize> {
+fn outside(layout: &Batch, text: usize) -> Vec<usize> {
     let inside = |slot: &usize| layout.context(text).iter().any(|run| run.contains(slot));
     (0..layout.seq()).filter(|slot| !inside(slot)).collect()
 }
 
 /// Text `text` alone, without its padding.
-fn alone(layout: &Layout, text: usize, xs: &Tensor) -> Result<(Layout, Tensor)> {
+fn alone(layout: &Batch, text: usize, xs: &Tensor) -> Result<(Batch, Tensor)> {
     let start = layout.starts()[text];
     let segments: Vec<Range<usize>> =
         layout.context(text).iter().map(|run| run.start - start..run.end - start).collect();
-    let one = Layout::dense(1, layout.seq() - start).with_context(0, &segments)?;
+    let one = Batch::one(layout.seq() - start)?.with_context(0, &segments)?;
     Ok((one, xs.narrow(0, text, 1)?.narrow(1, start, layout.seq() - start)?))
 }
 
@@ -204,7 +204,7 @@ fn on_sphere(from: &[f64], to: &[f64], share: f64) -> Row {
 }
 
 fn interpolation_is_its_reference(
-    (layout, hidden, seed): (&Layout, usize, u64),
+    (layout, hidden, seed): (&Batch, usize, u64),
     it: &Interpolation,
     (index, passes): (usize, usize),
 ) -> Result {
@@ -295,7 +295,7 @@ proptest! {
     #[test]
     fn slerp_turns_evenly(hidden in 2usize..9, seed: u64, share in 0.05..0.95) {
         let run = || {
-            let layout = Layout::dense(1, 5);
+            let layout = Batch::one(5)?;
             let z = tiny::noise(seed, &[1, 5, hidden], 1.0)?;
             let x = tiny::noise(!seed, &[1, 5, hidden], 3.0)?;
             let step = Step::new(&z, &x, &layout);
@@ -319,7 +319,7 @@ proptest! {
 
 #[test]
 fn slerp_where_no_one_circle_is() -> Result {
-    let layout = Layout::dense(1, 1);
+    let layout = Batch::one(1)?;
     let row = [3.0f32, -4.0, 12.0];
     let refined = |z: [f32; 3], x: [f32; 3], share: f64| -> Result<Row> {
         let z = Tensor::new(&[[z]], &Device::Cpu)?;
@@ -347,7 +347,7 @@ fn slerp_where_no_one_circle_is() -> Result {
 
 #[test]
 fn slerp_is_steady_near_its_edges() -> Result {
-    let layout = Layout::dense(1, 1);
+    let layout = Batch::one(1)?;
     for exponent in -8..0 {
         for flip in [1.0, -1.0] {
             let turn = 3.0 * 10f64.powi(exponent);
@@ -367,7 +367,7 @@ fn slerp_is_steady_near_its_edges() -> Result {
 
 #[test]
 fn matched_norms_are_those_of_the_thoughts() -> Result {
-    let layout = Layout::dense(1, 4);
+    let layout = Batch::one(4)?;
     let z = tensor(&[vec![vec![3.0, 4.0], vec![0.0, 0.0], vec![1.0, 0.0], vec![6e19, 8e19]]])?;
     let x = tensor(&[vec![vec![0.0, 9.0], vec![1.0, 1.0], vec![-1.0, 0.0], vec![1e-30, 0.0]]])?;
     let op = |weight| Interpolate::new(weight).match_norm();
@@ -421,7 +421,7 @@ fn reweightings() -> impl Strategy<Value = Reweighting> {
 }
 
 impl Reweighting {
-    fn focus(&self, layout: &Layout) -> Focus {
+    fn focus(&self, layout: &Batch) -> Focus {
         match &self.focus {
             Picked::All => Focus::All,
             Picked::Last => Focus::Last,
@@ -441,7 +441,7 @@ impl Reweighting {
         }
     }
 
-    fn op(&self, layout: &Layout) -> CosineReweight {
+    fn op(&self, layout: &Batch) -> CosineReweight {
         let op = match self.mix {
             true => CosineReweight::mix(self.strength),
             false => CosineReweight::scale(self.strength),
@@ -502,7 +502,7 @@ impl Reweighting {
         changed.iter().map(|row| scaled(row, before / after)).collect()
     }
 
-    fn reference(&self, layout: &Layout, xs: &Tensor) -> Result<Vec<Vec<Row>>> {
+    fn reference(&self, layout: &Batch, xs: &Tensor) -> Result<Vec<Vec<Row>>> {
         let mut texts = numbers(xs)?;
         for (index, text) in texts.iter_mut().enumerate() {
             let start = layout.starts()[index];
@@ -520,14 +520,14 @@ impl Reweighting {
     }
 }
 
-fn reweighted(op: &CosineReweight, layout: &Layout, xs: &Tensor) -> Result<Tensor> {
+fn reweighted(op: &CosineReweight, layout: &Batch, xs: &Tensor) -> Result<Tensor> {
     // The op works on what the op before made: the thoughts must not matter.
     let z = tiny::noise(77, xs.dims(), 5.0)?.to_dtype(xs.dtype())?;
     Ok(op.refine(xs, &Step::new(&z, &z, layout))?)
 }
 
 fn reweighting_is_its_reference(
-    (layout, hidden, seed): (&Layout, usize, u64),
+    (layout, hidden, seed): (&Batch, usize, u64),
     it: &Reweighting,
 ) -> Result {
     let xs = thoughts(layout, hidden, seed)?;
@@ -555,7 +555,7 @@ fn reweighting_is_its_reference(
 
 /// Changes, one at a time, every slot; only the segment it belongs to may differ.
 fn nothing_leaks(
-    (layout, hidden, seed): (&Layout, usize, u64),
+    (layout, hidden, seed): (&Batch, usize, u64),
     it: &Reweighting,
     poison: f32,
 ) -> Result {
@@ -675,7 +675,7 @@ proptest! {
     ) {
         let it = Reweighting { among: Among::Both, focus: Picked::All, ..it };
         let run = || {
-            let layout = Layout::dense(1, n);
+            let layout = Batch::one(n)?;
             let order = Tensor::new(order, &Device::Cpu)?;
             let (xs, op) = (thoughts(&layout, hidden, seed)?, it.op(&layout));
             let permuted = reweighted(&op, &layout, &xs.index_select(&order, 1)?)?;
@@ -688,7 +688,7 @@ proptest! {
 
 #[test]
 fn blocks_of_a_long_segment_make_the_whole() -> Result {
-    let layout = Layout::ragged(&[720, 600]).with_context(0, &[0..5, 10..710])?;
+    let layout = Batch::ragged(&[720, 600])?.with_context(0, &[0..5, 10..710])?;
     let xs = thoughts(&layout, 6, 5)?;
     for (mix, among, exclude_self, focus) in [
         (true, Among::Both, false, Picked::All),
@@ -707,7 +707,7 @@ fn blocks_of_a_long_segment_make_the_whole() -> Result {
 
 #[test]
 fn cold_and_hot_temperatures() -> Result {
-    let layout = Layout::dense(1, 3);
+    let layout = Batch::one(3)?;
     let xs = tensor(&[vec![vec![1.0, 0.0], vec![0.0, 2.0], vec![0.1, 4.0]]])?;
     let mix = |temperature| CosineReweight::mix(1.0).temperature(temperature);
     for cold in [1e-9, 1e-300, f64::MIN_POSITIVE] {
@@ -725,7 +725,7 @@ fn cold_and_hot_temperatures() -> Result {
 
 #[test]
 fn relevance_without_length_changes_nothing() -> Result {
-    let layout = Layout::dense(1, 2);
+    let layout = Batch::one(2)?;
     let xs = tensor(&[vec![vec![0.0, 0.0], vec![1.0, 2.0]]])?;
     // The focus may look at the row of zeros only.
     let op = CosineReweight::scale(1.0).exclude_self().focus(Focus::Last);
@@ -751,7 +751,7 @@ fn ops() -> Vec<Box<dyn Refine>> {
 /// Training through a thought loop needs the gradient of every op.
 #[test]
 fn gradients_are_slopes() -> Result {
-    let layout = Layout::dense(1, 5).with_context(0, &[0..3, 4..5])?;
+    let layout = Batch::one(5)?.with_context(0, &[0..3, 4..5])?;
     let noise =
         |seed| -> Result<Tensor> { Ok(tiny::noise(seed, &[1, 5, 4], 1.0)?.to_dtype(DType::F64)?) };
     let (z, x, gate) = (noise(1)?, noise(2)?, tiny::noise(3, &[4], 1.0)?);
@@ -798,7 +798,7 @@ fn no_numbers_and_no_shape_panic() -> Result {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE] {
             let z = tiny::noise(1, &[2, 4, 3], 1.0)?;
             let x = (&z * f64::from(bad))?;
-            let layout = Layout::ragged(&[4, 2]);
+            let layout = Batch::ragged(&[4, 2])?;
             let step = Step { gate: Some(&gate), ..Step::new(&z, &x, &layout) };
             op.refine(&x, &step)?;
             op.refine(&z, &Step { z: &x, ..step })?;
@@ -806,7 +806,7 @@ fn no_numbers_and_no_shape_panic() -> Result {
         for dims in [[0, 0, 3], [0, 4, 3], [2, 0, 3], [2, 4, 0], [2, 4, 3]] {
             let x = Tensor::zeros(&dims, DType::F32, &Device::Cpu)?;
             for layout in
-                [Layout::dense(dims[0], dims[1]), Layout::ragged(&[4, 0]), Layout::ragged(&[])]
+                [Batch::dense(dims[0], dims[1])?, Batch::ragged(&[4, 0])?, Batch::ragged(&[])?]
             {
                 let _any_error = op.refine(&x, &Step { passes: 0, ..Step::new(&x, &x, &layout) });
                 let _any_error = seq().refine(&Step::new(&x, &x, &layout));
@@ -819,7 +819,7 @@ fn no_numbers_and_no_shape_panic() -> Result {
 /// What a model hands over need not lie in memory as it is read.
 #[test]
 fn any_strides_will_do() -> Result {
-    let layout = Layout::ragged(&[5, 3]);
+    let layout = Batch::ragged(&[5, 3])?;
     let gate = tiny::noise(3, &[4], 1.0)?;
     let z = tiny::noise(1, &[5, 4, 2], 1.0)?.permute((2, 0, 1))?; // (2, 5, 4)
     let x = tiny::noise(2, &[4, 2, 5], 1.0)?.permute((1, 2, 0))?;
@@ -879,7 +879,7 @@ fn parameters_are_checked() {
         assert_eq!(message(op.validate()), expected, "{op:?}");
         if let Ok(x) = &x {
             // Driven by hand, too
-            let refined = op.refine(x, &Step::new(x, x, &Layout::dense(1, 2)));
+            let refined = op.refine(x, &Step::new(x, x, &Batch::one(2)?));
             assert_eq!(message(refined), expected, "{op:?}");
         }
     }
@@ -887,7 +887,7 @@ fn parameters_are_checked() {
 
 #[test]
 fn what_only_the_text_can_tell_is_checked_in_the_pass() -> Result {
-    let layout = Layout::ragged(&[5, 3]).with_context(1, &[1..2, 2..3])?;
+    let layout = Batch::ragged(&[5, 3])?.with_context(1, &[1..2, 2..3])?;
     let x = tiny::noise(1, &[2, 5, 3], 1.0)?;
     let step = Step::new(&x, &x, &layout);
     let focused = |rows: &[usize], strength| {
@@ -916,7 +916,7 @@ fn what_only_the_text_can_tell_is_checked_in_the_pass() -> Result {
         message(Interpolate::gated().refine(&x, &step)),
         "parameter weight: expected a number: the checkpoint has no thought.gate, got gate"
     );
-    let other = Layout::dense(1, 5);
+    let other = Batch::one(5)?;
     assert_eq!(
         message(CosineReweight::mix(0.1).refine(&x, &Step::new(&x, &x, &other))),
         "parameter thoughts: expected 1 rows of 5 slots, got [2, 5, 3]"
@@ -1031,7 +1031,7 @@ proptest! {
 
 #[test]
 fn a_sequence_without_ops_takes_the_new_state() -> Result {
-    let layout = Layout::ragged(&[3, 2]).with_context(0, &[0..0, 1..2])?;
+    let layout = Batch::ragged(&[3, 2])?.with_context(0, &[0..0, 1..2])?;
     let (z, h) = (tiny::noise(1, &[2, 3, 4], 1.0)?, tiny::noise(2, &[2, 3, 4], 1.0)?);
     let got = numbers(&seq().refine(&Step::new(&z, &h, &layout))?)?;
     let (z, h) = (numbers(&z)?, numbers(&h)?);
@@ -1043,7 +1043,7 @@ fn a_sequence_without_ops_takes_the_new_state() -> Result {
 
 #[test]
 fn ops_run_in_order_over_rows_that_think() -> Result {
-    let layout = Layout::dense(1, 2).with_context(0, &[0..0, 1..2])?;
+    let layout = Batch::one(2)?.with_context(0, &[0..0, 1..2])?;
     let z = tensor(&[vec![vec![1.0], vec![1.0]]])?;
     let h = tensor(&[vec![vec![9.0], vec![5.0]]])?;
     let refine = seq()
@@ -1057,7 +1057,7 @@ fn ops_run_in_order_over_rows_that_think() -> Result {
 
 #[test]
 fn errors_name_the_op() -> Result {
-    let layout = Layout::ragged(&[3, 2]);
+    let layout = Batch::ragged(&[3, 2])?;
     let z = tiny::noise(1, &[2, 3, 4], 1.0)?;
     let step = Step::new(&z, &z, &layout);
     let f32s = "expected [2, 3, 4] of F32 on Cpu";
@@ -1101,7 +1101,7 @@ fn errors_name_the_op() -> Result {
         format!("parameter thoughts: {f32s}, got [2, 3, 3] of F32 on Cpu")
     );
     assert_eq!(
-        message(half().refine(&Step::new(&z, &z, &Layout::dense(2, 4)))),
+        message(half().refine(&Step::new(&z, &z, &Batch::dense(2, 4)?))),
         "parameter thoughts: expected 2 rows of 4 slots, got [2, 3, 4]"
     );
     Ok(())

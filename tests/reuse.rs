@@ -8,7 +8,7 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use hybrid_attention::Config;
-use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::model::{Batch, Pass, Transformer};
 
 use common::{Result, tiny};
 
@@ -33,7 +33,7 @@ fn a_second_pass_needs_no_new_memory() -> Result {
     };
     let model = Transformer::new(&config, &mut tiny::weights(&config, 1)?)?;
     let xs = Tensor::randn(0f32, 1.0, (1, 512, 512), &Device::Cpu)?;
-    let layout = Layout::dense(1, 512);
+    let layout = Batch::one(512)?;
     // The first passes on each thread of the pool take up what later ones use again.
     let mut fewest = u64::MAX;
     for _ in 0..12 {

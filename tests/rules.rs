@@ -10,9 +10,9 @@ use std::thread::ScopedJoinHandle;
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral};
-use hybrid_attention::model::{KvCache, Layout, Mask, Pass, Sight, Transformer};
+use hybrid_attention::model::{KvCache, Batch, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::Text;
+use hybrid_attention::thought::EncodedBatch;
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 
@@ -37,8 +37,8 @@ fn configs_with_span() -> impl Strategy<Value = (Config, Range<usize>)> {
 
 /// Encode, think and hand off through a cache; the logits of every token.
 fn thought_logits(model: &Transformer, thinking: &Thinking, ids: &[u32]) -> Result<Tensor> {
-    let text = Text::new(model, ids, Layout::dense(1, ids.len()))?;
-    let mut cache = model.new_cache(text.layout(), ids.len())?;
+    let text = EncodedBatch::new(model, ids, Batch::one(ids.len())?)?;
+    let mut cache = model.new_cache(ids.len())?;
     let mind = thinking.on(model)?;
     let z = mind.encode(&text, Pass::Cached(&mut cache))?;
     let thoughts = mind.think(&text, z, |_, _| ())?;
@@ -49,7 +49,7 @@ fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: us
     let model = tiny::transformer(config, seed)?;
     let ids = tiny::tokens(config, seed, seq);
     let xs = tiny::embed(&model, &ids)?;
-    let mut cache = model.new_cache(&Layout::dense(1, seq), seq)?;
+    let mut cache = model.new_cache(seq)?;
     let plain = tiny::logits(&model, &xs, Pass::Cached(&mut cache))?;
     let none = Thinking::passes(0).span(span).refine(Interpolate::new(weight));
     for thinking in [&none, &Thinking::none()] {
@@ -68,7 +68,7 @@ fn strength_0(config: &Config, span: Range<usize>, passes: usize, seed: u64, seq
     let model = tiny::transformer(config, seed)?;
     let ids = tiny::tokens(config, seed, seq);
     let xs = tiny::embed(&model, &ids)?;
-    let plain = tiny::logits(&model, &xs, Pass::Causal(&Layout::dense(1, seq)))?;
+    let plain = tiny::logits(&model, &xs, Pass::Causal(&Batch::one(seq)?))?;
     let thinking = Thinking::passes(passes).span(span).refine(Interpolate::new(0.0));
     assert_close("logits", &thought_logits(&model, &thinking, &ids)?, &plain, ROUNDING)
 }
@@ -90,7 +90,7 @@ fn candle_agrees(config: &Config, seed: u64, seq: usize) -> Result {
     let ids = tiny::tokens(&config, seed, seq);
     let ours = |config: &Config| -> Result<Tensor> {
         let model = tiny::transformer(config, seed)?;
-        tiny::logits(&model, &tiny::embed(&model, &ids)?, Pass::Causal(&Layout::dense(1, seq)))
+        tiny::logits(&model, &tiny::embed(&model, &ids)?, Pass::Causal(&Batch::one(seq)?))
     };
     let weights = |config: &Config| -> Result<VarBuilder<'static>> {
         let mut weights = tiny::weights(config, seed)?;
@@ -154,14 +154,14 @@ proptest! {
 // ---- who sees whom ----
 
 /// A batch of texts: how long each is, and two cuts that make its middle third context.
-fn layouts(batch: Range<usize>, longest: usize) -> impl Strategy<Value = Layout> {
+fn layouts(batch: Range<usize>, longest: usize) -> impl Strategy<Value = Batch> {
     let row = (1..=longest).prop_flat_map(|length| {
         let cuts = prop::collection::vec(0..=length, 0..6);
         (Just(length), prop::option::of(cuts))
     });
     prop::collection::vec(row, batch).prop_filter_map("valid segments", |rows| {
         let lengths: Vec<usize> = rows.iter().map(|(length, _)| *length).collect();
-        let mut layout = Layout::ragged(&lengths);
+        let mut layout = Batch::ragged(&lengths)?;
         for (row, (_, cuts)) in rows.into_iter().enumerate() {
             let Some(mut cuts) = cuts else { continue };
             cuts.sort_unstable();
@@ -174,7 +174,7 @@ fn layouts(batch: Range<usize>, longest: usize) -> impl Strategy<Value = Layout>
 
 /// The rule in the documentation of [`Mask`], word for word.
 fn sees(
-    (layout, row): (&Layout, usize),
+    (layout, row): (&Batch, usize),
     sight: Sight,
     window: Option<usize>,
     (query, key): (usize, usize),
@@ -197,7 +197,7 @@ fn sights() -> impl Strategy<Value = Sight> {
     prop_oneof![Just(Sight::Causal), Just(Sight::Bidirectional)]
 }
 
-fn uncached(layout: &Layout, sight: Sight) -> Pass<'_> {
+fn uncached(layout: &Batch, sight: Sight) -> Pass<'_> {
     match sight {
         Sight::Causal => Pass::Causal(layout),
         Sight::Bidirectional => Pass::Bidirectional(layout),
@@ -207,7 +207,7 @@ fn uncached(layout: &Layout, sight: Sight) -> Pass<'_> {
 /// The slots whose stream changes when the one at `changed` does.
 fn moved(
     model: &Transformer,
-    layout: &Layout,
+    layout: &Batch,
     sight: Sight,
     changed: usize,
     seed: u64,
@@ -225,7 +225,7 @@ fn moved(
 }
 
 fn mask_is_the_rule(
-    layout: &Layout,
+    layout: &Batch,
     sight: Sight,
     window: Option<usize>,
     past: usize,
@@ -247,7 +247,7 @@ fn mask_is_the_rule(
     Ok(())
 }
 
-fn one_layer(config: &Config, layout: &Layout, sight: Sight, at: usize, seed: u64) -> Result {
+fn one_layer(config: &Config, layout: &Batch, sight: Sight, at: usize, seed: u64) -> Result {
     let model = tiny::transformer(&Config { num_hidden_layers: 1, ..config.clone() }, seed)?;
     let at = at % layout.seq();
     let window = config.sliding_window;
@@ -259,7 +259,7 @@ fn one_layer(config: &Config, layout: &Layout, sight: Sight, at: usize, seed: u6
 
 fn causal(config: &Config, seed: u64, seq: usize, at: usize) -> Result {
     let (model, at) = (tiny::transformer(config, seed)?, at % seq);
-    let moved = moved(&model, &Layout::dense(1, seq), Sight::Causal, at, seed)?;
+    let moved = moved(&model, &Batch::one(seq)?, Sight::Causal, at, seed)?;
     assert_eq!(moved.first(), Some(&at), "token {at}");
     Ok(())
 }
@@ -271,7 +271,7 @@ fn segment(config: &Config, seed: u64, parts: [usize; 3], at: usize) -> Result {
     let [before, inside, after] = parts;
     let seq = before + inside + after;
     let segment = before..before + inside;
-    let layout = Layout::dense(1, seq).with_context(0, std::slice::from_ref(&segment))?;
+    let layout = Batch::one(seq)?.with_context(0, std::slice::from_ref(&segment))?;
     let at = segment.start + at % inside;
     let from = |sight| moved(&model, &layout, sight, at, seed);
     assert_eq!(from(Sight::Bidirectional)?, (segment.start..seq).collect(), "token {at}");
@@ -327,24 +327,24 @@ fn through(model: &Transformer, cache: &mut KvCache, xs: &Tensor, chunk: usize) 
 }
 
 /// The embeddings of `layout`'s tokens, padding included.
-fn inputs(model: &Transformer, layout: &Layout, seed: u64) -> Result<Tensor> {
+fn inputs(model: &Transformer, layout: &Batch, seed: u64) -> Result<Tensor> {
     let (batch, seq) = (layout.batch(), layout.seq());
     let ids = tiny::tokens(model.config(), seed, batch * seq);
     Ok(model.embed(&Tensor::new(ids, &Device::Cpu)?.reshape((batch, seq))?)?)
 }
 
 /// Row `row` of `xs` without its padding.
-fn row_of(xs: &Tensor, layout: &Layout, row: usize) -> Result<Tensor> {
+fn row_of(xs: &Tensor, layout: &Batch, row: usize) -> Result<Tensor> {
     let start = layout.starts()[row];
     Ok(xs.i(row..row + 1)?.narrow(1, start, layout.seq() - start)?)
 }
 
-fn cached_is_uncached(config: &Config, layout: &Layout, chunk: usize, seed: u64) -> Result {
+fn cached_is_uncached(config: &Config, layout: &Batch, chunk: usize, seed: u64) -> Result {
     let model = tiny::transformer(config, seed)?;
     let xs = inputs(&model, layout, seed)?;
     let expected = model.forward(&xs, model.all_layers(), Pass::Causal(layout))?;
     for chunk in [chunk, 1, layout.seq()] {
-        let mut cache = model.new_cache(layout, layout.seq())?;
+        let mut cache = model.new_cache(layout.seq())?;
         let ys = through(&model, &mut cache, &xs, chunk)?;
         for row in 0..layout.batch() {
             let (ys, expected) = (row_of(&ys, layout, row)?, row_of(&expected, layout, row)?);
@@ -354,12 +354,12 @@ fn cached_is_uncached(config: &Config, layout: &Layout, chunk: usize, seed: u64)
     Ok(())
 }
 
-fn batch_is_its_rows(config: &Config, layout: &Layout, chunk: usize, seed: u64) -> Result {
+fn batch_is_its_rows(config: &Config, layout: &Batch, chunk: usize, seed: u64) -> Result {
     let model = tiny::transformer(config, seed)?;
     let xs = inputs(&model, layout, seed)?;
-    let run = |xs: &Tensor, layout: &Layout| -> Result<[Tensor; 3]> {
+    let run = |xs: &Tensor, layout: &Batch| -> Result<[Tensor; 3]> {
         let pass = |pass: Pass<'_>| model.forward(xs, model.all_layers(), pass);
-        let mut cache = model.new_cache(layout, layout.seq())?;
+        let mut cache = model.new_cache(layout.seq())?;
         let (causal, both_ways) = (pass(Pass::Causal(layout))?, pass(Pass::Bidirectional(layout))?);
         Ok([causal, both_ways, through(&model, &mut cache, xs, chunk)?])
     };
@@ -412,16 +412,16 @@ fn with_thought_layers(config: &Config, thoughts: usize, seed: u64) -> Result<Tr
 }
 
 /// Row `row` of `layout` by itself.
-fn alone(layout: &Layout, row: usize) -> Result<Layout> {
+fn alone(layout: &Batch, row: usize) -> Result<Batch> {
     let start = layout.starts()[row];
     let segments: Vec<_> =
         layout.context(row).iter().map(|run| run.start - start..run.end - start).collect();
-    Ok(Layout::dense(1, layout.seq() - start).with_context(0, &segments)?)
+    Ok(Batch::one(layout.seq() - start)?.with_context(0, &segments)?)
 }
 
 /// Rows of these lengths with context segments, their order and emptiness as they come.
-fn with_segments(lengths: &[usize], seed: u64) -> Result<Layout> {
-    let mut layout = Layout::ragged(lengths);
+fn with_segments(lengths: &[usize], seed: u64) -> Result<Batch> {
+    let mut layout = Batch::ragged(lengths)?;
     for (row, &length) in lengths.iter().enumerate() {
         layout =
             layout.with_context(row, &tiny::segments(seed.wrapping_add(row as u64), length))?;
@@ -435,7 +435,7 @@ fn with_gradient(
     model: &Transformer,
     xs: &Tensor,
     layers: Range<usize>,
-    (layout, sight): (&Layout, Sight),
+    (layout, sight): (&Batch, Sight),
     weights: &Tensor,
 ) -> Result<[Tensor; 2]> {
     let xs = Var::from_tensor(xs)?;
@@ -449,7 +449,7 @@ fn with_gradient(
 /// and of a loss that leaves the padding out, none reaches it.
 fn padding_is_left_out(
     config: &Config,
-    layout: &Layout,
+    layout: &Batch,
     span: Range<usize>,
     thoughts: usize,
     seed: u64,
@@ -460,7 +460,7 @@ fn padding_is_left_out(
     let real = Tensor::new(layout.real(), &Device::Cpu)?.unsqueeze(2)?; // (batch, seq, 1)
     let weights = tiny::noise(seed, &[batch, seq, hidden], 1.0)?.broadcast_mul(&real)?;
     for sight in [Sight::Causal, Sight::Bidirectional] {
-        let run = |xs: &Tensor, layers: Range<usize>, layout: &Layout, weights: &Tensor| {
+        let run = |xs: &Tensor, layers: Range<usize>, layout: &Batch, weights: &Tensor| {
             with_gradient(&model, xs, layers, (layout, sight), weights)
         };
         let [ys, gradient] = run(&xs, span.clone(), layout, &weights)?;
@@ -516,7 +516,7 @@ fn long_and_short_rows_are_packed_alike() -> Result {
         let config = Config { sliding_window, ..tiny::config() };
         let layout = with_segments(&[1, 700, 0, 64, 701, 3], 5)?;
         padding_is_left_out(&config, &layout, 0..3, 1, 5)?;
-        let layout = Layout::ragged(&[400, 900, 1]);
+        let layout = Batch::ragged(&[400, 900, 1])?;
         padding_is_left_out(&config, &layout, 1..3, 0, 6)?;
     }
     Ok(())
@@ -530,10 +530,10 @@ const CHUNK: usize = 512;
 fn rolling(window: usize, seq: usize, chunk: usize, pad: usize, seed: u64) -> Result {
     let config = Config { sliding_window: Some(window), num_hidden_layers: 2, ..tiny::config() };
     let model = tiny::transformer(&config, seed)?;
-    let layout = Layout::ragged(&[seq, seq - pad]);
+    let layout = Batch::ragged(&[seq, seq - pad])?;
     let xs = inputs(&model, &layout, seed)?;
     let expected = model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?;
-    let mut cache = model.new_cache(&layout, seq)?;
+    let mut cache = model.new_cache(seq)?;
     assert!(cache.slots() < window + CHUNK && cache.slots() < seq, "{} slots", cache.slots());
     let ys = through(&model, &mut cache, &xs, chunk)?;
     assert!(cache.slots() < window + CHUNK, "{} slots", cache.slots());
@@ -548,10 +548,10 @@ fn rolling(window: usize, seq: usize, chunk: usize, pad: usize, seed: u64) -> Re
 fn layers_apart(window: usize, chunks: [usize; 2], seed: u64) -> Result {
     let config = Config { sliding_window: Some(window), ..tiny::config() };
     let model = tiny::transformer(&config, seed)?;
-    let layout = Layout::dense(1, 950);
+    let layout = Batch::one(950)?;
     let xs = inputs(&model, &layout, seed)?;
     let expected = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
-    let mut cache = model.new_cache(&layout, 950)?;
+    let mut cache = model.new_cache(950)?;
     let past = xs.narrow(1, 0, 900)?;
     let mut in_chunks = |xs: &Tensor, layers: Range<usize>, chunk: usize| -> Result<Tensor> {
         let chunks = (0..900).step_by(chunk).map(|start| {
@@ -571,8 +571,8 @@ fn truncated(window: Option<usize>, seq: usize, length: usize, seed: u64) -> Res
     let config = Config { sliding_window: window, num_hidden_layers: 2, ..tiny::config() };
     let model = tiny::transformer(&config, seed)?;
     let (old, new) = (tiny::tokens(&config, seed, seq), tiny::tokens(&config, !seed, 5));
-    let layout = Layout::dense(1, 1);
-    let mut cache = model.new_cache(&layout, seq + new.len())?;
+    let layout = Batch::one(1)?;
+    let mut cache = model.new_cache(seq + new.len())?;
     through(&model, &mut cache, &tiny::embed(&model, &old)?, seq)?;
     let kept = match cache.truncate(length) {
         Ok(()) => length.min(seq),
@@ -589,7 +589,7 @@ fn truncated(window: Option<usize>, seq: usize, length: usize, seed: u64) -> Res
     let all = [&old[..kept], new.as_slice()].concat();
     let xs = tiny::embed(&model, &all)?;
     let fresh =
-        model.forward(&xs, model.all_layers(), Pass::Causal(&Layout::dense(1, all.len())))?;
+        model.forward(&xs, model.all_layers(), Pass::Causal(&Batch::one(all.len())?))?;
     assert_close("after truncate", &ys, &fresh.narrow(1, kept, new.len())?, ROUNDING)?;
 
     cache.reset();
@@ -630,7 +630,7 @@ proptest! {
 fn a_rolled_cache_says_what_it_has_let_go_of() -> Result {
     let config = Config { sliding_window: Some(4), ..tiny::config() };
     let model = tiny::transformer(&config, 1)?;
-    let mut cache = model.new_cache(&Layout::dense(1, 1), 1024)?;
+    let mut cache = model.new_cache(1024)?;
     through(&model, &mut cache, &tiny::embed(&model, &tiny::tokens(&config, 1, 600))?, 600)?;
     // The second chunk let go of all but 3 of the first 512.
     let rolled = cache.truncate(511);
@@ -652,7 +652,7 @@ fn a_full_cache_is_an_error_that_changes_nothing() -> Result {
     let config = tiny::config();
     let model = tiny::transformer(&config, 1)?;
     let xs = tiny::embed(&model, &tiny::tokens(&config, 1, 700))?;
-    let mut cache = model.new_cache(&Layout::dense(1, 1), 650)?;
+    let mut cache = model.new_cache(650)?;
     let mut add = |xs: &Tensor| model.forward(xs, model.all_layers(), Pass::Cached(&mut cache));
 
     let full = add(&xs);
@@ -663,9 +663,9 @@ fn a_full_cache_is_an_error_that_changes_nothing() -> Result {
     assert!(matches!(full, Err(Error::ContextFull { capacity: 650, requested: 651 })), "{full:?}");
     assert_eq!(cache.len(), 650);
 
-    let long = Layout::dense(1, config.max_position_embeddings + 1);
+    let long = Batch::one(config.max_position_embeddings + 1)?;
     let capacity = config.max_position_embeddings;
-    let beyond = model.new_cache(&long, capacity + 1).map(|_| ());
+    let beyond = model.new_cache(capacity + 1).map(|_| ());
     assert!(
         matches!(beyond, Err(Error::ContextFull { capacity: c, requested: r })
             if c == capacity && r == capacity + 1),
@@ -704,10 +704,10 @@ fn weights_are_shared_between_threads() -> Result {
 #[test]
 fn a_long_text_at_once_is_the_same_in_chunks() -> Result {
     let model = tiny::transformer(&tiny::config(), 14)?;
-    let layout = Layout::ragged(&[1300, 900]);
+    let layout = Batch::ragged(&[1300, 900])?;
     let xs = tiny::text(&model, &layout, 14)?.embeddings().clone();
     let whole = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
-    let mut cache = model.new_cache(&layout, 1300)?;
+    let mut cache = model.new_cache(1300)?;
     let chunks = model.forward(&xs, 0..3, Pass::Cached(&mut cache))?;
     for (row, length) in [(0, 1300), (1, 900)] {
         let text = |xs: &Tensor| xs.narrow(0, row, 1)?.narrow(1, 1300 - length, length);

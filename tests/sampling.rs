@@ -7,7 +7,7 @@ use std::fs;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
 use hybrid_attention::generate::Sampler;
-use hybrid_attention::model::{Layout, Pass, Transformer};
+use hybrid_attention::model::{Batch, Pass, Transformer};
 use hybrid_attention::{Config, GenerationConfig, HybridModel};
 use proptest::prelude::*;
 use serde::Deserialize;
@@ -247,7 +247,7 @@ fn logprobs_are_the_models_own() -> Result {
     for config in [plain, warped, penalised] {
         let answer = model.generate(prompt, &config)?;
         let ids = [prompt.to_vec(), answer.ids.clone()].concat();
-        let layout = Layout::dense(1, ids.len());
+        let layout = Batch::one(ids.len())?;
         let xs = transformer.embed(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)?;
         let h = transformer.forward(&xs, transformer.all_layers(), Pass::Causal(&layout))?;
         let logits = transformer.logits(&h)?.squeeze(0)?.to_dtype(DType::F32)?;

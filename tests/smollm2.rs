@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Layout, Pass, Weights};
+use hybrid_attention::model::{Batch, Pass, Weights};
 use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt, WeightType};
 use serde::Deserialize;
 
@@ -128,7 +128,7 @@ fn logits_are_those_of_candle_transformers() -> Result {
     let ids = golden.generate.iter().find_map(|case| case.ids.get(..30)).ok_or("no long prompt")?;
     let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // (1, 30)
     let transformer = model.transformer();
-    let pass = Pass::Causal(&Layout::dense(1, 30));
+    let pass = Pass::Causal(&Batch::one(30)?);
     let h = transformer.forward(&transformer.embed(&ids)?, transformer.all_layers(), pass)?;
     let ours = transformer.logits(&h)?; // (1, 30, vocab)
 

@@ -5,9 +5,9 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
-use hybrid_attention::model::{Layout, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, OutputNudge, Refine, Step, seq};
-use hybrid_attention::thought::{HandOff, Text, Thoughts};
+use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Prompt, Thinking};
 use proptest::prelude::*;
 
@@ -23,23 +23,23 @@ fn think(
     model: &Transformer,
     thinking: &Thinking,
     z: &Tensor,
-    layout: &Layout,
+    layout: &Batch,
 ) -> Result<Thoughts> {
     let text = tiny::text(model, layout, 0)?;
     Ok(thinking.on(model)?.think(&text, z.clone(), |_, _| ())?)
 }
 
 /// Padded rows, segments, plain tokens.
-fn layout() -> Result<Layout> {
-    Ok(Layout::ragged(&[7, 4]).with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 2..4])?)
+fn layout() -> Result<Batch> {
+    Ok(Batch::ragged(&[7, 4])?.with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 2..4])?)
 }
 
-fn thoughts(config: &Config, layout: &Layout, seed: u64) -> Result<Tensor> {
+fn thoughts(config: &Config, layout: &Batch, seed: u64) -> Result<Tensor> {
     tiny::noise(seed, &[layout.batch(), layout.seq(), config.hidden_size], 1.0)
 }
 
 /// `‖after - before‖ / ‖before‖` of each token, mean over those that are not padding.
-fn drift(before: &Tensor, after: &Tensor, layout: &Layout) -> Result<f64> {
+fn drift(before: &Tensor, after: &Tensor, layout: &Batch) -> Result<f64> {
     let (before, after) = (before.to_vec3::<f32>()?, after.to_vec3::<f32>()?);
     let norm = |xs: &[f64]| xs.iter().map(|x| x * x).sum::<f64>().sqrt();
     let mut ratios = Vec::new();
@@ -87,7 +87,7 @@ fn interpolation_is_its_formula() -> Result {
         (Interpolate::damped(), 0.25, 4),
     ] {
         let expected = ((&h * weight)? + (&z * (1.0 - weight))?)?;
-        let layout = Layout::dense(2, 3);
+        let layout = Batch::dense(2, 3)?;
         for index in 0..passes {
             let step = Step { index, passes, ..Step::new(&z, &h, &layout) };
             let refined = refine.refine(&h, &step)?;
@@ -100,7 +100,7 @@ fn interpolation_is_its_formula() -> Result {
 /// Each pass by hand: think once, refine, put plain tokens back, measure.
 fn loop_by_hand(
     config: &Config,
-    layout: &Layout,
+    layout: &Batch,
     passes: usize,
     weight: f64,
     seed: u64,
@@ -158,7 +158,7 @@ proptest! {
         ends in prop::collection::vec(0.0..1.0, 3), passes in 1usize..4, seed: u64,
     ) {
         holds((|| {
-            let mut layout = Layout::ragged(&lengths);
+            let mut layout = Batch::ragged(&lengths)?;
             for (row, (&length, share)) in lengths.iter().zip(ends).enumerate() {
                 let end = (length as f64 * share) as usize; // 0 for a row without context
                 layout = layout.with_context(row, &[0..end / 2, end / 2..end])?;
@@ -173,7 +173,7 @@ proptest! {
 #[test]
 fn ops_see_the_whole_text() -> Result {
     let model = tiny::transformer(&tiny::config(), 6)?;
-    let layout = Layout::dense(1, 9).with_context(0, &[1..2, 2..4])?;
+    let layout = Batch::one(9)?.with_context(0, &[1..2, 2..4])?;
     let seen = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&seen);
     let refine = seq().add_fn(move |xs, step| {
@@ -266,7 +266,7 @@ fn answer_by_hand(
     for _ in 0..count {
         // The thoughts of the prompt, then what answer tokens bring to the span causally. Layers
         // before the span have read the prompt as it was.
-        let layout = Layout::dense(1, ids.len());
+        let layout = Batch::one(ids.len())?;
         let plain = tiny::embed(transformer, &ids)?;
         let plain = transformer.forward(&plain, 0..span.start, Pass::Causal(&layout))?;
         let answer = plain.narrow(1, prompt.len(), ids.len() - prompt.len())?;
@@ -321,9 +321,9 @@ fn an_output_nudge_serves_every_token_of_the_answer() -> Result {
         let answer = model.generate(prompt.as_slice(), &how.clone().thinking(nudged))?;
 
         let layout = tiny::prompt(prompt.len())?;
-        let text = Text::new(transformer, &prompt, layout)?;
+        let text = EncodedBatch::new(transformer, &prompt, layout)?;
         let mind = thinking.on(transformer)?;
-        let mut cache = transformer.new_cache(text.layout(), prompt.len() + 5)?;
+        let mut cache = transformer.new_cache(prompt.len() + 5)?;
         let z = mind.encode(&text, Pass::Cached(&mut cache))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
         let mut h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;

@@ -9,9 +9,9 @@ use std::ops::Range;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Layout, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{HandOff, Text, Thoughts};
+use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 
 use common::reference::{Reference, Stream, ThoughtLoop};
@@ -87,13 +87,13 @@ fn refusal(weights: &Weights) -> Result<Error> {
     Ok(loaded.err().ok_or("it was loaded")?)
 }
 
-fn layout() -> Result<Layout> {
-    Ok(Layout::ragged(&[9, 6]).with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?)
+fn layout() -> Result<Batch> {
+    Ok(Batch::ragged(&[9, 6])?.with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?)
 }
 
 fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
-    let z = mind.encode(text, Pass::Causal(text.layout()))?;
+    let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
 }
 
@@ -154,7 +154,7 @@ fn a_pass_goes_on_through_the_thought_layers() -> Result {
 #[test]
 fn thinking_with_them_is_what_loops_make_of_it() -> Result {
     let (ids, segments) = (tiny::tokens(&config(), 3, 9), [0..4, 5..8]);
-    let layout = Layout::dense(1, 9).with_context(0, &segments)?;
+    let layout = Batch::one(9)?.with_context(0, &segments)?;
     for (weights, thought_layers, gated) in [
         (with_layers(3)?, 2, false),
         (with_gate(with_layers(3)?, 3)?, 2, true),
@@ -164,7 +164,7 @@ fn thinking_with_them_is_what_loops_make_of_it() -> Result {
         let model = model.transformer();
         let all: HashMap<_, _> = weights.into_iter().collect();
         let reference = Reference::new(&config(), &all)?;
-        let text = Text::new(model, &ids, layout.clone())?;
+        let text = EncodedBatch::new(model, &ids, layout.clone())?;
         for span in SPANS {
             // Without a gate: damped, over three passes.
             let share = match gated {
@@ -473,7 +473,7 @@ fn a_pass_never_runs_the_head() -> Result {
             let thoughts = think(&model, &thinking, &text)?;
             assert!(thoughts.trace.drift().iter().all(|drift| drift.is_finite() && *drift > 0.0));
             let mind = thinking.on(&model)?;
-            let h = mind.hand_off(&text, &thoughts, Pass::Causal(text.layout()))?;
+            let h = mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))?;
             for xs in [&thoughts.z, &h] {
                 let sum = xs.abs()?.sum_all()?.to_scalar::<f32>()?;
                 assert!(sum.is_finite() && sum > 0.0, "{hand_off:?}: {sum}");

@@ -4,9 +4,9 @@ mod common;
 
 use std::ops::Range;
 
-use hybrid_attention::model::{Layout, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, Halt, Halted, Text, Thoughts, TokenTrace, Trace};
+use hybrid_attention::thought::{Detail, Halt, Halted, EncodedBatch, Thoughts, TokenTrace, Trace};
 use hybrid_attention::{Config, GenerationConfig, Thinking};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -32,22 +32,22 @@ impl Batch {
     }
 
     /// One block of them, padded on the left.
-    fn text(&self, model: &Transformer) -> Result<Text> {
+    fn text(&self, model: &Transformer) -> Result<EncodedBatch> {
         let lengths: Vec<usize> = self.rows.iter().map(|(ids, _)| ids.len()).collect();
-        let mut layout = Layout::ragged(&lengths);
+        let mut layout = Batch::ragged(&lengths)?;
         for (row, (_, segments)) in self.rows.iter().enumerate() {
             layout = layout.with_context(row, segments)?;
         }
         let seq = layout.seq();
         let pad = |(ids, _): &(Vec<u32>, _)| [&vec![7; seq - ids.len()], ids.as_slice()].concat();
         let ids: Vec<u32> = self.rows.iter().flat_map(pad).collect();
-        Ok(Text::new(model, &ids, layout)?)
+        Ok(EncodedBatch::new(model, &ids, layout)?)
     }
 }
 
 fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
-    let z = mind.encode(text, Pass::Causal(text.layout()))?;
+    let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
 }
 
@@ -105,7 +105,7 @@ fn agrees_with_the_loops(
     let thinking = Thinking::passes(2).span(span.clone()).sight(sight).refine(refine);
     let text = batch.text(&model)?;
     let Thoughts { trace, .. } = think(&model, &thinking.detail(Detail::Maps), &text)?;
-    assert_eq!(trace.tokens, text.layout().seq());
+    assert_eq!(trace.tokens, text.batch().seq());
     assert_eq!(trace.halted, vec![Halted::Cap; lengths.len()]);
     assert_eq!(trace.passes.len(), 2);
 
@@ -205,11 +205,11 @@ fn a_row_without_tokens_has_no_numbers() -> Result {
     let ids = tiny::tokens(model.config(), 9, 8);
     let thinking = Thinking::passes(2).detail(Detail::Maps);
     let traced = |rows: usize, layout| -> Result<Trace> {
-        let text = Text::new(&model, &ids[..4 * rows], layout)?;
+        let text = EncodedBatch::new(&model, &ids[..4 * rows], layout)?;
         Ok(think(&model, &thinking, &text)?.trace)
     };
-    let two = traced(2, Layout::ragged(&[4, 0]))?;
-    let one = traced(1, Layout::dense(1, 4))?;
+    let two = traced(2, Batch::ragged(&[4, 0])?)?;
+    let one = traced(1, Batch::one(4)?)?;
     for (pass, alone) in two.passes.iter().zip(&one.passes) {
         assert!((pass.drift - alone.drift).abs() < 1e-6);
         let (tokens, maps) = (pass.tokens.as_ref(), pass.maps.as_ref());
@@ -349,7 +349,7 @@ fn thoughts_of_length_0_are_traced_in_numbers() -> Result {
     let table = candle_core::Tensor::cat(&[zero, table.narrow(0, 1, 31)?], 0)?;
     weights.insert(name.to_string(), table);
     let model = Transformer::new(&config, &mut weights)?;
-    let text = Text::new(&model, &[5, 0, 9, 0], Layout::dense(1, 4))?;
+    let text = EncodedBatch::new(&model, &[5, 0, 9, 0], Batch::one(4)?)?;
     for weight in [0.0, 0.3, 1.0] {
         let thinking = Thinking::passes(2).refine(Interpolate::new(weight)).detail(Detail::Maps);
         let thoughts = think(&model, &thinking, &text)?;

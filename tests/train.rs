@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
-use hybrid_attention::model::{Mind, Sight};
+use hybrid_attention::model::{AdapterScope, Sight};
 use hybrid_attention::{Adapter, Config, GenerationConfig, HybridModel, Prompt, Thinking};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -330,7 +330,7 @@ fn an_adapter_learns_a_text() -> Result {
     assert_eq!(record(&whole)?["parameters"], parameters);
     let thinking = Thinking::from_json(&fs::read_to_string(whole.join("hybrid.json"))?)?;
     assert_eq!(serde_json::to_value(&thinking)?["span"], json!([1, 2]));
-    assert_record(&whole, base.path(), &model.with_adapter(&adapter, Mind::Thinking)?, &thinking)?;
+    assert_record(&whole, base.path(), &model.with_adapter(&adapter, AdapterScope::Thinking)?, &thinking)?;
 
     // Without a pass an adapter for thinking changes nothing.
     let held_out = &record(&whole)?["held_out"];
@@ -355,9 +355,9 @@ fn every_arm_learns_a_text() -> Result {
     let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
     let load = || HybridModel::from_folder(base.path(), None, &Device::Cpu);
     for (arm, mind, passes, sight) in [
-        ("causal", Mind::Thinking, 3, Sight::Causal),
-        ("one-pass", Mind::Thinking, 1, Sight::Bidirectional),
-        ("no-passes", Mind::Decoding, 0, Sight::Bidirectional),
+        ("causal", AdapterScope::Thinking, 3, Sight::Causal),
+        ("one-pass", AdapterScope::Thinking, 1, Sight::Bidirectional),
+        ("no-passes", AdapterScope::Decoding, 0, Sight::Bidirectional),
     ] {
         let out = folder.path().join(arm);
         let args = ["--rank=2", "--steps=6", "--lr=0.02", "--passes=3", "--arm", arm];

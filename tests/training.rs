@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
-use hybrid_attention::model::{Layout, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Anchor, CosineReweight, Interpolate, Seq, Step, seq};
-use hybrid_attention::thought::{HandOff, Text, Thoughts, Trace};
+use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts, Trace};
 use hybrid_attention::{Config, Error, Thinking};
 
 use common::tiny;
@@ -58,14 +58,14 @@ fn variables(weights: &Weights) -> Result<(BTreeMap<String, Var>, Weights)> {
 
 /// Two rows of different length, each context and then plain, the longer with plain tokens between
 /// two segments.
-fn layout() -> Result<Layout> {
-    let layout = Layout::ragged(&[11, 8]);
+fn layout() -> Result<Batch> {
+    let layout = Batch::ragged(&[11, 8])?;
     Ok(layout.with_context(0, &[0..3, 4..7])?.with_context(1, &[1..3, 3..4])?)
 }
 
 /// The mean cross entropy of each plain token's successor.
-fn loss(model: &Transformer, text: &Text, hidden: &Tensor) -> Result<Tensor> {
-    let (layout, seq) = (text.layout(), text.layout().seq());
+fn loss(model: &Transformer, text: &EncodedBatch, hidden: &Tensor) -> Result<Tensor> {
+    let (layout, seq) = (text.batch(), text.batch().seq());
     let logprobs = log_softmax(&model.logits(hidden)?, D::Minus1)?;
     let mut losses = Vec::new();
     for (row, (thinks, start)) in layout.thinks().iter().zip(layout.starts()).enumerate() {
@@ -88,7 +88,7 @@ struct Run {
 }
 
 impl Run {
-    fn text(&self, model: &Transformer) -> Result<Text> {
+    fn text(&self, model: &Transformer) -> Result<EncodedBatch> {
         tiny::text(model, &layout()?, 9)
     }
 
@@ -96,10 +96,10 @@ impl Run {
     fn loss(&self, model: &Transformer) -> Result<Tensor> {
         let text = self.text(model)?;
         let mind = self.thinking.on(model)?;
-        let mut cache = model.new_cache(text.layout(), 16)?;
+        let mut cache = model.new_cache(16)?;
         let z = match self.cached {
             true => mind.encode(&text, Pass::Cached(&mut cache))?,
-            false => mind.encode(&text, Pass::Causal(text.layout()))?,
+            false => mind.encode(&text, Pass::Causal(text.batch()))?,
         };
         self.loss_from(model, &text, z, &mut cache)
     }
@@ -107,10 +107,10 @@ impl Run {
     /// The same with the embeddings given.
     fn loss_of_embeddings(&self, model: &Transformer, xs: &Tensor) -> Result<Tensor> {
         let text = self.text(model)?;
-        let mut cache = model.new_cache(text.layout(), 16)?;
+        let mut cache = model.new_cache(16)?;
         let pass = match self.cached {
             true => Pass::Cached(&mut cache),
-            false => Pass::Causal(text.layout()),
+            false => Pass::Causal(text.batch()),
         };
         let z = model.forward(xs, 0..SPAN.start, pass)?;
         self.loss_from(model, &text, z, &mut cache)
@@ -119,7 +119,7 @@ impl Run {
     fn loss_from(
         &self,
         model: &Transformer,
-        text: &Text,
+        text: &EncodedBatch,
         z: Tensor,
         cache: &mut hybrid_attention::model::KvCache,
     ) -> Result<Tensor> {
@@ -127,7 +127,7 @@ impl Run {
         let thoughts = mind.think(text, z, |_, _| ())?;
         let pass = match self.cached {
             true => Pass::Cached(cache),
-            false => Pass::Causal(text.layout()),
+            false => Pass::Causal(text.batch()),
         };
         loss(model, text, &mind.hand_off(text, &thoughts, pass)?)
     }
@@ -253,15 +253,15 @@ fn loss_by_hand(run: &Run, model: &Transformer, refine: &Seq, k: usize) -> Resul
     const PASSES: usize = 3;
     let text = run.text(model)?;
     let mind = run.thinking.on(model)?;
-    let first = mind.encode(&text, Pass::Causal(text.layout()))?;
-    let thinks = Tensor::new(text.layout().thinks(), model.device())?.unsqueeze(2)?;
+    let first = mind.encode(&text, Pass::Causal(text.batch()))?;
+    let thinks = Tensor::new(text.batch().thinks(), model.device())?.unsqueeze(2)?;
     let thinks = thinks.broadcast_as(first.shape())?;
     let (mut z, mut first_h) = (first.clone(), None);
     for index in 0..PASSES {
         if index > 0 && index <= PASSES.saturating_sub(k) {
             z = thinks.where_cond(&z.detach(), &first)?;
         }
-        let h = mind.think_once(&z, text.layout())?;
+        let h = mind.think_once(&z, text.batch())?;
         let after_first: &Tensor =
             first_h.get_or_insert_with(|| if k < PASSES { h.detach() } else { h.clone() });
         let step = Step {
@@ -270,12 +270,12 @@ fn loss_by_hand(run: &Run, model: &Transformer, refine: &Seq, k: usize) -> Resul
             index,
             passes: PASSES,
             gate: model.thought_gate(),
-            ..Step::new(&z, &h, text.layout())
+            ..Step::new(&z, &h, text.batch())
         };
         z = refine.refine(&step)?;
     }
     let thoughts = Thoughts { z, first, trace: Trace::default() };
-    loss(model, &text, &mind.hand_off(&text, &thoughts, Pass::Causal(text.layout()))?)
+    loss(model, &text, &mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))?)
 }
 
 #[test]
@@ -313,7 +313,7 @@ fn truncated_gradients_are_those_of_a_loop_cut_by_hand() -> Result {
 #[test]
 fn what_came_before_learns_through_plain_rows_only() -> Result {
     let weights = weights(&config(false, None), 62)?;
-    let learns = |layout: Layout| -> Result<Option<f64>> {
+    let learns = |layout: Batch| -> Result<Option<f64>> {
         let (vars, tensors) = variables(&weights)?;
         let model = transformer(&config(false, None), &tensors)?;
         let text = tiny::text(&model, &layout, 9)?;
@@ -326,7 +326,7 @@ fn what_came_before_learns_through_plain_rows_only() -> Result {
         let name = "model.layers.0.mlp.down_proj.weight";
         store.get(&vars[name]).map(|it| scalar(&it.sqr()?)).transpose()
     };
-    assert_eq!(learns(Layout::dense(1, 6))?, None, "all context");
+    assert_eq!(learns(Batch::one(6)?)?, None, "all context");
     let plain = learns(tiny::prompt(6)?)?;
     assert!(plain.is_some_and(|square| square > 1e-6), "{plain:?}");
     Ok(())
@@ -351,15 +351,15 @@ fn chunks_of_one_pass_are_one_graph() -> Result {
         let config = Config { num_hidden_layers: 2, ..config(true, window) };
         let (vars, tensors) = variables(&tiny::weights(&config, 71)?.into_iter().collect())?;
         let model = transformer(&config, &tensors)?;
-        let text = tiny::text(&model, &Layout::ragged(&[1100, 30]), 71)?;
+        let text = tiny::text(&model, &Batch::ragged(&[1100, 30])?, 71)?;
         let of = |pass: Pass<'_>| -> Result<GradStore> {
             let h = model.forward(text.embeddings(), model.all_layers(), pass)?;
             let last = h.narrow(1, 1070, 30)?; // in the last chunk, and tokens of both rows
             Ok(model.logits(&last)?.sqr()?.mean_all()?.backward()?)
         };
-        let mut cache = model.new_cache(text.layout(), 1100)?;
+        let mut cache = model.new_cache(1100)?;
         let cached = of(Pass::Cached(&mut cache))?;
-        let causal = of(Pass::Causal(text.layout()))?;
+        let causal = of(Pass::Causal(text.batch()))?;
         for (name, var) in &vars {
             let (got, expected) = (gradient(&cached, name, var)?, gradient(&causal, name, var)?);
             assert_close(&format!("{name}, {window:?}"), &got, &expected, 1e-4)?;

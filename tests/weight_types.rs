@@ -15,7 +15,7 @@ use common::{
 };
 use half::f16;
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Layout, Linear, Pass, Transformer, Weights};
+use hybrid_attention::model::{Batch, Linear, Pass, Transformer, Weights};
 use hybrid_attention::{Config, HybridModel, WeightType};
 use proptest::prelude::*;
 
@@ -115,7 +115,7 @@ fn blocks_of_a_gguf_file_stay_as_they_are() -> Result {
 
         let logits = |model: &Transformer| -> Result<Tensor> {
             let xs = model.embed(&Tensor::new(&[[1u32, 5, 31, 0, 5]], &Device::Cpu)?)?;
-            let pass = Layout::dense(1, 5);
+            let pass = Batch::one(5)?;
             Ok(model.logits(&model.forward(&xs, 0..1, Pass::Causal(&pass))?)?)
         };
         common::assert_close("logits", &logits(&kept)?, &logits(&wide)?, 1e-5)?;
@@ -289,7 +289,7 @@ fn nothing_but_the_weights_is_rounded() -> Result {
             let model = weights()?;
             let ids = Tensor::arange(0, config.vocab_size as u32, &Device::Cpu)?.unsqueeze(0)?;
             let xs = model.embed(&ids.narrow(1, 0, 24)?)?;
-            let layout = Layout::dense(1, 24);
+            let layout = Batch::one(24)?;
             let out = model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?;
             Ok(model.norm(&out)?)
         };

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
-use hybrid_attention::model::{Layout, Pass, Transformer};
-use hybrid_attention::thought::Text;
+use hybrid_attention::model::{Batch, Pass, Transformer};
+use hybrid_attention::thought::EncodedBatch;
 use hybrid_attention::{Config, HybridModel};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
@@ -92,24 +92,24 @@ pub(crate) fn tokens(config: &Config, seed: u64, count: usize) -> Vec<u32> {
     (0..count).map(|_| rng.random_range(0..config.vocab_size as u32)).collect()
 }
 
-/// The embeddings of one row of tokens: `(1, seq, hidden)`.
+/// The embeddings of one sequence of tokens: `(1, seq, hidden)`.
 pub(crate) fn embed(model: &Transformer, ids: &[u32]) -> Result<Tensor> {
     Ok(model.embed(&Tensor::new(ids, model.device())?.unsqueeze(0)?)?)
 }
 
 /// How a prompt of one piece is laid out: context up to its last token.
-pub(crate) fn prompt(length: usize) -> Result<Layout> {
+pub(crate) fn prompt(length: usize) -> Result<Batch> {
     let context = 0..length - 1;
-    Ok(Layout::dense(1, length).with_context(0, std::slice::from_ref(&context))?)
+    Ok(Batch::one(length)?.with_context(0, std::slice::from_ref(&context))?)
 }
 
-/// Random tokens in every slot of `layout`.
-pub(crate) fn text(model: &Transformer, layout: &Layout, seed: u64) -> Result<Text> {
-    let ids = tokens(model.config(), seed, layout.batch() * layout.seq());
-    Ok(Text::new(model, &ids, layout.clone())?)
+/// Random tokens for every row of `batch`.
+pub(crate) fn text(model: &Transformer, batch: &Batch, seed: u64) -> Result<EncodedBatch> {
+    let ids = tokens(model.config(), seed, batch.tokens());
+    Ok(EncodedBatch::new(model, &ids, batch.clone())?)
 }
 
-/// Runs of tokens of a row of this length, apart from each other.
+/// Runs of tokens of a sequence of this length, apart from each other.
 pub(crate) fn segments(seed: u64, length: usize) -> Vec<Range<usize>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut segments = Vec::new();

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use regex::{Regex, RegexBuilder};
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 use serde_json::{Map, Value, json};
 
 use crate::config::{Fields, brief};
@@ -62,6 +62,7 @@ const PATTERN_SIZE: usize = 1 << 20;
 ///     .rank_pattern("layers.0.self_attn.q_proj", 4);
 /// # config.validate()?;
 /// assert_eq!(AdapterConfig::from_json(&config.to_json())?, config);
+/// assert_eq!(serde_json::from_str::<AdapterConfig>(&config.to_json()).ok(), Some(config));
 /// # Ok::<_, hybrid_attention::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -491,6 +492,22 @@ impl<T: Copy> Ordered<T> {
     fn compiled(&self, field: &str) -> Result<Vec<(Names<'_>, T)>> {
         let each = self.0.iter();
         each.map(|(pattern, value)| Ok((Names::at_the_end(field, pattern)?, *value))).collect()
+    }
+}
+
+/// As [`AdapterConfig::to_json`] writes it.
+impl Serialize for AdapterConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let file: Value = serde_json::from_str(&self.to_json()).map_err(ser::Error::custom)?;
+        file.serialize(serializer)
+    }
+}
+
+/// As [`AdapterConfig::from_json`] reads it.
+impl<'de> Deserialize<'de> for AdapterConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let file = Value::deserialize(deserializer)?;
+        Self::from_json(&file.to_string()).map_err(de::Error::custom)
     }
 }
 

@@ -117,20 +117,8 @@ impl Config {
     ///
     /// `lm_head.weight` is among them unless `tie_word_embeddings`.
     pub fn weights(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
-        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
-        let queries = self.num_attention_heads.saturating_mul(self.head_dim);
-        let keys = self.num_key_value_heads.saturating_mul(self.head_dim);
-        let block = [
-            ("input_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![queries, hidden]),
-            ("self_attn.k_proj", vec![keys, hidden]),
-            ("self_attn.v_proj", vec![keys, hidden]),
-            ("self_attn.o_proj", vec![hidden, queries]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("mlp.gate_proj", vec![intermediate, hidden]),
-            ("mlp.up_proj", vec![intermediate, hidden]),
-            ("mlp.down_proj", vec![hidden, intermediate]),
-        ];
+        let hidden = self.hidden_size;
+        let block = self.block_weights();
         let blocks = (0..self.num_hidden_layers).flat_map(move |layer| {
             block
                 .clone()
@@ -142,6 +130,34 @@ impl Config {
             .chain(blocks)
             .chain(std::iter::once(("model.norm.weight".into(), vec![hidden])))
             .chain(head)
+    }
+
+    /// The weights of one block, without the `.weight` of their names.
+    fn block_weights(&self) -> [(&'static str, Vec<usize>); 9] {
+        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
+        let queries = self.num_attention_heads.saturating_mul(self.head_dim);
+        let keys = self.num_key_value_heads.saturating_mul(self.head_dim);
+        [
+            ("input_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![queries, hidden]),
+            ("self_attn.k_proj", vec![keys, hidden]),
+            ("self_attn.v_proj", vec![keys, hidden]),
+            ("self_attn.o_proj", vec![hidden, queries]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("mlp.gate_proj", vec![intermediate, hidden]),
+            ("mlp.up_proj", vec![intermediate, hidden]),
+            ("mlp.down_proj", vec![hidden, intermediate]),
+        ]
+    }
+
+    /// `(out_features, in_features)` of the projection of a block that is called `self_attn.q_proj` or
+    /// the like; none for what is no projection.
+    pub(crate) fn projection(&self, name: &str) -> (usize, usize) {
+        let shape = self.block_weights().into_iter().find(|(own, _)| *own == name);
+        match shape.as_ref().map(|(_, shape)| shape.as_slice()) {
+            Some([out, input]) => (*out, *input),
+            _ => (0, 0),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::thought::Thinking;
 ///
 /// Values are checked when generation starts; one outside its range is an
 /// [`Error::Parameter`] that names it. It is data: what happens while an answer is made belongs to the
-/// [`TokenStream`](super::TokenStream).
+/// [`TokenStream`](super::TokenStream). Each field has a method that sets it, and says what it does.
 ///
 /// ```
 /// use hybrid_attention::{GenerationConfig, Thinking};
@@ -22,22 +22,38 @@ use crate::thought::Thinking;
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct GenerationConfig {
-    pub(super) thinking: Option<Thinking>,
-    pub(super) max_tokens: usize,
-    pub(super) temperature: f64,
-    pub(super) top_k: usize,
-    pub(super) top_p: f64,
-    pub(super) min_p: f64,
-    pub(super) repetition_penalty: f64,
-    pub(super) frequency_penalty: f64,
-    pub(super) presence_penalty: f64,
-    pub(super) seed: Option<u64>,
-    pub(super) stop: Vec<String>,
-    pub(super) stop_ids: Vec<u32>,
-    pub(super) eos_ids: Option<Vec<u32>>,
-    pub(super) top_logprobs: usize,
-    pub(super) prompt_logprobs: bool,
+    /// How to think about the prompt first; see the method of the same name.
+    pub thinking: Option<Thinking>,
+    /// The most tokens to generate.
+    pub max_tokens: usize,
+    /// What logits are divided by before sampling.
+    pub temperature: f64,
+    /// Among how many of the likeliest tokens to sample; 0 is all.
+    pub top_k: usize,
+    /// The probability that the tokens to sample among hold together.
+    pub top_p: f64,
+    /// The least share of the likeliest token's probability.
+    pub min_p: f64,
+    /// What logits of tokens already in the text are divided by.
+    pub repetition_penalty: f64,
+    /// What a token's logit loses each time it was generated.
+    pub frequency_penalty: f64,
+    /// What a token's logit loses once it was generated.
+    pub presence_penalty: f64,
+    /// The seed of the sampler.
+    pub seed: Option<u64>,
+    /// Texts that end the answer.
+    pub stop: Vec<String>,
+    /// Tokens that end the answer.
+    pub stop_ids: Vec<u32>,
+    /// The end-of-sequence tokens, instead of the checkpoint's own.
+    pub eos_ids: Option<Vec<u32>>,
+    /// How many of the likeliest tokens to give with every token.
+    pub top_logprobs: usize,
+    /// Whether to give the log-probability of each prompt token.
+    pub prompt_logprobs: bool,
 }
 
 impl Default for GenerationConfig {
@@ -181,30 +197,6 @@ impl GenerationConfig {
     pub fn prompt_logprobs(mut self, wanted: bool) -> Self {
         self.prompt_logprobs = wanted;
         self
-    }
-
-    /// How to think about the prompt, if anything was said about it.
-    #[must_use]
-    pub fn chosen_thinking(&self) -> Option<&Thinking> {
-        self.thinking.as_ref()
-    }
-
-    /// The most tokens that are generated.
-    #[must_use]
-    pub fn chosen_max_tokens(&self) -> usize {
-        self.max_tokens
-    }
-
-    /// What logits are divided by.
-    #[must_use]
-    pub fn chosen_temperature(&self) -> f64 {
-        self.temperature
-    }
-
-    /// The seed of the sampler, if one was given.
-    #[must_use]
-    pub fn chosen_seed(&self) -> Option<u64> {
-        self.seed
     }
 
     /// Checks every value that does not depend on the model; generating does so by itself.

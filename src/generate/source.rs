@@ -38,6 +38,6 @@ impl Source {
 
     /// What `config` says of thinking, or else the checkpoint.
     pub(crate) fn thinking<'a>(&'a self, config: &'a GenerationConfig) -> &'a Thinking {
-        config.chosen_thinking().unwrap_or(&self.thinking)
+        config.thinking.as_ref().unwrap_or(&self.thinking)
     }
 }

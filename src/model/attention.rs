@@ -7,7 +7,7 @@ use super::kv_cache::Remembered;
 use super::linear::Linear;
 use super::mask::Mask;
 use super::rope::Rotation;
-use super::weights::Weights;
+use super::weights::{Weights, projection};
 use crate::config::Config;
 use crate::error::Result;
 use crate::kernels::{self, Fresh, Input, KeyValues};
@@ -26,34 +26,28 @@ pub(super) struct Attention {
 }
 
 impl Attention {
+    /// Its weights are `{prefix}.self_attn.*`.
     pub(super) fn new(config: &Config, prefix: &str, weights: &mut impl Weights) -> Result<Self> {
-        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let mut linear =
-            |name: &str, out, input| weights.linear(&format!("{prefix}.{name}.weight"), out, input);
+        let mut linear = |name| projection(weights, config, prefix, name);
         Ok(Self {
-            q_proj: linear("q_proj", heads * head_dim, hidden)?,
-            k_proj: linear("k_proj", kv_heads * head_dim, hidden)?,
-            v_proj: linear("v_proj", kv_heads * head_dim, hidden)?,
-            o_proj: linear("o_proj", hidden, heads * head_dim)?,
-            heads,
-            kv_heads,
-            scale: 1.0 / (head_dim as f64).sqrt(),
+            q_proj: linear("self_attn.q_proj")?,
+            k_proj: linear("self_attn.k_proj")?,
+            v_proj: linear("self_attn.v_proj")?,
+            o_proj: linear("self_attn.o_proj")?,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            scale: 1.0 / (config.head_dim as f64).sqrt(),
         })
     }
 
-    pub(super) fn projections(&self) -> [&Linear; 4] {
-        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj]
-    }
-
-    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
-        match name {
-            "q_proj" => Some(&mut self.q_proj),
-            "k_proj" => Some(&mut self.k_proj),
-            "v_proj" => Some(&mut self.v_proj),
-            "o_proj" => Some(&mut self.o_proj),
-            _ => None,
-        }
+    /// By the names they have in a checkpoint.
+    pub(super) fn projections_mut(&mut self) -> [(&'static str, &mut Linear); 4] {
+        [
+            ("self_attn.q_proj", &mut self.q_proj),
+            ("self_attn.k_proj", &mut self.k_proj),
+            ("self_attn.v_proj", &mut self.v_proj),
+            ("self_attn.o_proj", &mut self.o_proj),
+        ]
     }
 
     /// `(tokens, hidden) -> (tokens, hidden)`

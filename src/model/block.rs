@@ -32,9 +32,9 @@ impl Block {
         let after = name("post_attention_layernorm.weight");
         Ok(Self {
             input_layernorm: RmsNorm::new(config, &name("input_layernorm.weight"), dtype, weights)?,
-            self_attn: Attention::new(config, &name("self_attn"), weights)?,
+            self_attn: Attention::new(config, prefix, weights)?,
             post_attention_layernorm: RmsNorm::new(config, &after, dtype, weights)?,
-            mlp: Mlp::new(config, &name("mlp"), weights)?,
+            mlp: Mlp::new(config, prefix, weights)?,
         })
     }
 
@@ -48,18 +48,9 @@ impl Block {
         Ok(xs)
     }
 
-    /// All of its projections.
-    pub(super) fn projections(&self) -> impl Iterator<Item = &Linear> {
-        self.self_attn.projections().into_iter().chain(self.mlp.projections())
-    }
-
-    /// The projection called `self_attn.q_proj` or the like.
-    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
-        match name.split_once('.')? {
-            ("self_attn", name) => self.self_attn.projection_mut(name),
-            ("mlp", name) => self.mlp.projection_mut(name),
-            _ => None,
-        }
+    /// All of its projections, by the names they have in a checkpoint: `self_attn.q_proj` and so on.
+    pub(super) fn projections_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Linear)> {
+        self.self_attn.projections_mut().into_iter().chain(self.mlp.projections_mut())
     }
 
     pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {

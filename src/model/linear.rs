@@ -85,14 +85,10 @@ impl Linear {
         }
     }
 
-    /// The bytes of several, by what they are kept as.
-    pub(crate) fn bytes_of<'a>(all: impl Iterator<Item = &'a Self>) -> BTreeMap<String, usize> {
-        let mut bytes = BTreeMap::new();
-        for linear in all {
-            let (kept, count) = linear.kept();
-            *bytes.entry(kept).or_default() += count;
-        }
-        bytes
+    /// Adds its bytes to those that are kept as it is.
+    pub(crate) fn count_bytes(&self, bytes: &mut BTreeMap<String, usize>) {
+        let (kept, count) = self.kept();
+        *bytes.entry(kept).or_default() += count;
     }
 
     /// Rows of the weight by their numbers: `(n)` of `u32` to `(n, in_features)`, in

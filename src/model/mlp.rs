@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::context::BlockContext;
 use super::linear::Linear;
-use super::weights::Weights;
+use super::weights::{Weights, projection};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Fresh, Input};
@@ -34,29 +34,24 @@ pub struct SideProjection {
 }
 
 impl Mlp {
+    /// Its weights are `{prefix}.mlp.*`.
     pub(super) fn new(config: &Config, prefix: &str, weights: &mut impl Weights) -> Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let mut linear =
-            |name: &str, out, input| weights.linear(&format!("{prefix}.{name}.weight"), out, input);
+        let mut linear = |name| projection(weights, config, prefix, name);
         Ok(Self {
-            gate_proj: linear("gate_proj", inner, hidden)?,
-            up_proj: linear("up_proj", inner, hidden)?,
-            down_proj: linear("down_proj", hidden, inner)?,
+            gate_proj: linear("mlp.gate_proj")?,
+            up_proj: linear("mlp.up_proj")?,
+            down_proj: linear("mlp.down_proj")?,
             side: None,
         })
     }
 
-    pub(super) fn projections(&self) -> [&Linear; 3] {
-        [&self.gate_proj, &self.up_proj, &self.down_proj]
-    }
-
-    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
-        match name {
-            "gate_proj" => Some(&mut self.gate_proj),
-            "up_proj" => Some(&mut self.up_proj),
-            "down_proj" => Some(&mut self.down_proj),
-            _ => None,
-        }
+    /// By the names they have in a checkpoint.
+    pub(super) fn projections_mut(&mut self) -> [(&'static str, &mut Linear); 3] {
+        [
+            ("mlp.gate_proj", &mut self.gate_proj),
+            ("mlp.up_proj", &mut self.up_proj),
+            ("mlp.down_proj", &mut self.down_proj),
+        ]
     }
 
     pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {

@@ -146,8 +146,12 @@ impl Transformer {
     /// and low-rank adapters are left out.
     #[must_use]
     pub fn weight_bytes(&self) -> BTreeMap<String, usize> {
-        let head = (!self.config.tie_word_embeddings).then_some(&self.lm_head);
-        Linear::bytes_of(self.stack.projections().chain([&self.embed_tokens]).chain(head))
+        let mut bytes = self.stack.weight_bytes();
+        self.embed_tokens.count_bytes(&mut bytes);
+        if !self.config.tie_word_embeddings {
+            self.lm_head.count_bytes(&mut bytes);
+        }
+        bytes
     }
 
     /// The whole stack as a layer range: `0..num_hidden_layers`.

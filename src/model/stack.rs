@@ -226,21 +226,23 @@ impl Stack {
 
     /// Bytes of its matrices by what they are kept as.
     pub(crate) fn weight_bytes(&self) -> BTreeMap<String, usize> {
-        Linear::bytes_of(self.projections())
-    }
-
-    pub(super) fn projections(&self) -> impl Iterator<Item = &Linear> {
-        self.blocks.iter().flat_map(Block::projections)
+        let mut bytes = BTreeMap::new();
+        // Of a copy, which shares all tensors: there is one list of projections, and it lends to be changed.
+        for (_, linear) in self.blocks.clone().iter_mut().flat_map(Block::projections_mut) {
+            linear.count_bytes(&mut bytes);
+        }
+        bytes
     }
 
     /// The projection called `0.self_attn.q_proj` or the like.
     pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
-        let (layer, projection) = name.split_once('.')?;
+        let (layer, name) = name.split_once('.')?;
         let index: usize = layer.parse().ok()?;
         if index.to_string() != layer {
             return None; // 00 would be the same projection under a second name
         }
-        self.blocks.get_mut(index)?.projection_mut(projection)
+        let mut all = self.blocks.get_mut(index)?.projections_mut();
+        all.find(|(own, _)| *own == name).map(|(_, linear)| linear)
     }
 
     pub(super) fn set_side(&mut self, layer: usize, side: Option<SideProjection>) -> Result<()> {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Tensor};
 
 use super::linear::Linear;
+use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// Where a [`Transformer`](super::Transformer) takes its weights from.
@@ -42,6 +43,18 @@ pub trait Weights {
     fn embedding(&mut self, name: &str, vocab_size: usize, hidden_size: usize) -> Result<Linear> {
         Linear::dense(&self.tensor(name, &[vocab_size, hidden_size])?)
     }
+}
+
+/// The projection of a block that is called `{prefix}.{name}`, as `self_attn.q_proj` of
+/// `model.layers.0`.
+pub(super) fn projection(
+    weights: &mut impl Weights,
+    config: &Config,
+    prefix: &str,
+    name: &str,
+) -> Result<Linear> {
+    let (out_features, in_features) = config.projection(name);
+    weights.linear(&format!("{prefix}.{name}.weight"), out_features, in_features)
 }
 
 /// Tensors in memory, in `f32`, `f16` or `bf16`: tests, training, weights made by hand.

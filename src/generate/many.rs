@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::DType;
+use rayon::prelude::*;
 
 use super::answer::Answer;
 use super::config::GenerationConfig;
@@ -155,9 +156,10 @@ impl Answers {
             lanes.into_iter().partition(|lane| lane.decoder.steps_plainly());
         match self.step_together(&mut together) {
             Ok(logits) => {
-                for (lane, logits) in together.into_iter().zip(logits) {
-                    self.write(lane, Ok(logits));
-                }
+                // Drawing from a large vocabulary takes a while: on all cores.
+                let lanes = together.into_par_iter().zip(logits);
+                let written: Vec<_> = lanes.map(|(lane, logits)| lane.write(&logits)).collect();
+                written.into_iter().for_each(|(lane, written)| self.take_back(lane, written));
             }
             Err(error) => self.give_way(together, error),
         }
@@ -165,7 +167,11 @@ impl Answers {
             let logits = lane.step_alone();
             match logits {
                 Err(error @ Error::PoolFull { .. }) => self.give_way(vec![lane], error),
-                logits => self.write(lane, logits),
+                Err(error) => self.end(lane.index, Err(error)),
+                Ok(logits) => {
+                    let (lane, written) = lane.write(&logits);
+                    self.take_back(lane, written);
+                }
             }
         }
         self.lanes.sort_by_key(|lane| lane.index);
@@ -193,10 +199,9 @@ impl Answers {
         Ok(logits)
     }
 
-    fn write(&mut self, mut lane: Lane, logits: Result<Vec<f32>>) {
-        let room = lane.conversation.has_room();
-        match logits.and_then(|logits| lane.writer.write(&logits, room)) {
-            Ok(_) => self.keep_or_end(lane),
+    fn take_back(&mut self, lane: Lane, written: Result<()>) {
+        match written {
+            Ok(()) => self.keep_or_end(lane),
             Err(error) => self.end(lane.index, Err(error)),
         }
     }
@@ -234,6 +239,11 @@ impl Answers {
 }
 
 impl Lane {
+    fn write(mut self, logits: &[f32]) -> (Self, Result<()>) {
+        let written = self.writer.write(logits, self.conversation.has_room()).map(|_token| ());
+        (self, written)
+    }
+
     fn step_alone(&mut self) -> Result<Vec<f32>> {
         let Some(id) = self.writer.last() else { return Err(Error::StreamFailed) };
         let start = Instant::now();

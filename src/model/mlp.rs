@@ -74,9 +74,11 @@ impl Mlp {
         if tokens <= TOKENS_AT_ONCE || xs.track_op() {
             return self.piece(xs, side.as_ref());
         }
-        let pieces = (0..tokens).step_by(TOKENS_AT_ONCE).map(|start| {
+        // Of about one size: the last one with a few rows would be rounded as few rows are.
+        let step = tokens.div_ceil(tokens.div_ceil(TOKENS_AT_ONCE));
+        let pieces = (0..tokens).step_by(step).map(|start| {
             let some = |of: &Tensor| -> Result<Tensor> {
-                Ok(of.narrow(0, start, TOKENS_AT_ONCE.min(tokens - start))?.contiguous()?)
+                Ok(of.narrow(0, start, step.min(tokens - start))?.contiguous()?)
             };
             let side = side.as_ref().map(some).transpose()?;
             self.piece(&some(xs)?, side.as_ref())

@@ -87,7 +87,7 @@ pub(crate) use crate::kernels::reads_blocks;
 /// how much runs in one pass it depends in one way: products of up to 16 rows and of more are rounded
 /// differently, and so is attention of one query and of more. So the numbers of a sequence are the same
 /// to the last bit, whatever sequences run beside it, as long as all together have at most 16 tokens, or
-/// have more than 16 both times.
+/// have more than 16 both times. (A causal pass over caches is many: each chunk of 512 tokens is one.)
 #[derive(Debug)]
 pub struct Transformer {
     config: Config,

@@ -166,7 +166,11 @@ impl ThoughtLoop {
     /// As [`Transformer::forward`]; [`Error::Parameter`] for a bidirectional pass.
     pub fn encode(&self, text: &EncodedBatch, pass: Pass<'_>) -> Result<Tensor> {
         if pass.is_bidirectional() {
-            return Err(Error::parameter("pass", "a causal one to encode with", "a bidirectional one"));
+            return Err(Error::parameter(
+                "pass",
+                "a causal one to encode with",
+                "a bidirectional one",
+            ));
         }
         match self.span.start {
             0 => Ok(text.embeddings.clone()),
@@ -211,7 +215,18 @@ impl ThoughtLoop {
             let first_h = &*first_h.get_or_insert_with(|| self.constant(&h));
             let (embeddings, gate) = (&text.embeddings, self.model.thought_gate());
             let readout: Option<&dyn Readout> = Some(&readout);
-            let step = Step { z: &z, first: &first, h: &h, first_h, embeddings, batch, index, passes, gate, readout };
+            let step = Step {
+                z: &z,
+                first: &first,
+                h: &h,
+                first_h,
+                embeddings,
+                batch,
+                index,
+                passes,
+                gate,
+                readout,
+            };
             let refined = self.refine.refine(&step)?;
             // observe
             z = watch.observe(index, &z, refined)?;
@@ -239,7 +254,8 @@ impl ThoughtLoop {
         }
         let rows = flat(z)?;
         let some = |rows: &Tensor, of: &Range<usize>| rows.narrow(0, of.start, of.len());
-        let fronts = kept.iter().map(|of| some(&rows, of)).collect::<candle_core::Result<Vec<_>>>()?;
+        let fronts =
+            kept.iter().map(|of| some(&rows, of)).collect::<candle_core::Result<Vec<_>>>()?;
         let h = self.think_once(&Tensor::cat(&fronts, 0)?, &front)?;
         // Each sequence put together again: what has thought, and the tail as it was.
         let mut whole = Vec::with_capacity(2 * kept.len());

@@ -15,9 +15,9 @@ use candle_core::backprop::GradStore;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::adapter::{Adapter, AdapterConfig};
-use hybrid_attention::model::{Batch, Linear, AdapterScope, Pass, Sight, Transformer, Weights};
+use hybrid_attention::model::{AdapterScope, Batch, Linear, Pass, Sight, Transformer, Weights};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, HandOff, EncodedBatch, Thoughts};
+use hybrid_attention::thought::{Detail, EncodedBatch, HandOff, Thoughts};
 use hybrid_attention::{Config, EmbedConfig, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -33,7 +33,8 @@ const PROJECTIONS: [&str; 7] =
 const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }];
 
-const MINDS: [AdapterScope; 3] = [AdapterScope::Thinking, AdapterScope::Decoding, AdapterScope::Both];
+const MINDS: [AdapterScope; 3] =
+    [AdapterScope::Thinking, AdapterScope::Decoding, AdapterScope::Both];
 
 type Tensors = HashMap<String, Tensor>;
 

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use hybrid_attention::generate::Progress;
 use hybrid_attention::model::{Batch, Pass, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, Halt, Halted, EncodedBatch, Thoughts};
+use hybrid_attention::thought::{Detail, EncodedBatch, Halt, Halted, Thoughts};
 use hybrid_attention::{Config, Error, GenerationConfig, Thinking};
 
 use common::reference::{self, Reference, Stream, ThoughtLoop};

@@ -5,9 +5,9 @@ mod common;
 use std::ops::Range;
 
 use candle_core::Tensor;
-use hybrid_attention::model::{HandOver, KvCache, Batch, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, HandOver, KvCache, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts};
+use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts};
 use hybrid_attention::{Config, GenerationConfig, Prompt, Thinking};
 use proptest::prelude::*;
 

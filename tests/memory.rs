@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Batch, System};
+use std::alloc::{Batch, GlobalAlloc, System};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicIsize, Ordering};

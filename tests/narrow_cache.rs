@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::{HandOver, KvCache, Batch, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, HandOver, KvCache, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{HandOff, EncodedBatch};
+use hybrid_attention::thought::{EncodedBatch, HandOff};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 
 use common::reference::{ByDefinition, Reference, Stream};

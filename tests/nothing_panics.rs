@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::model::{Batch, Linear, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
-use hybrid_attention::thought::{HandOff, EncodedBatch};
+use hybrid_attention::thought::{EncodedBatch, HandOff};
 use hybrid_attention::{
     Config, GenerationConfig, HybridModel, Message, Pooling, Prompt, Thinking, TokenStream,
     Tokenizer,
@@ -262,9 +262,7 @@ fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) 
     let layouts = [
         Batch::dense(shape.0, shape.1)?,
         Batch::ragged(lengths)?,
-        Batch::one(shape.1)?
-            .with_context(0, &[range(n[0], n[1])])
-            .unwrap_or(Batch::dense(0, 0)?),
+        Batch::one(shape.1)?.with_context(0, &[range(n[0], n[1])]).unwrap_or(Batch::dense(0, 0)?),
     ];
     for layout in &layouts {
         let layers = range(n[0], n[1]);

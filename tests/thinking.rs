@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, OutputNudge, Refine, Step, seq};
-use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts};
+use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Prompt, Thinking};
 use proptest::prelude::*;
 
@@ -19,12 +19,7 @@ fn thinking(weight: f64) -> Thinking {
     Thinking::passes(2).span(1..3).refine(Interpolate::new(weight))
 }
 
-fn think(
-    model: &Transformer,
-    thinking: &Thinking,
-    z: &Tensor,
-    layout: &Batch,
-) -> Result<Thoughts> {
+fn think(model: &Transformer, thinking: &Thinking, z: &Tensor, layout: &Batch) -> Result<Thoughts> {
     let text = tiny::text(model, layout, 0)?;
     Ok(thinking.on(model)?.think(&text, z.clone(), |_, _| ())?)
 }

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts};
+use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 
 use common::reference::{Reference, Stream, ThoughtLoop};

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, Halt, Halted, EncodedBatch, Thoughts, TokenTrace, Trace};
+use hybrid_attention::thought::{Detail, EncodedBatch, Halt, Halted, Thoughts, TokenTrace, Trace};
 use hybrid_attention::{Config, GenerationConfig, Thinking};
 use proptest::prelude::*;
 use serde_json::{Value, json};

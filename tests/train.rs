@@ -330,7 +330,12 @@ fn an_adapter_learns_a_text() -> Result {
     assert_eq!(record(&whole)?["parameters"], parameters);
     let thinking = Thinking::from_json(&fs::read_to_string(whole.join("hybrid.json"))?)?;
     assert_eq!(serde_json::to_value(&thinking)?["span"], json!([1, 2]));
-    assert_record(&whole, base.path(), &model.with_adapter(&adapter, AdapterScope::Thinking)?, &thinking)?;
+    assert_record(
+        &whole,
+        base.path(),
+        &model.with_adapter(&adapter, AdapterScope::Thinking)?,
+        &thinking,
+    )?;
 
     // Without a pass an adapter for thinking changes nothing.
     let held_out = &record(&whole)?["held_out"];

@@ -10,7 +10,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
 use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Anchor, CosineReweight, Interpolate, Seq, Step, seq};
-use hybrid_attention::thought::{HandOff, EncodedBatch, Thoughts, Trace};
+use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts, Trace};
 use hybrid_attention::{Config, Error, Thinking};
 
 use common::tiny;

@@ -79,12 +79,13 @@ impl Decoder {
         let kept = conversation.rewind(ids);
         let new = ids.get(kept..).unwrap_or(&[]);
         let batch = if plain { Batch::one(new.len())? } else { self.text.batch()? };
-        let text = EncodedBatch::new(self.transformer(), new, batch).map_err(|error| match error {
-            Error::TokenOutOfRange { position, id, vocab_size } => {
-                Error::TokenOutOfRange { position: kept + position, id, vocab_size }
-            }
-            other => other,
-        })?;
+        let text =
+            EncodedBatch::new(self.transformer(), new, batch).map_err(|error| match error {
+                Error::TokenOutOfRange { position, id, vocab_size } => {
+                    Error::TokenOutOfRange { position: kept + position, id, vocab_size }
+                }
+                other => other,
+            })?;
 
         let first = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         if self.thinks_again() {

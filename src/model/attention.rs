@@ -63,7 +63,8 @@ impl Attention {
 
     /// Queries, keys and values of `xs`, each `(heads or kv_heads, tokens, head_dim)`.
     fn project(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, Tensor, Tensor)> {
-        let input = Input::new(xs, &[&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::weight))?;
+        let input =
+            Input::new(xs, &[&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::weight))?;
         let rotated = |projection: &Linear, heads| {
             rotation.split_heads(&projection.times(&input)?.into_tensor(), heads)
         };

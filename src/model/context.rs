@@ -41,7 +41,10 @@ pub enum Pass<'a> {
 impl<'a> Pass<'a> {
     /// Whether context tokens see what comes after them.
     pub(crate) fn is_bidirectional(&self) -> bool {
-        matches!(self, Self::Bidirectional(_) | Self::Remembered { sight: Sight::Bidirectional, .. })
+        matches!(
+            self,
+            Self::Bidirectional(_) | Self::Remembered { sight: Sight::Bidirectional, .. }
+        )
     }
 
     /// A pass of which nothing is remembered.

@@ -96,7 +96,12 @@ impl Stack {
         in_pool(|| self.run(xs, layers, context))
     }
 
-    fn run(&self, xs: &Tensor, layers: Range<usize>, context: ForwardContext<'_>) -> Result<Tensor> {
+    fn run(
+        &self,
+        xs: &Tensor,
+        layers: Range<usize>,
+        context: ForwardContext<'_>,
+    ) -> Result<Tensor> {
         let ForwardContext { pass, side, tap, cancel } = context;
         let tokens = self.check_stream(xs)?;
         self.check_layers(&layers)?;
@@ -111,7 +116,9 @@ impl Stack {
                 running.sight = Sight::Bidirectional;
                 self.uncached(&flat, batch, &running, tap)?
             }
-            Pass::Cached(cache) => self.cached(&flat, &Batch::one(tokens)?, &mut [cache], &running, tap)?,
+            Pass::Cached(cache) => {
+                self.cached(&flat, &Batch::one(tokens)?, &mut [cache], &running, tap)?
+            }
             Pass::Remembered { batch, sight, mut caches } => {
                 running.sight = sight;
                 self.cached(&flat, batch, &mut caches, &running, tap)?

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::rows::{directions, wide};
 use super::{OpConfig, Refine, Step, is_default};
+use crate::batch::{Batch, flat};
 use crate::error::{Error, Result};
 use crate::kernels::softmax;
-use crate::batch::{Batch, flat};
 
 /// Lets every row move towards those like it, or strengthens the rows that matter to a focus.
 ///

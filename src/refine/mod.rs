@@ -31,8 +31,8 @@ use std::fmt::Debug;
 
 use candle_core::Tensor;
 
-use crate::error::Result;
 use crate::batch::Batch;
+use crate::error::Result;
 
 pub use self::cosine::{Among, CosineReweight, Focus};
 pub use self::interpolate::{Anchor, Interpolate};

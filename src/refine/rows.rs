@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Shape, Tensor};
 
-use crate::error::Result;
 use crate::batch::{Batch, flat};
+use crate::error::Result;
 use crate::kernels::{f32s, fits_kernels, gradient_for, values};
 
 /// Rows of a `(.., hidden)` tensor as their directions, of length 1, and their lengths, `(.., 1)`. A

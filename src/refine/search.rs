@@ -9,8 +9,8 @@ use super::objective::{Goal, Objective};
 use super::optimizer::{check_ratio, check_steps};
 use super::trust::{Best, Trust, default_trust};
 use super::{OpConfig, Refine, Step};
-use crate::error::{Error, Result};
 use crate::batch::Batch;
+use crate::error::{Error, Result};
 
 /// Moves thoughts towards a lower loss by forward passes alone, and so works where no gradient can
 /// flow: over quantised weights on a GPU, or for an objective that is not differentiable.

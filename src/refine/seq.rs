@@ -117,11 +117,12 @@ impl Seq {
 /// others if they are the same value.
 impl PartialEq for Seq {
     fn eq(&self, other: &Self) -> bool {
-        let same = |(a, b): (&Arc<dyn Refine>, &Arc<dyn Refine>)| match (a.to_config(), b.to_config()) {
-            (Some(a), Some(b)) => a == b,
-            (None, None) => Arc::ptr_eq(a, b),
-            _ => false,
-        };
+        let same =
+            |(a, b): (&Arc<dyn Refine>, &Arc<dyn Refine>)| match (a.to_config(), b.to_config()) {
+                (Some(a), Some(b)) => a == b,
+                (None, None) => Arc::ptr_eq(a, b),
+                _ => false,
+            };
         self.ops.len() == other.ops.len() && self.ops.iter().zip(&other.ops).all(same)
     }
 }

@@ -184,7 +184,10 @@ impl ThoughtLoop {
                         let handed = match &causal {
                             Some(causal) => {
                                 let plain = causal.keys_and_values(sequence, layer, &run)?;
-                                (mix(&plain.0, &handed.0, weight)?, mix(&plain.1, &handed.1, weight)?)
+                                (
+                                    mix(&plain.0, &handed.0, weight)?,
+                                    mix(&plain.1, &handed.1, weight)?,
+                                )
                             }
                             None => handed,
                         };

@@ -43,7 +43,8 @@ impl ThoughtModel {
         let transformer = Transformer::new(config, weights)?;
         let (dtype, device) = (transformer.dtype(), transformer.device().clone());
         let prefix = "thought.layers";
-        let count = (0..).take_while(|index| weights.contains(&format!("{prefix}.{index}"))).count();
+        let count =
+            (0..).take_while(|index| weights.contains(&format!("{prefix}.{index}"))).count();
         let thought_layers = match count {
             0 => None,
             _ => Some(Arc::new(Stack::new(config, prefix, count, (dtype, &device), weights)?)),
@@ -106,7 +107,12 @@ impl ThoughtModel {
     ///
     /// # Errors
     /// As [`Transformer::forward`].
-    pub fn forward_thought_layers(&self, xs: &Tensor, batch: &Batch, sight: Sight) -> Result<Tensor> {
+    pub fn forward_thought_layers(
+        &self,
+        xs: &Tensor,
+        batch: &Batch,
+        sight: Sight,
+    ) -> Result<Tensor> {
         match &self.thought_layers {
             Some(layers) => layers.forward(xs, 0..layers.len(), Pass::uncached(batch, sight)),
             None => Ok(xs.clone()),
@@ -133,7 +139,8 @@ impl ThoughtModel {
     /// # Errors
     /// As [`Transformer::merged`].
     pub fn merged(&self, adapter: &Adapter) -> Result<Self> {
-        let changed = self.changed(AdapterScope::Both, |transformer| transformer.merged(adapter))?;
+        let changed =
+            self.changed(AdapterScope::Both, |transformer| transformer.merged(adapter))?;
         let gate = adapter.gate_for(&self.decoder)?;
         Ok(Self { thought_gate: gate.or_else(|| self.thought_gate.clone()), ..changed })
     }

@@ -31,7 +31,8 @@ impl<'a> Watch<'a> {
         first: &'a Tensor,
     ) -> Result<Self> {
         let mut recorder = Recorder::new(mind, batch, readout, first);
-        let mut trace = Trace { tokens: batch.lengths().into_iter().max().unwrap_or(0), ..Trace::default() };
+        let mut trace =
+            Trace { tokens: batch.lengths().into_iter().max().unwrap_or(0), ..Trace::default() };
         if !mind.thinking.is_none() {
             trace.first = recorder.tokens(first)?;
         }

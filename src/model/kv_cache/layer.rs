@@ -125,7 +125,11 @@ impl LayerCache {
     }
 
     /// Takes the [lacking](Self::lacking) blocks from those that were made.
-    pub(super) fn supply(&mut self, new: usize, made: &mut impl Iterator<Item = Block>) -> Result<()> {
+    pub(super) fn supply(
+        &mut self,
+        new: usize,
+        made: &mut impl Iterator<Item = Block>,
+    ) -> Result<()> {
         let mut lacking = self.lacking(new);
         if new > 0 && self.shares_its_last() {
             let last = self.blocks.get_mut(self.len / KV_BLOCK - self.first / KV_BLOCK);
@@ -171,7 +175,11 @@ impl LayerCache {
             let count = (KV_BLOCK - slot).min(rows.end - row);
             let Some(block) = self.blocks.get(self.len / KV_BLOCK - self.first / KV_BLOCK) else {
                 let capacity = self.first + self.blocks.len() * KV_BLOCK;
-                return Err(Error::ContextFull { of: "the cache", capacity, requested: self.len + count });
+                return Err(Error::ContextFull {
+                    of: "the cache",
+                    capacity,
+                    requested: self.len + count,
+                });
             };
             kernels::write_block(&block.tensor, keys, values, row, count, slot)?;
             row += count;

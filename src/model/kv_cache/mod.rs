@@ -54,7 +54,11 @@ impl KvCache {
             return Err(Error::parameter("capacity", "at least one position", capacity));
         }
         if capacity > *most_positions {
-            return Err(Error::ContextFull { of: "the model", capacity: *most_positions, requested: capacity });
+            return Err(Error::ContextFull {
+                of: "the model",
+                capacity: *most_positions,
+                requested: capacity,
+            });
         }
         let held = window.map_or(capacity, |w| capacity.min((w - 1).saturating_add(CHUNK)));
         let bytes = [pool.block_bytes(), held.div_ceil(KV_BLOCK), *layers];

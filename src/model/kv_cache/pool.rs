@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candle_core::{DType, Device, Tensor};
 
 use super::KvCache;
-use crate::model::Transformer;
 use crate::error::{Error, Result};
 use crate::kernels::KV_BLOCK;
+use crate::model::Transformer;
 
 /// Where caches take their memory from: a budget in bytes that they share, and what keys and values are
 /// kept as. Cheap to clone; a clone is the same pool.
@@ -144,9 +144,7 @@ impl KvPool {
     pub(super) fn take(&self, count: usize) -> Result<Vec<Block>> {
         let (bytes, budget) = (self.block_bytes(), &self.budget);
         let requested = bytes.saturating_mul(count);
-        let within = |used: usize| {
-            used.checked_add(requested).filter(|sum| *sum <= budget.bytes)
-        };
+        let within = |used: usize| used.checked_add(requested).filter(|sum| *sum <= budget.bytes);
         if let Err(used) = budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within) {
             return Err(Error::PoolFull { budget: budget.bytes, used, requested });
         }

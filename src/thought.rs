@@ -58,7 +58,7 @@ use self::watch::Watch;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::{Batch, ForwardContext, Pass, Transformer, flat};
-use crate::refine::{Readout, Seq, Step, Thinks};
+use crate::refine::{Seq, Step, Thinks};
 
 pub use self::halting::Halt;
 pub use self::hand_off::Entry;
@@ -205,31 +205,22 @@ impl ThoughtLoop {
         let (batch, passes) = (&text.batch, self.thinking.passes);
         let readout = CausalReadout::new(self.model.decoder(), self.span.start, text);
         let mut watch = Watch::new(self, batch, &readout, &first)?;
+        let begin = Step {
+            embeddings: &text.embeddings,
+            passes,
+            gate: self.model.thought_gate(),
+            readout: Some(&readout),
+            ..Step::new(&first, &first, batch)
+        };
         let (mut z, mut first_h) = (first.clone(), None);
         for index in 0..passes {
             progress(index, passes);
             z = self.truncated(index, z, &first, batch)?;
-            // pass
-            let h = self.think_ahead(&z, batch)?;
-            // refine
+            let h = self.think_ahead(&z, batch)?; // pass
             let first_h = &*first_h.get_or_insert_with(|| self.constant(&h));
-            let (embeddings, gate) = (&text.embeddings, self.model.thought_gate());
-            let readout: Option<&dyn Readout> = Some(&readout);
-            let step = Step {
-                z: &z,
-                first: &first,
-                h: &h,
-                first_h,
-                embeddings,
-                batch,
-                index,
-                passes,
-                gate,
-                readout,
-            };
-            let refined = self.refine.refine(&step)?;
-            // observe
-            z = watch.observe(index, &z, refined)?;
+            let step = Step { z: &z, h: &h, first_h, index, ..begin };
+            let refined = self.refine.refine(&step)?; // refine
+            z = watch.observe(index, &z, refined)?; // observe
             if watch.all_halted() {
                 break;
             }

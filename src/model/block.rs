@@ -40,12 +40,9 @@ impl Block {
 
     /// `(tokens, hidden) -> (tokens, hidden)`: the residual stream in and out.
     pub(super) fn forward(&self, xs: &Tensor, cx: &mut BlockContext<'_, '_, '_>) -> Result<Tensor> {
-        cx.show(Site::Input, xs)?;
         let xs = (xs + self.self_attn.forward(&self.input_layernorm.forward(xs)?, cx)?)?;
         cx.show(Site::AfterAttention, &xs)?;
-        let xs = (&xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?, cx)?)?;
-        cx.show(Site::Output, &xs)?;
-        Ok(xs)
+        &xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?, cx)?
     }
 
     /// All of its projections, by the names they have in a checkpoint: `self_attn.q_proj` and so on.

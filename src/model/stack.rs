@@ -14,7 +14,7 @@ use super::linear::Linear;
 use super::mask::{Mask, Sight};
 use super::mlp::SideProjection;
 use super::rope::Rope;
-use super::tap::Tap;
+use super::tap::{Site, Tap};
 use super::weights::Weights;
 use crate::batch::{Batch, flat};
 use crate::cancel::Cancel;
@@ -216,7 +216,9 @@ impl Stack {
         for (layer, block) in running.layers.clone().zip(&self.blocks[running.layers.clone()]) {
             running.cancel.map_or(Ok(()), Cancel::check)?;
             context.layer = layer;
+            context.show(Site::Input, &xs)?;
             xs = block.forward(&xs, &mut context)?;
+            context.show(Site::Output, &xs)?;
         }
         Ok(xs)
     }

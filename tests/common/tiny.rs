@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use hybrid_attention::model::{Batch, Pass, Transformer};
-use hybrid_attention::thought::EncodedBatch;
+use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{Config, HybridModel};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
@@ -80,6 +80,11 @@ pub(crate) fn weights(config: &Config, seed: u64) -> Result<HashMap<String, Tens
 
 pub(crate) fn transformer(config: &Config, seed: u64) -> Result<Transformer> {
     Ok(Transformer::new(config, &mut weights(config, seed)?)?)
+}
+
+/// The same as a model that thinks, with nothing of its own for thought passes.
+pub(crate) fn thought_model(config: &Config, seed: u64) -> Result<ThoughtModel> {
+    Ok(transformer(config, seed)?.into())
 }
 
 pub(crate) fn hybrid(config: &Config, seed: u64) -> Result<HybridModel> {

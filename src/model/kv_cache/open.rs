@@ -45,12 +45,6 @@ impl<'a, 'c> Open<'a, 'c> {
         Ok(open)
     }
 
-    /// The position at which each of `which` goes on.
-    pub(in crate::model) fn positions(&self, which: &Range<usize>) -> Result<Vec<usize>> {
-        let caches = self.caches.get(which.clone()).unwrap_or(&[]);
-        caches.iter().map(|cache| cache.position(&self.layers)).collect()
-    }
-
     /// The oldest position that all layers of each of `which` hold.
     pub(in crate::model) fn oldest(&self, which: &Range<usize>) -> Vec<usize> {
         let caches = self.caches.get(which.clone()).unwrap_or(&[]);

@@ -220,24 +220,24 @@ impl Batch {
         (front, kept)
     }
 
-    /// A piece of it: the sequences that `rows` are of, cut to these, and which of all they are.
-    /// Nothing of the piece is context.
+    /// A piece of it: the sequences that `rows` are of and any without tokens between them, cut to these
+    /// rows, and which of all they are. Nothing of the piece is context.
     ///
     /// ```text
     /// lengths [2, 4, 3], rows 1..5  ->  lengths [1, 3], sequences 0..2, the first from position 1 on
+    /// lengths [2, 0, 3], rows 1..4  ->  lengths [1, 0, 2], sequences 0..3
     /// ```
     pub(crate) fn piece(&self, rows: &Range<usize>) -> (Self, Range<usize>) {
-        let inside = |this: &&Sequence| this.rows.start < rows.end && rows.start < this.rows.end;
-        let from = self.sequences.iter().take_while(|this| !inside(this)).count();
-        let cut = self.sequences.iter().filter(inside).map(|this| {
+        let inside = |this: &Sequence| this.rows.start < rows.end && rows.start < this.rows.end;
+        let from = self.sequences.iter().position(inside).unwrap_or(0);
+        let to = self.sequences.iter().rposition(inside).map_or(from, |last| last + 1);
+        let cut = self.sequences.get(from..to).unwrap_or(&[]).iter().map(|this| {
             let skipped = rows.start.saturating_sub(this.rows.start);
             let start = this.rows.start.max(rows.start) - rows.start;
             let end = this.rows.end.min(rows.end) - rows.start;
             Sequence { rows: start..end, first: this.first + skipped, context: Vec::new() }
         });
-        let sequences: Vec<_> = cut.collect();
-        let which = from..from + sequences.len();
-        (Self { sequences }, which)
+        (Self { sequences: cut.collect() }, from..to)
     }
 
     /// Refuses a stream that has not a row for each token.
@@ -302,4 +302,37 @@ pub(crate) fn flat(xs: &Tensor) -> Result<Tensor> {
 fn too_many(got: String) -> Error {
     let expected = format!("at most {} tokens, and as many sequences", Batch::MAX_TOKENS);
     Error::parameter("batch", expected, got)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever the lengths, a piece has each row of its sequences at the position that it had.
+        #[test]
+        fn a_piece_is_some_rows_of_the_whole(
+            sequences in prop::collection::vec((0usize..5, 0usize..9), 1..7),
+            (start, len) in (0usize..20, 1usize..20),
+        ) {
+            let lengths: Vec<_> = sequences.iter().map(|(len, _)| *len).collect();
+            let mut batch = Batch::ragged(&lengths)?;
+            for (index, (_, first)) in sequences.iter().enumerate() {
+                batch = batch.starting_at(index, *first)?;
+            }
+            let rows = start.min(batch.tokens())..(start + len).min(batch.tokens());
+            let (piece, which) = batch.piece(&rows);
+            prop_assert_eq!(piece.tokens(), rows.len());
+            prop_assert_eq!(piece.sequences(), which.len());
+            let at = |batch: &Batch, from: usize| -> Vec<_> {
+                let of = |index: usize| {
+                    let positions = batch.first(index)..batch.first(index) + batch.rows(index).len();
+                    positions.map(move |position| (from + index, position))
+                };
+                (0..batch.sequences()).flat_map(of).collect()
+            };
+            prop_assert_eq!(&at(&piece, which.start), &at(&batch, 0)[rows]);
+        }
+    }
 }

@@ -478,7 +478,7 @@ impl HybridModel {
     ///
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::ContextFull`] also for a prompt longer than the
-    /// conversation's room.
+    /// conversation's room, and [`Error::Parameter`] for another model's conversation.
     pub fn stream_in<'c>(
         &self,
         conversation: &'c mut Conversation,

@@ -184,9 +184,9 @@ impl ThoughtLoop {
     /// # Errors
     /// As [`Transformer::forward`].
     pub fn think_once(&self, z: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let pass = self.cancellable(Pass::uncached(batch, self.thinking.sight));
-        let h = self.model.thinker().forward(z, self.span(), pass)?;
-        self.model.forward_thought_layers(&h, batch, self.thinking.sight)
+        let pass = || self.cancellable(Pass::uncached(batch, self.thinking.sight));
+        let h = self.model.thinker().forward(z, self.span(), pass())?;
+        self.model.run_thought_layers(&h, pass())
     }
 
     /// All passes over the first thoughts, refined after each; `progress` is told how many are

@@ -37,28 +37,28 @@ fn pool(pooling: Pooling, tokens: &[Vec<f32>]) -> Vec<f32> {
 }
 
 #[test]
-fn pooling_is_a_weighted_sum_of_the_real_tokens() -> Result {
-    let lengths = [5, 1, 3];
-    let layout = Batch::ragged(&lengths)?;
-    let hidden = tiny::noise(1, &[3, 5, 4], 1.0)?;
+fn pooling_is_a_weighted_sum_of_a_texts_tokens() -> Result {
+    let batch = Batch::ragged(&[5, 1, 3])?;
+    let hidden = tiny::noise(1, &[9, 4], 1.0)?;
     for pooling in KINDS {
-        let got = pooling.pool(&hidden, &layout)?;
-        for (row, length) in lengths.into_iter().enumerate() {
-            let tokens = hidden.i(row)?.narrow(0, 5 - length, length)?.to_vec2()?;
-            let expected = Tensor::new(pool(pooling, &tokens), &Device::Cpu)?;
-            assert_close(&format!("{pooling:?}, row {row}"), &got.i(row)?, &expected, 1e-6)?;
+        let got = pooling.pool(&hidden, &batch)?;
+        assert_eq!(got.dims(), [3, 4]);
+        for (text, rows) in batch.all_rows().enumerate() {
+            let expected = pool(pooling, &hidden.i(rows)?.to_vec2()?);
+            let expected = Tensor::new(expected, &Device::Cpu)?;
+            assert_close(&format!("{pooling:?}, text {text}"), &got.i(text)?, &expected, 1e-6)?;
         }
     }
     Ok(())
 }
 
 #[test]
-fn a_layout_of_another_shape_is_refused() -> Result {
+fn a_batch_of_more_or_fewer_tokens_is_refused() -> Result {
     let hidden = tiny::noise(1, &[3, 5, 4], 1.0)?;
-    for layout in [Batch::one(5)?, Batch::dense(2, 5)?, Batch::dense(3, 4)?] {
+    for batch in [Batch::one(5)?, Batch::dense(2, 5)?, Batch::dense(3, 4)?, Batch::dense(4, 4)?] {
         for pooling in KINDS {
-            let refused = pooling.pool(&hidden, &layout);
-            assert!(refused.is_err(), "{pooling:?} over {layout:?}");
+            let refused = pooling.pool(&hidden, &batch);
+            assert!(refused.is_err(), "{pooling:?} over {batch:?}");
         }
     }
     Ok(())
@@ -111,16 +111,16 @@ fn an_embedding_is_the_pooled_last_hidden_state() -> Result {
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
     for text in TEXTS {
         let ids = tokenizer.encode(text, true)?;
-        let layout = Batch::one(ids.len())?;
+        let batch = Batch::one(ids.len())?;
         for (sight, pass) in [
-            (Sight::Causal, Pass::Causal(&layout)),
-            (Sight::Bidirectional, Pass::Bidirectional(&layout)),
+            (Sight::Causal, Pass::Causal(&batch)),
+            (Sight::Bidirectional, Pass::Bidirectional(&batch)),
         ] {
-            let xs = tiny::embed(transformer, &ids)?;
+            let xs = transformer.embed_ids(&ids)?;
             let h = transformer.norm(&transformer.forward(&xs, 0..3, pass)?)?;
             for pooling in KINDS {
                 let config = EmbedConfig::default().pooling(pooling).sight(sight).normalize(false);
-                let expected = pool(pooling, &h.squeeze(0)?.to_vec2()?);
+                let expected = pool(pooling, &h.to_vec2()?);
                 let expected = Tensor::new(expected, &Device::Cpu)?.unsqueeze(0)?;
                 assert_close(text, &model.embed(&[text], &config)?, &expected, 1e-5)?;
             }

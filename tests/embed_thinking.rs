@@ -71,17 +71,10 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
     for text in TEXTS {
         let ids = tokenizer.encode(text, true)?;
-        let layout = Batch::one(ids.len())?;
-        let xs = tiny::embed(transformer, &ids)?;
+        let batch = Batch::one(ids.len())?;
+        let xs = transformer.embed_ids(&ids)?;
         let forward = |xs: &Tensor, layers, sight| {
-            transformer.forward(
-                xs,
-                layers,
-                match sight {
-                    Sight::Causal => Pass::Causal(&layout),
-                    Sight::Bidirectional => Pass::Bidirectional(&layout),
-                },
-            )
+            transformer.forward(xs, layers, Pass::uncached(&batch, sight))
         };
         let first = forward(&xs, 0..1, Sight::Causal)?;
         let mut z = first.clone();
@@ -102,7 +95,7 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
             ] {
                 let thinking = thinking(0.3).span(1..2).hand_off(hand_off);
                 let how = EmbedConfig::default().sight(sight).normalize(false).thinking(thinking);
-                let expected = transformer.norm(&last)?.mean(1)?;
+                let expected = transformer.norm(&last)?.mean_keepdim(0)?;
                 let name = format!("{text}: {hand_off:?}, {sight:?}");
                 assert_close(&name, &model.embed(&[text], &how)?, &expected, 1e-5)?;
             }

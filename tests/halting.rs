@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::Tensor;
 use hybrid_attention::generate::Progress;
-use hybrid_attention::model::{Batch, Pass, Transformer};
+use hybrid_attention::model::{Batch, Pass};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, EncodedBatch, Halt, Halted, Thoughts};
+use hybrid_attention::thought::{Detail, EncodedBatch, Halt, Halted, ThoughtModel, Thoughts};
 use hybrid_attention::{Config, Error, GenerationConfig, Thinking};
 
 use common::reference::{self, Reference, Stream, ThoughtLoop};
@@ -29,18 +29,18 @@ fn thinking(passes: usize, span: Range<usize>) -> Thinking {
     Thinking::passes(passes).span(span).refine(Interpolate::new(WEIGHT))
 }
 
-fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
+fn think(model: &ThoughtModel, thinking: &Thinking, text: &EncodedBatch) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
     let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
 }
 
-fn text(model: &Transformer, ids: &[u32], segments: &[Range<usize>]) -> Result<EncodedBatch> {
-    let layout = Batch::one(ids.len())?.with_context(0, segments)?;
-    Ok(EncodedBatch::new(model, ids, layout)?)
+fn text(model: &ThoughtModel, ids: &[u32], segments: &[Range<usize>]) -> Result<EncodedBatch> {
+    let batch = Batch::one(ids.len())?.with_context(0, segments)?;
+    Ok(EncodedBatch::new(model.decoder(), ids, batch)?)
 }
 
-/// What each rule looks at, after each of `CAP` passes over one row: drift, cosine distance, KL.
+/// What each rule looks at, after each of `CAP` passes over one sequence: drift, cosine distance, KL.
 fn quantities(
     config: &Config,
     seed: u64,
@@ -95,7 +95,7 @@ fn each_rule_stops_where_its_quantity_first_falls_below_the_tolerance() -> Resul
         [(1, None, 0..3, 9), (2, Some(3), 1..3, 9), (3, None, 1..2, 70), (4, None, 2..3, 5)]
     {
         let config = Config { sliding_window: window, ..tiny::config() };
-        let model = tiny::transformer(&config, seed)?;
+        let model = tiny::thought_model(&config, seed)?;
         let ids = tiny::tokens(&config, seed, length);
         let segments = tiny::segments(seed, length);
         let text = text(&model, &ids, &segments)?;
@@ -129,8 +129,8 @@ fn each_rule_stops_where_its_quantity_first_falls_below_the_tolerance() -> Resul
 /// The rule wants less than the tolerance, not as much.
 #[test]
 fn a_quantity_at_the_tolerance_does_not_stop() -> Result {
-    let model = tiny::transformer(&tiny::config(), 5)?;
-    let ids = tiny::tokens(model.config(), 5, 8);
+    let model = tiny::thought_model(&tiny::config(), 5)?;
+    let ids = tiny::tokens(model.decoder().config(), 5, 8);
     let text = text(&model, &ids, &[0..3, 3..7])?;
     let drift = think(&model, &thinking(1, 0..3), &text)?.trace.drift()[0];
     let reason = |tolerance: f64| -> Result<Halted> {
@@ -145,7 +145,7 @@ fn a_quantity_at_the_tolerance_does_not_stop() -> Result {
 #[test]
 fn the_first_rule_to_be_met_counts() -> Result {
     let (config, span) = (tiny::config(), 0..3);
-    let model = tiny::transformer(&config, 6)?;
+    let model = tiny::thought_model(&config, 6)?;
     let ids = tiny::tokens(&config, 6, 9);
     let segments = [0..3, 3..8];
     let text = text(&model, &ids, &segments)?;
@@ -182,8 +182,8 @@ fn the_first_rule_to_be_met_counts() -> Result {
 fn a_tolerance_of_0_never_stops() -> Result {
     let all = RULES.map(|(halt, _)| halt(0.0));
     for seed in 0..20 {
-        let model = tiny::transformer(&tiny::config(), seed)?;
-        let ids = tiny::tokens(model.config(), seed, 12);
+        let model = tiny::thought_model(&tiny::config(), seed)?;
+        let ids = tiny::tokens(model.decoder().config(), seed, 12);
         let text = text(&model, &ids, &tiny::segments(seed, 12))?;
         for weight in [0.0, 1e-7, 0.3] {
             let still = Thinking::passes(4).refine(Interpolate::new(weight));
@@ -202,47 +202,45 @@ fn a_tolerance_of_0_never_stops() -> Result {
 }
 
 #[test]
-fn rows_of_a_batch_stop_one_by_one() -> Result {
+fn sequences_of_a_batch_stop_one_by_one() -> Result {
     let (config, span) = (tiny::config(), 1..3);
     let (mut together, mut apart) = (0, 0);
     for seed in 10..16 {
-        let model = tiny::transformer(&config, seed)?;
+        let model = tiny::thought_model(&config, seed)?;
         let lengths = [9, 4, 12, 6];
-        let seq = 12;
-        let mut layout = Batch::ragged(&lengths)?;
-        let mut padded = Vec::new();
-        let mut rows = Vec::new();
-        for (row, length) in lengths.into_iter().enumerate() {
-            let seed = 100 * seed + row as u64;
+        let mut batch = Batch::ragged(&lengths)?;
+        let (mut packed, mut texts) = (Vec::new(), Vec::new());
+        for (sequence, length) in lengths.into_iter().enumerate() {
+            let seed = 100 * seed + sequence as u64;
             let (ids, segments) =
                 (tiny::tokens(&config, seed, length), tiny::segments(seed, length));
-            layout = layout.with_context(row, &segments)?;
-            padded.extend([vec![3; seq - length], ids.clone()].concat());
-            rows.push((text(&model, &ids, &segments)?, ids, segments));
+            batch = batch.with_context(sequence, &segments)?;
+            packed.extend(ids.clone());
+            texts.push((text(&model, &ids, &segments)?, ids, segments));
         }
-        let batch = EncodedBatch::new(&model, &padded, layout)?;
+        let batch = EncodedBatch::new(model.decoder(), &packed, batch)?;
         for (rule, (halt, reason)) in RULES.into_iter().enumerate() {
-            // In the middle of what the first row goes through.
-            let (_, ids, segments) = &rows[0];
+            // In the middle of what the first one goes through.
+            let (_, ids, segments) = &texts[0];
             let quantity = &quantities(&config, seed, span.clone(), ids, segments)?[rule];
             let tolerance = (quantity[2] * quantity[3]).sqrt();
             let halting = thinking(CAP, span.clone()).halt(halt(tolerance)).detail(Detail::Tokens);
             let got = think(&model, &halting, &batch)?;
 
             let mut alone = Vec::new();
-            for (row, (text, _, _)) in rows.iter().enumerate() {
+            for (sequence, (text, _, _)) in texts.iter().enumerate() {
                 let one = think(&model, &halting, text)?;
-                let name = format!("seed {seed}, {reason:?}, row {row}");
-                let length = text.ids().len();
-                let of_batch = got.z.narrow(0, row, 1)?.narrow(1, seq - length, length)?;
+                let name = format!("seed {seed}, {reason:?}, sequence {sequence}");
+                let rows = batch.batch().rows(sequence);
+                let of_batch = got.z.narrow(0, rows.start, rows.len())?;
                 assert_close(&name, &of_batch, &one.z, 1e-5)?;
-                assert_eq!(got.trace.halted[row], one.trace.halted[0], "{name}");
+                assert_eq!(got.trace.halted[sequence], one.trace.halted[0], "{name}");
                 alone.push(one.trace);
             }
             let ran: Vec<usize> = alone.iter().map(|trace| trace.passes.len()).collect();
             assert_eq!(got.trace.passes.len(), ran.iter().copied().max().unwrap_or(0));
             for (pass, got) in got.trace.passes.iter().enumerate() {
-                // The mean over the tokens of rows that still think.
+                // The mean over the tokens of sequences that still think.
                 let (mut sum, mut tokens) = (0.0, 0);
                 for (trace, length) in alone.iter().zip(lengths) {
                     if let Some(pass) = trace.passes.get(pass) {
@@ -255,9 +253,9 @@ fn rows_of_a_batch_stop_one_by_one() -> Result {
                 assert!(off <= 1e-5 + 1e-4 * expected, "{} for {expected}", got.drift);
                 // What has stopped says the same ever after.
                 let tokens = got.tokens.as_ref().ok_or("no numbers")?;
-                for (row, trace) in alone.iter().enumerate() {
+                for (sequence, trace) in alone.iter().enumerate() {
                     if trace.passes.len() <= pass {
-                        assert!(tokens.kl[row].iter().all(|kl| *kl == 0.0), "{:?}", tokens.kl);
+                        assert!(tokens.kl[sequence].iter().all(|kl| *kl == 0.0), "{:?}", tokens.kl);
                     }
                 }
             }
@@ -271,13 +269,13 @@ fn rows_of_a_batch_stop_one_by_one() -> Result {
     Ok(())
 }
 
-/// A row that has stopped is left alone to the last bit, whatever the others go on to do.
+/// A sequence that has stopped is left alone to the last bit, whatever the others go on to do.
 #[test]
-fn a_row_that_stopped_keeps_its_thoughts() -> Result {
-    let model = tiny::transformer(&tiny::config(), 20)?;
-    let ids = tiny::tokens(model.config(), 20, 16);
-    let layout = Batch::dense(2, 8)?.with_context(0, &[0..1, 2..3])?;
-    let text = EncodedBatch::new(&model, &ids, layout)?;
+fn a_sequence_that_stopped_keeps_its_thoughts() -> Result {
+    let model = tiny::thought_model(&tiny::config(), 20)?;
+    let ids = tiny::tokens(model.decoder().config(), 20, 16);
+    let batch = Batch::dense(2, 8)?.with_context(0, &[0..1, 2..3])?;
+    let text = EncodedBatch::new(model.decoder(), &ids, batch)?;
     let after = |passes, rule: Option<Halt>| {
         think(&model, &rule.into_iter().fold(thinking(passes, 0..3), Thinking::halt), &text)
     };
@@ -285,9 +283,11 @@ fn a_row_that_stopped_keeps_its_thoughts() -> Result {
     let thoughts = after(CAP, Some(Halt::Drift(one)))?;
     let ran = thoughts.trace.passes.len();
     assert!(ran > 1, "{ran}");
-    // The first row drifts less than the mean, because less of it thinks.
-    assert_identical("first", &thoughts.z.get(0)?, &after(1, None)?.z.get(0)?)?;
-    assert_identical("second", &thoughts.z.get(1)?, &after(ran, None)?.z.get(1)?)
+    // The first one drifts less than the mean, because less of it thinks.
+    let (once, as_often) = (after(1, None)?.z, after(ran, None)?.z);
+    let [first, second] = [0, 8].map(|start| move |z: &Tensor| z.narrow(0, start, 8));
+    assert_identical("first", &first(&thoughts.z)?, &first(&once)?)?;
+    assert_identical("second", &second(&thoughts.z)?, &second(&as_often)?)
 }
 
 #[test]
@@ -315,8 +315,8 @@ fn no_tolerance_but_a_number_from_0_on_is_taken() -> Result {
     Ok(())
 }
 
-/// Passes done, from 0 to where it stopped, of all there might have been; for `think` and for
-/// `generate` alike.
+/// Passes done, from 0 to where it stopped, of all there might have been; for the loop by itself and
+/// for an answer alike.
 #[test]
 fn progress_ends_where_thinking_does() -> Result {
     let model = tiny::hybrid(&tiny::config(), 22)?;
@@ -325,23 +325,28 @@ fn progress_ends_where_thinking_does() -> Result {
     let drift = model.think(ids.as_slice(), &all)?.trace.drift();
     let lowest = drift.iter().copied().fold(f64::INFINITY, f64::min);
     for tolerance in [0.0, lowest * 1.001, drift[1] * 1.001, 10.0] {
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let hear = Arc::clone(&told);
-        let how = GenerationConfig::default()
-            .thinking(thinking(CAP, 0..3).halt(Halt::Drift(tolerance)))
-            .max_tokens(2)
-            .on_progress(move |progress| {
-                if let (Progress::Think { done, total }, Ok(mut told)) = (progress, hear.lock()) {
-                    told.push((done, total));
-                }
-            });
+        let thinking = thinking(CAP, 0..3).halt(Halt::Drift(tolerance));
+        let how = GenerationConfig::default().thinking(thinking.clone()).max_tokens(2);
         let ran = model.think(ids.as_slice(), &how)?.trace.passes.len();
         let stops = drift.iter().position(|drift| *drift < tolerance);
         assert_eq!(ran, stops.map_or(CAP, |pass| pass + 1));
-        assert_eq!(model.generate(ids.as_slice(), &how)?.traces[0].passes.len(), ran);
-        let once: Vec<_> = (0..=ran).map(|done| (done, CAP)).collect();
-        let told = told.lock().map_err(|_| "poisoned")?;
-        assert_eq!(*told, [once.clone(), once].concat());
+        let expected: Vec<_> = (0..=ran).map(|done| (done, CAP)).collect();
+
+        let text = EncodedBatch::new(model.transformer(), &ids, tiny::prompt(9)?)?;
+        let (mind, mut told) = (thinking.on(model.thought_model())?, Vec::new());
+        let z = mind.encode(&text, Pass::Causal(text.batch()))?;
+        mind.think(&text, z, |done, total| told.push((done, total)))?;
+        assert_eq!(told, expected);
+
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let hear = Arc::clone(&told);
+        let stream = model.stream(ids.as_slice(), &how)?.on_progress(move |progress| {
+            if let (Progress::Think { done, total }, Ok(mut told)) = (progress, hear.lock()) {
+                told.push((done, total));
+            }
+        });
+        assert_eq!(stream.collect_answer()?.traces[0].passes.len(), ran);
+        assert_eq!(*told.lock().map_err(|_| "poisoned")?, expected);
     }
     Ok(())
 }
@@ -369,9 +374,9 @@ fn an_answer_goes_on_from_where_thinking_stopped() -> Result {
 /// Thoughts that no sum of squares can hold are thoughts all the same.
 #[test]
 fn the_size_of_thoughts_does_not_matter() -> Result {
-    let model = tiny::transformer(&tiny::config(), 24)?;
-    let text = tiny::text(&model, &Batch::one(5)?, 24)?;
-    let z = tiny::noise(24, &[1, 5, 16], 1.0)?;
+    let model = tiny::thought_model(&tiny::config(), 24)?;
+    let text = tiny::text(model.decoder(), &Batch::one(5)?, 24)?;
+    let z = tiny::noise(24, &[5, 16], 1.0)?;
     // The pass goes on from thoughts in proportion to their size.
     let double = hybrid_attention::refine::seq().add_fn(|_, step| Ok((step.z * 1.5)?));
     let rules = [Halt::Drift(0.4), Halt::Cosine(0.0)];

@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -15,7 +16,7 @@ use hybrid_attention::model::{Batch, Linear, Pass, Transformer, Weights};
 use hybrid_attention::refine::{
     ForwardNudge, GradientNudge, Optimizer, OutputNudge, Readout, Refine, Seq, Step, seq,
 };
-use hybrid_attention::thought::EncodedBatch;
+use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{Config, Error, HybridModel, Thinking};
 use proptest::prelude::*;
 
@@ -28,8 +29,8 @@ type Theirs<T> = hybrid_attention::Result<T>;
 /// What `ask` answers inside a thought pass over `ids`, asked with the readout of thoughts that
 /// enter layer `entry` and with those thoughts.
 fn ask(
-    model: &Transformer,
-    (ids, layout, entry): (&[u32], &Batch, usize),
+    model: &ThoughtModel,
+    (ids, batch, entry): (&[u32], &Batch, usize),
     ask: impl Fn(&dyn Readout, &Step<'_>) -> Theirs<Vec<Tensor>> + Send + Sync + 'static,
 ) -> Result<Vec<Tensor>> {
     let answers = Arc::new(Mutex::new(Vec::new()));
@@ -41,11 +42,11 @@ fn ask(
         }
         Ok(step.z.clone())
     };
-    let end = model.all_layers().end;
+    let end = model.decoder().all_layers().end;
     let thinking = Thinking::passes(1).span(entry..end).refine(seq().add_fn(ask));
     let mind = thinking.on(model)?;
-    let text = EncodedBatch::new(model, ids, layout.clone())?;
-    let z = mind.encode(&text, Pass::Causal(layout))?;
+    let text = EncodedBatch::new(model.decoder(), ids, batch.clone())?;
+    let z = mind.encode(&text, Pass::Causal(batch))?;
     mind.think(&text, z, |_, _| ())?;
     let answers = answers.lock().map_err(|_| "poisoned")?;
     Ok(answers.clone())
@@ -53,7 +54,7 @@ fn ask(
 
 /// The thoughts about `ids`, and the same after `op`: `[before, after, loss before, loss after]`.
 fn nudged(
-    model: &Transformer,
+    model: &ThoughtModel,
     text: (&[u32], &Batch, usize),
     op: impl Refine + 'static,
 ) -> Result<[Tensor; 4]> {
@@ -71,19 +72,19 @@ fn scalar(xs: &Tensor) -> Result<f64> {
     Ok(values.into_iter().map(f64::from).sum())
 }
 
-/// The relative change of each thought: `‖after - before‖ / ‖before‖`, `(batch, seq)`.
-fn changes(before: &Tensor, after: &Tensor) -> Result<Vec<Vec<f32>>> {
+/// The relative change of each thought: `‖after - before‖ / ‖before‖`.
+fn changes(before: &Tensor, after: &Tensor) -> Result<Vec<f32>> {
     let norm = |xs: &Tensor| xs.sqr()?.sum(D::Minus1)?.sqrt();
-    Ok((norm(&(after - before)?)? / norm(before)?)?.to_vec2()?)
+    Ok((norm(&(after - before)?)? / norm(before)?)?.to_vec1()?)
 }
 
-/// Texts of both kinds: one row all context, and padded rows with plain tokens.
-fn layouts() -> Result<[Batch; 2]> {
+/// Texts of both kinds: one all context, and two of unequal length with plain tokens.
+fn batches() -> Result<[Batch; 2]> {
     Ok([Batch::one(5)?, Batch::ragged(&[7, 4])?.with_context(0, &[1..3, 4..6])?])
 }
 
-fn ids(config: &Config, layout: &Batch, seed: u64) -> Vec<u32> {
-    tiny::tokens(config, seed, layout.batch() * layout.seq())
+fn ids(config: &Config, batch: &Batch, seed: u64) -> Vec<u32> {
+    tiny::tokens(config, seed, batch.tokens())
 }
 
 fn windowed() -> Config {
@@ -110,13 +111,13 @@ proptest! {
         lengths in prop::collection::vec(1usize..9, 1..3),
     ) {
         let slopes = || -> Result {
-            let model = tiny::transformer(&config, seed)?;
-            let layout = Batch::ragged(&lengths)?;
+            let model = tiny::thought_model(&config, seed)?;
+            let batch = Batch::ragged(&lengths)?;
             let entry = entry % config.num_hidden_layers;
-            let text = ids(&config, &layout, seed);
-            let shape = [layout.batch(), layout.seq(), config.hidden_size];
+            let text = ids(&config, &batch, seed);
+            let shape = [batch.tokens(), config.hidden_size];
             let random = tiny::noise(seed, &shape, 1.0)?;
-            let answers = ask(&model, (&text, &layout, entry), move |readout, step| {
+            let answers = ask(&model, (&text, &batch, entry), move |readout, step| {
                 let (loss, gradient) = readout.loss_and_gradient(step.z)?;
                 let mut answers = vec![loss, readout.loss(step.z)?, gradient.clone()];
                 for direction in [&gradient, &random] {
@@ -154,32 +155,31 @@ proptest! {
 /// agrees with none.
 const STEPS: [f64; 3] = [0.02, 0.005, 0.001];
 
-/// The mean negative log-likelihood of each row's next tokens, with candle's own operations.
-fn cross_entropy(logits: &Tensor, ids: &[u32], layout: &Batch) -> Theirs<Tensor> {
-    let seq = layout.seq();
+/// The mean negative log-likelihood of each sequence's next tokens, with candle's own operations.
+fn cross_entropy(logits: &Tensor, ids: &[u32], batch: &Batch) -> Theirs<Tensor> {
     let logprobs = log_softmax(logits, D::Minus1)?;
-    let mut rows = Vec::new();
-    for (row, (ids, start)) in ids.chunks(seq).zip(layout.starts()).enumerate() {
-        let predicted = seq - 1 - start;
-        let targets = Tensor::new(&ids[start + 1..], &Device::Cpu)?.unsqueeze(1)?;
-        let of_row = logprobs.get(row)?.narrow(0, start, predicted)?.gather(&targets, 1)?;
-        rows.push((of_row.sum_all()? / -(predicted as f64))?);
-    }
-    Ok(Tensor::stack(&rows, 0)?)
+    let of_sequence = |rows: Range<usize>| -> Theirs<Tensor> {
+        let predicted = rows.len() - 1;
+        let targets = Tensor::new(&ids[rows.start + 1..rows.end], &Device::Cpu)?.unsqueeze(1)?;
+        let of_targets = logprobs.narrow(0, rows.start, predicted)?.gather(&targets, 1)?;
+        Ok((of_targets.sum_all()? / -(predicted as f64))?)
+    };
+    let losses = batch.all_rows().map(of_sequence).collect::<Theirs<Vec<_>>>()?;
+    Ok(Tensor::stack(&losses, 0)?)
 }
 
 #[test]
 fn the_readouts_gradient_is_that_of_one_graph_through_all_layers() -> Result {
     for config in [tiny::config(), windowed()] {
-        let model = tiny::transformer(&config, 1)?;
-        for layout in layouts()? {
+        let model = tiny::thought_model(&config, 1)?;
+        for batch in batches()? {
             for entry in [0, 1] {
-                let text = ids(&config, &layout, 1);
-                let (own_text, own_layout) = (text.clone(), layout.clone());
-                let answers = ask(&model, (&text, &layout, entry), move |readout, step| {
+                let text = ids(&config, &batch, 1);
+                let (own_text, own_batch) = (text.clone(), batch.clone());
+                let answers = ask(&model, (&text, &batch, entry), move |readout, step| {
                     let z = Var::from_tensor(step.z)?;
                     let logits = readout.logits(z.as_tensor())?;
-                    let loss = cross_entropy(&logits, &own_text, &own_layout)?;
+                    let loss = cross_entropy(&logits, &own_text, &own_batch)?;
                     let gradient = loss.sum_all()?.backward()?.remove(&z);
                     let gradient = gradient.ok_or(Error::EmptyPrompt)?;
                     let (ours, our_gradient) = readout.loss_and_gradient(step.z)?;
@@ -204,25 +204,25 @@ fn the_readouts_gradient_is_that_of_one_graph_through_all_layers() -> Result {
 #[test]
 fn the_readouts_loss_is_the_cross_entropy_of_the_decoder() -> Result {
     let config = windowed();
-    let model = tiny::transformer(&config, 2)?;
-    let layout = Batch::ragged(&[150, 1, 64, 65, 0])?;
-    let text = ids(&config, &layout, 2);
-    let answers = ask(&model, (&text, &layout, 1), |readout, step| {
+    let model = tiny::thought_model(&config, 2)?;
+    let batch = Batch::ragged(&[150, 1, 64, 65, 0])?;
+    let text = ids(&config, &batch, 2);
+    let answers = ask(&model, (&text, &batch, 1), |readout, step| {
         Ok(vec![readout.loss(step.z)?, readout.loss_and_gradient(step.z)?.0])
     })?;
-    let xs = model.embed(&Tensor::new(text.as_slice(), &Device::Cpu)?.reshape((5, 150))?)?;
-    let logits = tiny::logits(&model, &xs, Pass::Causal(&layout))?.to_vec3::<f32>()?;
-    for (row, start) in layout.starts().into_iter().enumerate() {
-        let mut expected = 0.0;
-        for slot in start..layout.seq() - 1 {
-            let scores: Vec<f64> = logits[row][slot].iter().map(|&x| f64::from(x)).collect();
+    let decoder = model.decoder();
+    let logits = tiny::logits(decoder, &decoder.embed_ids(&text)?, Pass::Causal(&batch))?;
+    let logits = logits.to_vec2::<f32>()?;
+    for (sequence, rows) in batch.all_rows().enumerate() {
+        let (mut expected, predicted) = (0.0, rows.len().saturating_sub(1));
+        for row in rows.start..rows.start + predicted {
+            let scores: Vec<f64> = logits[row].iter().map(|&x| f64::from(x)).collect();
             let total = scores.iter().map(|score| score.exp()).sum::<f64>().ln();
-            let next = text[row * layout.seq() + slot + 1] as usize;
-            expected += (total - scores[next]) / (layout.seq() - 1 - start) as f64;
+            expected += (total - scores[text[row + 1] as usize]) / predicted as f64;
         }
         for answer in &answers {
-            let loss = f64::from(answer.to_vec1::<f32>()?[row]);
-            assert!((loss - expected).abs() < 1e-4, "row {row}: {loss}, not {expected}");
+            let loss = f64::from(answer.to_vec1::<f32>()?[sequence]);
+            assert!((loss - expected).abs() < 1e-4, "{sequence}: {loss}, not {expected}");
         }
     }
     Ok(())
@@ -236,13 +236,13 @@ fn target(like: &Tensor) -> Result<Tensor> {
 
 fn distance(to: &Tensor) -> impl Fn(&Tensor, &Step<'_>) -> Theirs<Tensor> + use<> {
     let to = to.clone();
-    move |xs, _| Ok((xs - &to)?.sqr()?.sum((1, 2))?)
+    move |xs, step| step.batch.sum(&(xs - &to)?.sqr()?)
 }
 
 /// The iterates written out: `x -= η s² · 2 (x - target)`, then back into the trust region.
 #[test]
 fn sgd_takes_the_steps_of_a_hand_calculation() -> Result {
-    let z = tiny::noise(1, &[1, 3, 8], 2.0)?;
+    let z = tiny::noise(1, &[3, 8], 2.0)?;
     let goal = target(&z)?;
     let (rate, ratio) = (0.03, 0.3);
     for steps in [1, 2, 5] {
@@ -251,11 +251,11 @@ fn sgd_takes_the_steps_of_a_hand_calculation() -> Result {
             .trust(ratio)
             .objective_fn(distance(&goal));
         let got = nudge.refine(&z, &Step::new(&z, &z, &Batch::one(3)?))?;
-        let got = got.to_vec3::<f32>()?;
-        let (z, goal) = (z.to_vec3::<f32>()?, goal.to_vec3::<f32>()?);
+        let got = got.to_vec2::<f32>()?;
+        let (z, goal) = (z.to_vec2::<f32>()?, goal.to_vec2::<f32>()?);
         for token in 0..3 {
             let wide = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-            let (start, goal) = (wide(&z[0][token]), wide(&goal[0][token]));
+            let (start, goal) = (wide(&z[token]), wide(&goal[token]));
             let norm = |xs: &[f64]| xs.iter().map(|x| x * x).sum::<f64>().sqrt();
             let unit = norm(&start) / 8f64.sqrt();
             let mut x = start.clone();
@@ -271,7 +271,7 @@ fn sgd_takes_the_steps_of_a_hand_calculation() -> Result {
                     .map(|(start, offset)| start + keep * offset)
                     .collect();
             }
-            for (got, x) in got[0][token].iter().zip(&x) {
+            for (got, x) in got[token].iter().zip(&x) {
                 assert!((f64::from(*got) - x).abs() < 1e-5, "{got}, not {x} after {steps}");
             }
         }
@@ -281,7 +281,7 @@ fn sgd_takes_the_steps_of_a_hand_calculation() -> Result {
 
 #[test]
 fn a_target_within_reach_is_reached() -> Result {
-    let z = tiny::noise(1, &[2, 4, 16], 1.0)?;
+    let z = tiny::noise(1, &[8, 16], 1.0)?;
     let goal = (&z + (target(&z)? * 0.2)?)?;
     let optimizers =
         [Optimizer::Sgd { learning_rate: 0.2 }, Optimizer::Adam { learning_rate: 0.02 }];
@@ -297,11 +297,11 @@ fn a_target_within_reach_is_reached() -> Result {
 /// Towards a target far away, each token goes as far as it may, however long it is.
 #[test]
 fn no_thought_leaves_its_trust_region() -> Result {
-    let sizes = Tensor::new(&[[[1e-3f32], [1.0], [300.0]]], &Device::Cpu)?;
-    let z = tiny::noise(1, &[1, 3, 64], 1.0)?.broadcast_mul(&sizes)?;
+    let sizes = Tensor::new(&[[1e-3f32], [1.0], [300.0]], &Device::Cpu)?;
+    let z = tiny::noise(1, &[3, 64], 1.0)?.broadcast_mul(&sizes)?;
     let goal = (target(&z)?.broadcast_mul(&sizes)? * 1e3)?;
-    let layout = Batch::one(3)?;
-    let step = Step::new(&z, &z, &layout);
+    let batch = Batch::one(3)?;
+    let step = Step::new(&z, &z, &batch);
     for ratio in [1e-3, 0.1, 2.0] {
         let nudges = both(
             |nudge| nudge.trust(ratio).objective_fn(distance(&goal)),
@@ -310,7 +310,7 @@ fn no_thought_leaves_its_trust_region() -> Result {
         for nudge in nudges {
             let got = nudge.refine(&step)?;
             let changes = changes(&z, &got)?;
-            let furthest = changes[0].iter().copied().fold(0.0, f32::max);
+            let furthest = changes.iter().copied().fold(0.0, f32::max);
             assert!(furthest <= ratio as f32 * 1.0001, "{changes:?} beyond {ratio}");
         }
         // three steps of Adam at 1 leave every region; the long thought's target counts most
@@ -319,21 +319,21 @@ fn no_thought_leaves_its_trust_region() -> Result {
             .trust(ratio)
             .objective_fn(distance(&goal));
         let changes = changes(&z, &nudge.refine(&z, &step)?)?;
-        assert!(changes[0].iter().all(|change| *change > ratio as f32 * 0.99), "{changes:?}");
+        assert!(changes.iter().all(|change| *change > ratio as f32 * 0.99), "{changes:?}");
     }
     Ok(())
 }
 
-/// With rates that lead anywhere, each row of the batch for itself.
+/// With rates that lead anywhere, each sequence for itself.
 #[test]
-fn the_loss_of_no_row_rises() -> Result {
+fn the_loss_of_no_sequence_rises() -> Result {
     let rates = [1e-3, 0.1, 10.0, 1e6];
     let optimizers = rates
         .map(|learning_rate| [Optimizer::Sgd { learning_rate }, Optimizer::Adam { learning_rate }]);
     for config in [tiny::config(), windowed()] {
-        let model = tiny::transformer(&config, 3)?;
-        for layout in layouts()? {
-            let text = ids(&config, &layout, 3);
+        let model = tiny::thought_model(&config, 3)?;
+        for batch in batches()? {
+            let text = ids(&config, &batch, 3);
             let check = |name: &str, [_, _, before, after]: [Tensor; 4]| -> Result {
                 let (before, after) = (before.to_vec1::<f32>()?, after.to_vec1::<f32>()?);
                 for (before, after) in before.iter().zip(&after) {
@@ -346,12 +346,12 @@ fn the_loss_of_no_row_rises() -> Result {
                 for trust in [0.1, 1e6] {
                     let nudge = GradientNudge::new(3).optimizer(optimizer).trust(trust);
                     let name = format!("{nudge:?}");
-                    check(&name, nudged(&model, (&text, &layout, 0), nudge)?)?;
+                    check(&name, nudged(&model, (&text, &batch, 0), nudge)?)?;
                 }
             }
             for sigma in rates {
                 let nudge = ForwardNudge::new(3).directions(2).sigma(sigma).trust(100.0);
-                check(&format!("{nudge:?}"), nudged(&model, (&text, &layout, 1), nudge)?)?;
+                check(&format!("{nudge:?}"), nudged(&model, (&text, &batch, 1), nudge)?)?;
             }
         }
     }
@@ -361,15 +361,15 @@ fn the_loss_of_no_row_rises() -> Result {
 #[test]
 fn the_loss_falls_on_random_models() -> Result {
     for (seed, config) in [tiny::config(), windowed()].into_iter().enumerate() {
-        let model = tiny::transformer(&config, seed as u64)?;
-        let layout = Batch::one(12)?;
-        let text = ids(&config, &layout, 4);
+        let model = tiny::thought_model(&config, seed as u64)?;
+        let batch = Batch::one(12)?;
+        let text = ids(&config, &batch, 4);
         for entry in [0, 2] {
             let nudge = GradientNudge::new(4);
-            let [_, _, before, after] = nudged(&model, (&text, &layout, entry), nudge)?;
+            let [_, _, before, after] = nudged(&model, (&text, &batch, entry), nudge)?;
             assert!(scalar(&after)? < scalar(&before)? - 0.01, "{before} to {after}");
             let nudge = ForwardNudge::new(4);
-            let [_, _, before, after] = nudged(&model, (&text, &layout, entry), nudge)?;
+            let [_, _, before, after] = nudged(&model, (&text, &batch, entry), nudge)?;
             assert!(scalar(&after)? < scalar(&before)? - 0.01, "{before} to {after}");
         }
     }
@@ -379,62 +379,54 @@ fn the_loss_falls_on_random_models() -> Result {
 /// Asked directly, not through a sequence that would put them back.
 #[test]
 fn rows_that_do_not_think_keep_their_bits() -> Result {
-    let layout =
+    let batch =
         Batch::ragged(&[6, 3])?.with_context(0, &[1..3, 4..6])?.with_context(1, &[0..1, 1..2])?;
-    let z = tiny::noise(1, &[2, 6, 8], 1.0)?;
-    // zeros of both signs, and what padding may hold
-    let z = z.slice_assign(&[0..1, 0..1, 0..8], &Tensor::full(-0f32, (1, 1, 8), &Device::Cpu)?)?;
-    let z =
-        z.slice_assign(&[1..2, 0..3, 0..8], &Tensor::full(f32::NAN, (1, 3, 8), &Device::Cpu)?)?;
-    let goal = target(&z)?;
-    let real = Tensor::new(layout.real(), &Device::Cpu)?.unsqueeze(2)?;
-    let loss = move |xs: &Tensor, _: &Step<'_>| -> Theirs<Tensor> {
-        let real = real.broadcast_as(xs.shape())?.gt(0f32)?;
+    let z = tiny::noise(1, &[9, 8], 1.0)?;
+    // zeros of both signs, and what need not be a number
+    let z = z.slice_assign(&[0..1, 0..8], &Tensor::full(-0f32, (1, 8), &Device::Cpu)?)?;
+    let z = z.slice_assign(&[3..4, 0..8], &Tensor::full(f32::NAN, (1, 8), &Device::Cpu)?)?;
+    let (goal, real) = (target(&z)?, z.eq(&z)?);
+    let loss = move |xs: &Tensor, step: &Step<'_>| -> Theirs<Tensor> {
         let off = real.where_cond(&(xs - &goal)?, &xs.zeros_like()?)?;
-        Ok(off.sqr()?.sum((1, 2))?)
+        step.batch.sum(&off.sqr()?)
     };
-    let step = Step::new(&z, &z, &layout);
+    let step = Step::new(&z, &z, &batch);
     let gradient = GradientNudge::new(3).objective_fn(loss.clone()).refine(&z, &step)?;
     let forward = ForwardNudge::new(3).objective_fn(loss).refine(&z, &step)?;
     for got in [gradient, forward] {
-        let thinks = layout.thinks();
-        for (row, thinks) in thinks.iter().enumerate() {
-            for (slot, thinks) in thinks.iter().enumerate() {
-                let token = |xs: &Tensor| -> Result<Vec<u32>> {
-                    let values = xs.get(row)?.get(slot)?.to_vec1::<f32>()?;
-                    Ok(values.into_iter().map(f32::to_bits).collect())
-                };
-                let kept = token(&got)? == token(&z)?;
-                assert_eq!(kept, *thinks == 0, "row {row}, slot {slot}");
-            }
+        for (row, thinks) in batch.thinks().into_iter().enumerate() {
+            let token = |xs: &Tensor| -> Result<Vec<u32>> {
+                Ok(xs.get(row)?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+            };
+            assert_eq!(token(&got)? == token(&z)?, thinks == 0, "row {row}");
         }
     }
     Ok(())
 }
 
 #[test]
-fn a_batch_is_its_rows_one_by_one() -> Result {
+fn a_batch_is_its_sequences_one_by_one() -> Result {
     for config in [tiny::config(), windowed()] {
-        let model = tiny::transformer(&config, 5)?;
-        let rows: [(usize, &[std::ops::Range<usize>]); 3] =
+        let model = tiny::thought_model(&config, 5)?;
+        let sequences: [(usize, &[Range<usize>]); 3] =
             [(7, &[0..3, 3..7]), (4, &[1..2, 3..4]), (1, &[0..1, 1..1])];
-        let mut batch = Batch::ragged(&rows.each_ref().map(|row| row.0))?;
-        for (row, (_, segments)) in rows.iter().enumerate() {
-            batch = batch.with_context(row, segments)?;
+        let mut batch = Batch::ragged(&sequences.each_ref().map(|it| it.0))?;
+        for (sequence, (_, segments)) in sequences.iter().enumerate() {
+            batch = batch.with_context(sequence, segments)?;
         }
         let text = ids(&config, &batch, 5);
         for nudge in both(|nudge| nudge, |nudge| nudge) {
-            let run = |text: &[u32], layout: &Batch| {
+            let run = |text: &[u32], batch: &Batch| {
                 let nudge = nudge.clone();
-                nudged(&model, (text, layout, 1), Whole(nudge))
+                nudged(&model, (text, batch, 1), Whole(nudge))
             };
             let [_, together, ..] = run(&text, &batch)?;
-            for (row, (length, segments)) in rows.iter().enumerate() {
-                let start = 7 - length;
-                let layout = Batch::one(*length)?.with_context(0, segments)?;
-                let [_, alone, ..] = run(&text[7 * row + start..7 * (row + 1)], &layout)?;
-                let together = together.narrow(0, row, 1)?.narrow(1, start, *length)?;
-                assert_close(&format!("{nudge:?}, row {row}"), &together, &alone, 2e-4)?;
+            for (sequence, (length, segments)) in sequences.iter().enumerate() {
+                let rows = batch.rows(sequence);
+                let one = Batch::one(*length)?.with_context(0, segments)?;
+                let [_, alone, ..] = run(&text[rows.clone()], &one)?;
+                let together = together.narrow(0, rows.start, *length)?;
+                assert_close(&format!("{nudge:?}, {sequence}"), &together, &alone, 2e-4)?;
             }
         }
     }
@@ -453,9 +445,9 @@ impl Refine for Whole {
 
 #[test]
 fn no_strength_is_no_change() -> Result {
-    let model = tiny::transformer(&tiny::config(), 6)?;
-    let layout = Batch::dense(2, 4)?;
-    let text = ids(model.config(), &layout, 6);
+    let model = tiny::thought_model(&tiny::config(), 6)?;
+    let batch = Batch::dense(2, 4)?;
+    let text = ids(model.decoder().config(), &batch, 6);
     let still: [Seq; 7] = [
         GradientNudge::new(0).into(),
         GradientNudge::new(2).trust(0.0).into(),
@@ -466,11 +458,11 @@ fn no_strength_is_no_change() -> Result {
         ForwardNudge::new(2).sigma(0.0).into(),
     ];
     for nudge in still {
-        let [before, after, ..] = nudged(&model, (&text, &layout, 1), Whole(nudge))?;
+        let [before, after, ..] = nudged(&model, (&text, &batch, 1), Whole(nudge))?;
         assert_identical("thoughts", &after, &before)?;
     }
     // a thought of no length has nowhere to go
-    let z = Tensor::zeros((1, 2, 4), DType::F32, &Device::Cpu)?;
+    let z = Tensor::zeros((2, 4), DType::F32, &Device::Cpu)?;
     let goal = target(&z)?;
     for nudge in both(|it| it.objective_fn(distance(&goal)), |it| it.objective_fn(distance(&goal)))
     {
@@ -481,11 +473,11 @@ fn no_strength_is_no_change() -> Result {
 
 #[test]
 fn the_result_carries_no_gradient() -> Result {
-    let z = Var::from_tensor(&tiny::noise(1, &[1, 3, 8], 1.0)?)?;
+    let z = Var::from_tensor(&tiny::noise(1, &[3, 8], 1.0)?)?;
     let goal = target(&z)?;
     for steps in [0, 2] {
-        let layout = Batch::one(3)?;
-        let step = Step::new(&z, &z, &layout);
+        let batch = Batch::one(3)?;
+        let step = Step::new(&z, &z, &batch);
         let gradient = GradientNudge::new(steps).objective_fn(distance(&goal)).refine(&z, &step)?;
         let forward = ForwardNudge::new(steps).objective_fn(distance(&goal)).refine(&z, &step)?;
         assert!(!gradient.track_op() && !forward.track_op());
@@ -496,18 +488,18 @@ fn the_result_carries_no_gradient() -> Result {
 /// Half precision is what an accelerator thinks in; the steps are counted in f32.
 #[test]
 fn thoughts_keep_their_type() -> Result {
-    let z = tiny::noise(1, &[1, 3, 8], 1.0)?;
+    let z = tiny::noise(1, &[3, 8], 1.0)?;
     let goal = target(&z)?;
-    let layout = Batch::one(3)?;
+    let batch = Batch::one(3)?;
     let wide = GradientNudge::new(4).objective_fn(distance(&goal));
-    let wide = wide.refine(&z, &Step::new(&z, &z, &layout))?;
+    let wide = wide.refine(&z, &Step::new(&z, &z, &batch))?;
     for (dtype, off) in [(DType::BF16, 1e-2), (DType::F16, 2e-3), (DType::F64, 1e-5)] {
         let z = z.to_dtype(dtype)?;
         let goal = goal.to_dtype(dtype)?;
-        let loss = move |xs: &Tensor, _: &Step<'_>| -> Theirs<Tensor> {
-            Ok((xs - &goal)?.to_dtype(DType::F32)?.sqr()?.sum((1, 2))?)
+        let loss = move |xs: &Tensor, step: &Step<'_>| -> Theirs<Tensor> {
+            step.batch.sum(&(xs - &goal)?.to_dtype(DType::F32)?.sqr()?)
         };
-        let step = Step::new(&z, &z, &layout);
+        let step = Step::new(&z, &z, &batch);
         let got = GradientNudge::new(4).objective_fn(loss.clone()).refine(&z, &step)?;
         assert_eq!(got.dtype(), dtype);
         assert_close("gradient", &got.to_dtype(DType::F32)?, &wide, off)?;
@@ -536,9 +528,9 @@ fn noting(goal: &Tensor) -> (Asked, impl Fn(&Tensor, &Step<'_>) -> Theirs<Tensor
 
 #[test]
 fn nothing_is_evaluated_twice() -> Result {
-    let z = tiny::noise(1, &[1, 3, 8], 1.0)?;
-    let layout = Batch::one(3)?;
-    let step = Step::new(&z, &z, &layout);
+    let z = tiny::noise(1, &[3, 8], 1.0)?;
+    let batch = Batch::one(3)?;
+    let step = Step::new(&z, &z, &batch);
     for steps in [1, 4] {
         let (asked, loss) = noting(&target(&z)?);
         GradientNudge::new(steps).objective_fn(loss).refine(&z, &step)?;
@@ -553,7 +545,7 @@ fn nothing_is_evaluated_twice() -> Result {
 /// One step: mirrored probes of the right size, and then their weighted mean.
 #[test]
 fn a_search_goes_to_the_weighted_mean_of_its_probes() -> Result {
-    let z = tiny::noise(1, &[1, 3, 40], 2.0)?;
+    let z = tiny::noise(1, &[3, 40], 2.0)?;
     let (asked, loss) = noting(&target(&z)?);
     let nudge = ForwardNudge::new(1).directions(6).sigma(0.07).temperature(0.8).objective_fn(loss);
     let got = nudge.refine(&z, &Step::new(&z, &z, &Batch::one(3)?))?;
@@ -566,7 +558,7 @@ fn a_search_goes_to_the_weighted_mean_of_its_probes() -> Result {
     for pair in probes.chunks_exact(2) {
         assert_close("mirrored", &((&pair[0].0 + &pair[1].0)? / 2.0)?, &z, 1e-6)?;
         for (probe, _) in pair {
-            for change in &changes(&z, probe)?[0] {
+            for change in changes(&z, probe)? {
                 assert!((change - 0.07).abs() < 1e-5, "{change}");
             }
         }
@@ -588,12 +580,12 @@ fn a_search_goes_to_the_weighted_mean_of_its_probes() -> Result {
 
 #[test]
 fn a_seed_says_where_to_look() -> Result {
-    let z = tiny::noise(1, &[1, 5, 8], 1.0)?;
-    let layout = Batch::one(5)?;
+    let z = tiny::noise(1, &[5, 8], 1.0)?;
+    let batch = Batch::one(5)?;
     let goal = target(&z)?;
     let run = |seed, index| {
         let nudge = ForwardNudge::new(2).seed(seed).objective_fn(distance(&goal));
-        nudge.refine(&z, &Step { index, passes: 2, ..Step::new(&z, &z, &layout) })
+        nudge.refine(&z, &Step { index, passes: 2, ..Step::new(&z, &z, &batch) })
     };
     assert_identical("again", &run(7, 0)?, &run(7, 0)?)?;
     let others = [run(7, 1)?, run(8, 0)?];
@@ -601,16 +593,16 @@ fn a_seed_says_where_to_look() -> Result {
         assert!(scalar(&(other - run(7, 0)?)?.abs()?)? > 0.0);
     }
     let default = ForwardNudge::new(2).objective_fn(distance(&goal));
-    assert_identical("0", &default.refine(&z, &Step::new(&z, &z, &layout))?, &run(0, 0)?)
+    assert_identical("0", &default.refine(&z, &Step::new(&z, &z, &batch))?, &run(0, 0)?)
 }
 
 // What is refused.
 
 #[test]
 fn an_objective_is_checked() -> Result {
-    let z = tiny::noise(1, &[2, 3, 4], 1.0)?;
-    let layout = Batch::dense(2, 3)?;
-    let step = Step::new(&z, &z, &layout);
+    let z = tiny::noise(1, &[6, 4], 1.0)?;
+    let batch = Batch::dense(2, 3)?;
+    let step = Step::new(&z, &z, &batch);
     let start = z.clone();
     type Loss = Box<dyn Fn(&Tensor, &Step<'_>) -> Theirs<Tensor> + Send + Sync>;
     let wrong: [(Loss, &str, bool); 7] = [
@@ -619,14 +611,14 @@ fn an_objective_is_checked() -> Result {
             "expected a loss of [2] of F32, got [] of",
             true,
         ),
-        (Box::new(|xs, _| Ok(xs.sqr()?.sum(2)?)), "got [2, 3] of F32", true),
+        (Box::new(|xs, _| Ok(xs.sqr()?.sum(1)?)), "got [6] of F32", true),
         (
-            Box::new(|xs, _| Ok(xs.sqr()?.sum((1, 2))?.to_dtype(DType::F64)?)),
+            Box::new(|xs, step| Ok(step.batch.sum(&xs.sqr()?)?.to_dtype(DType::F64)?)),
             "got [2] of F64",
             true,
         ),
         (
-            Box::new(|xs, _| Ok((xs.sum((1, 2))? * f64::NAN)?)),
+            Box::new(|xs, step| Ok((step.batch.sum(xs)? * f64::NAN)?)),
             "losses are not finite at position 0",
             true,
         ),
@@ -635,10 +627,10 @@ fn an_objective_is_checked() -> Result {
             "losses are not finite at position 1",
             true,
         ),
-        (Box::new(|xs, _| Ok(xs.detach().sum((1, 2))?)), "no gradient leads back from", false),
+        (Box::new(|xs, step| step.batch.sum(&xs.detach())), "no gradient leads back from", false),
         // at the start the distance has no slope
         (
-            Box::new(move |xs, _| Ok((xs - &start)?.sqr()?.sum((1, 2))?.sqrt()?)),
+            Box::new(move |xs, step| Ok(step.batch.sum(&(xs - &start)?.sqr()?)?.sqrt()?)),
             "gradients are not finite at position 0",
             false,
         ),
@@ -662,35 +654,36 @@ fn an_objective_is_checked() -> Result {
 fn thoughts_of_any_shape_are_nudged_or_refused() -> Result {
     for shape in [[0, 3, 4], [2, 0, 4], [2, 3, 0], [2, 3, 1]] {
         let z = Tensor::zeros(&shape, DType::F32, &Device::Cpu)?;
-        for layout in [Batch::dense(shape[0], shape[1])?, Batch::ragged(&[3, 1])?] {
-            let fits = [layout.batch(), layout.seq()] == shape[..2];
-            let step = Step::new(&z, &z, &layout);
-            let gradient = GradientNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
-            let forward = ForwardNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
-            for got in [gradient, forward] {
-                match got {
-                    Ok(got) => assert!(fits && got.dims() == shape, "{shape:?}, {layout:?}"),
-                    Err(Error::Parameter { name: "layout", .. }) => assert!(!fits, "{shape:?}"),
-                    // candle takes no sums of nothing
-                    Err(error) => assert!(shape.contains(&0), "{shape:?}: {error}"),
+        for z in [z.flatten_to(1)?, z] {
+            for batch in [Batch::dense(shape[0], shape[1])?, Batch::ragged(&[3, 1])?] {
+                let fits = batch.tokens() == shape[0] * shape[1];
+                let step = Step::new(&z, &z, &batch);
+                let gradient = GradientNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
+                let forward = ForwardNudge::new(2).objective_fn(distance(&z)).refine(&z, &step);
+                for got in [gradient, forward] {
+                    match got {
+                        Ok(got) => assert!(fits && got.dims() == z.dims(), "{z:?}, {batch:?}"),
+                        Err(Error::Parameter { name: "batch", .. }) => assert!(!fits, "{z:?}"),
+                        // candle takes no sums of nothing
+                        Err(error) => assert!(shape.contains(&0), "{z:?}: {error}"),
+                    }
                 }
             }
         }
     }
     let z = Tensor::zeros((3, 4), DType::F32, &Device::Cpu)?;
-    let layout = Batch::dense(3, 4)?;
-    let flat = GradientNudge::new(1).objective_fn(distance(&z));
-    assert!(flat.refine(&z, &Step::new(&z, &z, &layout)).is_err());
+    let batch = Batch::dense(3, 4)?;
+    let fewer = GradientNudge::new(1).objective_fn(distance(&z));
+    assert!(fewer.refine(&z, &Step::new(&z, &z, &batch)).is_err());
     Ok(())
 }
 
 #[test]
 fn without_a_model_there_must_be_an_objective() -> Result {
-    let z = tiny::noise(1, &[1, 3, 4], 1.0)?;
-    let layout = Batch::one(3)?;
+    let z = tiny::noise(1, &[3, 4], 1.0)?;
+    let batch = Batch::one(3)?;
     for nudge in both(|nudge| nudge, |nudge| nudge) {
-        let Err(Error::Refinement { source, .. }) = nudge.refine(&Step::new(&z, &z, &layout))
-        else {
+        let Err(Error::Refinement { source, .. }) = nudge.refine(&Step::new(&z, &z, &batch)) else {
             return Err("accepted".into());
         };
         assert!(matches!(*source, Error::Parameter { name: "readout", .. }), "{source}");
@@ -798,7 +791,7 @@ fn settings_survive_being_written() -> Result {
     assert!(serde_json::from_str::<OutputNudge>(r#"{"steps": 1, "trust": 1}"#).is_err());
 
     // an objective is code
-    let none = Tensor::zeros((1, 1, 1), DType::F32, &Device::Cpu)?;
+    let none = Tensor::zeros((1, 1), DType::F32, &Device::Cpu)?;
     for nudge in both(|it| it.objective_fn(distance(&none)), |it| it.objective_fn(distance(&none)))
     {
         let error = serde_json::to_string(&nudge).err().ok_or("written")?;
@@ -846,12 +839,12 @@ fn quantised_weights_are_nudged_over_like_any_others() -> Result {
         Ok((name.clone(), weight))
     });
     let mut unpacked: HashMap<_, _> = unpacked.collect::<Result<_>>()?;
-    let quantized = Transformer::new(&config, &mut Quantized(weights))?;
-    let unpacked = Transformer::new(&config, &mut unpacked)?;
-    let layout = Batch::ragged(&[8, 5])?;
-    let text = ids(&config, &layout, 8);
+    let quantized = Transformer::new(&config, &mut Quantized(weights))?.into();
+    let unpacked = Transformer::new(&config, &mut unpacked)?.into();
+    let batch = Batch::ragged(&[8, 5])?;
+    let text = ids(&config, &batch, 8);
     fn same(
-        models: [&Transformer; 2],
+        models: [&ThoughtModel; 2],
         text: (&[u32], &Batch, usize),
         op: impl Refine + Clone + 'static,
     ) -> Result {
@@ -864,7 +857,7 @@ fn quantised_weights_are_nudged_over_like_any_others() -> Result {
         Ok(())
     }
     for entry in [0, 1] {
-        let text = (text.as_slice(), &layout, entry);
+        let text = (text.as_slice(), &batch, entry);
         same([&quantized, &unpacked], text, GradientNudge::new(2))?;
         same([&quantized, &unpacked], text, ForwardNudge::new(4))?;
     }
@@ -877,11 +870,11 @@ fn quantised_weights_are_nudged_over_like_any_others() -> Result {
 #[test]
 fn the_output_vector_is_a_scalar_calculation() -> Result {
     let (hidden, vocab, seq) = (5, 7, 150);
-    let normed = tiny::noise(1, &[1, seq, hidden], 1.0)?;
+    let normed = tiny::noise(1, &[seq, hidden], 1.0)?;
     let weight = tiny::noise(2, &[vocab, hidden], 1.0)?;
     let text = tiny::tokens(&Config { vocab_size: vocab, ..tiny::config() }, 3, seq);
     let head = Linear::dense(&weight)?;
-    let (h, w) = (normed.get(0)?.to_vec2::<f32>()?, weight.to_vec2::<f32>()?);
+    let (h, w) = (normed.to_vec2::<f32>()?, weight.to_vec2::<f32>()?);
     let evaluate = |delta: &[f64]| -> (f64, Vec<f64>) {
         let (mut loss, mut gradient) = (0.0, vec![0.0; hidden]);
         for (h, &next) in h.iter().zip(&text[1..]) {
@@ -931,17 +924,17 @@ fn an_output_vector_needs_a_text_that_fits() -> Result {
     let weight = tiny::noise(2, &[7, 5], 1.0)?;
     let head = Linear::dense(&weight)?;
     let forward = |xs: &Tensor| head.forward(xs);
-    let normed = tiny::noise(1, &[1, 3, 5], 1.0)?;
+    let normed = tiny::noise(1, &[3, 5], 1.0)?;
     let fit = |normed: &Tensor, ids: &[u32]| OutputNudge::new(2).fit(normed, ids, &forward);
     assert!(scalar(&fit(&normed, &[1, 2, 3])?.abs()?)? > 0.0);
     let zero = Tensor::zeros((1, 5), DType::F32, &Device::Cpu)?;
-    assert_identical("one token", &fit(&normed.narrow(1, 0, 1)?, &[1])?, &zero)?;
-    assert_identical("no token", &fit(&normed.narrow(1, 0, 0)?, &[])?, &zero)?;
+    assert_identical("one token", &fit(&normed.narrow(0, 0, 1)?, &[1])?, &zero)?;
+    assert_identical("no token", &fit(&normed.narrow(0, 0, 0)?, &[])?, &zero)?;
     assert_identical("no step", &OutputNudge::new(0).fit(&normed, &[1, 2, 3], &forward)?, &zero)?;
 
     for (normed, ids) in [
         (normed.clone(), [1u32, 2].as_slice()),
-        (normed.get(0)?, &[1, 2, 3]),
+        (normed.unsqueeze(0)?, &[1, 2, 3]),
         (tiny::noise(1, &[3, 1, 5], 1.0)?, &[1, 2, 3]),
     ] {
         let error = fit(&normed, ids);
@@ -982,35 +975,35 @@ fn the_loss_falls_on_smollm2() -> Result {
     let tokenizer = quantised.tokenizer().ok_or("no tokenizer")?;
     for prompt in PROMPTS {
         let text = tokenizer.encode(prompt, true)?;
-        let layout = Batch::one(text.len())?;
+        let batch = Batch::one(text.len())?;
         let nudge = ForwardNudge::new(2).directions(4);
-        let [_, _, before, after] = nudged(quantised.transformer(), (&text, &layout, 20), nudge)?;
+        let [_, _, before, after] = nudged(quantised.thought_model(), (&text, &batch, 20), nudge)?;
         falls("forward nudge at layer 20", scalar(&before)?, scalar(&after)?, 0.001);
     }
 
     let dense = HybridModel::from_gguf(&path, DType::F32, &Device::Cpu)?;
-    let model = dense.transformer();
+    let (thinker, model) = (dense.thought_model(), dense.transformer());
     let checkpoint = Checkpoint::open(&path)?;
     let shape = [checkpoint.config().vocab_size, checkpoint.config().hidden_size];
     let mut weights = checkpoint.weights(Some(DType::F32), &Device::Cpu);
     let head = Linear::dense(&weights.tensor("model.embed_tokens.weight", &shape)?)?;
     for prompt in PROMPTS {
         let text = tokenizer.encode(prompt, true)?;
-        let layout = Batch::one(text.len())?;
+        let batch = Batch::one(text.len())?;
         for entry in [0, 20] {
             let nudge = GradientNudge::new(2);
-            let [z, nudged_z, before, after] = nudged(model, (&text, &layout, entry), nudge)?;
-            let furthest = changes(&z, &nudged_z)?[0].iter().copied().fold(0.0, f32::max);
+            let [z, nudged_z, before, after] = nudged(thinker, (&text, &batch, entry), nudge)?;
+            let furthest = changes(&z, &nudged_z)?.into_iter().fold(0.0, f32::max);
             assert!(furthest < 0.0201, "{furthest}");
             let name = format!("gradient nudge at layer {entry}");
             falls(&name, scalar(&before)?, scalar(&after)?, 0.05);
         }
-        let xs = model.embed(&Tensor::new(text.as_slice(), &Device::Cpu)?.unsqueeze(0)?)?;
+        let xs = model.embed_ids(&text)?;
         let normed =
-            model.norm(&model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?)?;
+            model.norm(&model.forward(&xs, model.all_layers(), Pass::Causal(&batch))?)?;
         let delta = OutputNudge::new(5).fit(&normed, &text, &|xs| head.forward(xs))?;
         let loss = |xs: &Tensor| -> Result<f64> {
-            scalar(&cross_entropy(&head.forward(xs)?, &text, &layout)?)
+            scalar(&cross_entropy(&head.forward(xs)?, &text, &batch)?)
         };
         falls("output nudge", loss(&normed)?, loss(&normed.broadcast_add(&delta)?)?, 0.01);
     }

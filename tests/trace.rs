@@ -6,7 +6,9 @@ use std::ops::Range;
 
 use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, EncodedBatch, Halt, Halted, Thoughts, TokenTrace, Trace};
+use hybrid_attention::thought::{
+    Detail, EncodedBatch, Halt, Halted, ThoughtModel, Thoughts, TokenTrace, Trace,
+};
 use hybrid_attention::{Config, GenerationConfig, Thinking};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -17,35 +19,33 @@ use common::{Result, assert_identical};
 
 const DETAILS: [Detail; 3] = [Detail::Drift, Detail::Tokens, Detail::Maps];
 
-/// Rows of tokens and which of them think.
-struct Batch {
-    rows: Vec<(Vec<u32>, Vec<Range<usize>>)>,
+/// Sequences of tokens, and which of these think.
+struct Texts {
+    sequences: Vec<(Vec<u32>, Vec<Range<usize>>)>,
 }
 
-impl Batch {
+impl Texts {
     fn new(config: &Config, lengths: &[usize], seed: u64) -> Self {
-        let row = |(row, &length): (usize, &usize)| {
-            let seed = seed.wrapping_add(row as u64);
+        let text = |(index, &length): (usize, &usize)| {
+            let seed = seed.wrapping_add(index as u64);
             (tiny::tokens(config, seed, length), tiny::segments(seed, length))
         };
-        Self { rows: lengths.iter().enumerate().map(row).collect() }
+        Self { sequences: lengths.iter().enumerate().map(text).collect() }
     }
 
-    /// One block of them, padded on the left.
-    fn text(&self, model: &Transformer) -> Result<EncodedBatch> {
-        let lengths: Vec<usize> = self.rows.iter().map(|(ids, _)| ids.len()).collect();
-        let mut layout = Batch::ragged(&lengths)?;
-        for (row, (_, segments)) in self.rows.iter().enumerate() {
-            layout = layout.with_context(row, segments)?;
+    /// One behind the other.
+    fn packed(&self, model: &ThoughtModel) -> Result<EncodedBatch> {
+        let lengths: Vec<usize> = self.sequences.iter().map(|(ids, _)| ids.len()).collect();
+        let mut batch = Batch::ragged(&lengths)?;
+        for (sequence, (_, segments)) in self.sequences.iter().enumerate() {
+            batch = batch.with_context(sequence, segments)?;
         }
-        let seq = layout.seq();
-        let pad = |(ids, _): &(Vec<u32>, _)| [&vec![7; seq - ids.len()], ids.as_slice()].concat();
-        let ids: Vec<u32> = self.rows.iter().flat_map(pad).collect();
-        Ok(EncodedBatch::new(model, &ids, layout)?)
+        let ids: Vec<u32> = self.sequences.iter().flat_map(|(ids, _)| ids.clone()).collect();
+        Ok(EncodedBatch::new(model.decoder(), &ids, batch)?)
     }
 }
 
-fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
+fn think(model: &ThoughtModel, thinking: &Thinking, text: &EncodedBatch) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
     let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
@@ -61,7 +61,7 @@ fn assert_near(name: &str, got: &[Vec<f32>], expected: &[Vec<f64>]) {
     }
 }
 
-/// A row as the loops have it, alone and unpadded.
+/// A sequence as the loops have it, alone.
 struct ByLoops {
     first: Stream,
     z: Stream,
@@ -76,8 +76,9 @@ fn tokens_agree(
 ) -> Result {
     let got = got.ok_or("no numbers for tokens")?;
     let each = |number: &dyn Fn(&ByLoops, &ByLoops, usize) -> f64| -> Stream {
-        let rows = before.iter().zip(now);
-        rows.map(|(old, new)| (0..new.z.len()).map(|token| number(old, new, token)).collect())
+        let sequences = before.iter().zip(now);
+        sequences
+            .map(|(old, new)| (0..new.z.len()).map(|token| number(old, new, token)).collect())
             .collect()
     };
     let cosine = each(&|_, new, at| reference::cosine(&new.first[at], &new.z[at]));
@@ -98,18 +99,18 @@ fn agrees_with_the_loops(
     sight: Sight,
     seed: u64,
 ) -> Result {
-    let model = tiny::transformer(config, seed)?;
+    let model = tiny::thought_model(config, seed)?;
     let reference = Reference::new(config, &tiny::weights(config, seed)?)?;
-    let batch = Batch::new(config, lengths, seed);
+    let texts = Texts::new(config, lengths, seed);
     let refine = Interpolate::new(0.4);
     let thinking = Thinking::passes(2).span(span.clone()).sight(sight).refine(refine);
-    let text = batch.text(&model)?;
+    let text = texts.packed(&model)?;
     let Thoughts { trace, .. } = think(&model, &thinking.detail(Detail::Maps), &text)?;
-    assert_eq!(trace.tokens, text.batch().seq());
+    assert_eq!(Some(trace.tokens), lengths.iter().copied().max());
     assert_eq!(trace.halted, vec![Halted::Cap; lengths.len()]);
     assert_eq!(trace.passes.len(), 2);
 
-    let loops = batch.rows.iter().map(|(_, segments)| ThoughtLoop {
+    let loops = texts.sequences.iter().map(|(_, segments)| ThoughtLoop {
         reference: &reference,
         span: span.clone(),
         segments,
@@ -118,11 +119,11 @@ fn agrees_with_the_loops(
         share: vec![0.4; config.hidden_size],
     });
     let loops: Vec<_> = loops.collect();
-    let row = |(row, (ids, _)): (&ThoughtLoop<'_>, &(Vec<u32>, _))| {
-        let z = row.encode(ids);
-        ByLoops { first: z.clone(), logits: row.logits(&z), z }
+    let encoded = |(it, (ids, _)): (&ThoughtLoop<'_>, &(Vec<u32>, _))| {
+        let z = it.encode(ids);
+        ByLoops { first: z.clone(), logits: it.logits(&z), z }
     };
-    let mut before: Vec<ByLoops> = loops.iter().zip(&batch.rows).map(row).collect();
+    let mut before: Vec<ByLoops> = loops.iter().zip(&texts.sequences).map(encoded).collect();
     tokens_agree("first", trace.first.as_ref(), &before, &before)?;
     for (index, pass) in trace.passes.iter().enumerate() {
         let name = format!("pass {index} of {span:?}");
@@ -130,15 +131,15 @@ fn agrees_with_the_loops(
         let maps = pass.maps.as_ref().ok_or("no maps")?;
         assert_eq!(maps.similarity.len(), lengths.len());
         assert_eq!(maps.attention.len(), span.len());
-        for (row, (by_loops, old)) in loops.iter().zip(&before).enumerate() {
+        for (sequence, (by_loops, old)) in loops.iter().zip(&before).enumerate() {
             let (z, shares) = by_loops.pass(&old.z);
             drifts.extend(old.z.iter().zip(&z).map(|(old, new)| reference::drift(old, new)));
             let similarity: Stream =
                 z.iter().map(|a| z.iter().map(|b| reference::cosine(a, b)).collect()).collect();
-            assert_near(&format!("{name}: similarity"), &maps.similarity[row], &similarity);
+            assert_near(&format!("{name}: similarity"), &maps.similarity[sequence], &similarity);
             for (got, shares) in maps.attention.iter().zip(&shares) {
                 assert_eq!(got.len(), lengths.len());
-                assert_near(&format!("{name}: attention"), &got[row], shares);
+                assert_near(&format!("{name}: attention"), &got[sequence], shares);
             }
             now.push(ByLoops { first: old.first.clone(), logits: by_loops.logits(&z), z });
         }
@@ -179,8 +180,8 @@ fn long_texts_are_read_in_blocks() -> Result {
 
 #[test]
 fn what_is_not_asked_for_is_not_there() -> Result {
-    let model = tiny::transformer(&tiny::config(), 4)?;
-    let text = Batch::new(model.config(), &[5, 3], 4).text(&model)?;
+    let model = tiny::thought_model(&tiny::config(), 4)?;
+    let text = Texts::new(model.decoder().config(), &[5, 3], 4).packed(&model)?;
     let trace = |detail| -> Result<Trace> {
         Ok(think(&model, &Thinking::passes(2).detail(detail), &text)?.trace)
     };
@@ -198,18 +199,17 @@ fn what_is_not_asked_for_is_not_there() -> Result {
     Ok(())
 }
 
-/// Padding alone: there is nothing to tell of it, and it moves no number of the others.
+/// There is nothing to tell of it, and it moves no number of the others.
 #[test]
-fn a_row_without_tokens_has_no_numbers() -> Result {
-    let model = tiny::transformer(&tiny::config(), 9)?;
-    let ids = tiny::tokens(model.config(), 9, 8);
+fn a_sequence_without_tokens_has_no_numbers() -> Result {
+    let model = tiny::thought_model(&tiny::config(), 9)?;
+    let ids = tiny::tokens(model.decoder().config(), 9, 4);
     let thinking = Thinking::passes(2).detail(Detail::Maps);
-    let traced = |rows: usize, layout| -> Result<Trace> {
-        let text = EncodedBatch::new(&model, &ids[..4 * rows], layout)?;
+    let traced = |batch| -> Result<Trace> {
+        let text = EncodedBatch::new(model.decoder(), &ids, batch)?;
         Ok(think(&model, &thinking, &text)?.trace)
     };
-    let two = traced(2, Batch::ragged(&[4, 0])?)?;
-    let one = traced(1, Batch::one(4)?)?;
+    let (two, one) = (traced(Batch::ragged(&[4, 0])?)?, traced(Batch::one(4)?)?);
     for (pass, alone) in two.passes.iter().zip(&one.passes) {
         assert!((pass.drift - alone.drift).abs() < 1e-6);
         let (tokens, maps) = (pass.tokens.as_ref(), pass.maps.as_ref());
@@ -232,8 +232,8 @@ fn looking_changes_nothing() -> Result {
         let model = tiny::hybrid(&config, 5)?;
         let thinking = Thinking::passes(4).span(1..3).refine(Interpolate::new(0.3));
         let thinking = halt.into_iter().fold(thinking, Thinking::halt);
-        let text = Batch::new(&config, &[70, 6, 1], 5).text(model.transformer())?;
-        let seen = |detail| think(model.transformer(), &thinking.clone().detail(detail), &text);
+        let text = Texts::new(&config, &[70, 6, 1], 5).packed(model.thought_model())?;
+        let seen = |detail| think(model.thought_model(), &thinking.clone().detail(detail), &text);
         let blind = seen(Detail::Drift)?;
         let answer = |detail| {
             let thinking = thinking.clone().rethink_every(3).detail(detail);
@@ -310,8 +310,8 @@ fn assert_like(at: &str, got: &Value, expected: &Value) {
 
 #[test]
 fn a_trace_is_written_as_documented() -> Result {
-    let model = tiny::transformer(&tiny::config(), 7)?;
-    let text = Batch::new(model.config(), &[3, 2], 7).text(&model)?;
+    let model = tiny::thought_model(&tiny::config(), 7)?;
+    let text = Texts::new(model.decoder().config(), &[3, 2], 7).packed(&model)?;
     let trace = think(&model, &Thinking::passes(1), &text)?.trace;
     let (drift, seconds) = (trace.passes[0].drift, trace.passes[0].seconds);
     let expected = json!({
@@ -338,7 +338,7 @@ fn a_trace_is_written_as_documented() -> Result {
     Ok(())
 }
 
-/// A token whose embedding is zero, as padding tokens often have it, has no length to compare with.
+/// A token whose embedding is zero, as that of a padding token often is, has no length to compare with.
 #[test]
 fn thoughts_of_length_0_are_traced_in_numbers() -> Result {
     let config = tiny::config();
@@ -348,8 +348,8 @@ fn thoughts_of_length_0_are_traced_in_numbers() -> Result {
     let zero = table.narrow(0, 0, 1)?.zeros_like()?;
     let table = candle_core::Tensor::cat(&[zero, table.narrow(0, 1, 31)?], 0)?;
     weights.insert(name.to_string(), table);
-    let model = Transformer::new(&config, &mut weights)?;
-    let text = EncodedBatch::new(&model, &[5, 0, 9, 0], Batch::one(4)?)?;
+    let model = ThoughtModel::from(Transformer::new(&config, &mut weights)?);
+    let text = EncodedBatch::new(model.decoder(), &[5, 0, 9, 0], Batch::one(4)?)?;
     for weight in [0.0, 0.3, 1.0] {
         let thinking = Thinking::passes(2).refine(Interpolate::new(weight)).detail(Detail::Maps);
         let thoughts = think(&model, &thinking, &text)?;

@@ -100,6 +100,7 @@ impl<'c> TokenStream<'c> {
         transformer.check_ids(&prompt.ids)?;
         let conversation = match conversation {
             Some(lent) => {
+                transformer.check_cache(lent.cache())?;
                 if total > lent.capacity() {
                     let (of, capacity) = ("the conversation", lent.capacity());
                     return Err(Error::ContextFull { of, capacity, requested: total });
@@ -169,12 +170,12 @@ impl<'c> TokenStream<'c> {
         &self.writer.answer.traces
     }
 
-    /// Why the answer ended; `None` while it has not.
+    /// Why the answer ended; `None` while it has not, and where an error ended it.
     #[must_use]
     pub fn stop(&self) -> Option<StopReason> {
         match self.next {
-            Next::Prompt => None,
-            Next::Logits(_) | Next::Token(_) | Next::Nothing => self.writer.stop,
+            Next::Prompt | Next::Nothing => None,
+            Next::Logits(_) | Next::Token(_) => self.writer.stop,
         }
     }
 
@@ -200,16 +201,17 @@ impl<'c> TokenStream<'c> {
     /// by itself. Gives the tokens of the prompt that were in the conversation's cache already.
     ///
     /// # Errors
-    /// As those of the stream, which then ends.
+    /// As those of the stream, which then ends; [`Error::StreamFailed`] when it has ended so before.
     pub fn read_prompt(&mut self) -> Result<usize> {
-        if matches!(self.next, Next::Prompt) {
-            self.next = Next::Nothing;
-            let Self { conversation, decoder, writer, progress, .. } = self;
-            let read = decoder.read(self.prompt_logprobs, conversation.get(), progress)?;
-            self.kept = read.kept;
-            let logits = writer.begin(read);
-            self.next = Next::Logits(logits);
+        match self.next {
+            Next::Logits(_) | Next::Token(_) => return Ok(self.kept),
+            Next::Nothing => return Err(Error::StreamFailed),
+            Next::Prompt => self.next = Next::Nothing,
         }
+        let Self { conversation, decoder, writer, progress, .. } = self;
+        let read = decoder.read(self.prompt_logprobs, conversation.get(), progress)?;
+        self.kept = read.kept;
+        self.next = Next::Logits(writer.begin(read));
         Ok(self.kept)
     }
 

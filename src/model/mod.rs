@@ -309,6 +309,11 @@ impl Transformer {
         }
     }
 
+    /// Refuses a cache that another transformer made.
+    pub(crate) fn check_cache(&self, cache: &KvCache) -> Result<()> {
+        cache.check_owner(self.stack_id())
+    }
+
     pub(crate) fn check_context(&self, requested: usize) -> Result<()> {
         self.stack.check_context(requested)
     }

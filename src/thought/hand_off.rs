@@ -98,7 +98,7 @@ impl ThoughtLoop {
     /// layers before the span hold stays true: no thought has entered them.
     ///
     /// # Errors
-    /// As [`enter`](Self::enter).
+    /// As [`enter`](Self::enter); [`Error::Parameter`] for a position behind the end of the text.
     pub fn enter_again(
         &self,
         text: &EncodedBatch,
@@ -107,6 +107,11 @@ impl ThoughtLoop {
         changed: usize,
     ) -> Result<Entry> {
         let (Range { start: a, end: b }, n) = (self.span(), self.model.decoder().all_layers().end);
+        let tokens = text.batch().tokens();
+        if changed > tokens {
+            let expected = format!("a position within the {tokens} tokens");
+            return Err(Error::parameter("changed", expected, changed));
+        }
         let from = match cache.truncate_layers(a..n, changed) {
             Err(Error::CacheRolled { .. }) => {
                 // The window has let go of what would be needed: begin anew.

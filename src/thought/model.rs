@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
 use crate::error::Result;
-use crate::model::{Batch, Pass, Sight, Stack, Transformer, Weights};
+use crate::model::{Batch, ForwardContext, Pass, Sight, Stack, Transformer, Weights};
 
 /// A [`Transformer`] and what belongs to it for thought passes: low-rank adapters of their own, blocks
 /// that only they run, a gate.
@@ -113,8 +113,17 @@ impl ThoughtModel {
         batch: &Batch,
         sight: Sight,
     ) -> Result<Tensor> {
+        self.run_thought_layers(xs, Pass::uncached(batch, sight).into())
+    }
+
+    /// [`forward_thought_layers`](Self::forward_thought_layers) in a pass that can be cancelled.
+    pub(super) fn run_thought_layers(
+        &self,
+        xs: &Tensor,
+        context: ForwardContext<'_>,
+    ) -> Result<Tensor> {
         match &self.thought_layers {
-            Some(layers) => layers.forward(xs, 0..layers.len(), Pass::uncached(batch, sight)),
+            Some(layers) => layers.forward(xs, 0..layers.len(), context),
             None => Ok(xs.clone()),
         }
     }

@@ -241,8 +241,9 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`Error::Template`] if there is no template, it does not parse, it asks for something that
-    /// does not exist, it does not come to an end, or it raises an exception: then the message is
-    /// the template's own.
+    /// does not exist, it does not come to an end, it leaves out what a role says that it does not
+    /// know, or it raises an exception: then the message is the template's own. [`Error::Parameter`]
+    /// for no messages at all.
     pub fn render_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let template = self
             .chat

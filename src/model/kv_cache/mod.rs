@@ -3,6 +3,8 @@
 mod layer;
 mod open;
 mod pool;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 

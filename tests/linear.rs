@@ -85,6 +85,51 @@ fn quantised_weights_are_those_they_stand_for() -> Result {
     Ok(())
 }
 
+/// A row gives the same bits whatever rows come with it, up to as many as are multiplied as the weight is
+/// read: a sequence that is decoded beside others gets what it gets alone.
+#[test]
+fn a_row_gives_the_same_bits_beside_others() -> Result {
+    for (out, width) in [(70, 1280), (27, 576), (24, 256), (50, 37), (1, 1)] {
+        let weight = tiny::noise(1, &[out, width], 1.0)?;
+        let dense = [DType::F32, DType::BF16, DType::F16].into_iter().map(|dtype| -> Result<_> {
+            Ok((format!("{dtype:?}"), Linear::dense(&weight.to_dtype(dtype)?)?))
+        });
+        let blocks = BLOCKS.into_iter().filter(|dtype| width % dtype.block_size() == 0);
+        let blocks = blocks.map(|dtype| -> Result<_> {
+            let weight = Arc::new(QTensor::quantize(&weight, dtype)?);
+            Ok((format!("{dtype:?}"), Linear::quantized(weight)?))
+        });
+        let xs = tiny::noise(2, &[16, width], 1.0)?;
+        for linear in dense.chain(blocks) {
+            let (name, linear) = linear?;
+            let alone = (0..16).map(|row| Ok(linear.forward(&xs.narrow(0, row, 1)?)?));
+            let alone = alone.collect::<Result<Vec<_>>>()?;
+            for rows in 2..=16 {
+                let name = format!("{rows} rows of {width} by {out} of {name}");
+                let expected = Tensor::cat(&alone[16 - rows..], 0)?;
+                let xs = xs.narrow(0, 16 - rows, rows)?;
+                assert_identical(&name, &linear.forward(&xs)?, &expected)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A view may repeat itself until no memory could hold it.
+#[test]
+fn what_no_memory_holds_is_refused() -> Result {
+    let endless =
+        |width| Tensor::ones((1, 1), DType::F32, &Device::Cpu)?.expand((usize::MAX, width));
+    for width in [1, 2] {
+        let error = Linear::dense(&endless(width)?).err().map(|error| error.to_string());
+        assert!(error.is_some_and(|it| it.starts_with("parameter matrix: expected")));
+    }
+    let linear = Linear::dense(&Tensor::ones((3, 2), DType::F32, &Device::Cpu)?)?;
+    let error = linear.forward(&endless(2)?).err().map(|error| error.to_string());
+    assert!(error.is_some_and(|it| it.starts_with("parameter matrix: expected")));
+    Ok(())
+}
+
 /// Bits of every kind, not only those that a quantiser would choose: each weight of a block is read
 /// out by a row of the identity, to the last bit as candle unpacks it.
 #[test]

@@ -257,3 +257,132 @@ pub(crate) fn attend(
     }
     Ok(Fresh::new(attention::attend_composite(q, k, v, spans, scale)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+    use proptest::prelude::*;
+
+    /// `op` of tracked inputs and its gradients with respect to them, for a sum that weighs every
+    /// element differently.
+    fn with_gradients(
+        inputs: &[Tensor],
+        op: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let vars = inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<Vec<_>>>()?;
+        let tracked: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let ys = op(&tracked)?;
+        assert!(ys.track_op());
+        let weights = Tensor::arange(0f32, ys.elem_count() as f32, ys.device())?.sin()?;
+        let gradients = (&ys * weights.reshape(ys.shape())?)?.sum_all()?.backward()?;
+        let mut all = vec![ys.detach()];
+        for var in &vars {
+            all.push(gradients.get(var).cloned().unwrap_or(var.zeros_like()?));
+        }
+        Ok(all)
+    }
+
+    /// How much the forms of an op differ, in their values and in their gradients: the one without
+    /// a graph, the fused one with a graph, and the composite one.
+    fn forms_differ_by(
+        inputs: &[Tensor],
+        fused: impl Fn(&[Tensor]) -> Result<Tensor>,
+        composite: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<f32> {
+        let copies = inputs.iter().map(Tensor::copy).collect::<candle_core::Result<Vec<_>>>()?;
+        let expected = with_gradients(inputs, composite)?;
+        let mut pairs = vec![(fused(&copies)?, expected[0].clone())];
+        pairs.extend(with_gradients(inputs, fused)?.into_iter().zip(expected));
+        let mut largest = 0f32;
+        for (got, expected) in pairs {
+            let difference = (got - &expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            let size = expected.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            largest = largest.max(difference / size.max(1.0));
+        }
+        Ok(largest)
+    }
+
+    proptest! {
+        #[test]
+        fn all_forms_agree(
+            tokens in 1usize..80, heads in 1usize..4, half in 1usize..40,
+        ) {
+            let run = || -> Result<[f32; 4]> {
+                let random = |shape: &[usize]| Tensor::randn(0f32, 2.0, shape, &Device::Cpu);
+                let xs = random(&[tokens, heads * 2 * half])?;
+                let angles = random(&[tokens, half])?;
+                let (cos, sin) = (angles.cos()?, angles.sin()?);
+                let split = |xs: &Tensor| -> Result<Tensor> {
+                    let xs = xs.reshape((tokens, heads, 2 * half))?;
+                    Ok(xs.transpose(0, 1)?.contiguous()?)
+                };
+                let scaled = [xs.clone(), random(&[heads * 2 * half])?];
+                let gated = [xs.clone(), random(xs.dims())?];
+                let only = std::slice::from_ref(&xs);
+                let sum = (&gated[0] + Fresh::new(gated[1].copy()?))?;
+                assert_eq!(sum.to_vec2::<f32>()?, (&gated[0] + &gated[1])?.to_vec2::<f32>()?);
+                Ok([
+                    forms_differ_by(
+                        only,
+                        |it| split_heads(&it[0], heads, Some((&cos, &sin))),
+                        |it| rope(&split(&it[0])?, &cos, &sin),
+                    )?,
+                    forms_differ_by(only, |it| split_heads(&it[0], heads, None), |it| split(&it[0]))?,
+                    forms_differ_by(
+                        &scaled,
+                        |it| rms_norm(&it[0], &it[1], 1e-5),
+                        |it| Ok(ops::rms_norm_slow(&it[0], &it[1], 1e-5)?),
+                    )?,
+                    forms_differ_by(
+                        &gated,
+                        |it| Ok(swiglu(Fresh::new(it[0].clone()), &it[1])?.into_tensor()),
+                        |it| Ok((it[0].silu()? * &it[1])?),
+                    )?,
+                ])
+            };
+            let differences = run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+            prop_assert!(differences.iter().all(|d| *d < 2e-5), "{differences:?}");
+        }
+
+        #[test]
+        fn softmax_forms_agree(rows in 1usize..9, width in 1usize..80) {
+            let run = || -> Result<f32> {
+                let xs = Tensor::randn(0f32, 2.0, (rows, width), &Device::Cpu)?;
+                forms_differ_by(&[xs], |it| softmax(&it[0]), |it| Ok(ops::softmax(&it[0], D::Minus1)?))
+            };
+            let difference = run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+            prop_assert!(difference < 2e-5, "{difference}");
+        }
+    }
+
+    #[test]
+    fn a_logarithm_of_shares_is_the_logarithm_of_shares() -> Result<()> {
+        let xs = Tensor::randn(0f32, 2.0, (3, 50), &Device::Cpu)?;
+        let difference = (log_softmax(&xs)?.exp()? - softmax(&xs)?)?.abs()?;
+        assert!(difference.flatten_all()?.max(0)?.to_scalar::<f32>()? < 1e-6);
+        Ok(())
+    }
+
+    /// A sum lies where its fresh part lay, and where that cannot be, the sum is the same.
+    #[test]
+    fn a_sum_is_the_same_wherever_it_lies() -> Result<()> {
+        let random = |dims: (usize, usize)| Tensor::randn(0f32, 1.0, dims, &Device::Cpu);
+        let (xs, ys) = (random((5, 6))?, random((5, 6))?);
+        let expected = (&xs + &ys)?.to_vec2::<f32>()?;
+        let turned = ys.t()?.contiguous()?.t()?;
+        let row = random((1, 6))?.broadcast_as((5, 6))?;
+        let var = Var::from_tensor(&xs)?;
+        assert_eq!((&xs + Fresh::new(ys.copy()?))?.to_vec2::<f32>()?, expected);
+        assert_eq!((&xs + Fresh::new(turned))?.to_vec2::<f32>()?, expected);
+        let tracked = (var.as_tensor() + Fresh::new(ys.copy()?))?;
+        assert!(tracked.track_op());
+        assert_eq!(tracked.to_vec2::<f32>()?, expected);
+        let sum = (Fresh::new(xs.copy()?) + Fresh::new(ys.copy()?))?;
+        assert_eq!(sum.tensor().to_vec2::<f32>()?, expected);
+        let sum = (&row + Fresh::new(ys.copy()?))?;
+        assert_eq!(sum.to_vec2::<f32>()?, (&row + &ys)?.to_vec2::<f32>()?);
+        assert!((&xs + Fresh::new(random((6, 5))?)).is_err());
+        Ok(())
+    }
+}

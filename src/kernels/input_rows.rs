@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use candle_core::quantized::QTensor;
 use candle_core::{CpuStorage, Error, Result, Storage, Tensor};
+use rayon::prelude::*;
 
 use super::dense::{self, Element, Tiles};
 use super::quantized::{self, FixedPoint, QuantBlock, for_blocks};
@@ -91,6 +92,21 @@ impl InputRows {
         // Column-major first, so that a task writes one unbroken run: (out, rows).
         let mut columns = vec![0f32; out * rows];
         few(values(&self.xs).get()?, &mut columns);
-        Tensor::from_vec(columns, (out, rows), self.xs.device())?.t()?.contiguous()
+        let ys = if rows == 1 { columns } else { transposed(&columns, rows) };
+        Tensor::from_vec(ys, (rows, out), self.xs.device())
     }
+}
+
+/// `(out, rows)` to `(rows, out)`
+fn transposed(columns: &[f32], rows: usize) -> Vec<f32> {
+    const TASK: usize = 1 << 13;
+    let mut ys = vec![0f32; columns.len()];
+    let out = (columns.len() / rows.max(1)).max(1);
+    let of_rows = ys.par_chunks_mut(out).with_min_len(TASK.div_ceil(out)).enumerate();
+    of_rows.for_each(|(row, ys)| {
+        for (y, column) in ys.iter_mut().zip(columns.chunks_exact(rows)) {
+            *y = column[row];
+        }
+    });
+    ys
 }

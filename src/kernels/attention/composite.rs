@@ -57,7 +57,7 @@ pub(in crate::kernels) fn attend(
     by_blocks(q, k, v, spans, scale, SCORES_AT_ONCE)
 }
 
-fn by_blocks(
+pub(super) fn by_blocks(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,

@@ -93,36 +93,118 @@ fn reads(xs: &Tensor) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Spans;
+    use super::super::spans::Case;
     use super::*;
     use crate::error::Result;
     use candle_core::{Device, Var};
+    use proptest::prelude::*;
+
+    fn sequence(case: Case) -> Result<SequenceSpans> {
+        Ok(Spans::of(&[case]).sequence(0)?.clone())
+    }
 
     #[test]
     fn the_kernel_is_given_what_it_can_read() -> Result<()> {
-        let zeros = |dtype, dims: [usize; 4]| Tensor::zeros(&dims, dtype, &Device::Cpu);
-        let heads = zeros(DType::BF16, [2, 3, 40, 24])?;
+        let zeros = |dtype, dims: [usize; 3]| Tensor::zeros(&dims, dtype, &Device::Cpu);
+        let heads = zeros(DType::BF16, [3, 40, 24])?;
         for readable in [
             heads.clone(),
-            zeros(DType::F16, [1, 1, 1, 512])?,
-            heads.narrow(2, 5, 7)?,                         // of a cache
-            heads.transpose(1, 2)?,                         // not yet heads by heads
-            heads.narrow(3, 8, 16)?, // a part that begins at a multiple of 16 bytes
-            heads.narrow(1, 0, 1)?.expand((2, 4, 40, 24))?, // one for many
+            zeros(DType::F16, [1, 1, 512])?,
+            heads.narrow(1, 5, 7)?,                      // of a cache
+            heads.transpose(0, 1)?,                      // not yet heads by heads
+            heads.narrow(2, 8, 16)?, // a part that begins at a multiple of 16 bytes
+            heads.narrow(0, 0, 1)?.expand((4, 40, 24))?, // one for many
         ] {
             assert!(reads(&readable), "{:?}", readable.layout());
         }
         for unreadable in [
-            zeros(DType::F32, [2, 3, 40, 24])?,
-            zeros(DType::F16, [1, 1, 4, 20])?,
-            zeros(DType::F16, [1, 1, 4, 520])?,
-            zeros(DType::F16, [1, 1, 4, 0])?,
-            heads.transpose(2, 3)?,
-            heads.narrow(3, 4, 8)?,
-            zeros(DType::F16, [1, 2, 4, 20])?.narrow(3, 0, 16)?,
+            zeros(DType::F32, [3, 40, 24])?,
+            zeros(DType::F16, [1, 4, 20])?,
+            zeros(DType::F16, [1, 4, 520])?,
+            zeros(DType::F16, [1, 4, 0])?,
+            heads.transpose(1, 2)?,
+            heads.narrow(2, 4, 8)?,
+            zeros(DType::F16, [2, 4, 20])?.narrow(2, 0, 16)?,
             Var::from_tensor(&heads)?.as_tensor().clone(),
         ] {
             assert!(!reads(&unreadable), "{:?}", unreadable.layout());
         }
         Ok(())
+    }
+
+    #[test]
+    fn the_spans_of_a_prompt_and_of_an_answer_are_bands() -> Result<()> {
+        let [causal, both, question] = [vec![], vec![0..8], vec![0..5]];
+        let halves = vec![0..4, 4..8];
+        let band = |behind, ahead| Some(Band { behind, ahead });
+        for (segments, queries, held_from, window, expected) in [
+            (&both, 0..8, 0, None, band(None, None)),
+            (&both, 0..8, 0, Some(3), band(Some(2), Some(2))),
+            (&both, 0..8, 0, Some(8), band(None, None)),
+            (&causal, 0..8, 0, None, band(None, Some(0))),
+            (&causal, 5..8, 0, None, band(None, Some(0))), // a chunk
+            (&causal, 5..8, 0, Some(4), band(Some(3), Some(0))),
+            (&causal, 5..8, 2, Some(4), band(Some(3), Some(0))), // the oldest keys are gone
+            (&causal, 7..8, 0, None, band(None, None)),          // a token of the answer
+            (&causal, 7..8, 0, Some(4), band(Some(3), None)),
+            (&question, 0..8, 0, None, None),
+            (&halves, 0..8, 0, None, None),
+            (&both, 8..8, 0, None, None),
+        ] {
+            let (past, new) = (queries.start, queries.len());
+            let case = Case { held_from, past, new, segments: segments.clone(), window };
+            assert_eq!(Band::of(&sequence(case.clone())?), expected, "{case:?}");
+        }
+        Ok(())
+    }
+
+    /// Whether candle's flash attention lets a query see a key: `apply_mask_local` of its `mask.h`.
+    fn flash_sees(band: Band, spans: &SequenceSpans, query: usize, key: usize) -> bool {
+        let (keys, queries) = (spans.keys.len() as i64, spans.sees.len() as i64);
+        let [left, right] = [band.behind, band.ahead].map(|it| it.map_or(keys, |it| it as i64));
+        let at = query as i64 + keys - queries;
+        let seen = (at - left).max(0)..keys.min(at + 1 + right);
+        seen.contains(&(key as i64))
+    }
+
+    fn is(spans: &SequenceSpans, band: Band) -> bool {
+        spans.sees.iter().enumerate().all(|(query, sees)| {
+            (0..spans.keys.len()).all(|key| {
+                sees.contains(&(key + spans.keys.start)) == flash_sees(band, spans, query, key)
+            })
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        /// Nothing else is taken for a band, and no band is missed.
+        #[test]
+        fn what_is_taken_for_a_band_is_one(
+            total in 1usize..10, past in 0usize..10, held_from in 0usize..10,
+            cuts in prop::option::of(prop::collection::vec(0usize..10, 2..5)),
+            bidirectional: bool, window in prop::option::of(1usize..12),
+        ) {
+            let past = past.min(total - 1);
+            let held_from = held_from.min(past);
+            let segments = match cuts {
+                Some(mut cuts) => {
+                    cuts.sort_unstable();
+                    cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect()
+                }
+                None if bidirectional => vec![0..total],
+                None => vec![],
+            };
+            let case = Case { held_from, past, new: total - past, segments, window };
+            let spans = sequence(case).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let reaches = || std::iter::once(None).chain((0..total).map(Some));
+            let mut bands = reaches()
+                .flat_map(|behind| reaches().map(move |ahead| Band { behind, ahead }));
+            match Band::of(&spans) {
+                Some(band) => prop_assert!(is(&spans, band), "{band:?}"),
+                None => prop_assert!(!bands.any(|band| is(&spans, band))),
+            }
+        }
     }
 }

@@ -16,6 +16,8 @@ mod flash;
 mod flash_attn;
 mod gradient;
 mod spans;
+#[cfg(test)]
+mod tests;
 
 use candle_core::{DType, Tensor};
 

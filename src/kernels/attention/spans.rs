@@ -81,3 +81,46 @@ impl SequenceSpans {
         at(positions.start)..at(positions.end)
     }
 }
+
+/// A sequence of tests: what came before, what is new, and which rule holds.
+#[cfg(test)]
+#[derive(Clone, Debug, Default)]
+pub(super) struct Case {
+    /// The first position whose key is still held.
+    pub(super) held_from: usize,
+    pub(super) past: usize,
+    pub(super) new: usize,
+    /// Positions that see each other in both directions; others see what came before them.
+    pub(super) segments: Vec<Range<usize>>,
+    /// How many positions behind itself a query sees, itself included, and as many ahead.
+    pub(super) window: Option<usize>,
+}
+
+#[cfg(test)]
+impl Case {
+    fn sees(&self, query: usize) -> Range<usize> {
+        let window = self.window.unwrap_or(usize::MAX).max(1);
+        let segment = self.segments.iter().find(|it| it.contains(&query));
+        let end = segment.map_or(query + 1, |it| it.end).min(query.saturating_add(window));
+        let start = (query + 1).saturating_sub(window).max(self.held_from);
+        start..end.min(self.past + self.new)
+    }
+}
+
+#[cfg(test)]
+impl Spans {
+    pub(super) fn of(cases: &[Case]) -> Self {
+        let mut spans = Self::default();
+        for case in cases {
+            let (first, total) = (spans.queries(), case.past + case.new);
+            let keys = case.held_from..total;
+            spans.sequences.push(SequenceSpans {
+                queries: first..first + case.new,
+                from: spans.keys(),
+                keys,
+                sees: (case.past..total).map(|query| case.sees(query)).collect(),
+            });
+        }
+        spans
+    }
+}

@@ -1,13 +1,41 @@
-//! Dot products of a few input rows with every row of a dense weight, limited by how fast it is read;
-//! those with blocks are in `quantized`.
+//! Products of a few input rows with every row of a weight: one row is limited by how fast the weight is
+//! read, many by arithmetic.
+//!
+//! However many rows there are, a product is summed up in one order, so that a row gives the same bits
+//! alone and beside others:
+//!
+//! ```text
+//! lane l of a vector   x[l] w[l] + x[l + LANES] w[l + LANES] + ...     each fused to the sum so far
+//! y                    the sum of all lanes + the products that fill no vector
+//! ```
+//!
+//! One row is multiplied with several rows of the weight side by side, which are widened in registers.
+//! Several rows share what is widened:
+//!
+//! ```text
+//! k goes by RUN at a time, and for each run the rows of the weight, COLUMNS at a time:
+//!     these are widened once,
+//!     and each block of rows of x is multiplied with all of them: sums stay in registers for a whole run
+//! ```
+
+use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::ROWS_PER_TASK;
-use super::element::{Element, RUN};
+use super::element::Element;
+use crate::kernels::input_rows::FEW_ROWS;
 
-/// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, few of them, and dense `w` of
+/// Weights of each row that are widened at a time where several rows of `x` share them: with as much of
+/// [`FEW_ROWS`] rows of `x` and the sums of a task they stay in the first-level cache. A multiple of
+/// every block.
+const RUN: usize = 256;
+
+/// Rows of the weight whose sums, for four rows of `x`, fill 12 of 16 registers, or for eight 24 of 32.
+const COLUMNS: usize = 3;
+
+/// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
 /// `(out, len)`.
 pub(in crate::kernels) fn few_rows<T: Element>(
     x: &[f32],
@@ -22,48 +50,38 @@ pub(in crate::kernels) fn few_rows<T: Element>(
     let arch = Arch::new();
     columns
         .par_chunks_mut(ROWS_PER_TASK * rows)
-        .zip(w.par_chunks(ROWS_PER_TASK * len))
-        .for_each(|(columns, w)| arch.dispatch(Wide { x, w, len, columns }));
+        .zip(w.par_chunks(ROWS_PER_TASK * (len / T::LEN)))
+        .for_each(|(columns, w)| arch.dispatch(FewRows { x, w, len, columns }));
 }
 
-struct Wide<'a, T> {
-    x: &'a [f32],
-    w: &'a [T],
-    len: usize,
-    columns: &'a mut [f32],
+pub(in crate::kernels) struct FewRows<'a, T> {
+    pub(in crate::kernels) x: &'a [f32],
+    /// At most [`ROWS_PER_TASK`] rows.
+    pub(in crate::kernels) w: &'a [T],
+    pub(in crate::kernels) len: usize,
+    pub(in crate::kernels) columns: &'a mut [f32],
 }
 
-impl<T: Element> WithSimd for Wide<'_, T> {
+impl<T: Element> WithSimd for FewRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        if self.x.len() == self.len {
-            return self.one_row(simd);
-        }
-        let rows = self.x.len() / self.len;
-        let mut wide = [0f32; RUN];
-        for (column, w) in self.columns.chunks_exact_mut(rows).zip(self.w.chunks_exact(self.len)) {
-            column.fill(0.0);
-            for (run, w) in w.chunks(RUN).enumerate() {
-                prefetch_ahead(w);
-                let w = T::widen(simd, w, &mut wide);
-                for (y, x) in column.iter_mut().zip(self.x.chunks_exact(self.len)) {
-                    *y += dot(simd, &x[run * RUN..][..w.len()], w);
-                }
-            }
+        match self.x.len() == self.len {
+            true => self.one(simd),
+            false => self.several(simd),
         }
     }
 }
 
-impl<T: Element> Wide<'_, T> {
+impl<T: Element> FewRows<'_, T> {
     /// Several parts of the weight side by side, row by row: a processor has more of them on their way
     /// from memory than of one.
     #[inline(always)]
-    fn one_row<S: Simd>(self, simd: S) {
+    fn one<S: Simd>(self, simd: S) {
         let Self { x, w, len, columns } = self;
-        let of_stream = columns.len() / STREAMS;
-        let row = |row: usize| &w[row * len..][..len];
+        let (of_stream, row_len) = (columns.len() / STREAMS, len / T::LEN);
+        let row = |row: usize| &w[row * row_len..][..row_len];
         for first in 0..of_stream {
             let rows = std::array::from_fn(|stream| row(first + stream * of_stream));
             let sums: [f32; STREAMS] = dot_rows(simd, x, rows);
@@ -75,39 +93,166 @@ impl<T: Element> Wide<'_, T> {
             [*y] = dot_rows(simd, x, [row(last)]);
         }
     }
+
+    #[inline(always)]
+    fn several<S: Simd>(self, simd: S) {
+        let Self { x, w, len, columns } = self;
+        let (rows, row_len) = (x.len() / len, len / T::LEN);
+        let zero = simd.splat_f32s(0.0);
+        let mut sums = [[[zero; COLUMNS]; FEW_ROWS]; ROWS_PER_TASK / COLUMNS];
+        let mut wide = [[0f32; RUN]; COLUMNS];
+        columns.fill(0.0);
+        for start in (0..len).step_by(RUN) {
+            let run = RUN.min(len - start);
+            let panels = w.chunks(COLUMNS * row_len).zip(columns.chunks_mut(COLUMNS * rows));
+            for ((w, columns), sums) in panels.zip(&mut sums) {
+                let mut panel: [&[f32]; COLUMNS] = [&[]; COLUMNS];
+                for ((panel, wide), w) in panel.iter_mut().zip(&mut wide).zip(w.chunks(row_len)) {
+                    let w = &w[start / T::LEN..][..run / T::LEN];
+                    prefetch_ahead(w);
+                    *panel = T::widen(simd, w, wide);
+                }
+                let rest = run / S::F32_LANES * S::F32_LANES; // from here on no vector is filled
+                if rest < run {
+                    for (columns, w) in columns.chunks_exact_mut(rows).zip(panel) {
+                        for (y, x) in columns.iter_mut().zip(x.chunks_exact(len)) {
+                            *y = dot_rest(&x[start + rest..start + run], &w[rest..]);
+                        }
+                    }
+                }
+                // Behind the last row of the weight, the first is multiplied again for nothing.
+                let first = panel[0];
+                let panel = panel.map(|w| S::as_simd_f32s(if w.is_empty() { first } else { w }).0);
+                multiply(simd, x, len, start..start + run, panel, &mut sums[..rows]);
+            }
+        }
+        for (panel, columns) in sums.iter().zip(columns.chunks_mut(COLUMNS * rows)) {
+            for (column, columns) in columns.chunks_exact_mut(rows).enumerate() {
+                for (y, sums) in columns.iter_mut().zip(panel) {
+                    *y += simd.reduce_sum_f32s(sums[column]);
+                }
+            }
+        }
+    }
 }
 
-/// Rows of a weight that are read at a time.
+/// Adds to `sums` the products of a run of all rows of `x` with that of [`COLUMNS`] rows of the weight.
+#[inline(always)]
+fn multiply<S: Simd>(
+    simd: S,
+    x: &[f32],
+    len: usize,
+    run: Range<usize>,
+    w: [&[S::f32s]; COLUMNS],
+    sums: &mut [[S::f32s; COLUMNS]],
+) {
+    let row = |row: usize| S::as_simd_f32s(&x[row * len..][run.clone()]).0;
+    let (mut first, mut rest) = (0, sums);
+    if S::REGISTER_COUNT >= 32 {
+        let (eights, behind) = rest.as_chunks_mut::<8>();
+        for sums in eights {
+            eight_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
+            first += 8;
+        }
+        rest = behind;
+    }
+    let (fours, behind) = rest.as_chunks_mut::<4>();
+    for sums in fours {
+        four_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
+        first += 4;
+    }
+    if let ([sums], _) = behind.as_chunks_mut::<3>() {
+        three_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
+    } else if let ([sums], _) = behind.as_chunks_mut::<2>() {
+        two_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
+    } else if let ([sums], _) = behind.as_chunks_mut::<1>() {
+        one_row(simd, std::array::from_fn(|index| row(first + index)), w, sums);
+    }
+}
+
+/// Some rows of `x` by [`COLUMNS`] rows of the weight. Each sum has a name, as those of an array are kept in
+/// memory.
+macro_rules! rows_by_columns {
+    ($name:ident, $rows:literal: $($x:ident $sum0:ident $sum1:ident $sum2:ident),*) => {
+        #[inline(always)]
+        fn $name<S: Simd>(
+            simd: S,
+            x: [&[S::f32s]; $rows],
+            w: [&[S::f32s]; COLUMNS],
+            sums: &mut [[S::f32s; COLUMNS]; $rows],
+        ) {
+            let [w0, w1, w2] = w;
+            let steps = w0.len();
+            // All of one known length, so that no check, and no way out, is left in the loop.
+            let (w1, w2) = (&w1[..steps], &w2[..steps]);
+            let [$($x),*] = x;
+            $(let $x = &$x[..steps];)*
+            let [$([mut $sum0, mut $sum1, mut $sum2]),*] = *sums;
+            for k in 0..steps {
+                let (w0, w1, w2) = (w0[k], w1[k], w2[k]);
+                $(
+                    $sum0 = simd.mul_add_e_f32s($x[k], w0, $sum0);
+                    $sum1 = simd.mul_add_e_f32s($x[k], w1, $sum1);
+                    $sum2 = simd.mul_add_e_f32s($x[k], w2, $sum2);
+                )*
+            }
+            *sums = [$([$sum0, $sum1, $sum2]),*];
+        }
+    };
+}
+
+rows_by_columns!(one_row, 1: x0 a0 b0 c0);
+rows_by_columns!(two_rows, 2: x0 a0 b0 c0, x1 a1 b1 c1);
+rows_by_columns!(three_rows, 3: x0 a0 b0 c0, x1 a1 b1 c1, x2 a2 b2 c2);
+rows_by_columns!(four_rows, 4: x0 a0 b0 c0, x1 a1 b1 c1, x2 a2 b2 c2, x3 a3 b3 c3);
+rows_by_columns!(eight_rows, 8: x0 a0 b0 c0, x1 a1 b1 c1, x2 a2 b2 c2, x3 a3 b3 c3,
+    x4 a4 b4 c4, x5 a5 b5 c5, x6 a6 b6 c6, x7 a7 b7 c7);
+
+/// Rows of a weight that are read side by side for one row of `x`.
 const STREAMS: usize = 4;
 
 /// `Σ x[i]·w[i]` for some rows of weights, which are widened in registers, so few at a time that they
 /// stay there.
 #[inline(always)]
 fn dot_rows<S: Simd, T: Element, const N: usize>(simd: S, x: &[f32], w: [&[T]; N]) -> [f32; N] {
-    const STEP: usize = 64;
-    let mut sums = [[simd.splat_f32s(0.0); 2]; N];
-    let (x, x_tail) = x.as_chunks::<STEP>();
-    let (w, w_tail) = (w.map(|w| w.as_chunks::<STEP>().0), w.map(|w| w.as_chunks::<STEP>().1));
+    let mut sums = [simd.splat_f32s(0.0); N];
+    let (x, x_rest) = x.as_chunks::<STEP>();
+    let of_step = STEP / T::LEN;
     for (step, x) in x.iter().enumerate() {
-        let (x, _) = S::as_simd_f32s(x);
-        for (sums, w) in sums.iter_mut().zip(w) {
-            let Some(w) = w.get(step) else { continue };
+        for (sum, w) in sums.iter_mut().zip(w) {
+            let w = &w[step * of_step..][..of_step];
             prefetch_ahead(w);
             let mut wide = [0f32; STEP];
-            let (w, _) = S::as_simd_f32s(T::widen(simd, w, &mut wide));
-            for (lane, (x, w)) in x.iter().zip(w).enumerate() {
-                sums[lane % 2] = simd.mul_add_e_f32s(*x, *w, sums[lane % 2]);
-            }
+            *sum = dot_step(simd, x, T::widen(simd, w, &mut wide), *sum);
         }
     }
     let mut all = [0.0; N];
-    for ((all, [left, right]), w) in all.iter_mut().zip(sums).zip(w_tail) {
+    for ((y, sum), w) in all.iter_mut().zip(sums).zip(w) {
         let mut wide = [0f32; STEP];
-        let tail = T::widen(simd, w, &mut wide);
-        let tail: f32 = x_tail.iter().zip(tail).map(|(x, w)| x * w).sum();
-        *all = simd.reduce_sum_f32s(simd.add_f32s(left, right)) + tail;
+        let w = T::widen(simd, &w[x.len() * of_step..], &mut wide);
+        let rest = x_rest.len() / S::F32_LANES * S::F32_LANES;
+        let sum = dot_step(simd, &x_rest[..rest], &w[..rest], sum);
+        *y = dot_rest(&x_rest[rest..], &w[rest..]) + simd.reduce_sum_f32s(sum);
     }
     all
+}
+
+/// Weights that are widened in registers at a time. A multiple of every block that is read so.
+const STEP: usize = 64;
+
+/// Adds the products of whole vectors.
+#[inline(always)]
+fn dot_step<S: Simd>(simd: S, x: &[f32], w: &[f32], mut sum: S::f32s) -> S::f32s {
+    for (x, w) in S::as_simd_f32s(x).0.iter().zip(S::as_simd_f32s(w).0) {
+        sum = simd.mul_add_e_f32s(*x, *w, sum);
+    }
+    sum
+}
+
+/// The products that fill no vector.
+#[inline(always)]
+fn dot_rest(x: &[f32], w: &[f32]) -> f32 {
+    x.iter().zip(w).fold(0.0, |sum, (x, w)| sum + x * w)
 }
 
 /// `Σ x[i]·w[i]`
@@ -148,6 +293,67 @@ pub(in crate::kernels) fn prefetch_ahead<T>(run: &[T]) {
         for at in (0..size_of_val(run)).step_by(LINE) {
             // SAFETY: nothing is read or written, and an address that is nobody's is passed over.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(at)) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    /// The columns of a weight, on the vector unit `simd`.
+    fn columns<S: Simd, T: Element>(simd: S, x: &[f32], w: &[T], len: usize) -> Vec<f32> {
+        // What is there before must not matter.
+        let mut columns = vec![f32::NAN; x.len() / len * (w.len() / len)];
+        simd.vectorize(FewRows { x, w, len, columns: &mut columns });
+        columns
+    }
+
+    /// Sixteen rows at once, each of them alone, and the definition.
+    fn check<S: Simd, T: Element>(simd: S, x: &[f32], (w, wide): (&[T], &[f32]), len: usize) {
+        for rows in 1..=FEW_ROWS {
+            let x = &x[..rows * len];
+            let together = columns(simd, x, w, len);
+            for (row, x) in x.chunks_exact(len).enumerate() {
+                let alone = columns(simd, x, w, len);
+                let of_row = together.iter().skip(row).step_by(rows);
+                for ((alone, together), w) in alone.iter().zip(of_row).zip(wide.chunks_exact(len)) {
+                    assert_eq!(alone.to_bits(), together.to_bits(), "row {row} of {rows}, {len}");
+                    let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                    let apart = (f64::from(*alone) - products.sum::<f64>()).abs();
+                    assert!(apart < 1e-5 * (len as f64).sqrt(), "row {row} of {rows}, {len}");
+                }
+            }
+        }
+    }
+
+    /// A processor takes only one of these paths, and other processors take the others.
+    #[test]
+    fn every_vector_unit_sums_up_in_one_order() {
+        for (len, out) in
+            [(1, 1), (7, 5), (64, 4), (RUN, 3), (2 * RUN + 73, ROWS_PER_TASK), (1037, 13)]
+        {
+            let value = |index: usize| ((index * 7919 + 13) % 201) as f32 / 100.0 - 1.0;
+            let x: Vec<f32> = (0..FEW_ROWS * len).map(value).collect();
+            let w: Vec<f32> = (0..out * len).map(|index| value(index + 5)).collect();
+            let narrow: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+            let rounded: Vec<f32> = narrow.iter().map(|w| w.to_f32()).collect();
+            check(pulp::Scalar::new(), &x, (&w, &w), len);
+            check(pulp::Scalar::new(), &x, (&narrow, &rounded), len);
+            #[cfg(target_arch = "x86_64")]
+            {
+                use pulp::x86::{V3, V4};
+                if let Some(simd) = V3::try_new() {
+                    check(simd, &x, (&w, &w), len);
+                    check(simd, &x, (&narrow, &rounded), len);
+                }
+                if let Some(simd) = V4::try_new() {
+                    check(simd, &x, (&w, &w), len);
+                    check(simd, &x, (&narrow, &rounded), len);
+                }
+            }
         }
     }
 }

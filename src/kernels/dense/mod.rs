@@ -6,8 +6,10 @@ mod few_rows;
 mod many_rows;
 
 pub(super) use element::{Element, from_half};
+#[cfg(test)]
+pub(super) use few_rows::FewRows;
 pub(super) use few_rows::{dot, few_rows, prefetch_ahead};
 pub(super) use many_rows::{MicroKernel, Tiles};
 
-/// Rows of the weight that one task multiplies: enough to outweigh handing out the task.
-pub(super) const ROWS_PER_TASK: usize = 32;
+/// Rows of the weight that one task multiplies where `x` has few: enough to outweigh handing out the task.
+pub(super) const ROWS_PER_TASK: usize = 24;

@@ -6,14 +6,12 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::dense::{ROWS_PER_TASK, prefetch_ahead};
+use super::super::dense::{self, ROWS_PER_TASK, prefetch_ahead};
 use super::super::input_rows::FEW_ROWS;
 use super::blocks::QuantBlock;
 use super::chunk::{CHUNK, PART, SCALE_GROUP};
 use super::fixed_point::FixedPoint;
-use super::simd::{
-    Lanes, OnQuantSimd, Parts, QuantSimd, adds_all_bytes, on_quant_simd, on_quant_simd_for_chunks,
-};
+use super::simd::{Lanes, OnQuantSimd, Parts, QuantSimd, adds_all_bytes, on_quant_simd_for_chunks};
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
 /// `(out, len)`. `fixed_point` gives what [`to_fixed_point`] makes of `x`.
@@ -27,16 +25,14 @@ pub(in crate::kernels) fn few_rows<'a, B: QuantBlock>(
     if len == 0 || x.is_empty() {
         return;
     }
-    let rows = x.len() / len;
-    let arch = Arch::new();
-    let tasks = columns
-        .par_chunks_mut(ROWS_PER_TASK * rows)
-        .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)));
     if B::SIGNED && !adds_all_bytes() {
-        return tasks.for_each(|(columns, w)| arch.dispatch(Signed { x, w, len, columns }));
+        return dense::few_rows(x, w, len, columns);
     }
-    let x = fixed_point().as_slice();
-    tasks.for_each(|(columns, w)| arch.dispatch(Whole { x, w, len, columns }));
+    let (x, rows, arch) = (fixed_point().as_slice(), x.len() / len, Arch::new());
+    columns
+        .par_chunks_mut(ROWS_PER_TASK * rows)
+        .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)))
+        .for_each(|(columns, w)| arch.dispatch(Whole { x, w, len, columns }));
 }
 
 /// The chunks of each row of `x` in fixed point.
@@ -79,55 +75,6 @@ impl WithSimd for ToFixedPoint<'_> {
             }
         }
         fixed
-    }
-}
-
-/// Blocks of numbers with a sign, multiplied in `f32`.
-struct Signed<'a, B> {
-    x: &'a [f32],
-    w: &'a [B],
-    len: usize,
-    columns: &'a mut [f32],
-}
-
-impl<B: QuantBlock> WithSimd for Signed<'_, B> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        on_quant_simd(simd, self);
-    }
-}
-
-impl<B: QuantBlock> OnQuantSimd for Signed<'_, B> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self, simd: impl QuantSimd) {
-        let rows = self.x.len() / self.len;
-        let weights = self.w.chunks_exact(self.len / B::LEN);
-        for (column, w) in self.columns.chunks_exact_mut(rows).zip(weights) {
-            let mut lanes: [Lanes; FEW_ROWS] = [[0.0; 16]; FEW_ROWS];
-            for (index, chunk) in w.chunks(CHUNK / B::LEN).enumerate() {
-                prefetch_ahead(chunk);
-                let (mut d, mut m) = ([0.0; CHUNK / SCALE_GROUP], [0.0; CHUNK / SCALE_GROUP]);
-                B::scales(simd, chunk, &mut d, &mut m);
-                for (x, lanes) in self.x.chunks_exact(self.len).zip(&mut lanes) {
-                    let (x, _) = x[index * CHUNK..].as_chunks::<PART>();
-                    let parts = 0..chunk.len() * B::LEN / PART;
-                    let mut sums = [0.0; 16]; // from zero, so as not to wait for the last chunk
-                    for (part, (x, d)) in parts.zip(x.iter().zip(d.as_chunks().0)) {
-                        simd.add_products(B::numbers(simd, chunk, part), d, x, &mut sums);
-                    }
-                    for (lane, sum) in lanes.iter_mut().zip(sums) {
-                        *lane += sum;
-                    }
-                }
-            }
-            for (y, lanes) in column.iter_mut().zip(&lanes) {
-                *y = total(lanes);
-            }
-        }
     }
 }
 
@@ -244,7 +191,7 @@ mod tests {
     use rand::{RngCore, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    use super::super::super::dense::Element;
+    use super::super::super::dense::{Element, FewRows};
     use super::super::blocks::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
     use super::*;
 
@@ -270,7 +217,7 @@ mod tests {
         let fixed = simd.vectorize(ToFixedPoint { x, len });
         match whole {
             true => simd.vectorize(Whole { x: &fixed, w, len, columns: &mut columns }),
-            false => simd.vectorize(Signed { x, w, len, columns: &mut columns }),
+            false => simd.vectorize(FewRows { x, w, len, columns: &mut columns }),
         }
         (wide, columns)
     }

@@ -38,9 +38,6 @@ pub(in crate::kernels) trait QuantSimd: Copy {
     /// Several of them, each twice.
     fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup;
 
-    /// Adds `Σ d q·x` over the two groups of a part to the lanes, for numbers with a sign, in `f32`.
-    fn add_products(self, q: Self::Bytes, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes);
-
     /// Adds `Σ (d q - m)·x` over a chunk to the lanes, for numbers from 0 to 63, or to 255 where
     /// [`adds_all_bytes`] holds.
     ///
@@ -179,18 +176,6 @@ impl QuantSimd for Plain {
     #[inline(always)]
     fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
         pairs(halves)
-    }
-
-    #[inline(always)]
-    fn add_products(self, q: [u64; 4], d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
-        for ((q, x), d) in
-            numbers(q).as_chunks::<SCALE_GROUP>().0.iter().zip(x.as_chunks().0).zip(d)
-        {
-            let x: &[f32; SCALE_GROUP] = x;
-            for (lane, (q, x)) in lanes.iter_mut().zip(q.iter().zip(x)) {
-                *lane += d * (x * f32::from(*q));
-            }
-        }
     }
 
     #[inline(always)]
@@ -362,18 +347,6 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_products(self, q: __m256i, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
-            let (q, x): (_, [f32x8; 4]) = (Wide::wide(self, q), cast(*x));
-            let mut sums: [f32x8; 2] = cast(*lanes);
-            for eight in 0..4 {
-                let products = self.mul_f32x8(q[eight], x[eight]);
-                let (d, sum) = (self.splat_f32x8(d[eight / 2]), sums[eight % 2]);
-                sums[eight % 2] = self.mul_add_f32x8(products, d, sum);
-            }
-            *lanes = cast(sums);
-        }
-
-        #[inline(always)]
         fn add_chunk(
             self,
             q: &Parts<Self>,
@@ -445,17 +418,6 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_products(self, q: __m256i, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
-            let (q, x): (_, [f32x16; 2]) = (Wide::wide(self, q), cast(*x));
-            let mut sum: f32x16 = cast(*lanes);
-            for group in 0..2 {
-                let products = self.mul_f32x16(q[group], x[group]);
-                sum = self.mul_add_f32x16(products, self.splat_f32x16(d[group]), sum);
-            }
-            *lanes = cast(sum);
-        }
-
-        #[inline(always)]
         fn add_chunk(
             self,
             q: &Parts<Self>,
@@ -520,11 +482,6 @@ mod x86 {
         #[inline(always)]
         fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
             self.v4.pairs(halves)
-        }
-
-        #[inline(always)]
-        fn add_products(self, q: __m256i, d: &[f32; 2], x: &[f32; PART], lanes: &mut Lanes) {
-            self.v4.add_products(q, d, x, lanes);
         }
 
         #[inline(always)]

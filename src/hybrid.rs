@@ -28,7 +28,7 @@ use crate::tokenizer::{Message, Tokenizer};
 /// use hybrid_attention::{GenerationConfig, HybridModel};
 ///
 /// # fn main() -> hybrid_attention::Result<()> {
-/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny");
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
 /// let model = HybridModel::from_folder(folder, DType::BF16, &Device::Cpu)?; // or a Mistral 7B
 /// let config = GenerationConfig::default().max_tokens(3);
 /// let answer = model.generate("The coin is in the jar. The jar is in the chest.", &config)?;
@@ -155,7 +155,7 @@ impl HybridModel {
 
     /// The small model that comes with this crate, in `f32`: a million parameters that were trained to
     /// think both ways about the stories of the flashback suite (`examples/flashback`), and speak of
-    /// nothing else. It needs no files; `examples/tiny` is where it was compiled from.
+    /// nothing else. It needs no files; `src/tiny` is where it was compiled from.
     ///
     /// ```
     /// use candle_core::Device;
@@ -177,14 +177,14 @@ impl HybridModel {
     /// # Errors
     /// When a device fails.
     pub fn tiny(device: &Device) -> Result<Self> {
-        let config = Config::from_json(include_str!("../examples/tiny/config.json"))?;
-        let weights = include_bytes!("../examples/tiny/model.safetensors");
+        let config = Config::from_json(include_str!("tiny/config.json"))?;
+        let weights = include_bytes!("tiny/model.safetensors");
         let weights = candle_core::safetensors::load_buffer(weights, device)?.into_iter();
         let mut weights = weights
             .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
             .collect::<candle_core::Result<HashMap<_, _>>>()?;
-        let tokenizer = Tokenizer::from_bytes(include_bytes!("../examples/tiny/tokenizer.json"))?;
-        let thinking = Thinking::from_json(include_str!("../examples/tiny/hybrid.json"))?;
+        let tokenizer = Tokenizer::from_bytes(include_bytes!("tiny/tokenizer.json"))?;
+        let thinking = Thinking::from_json(include_str!("tiny/hybrid.json"))?;
         let transformer = Transformer::new(&config, &mut weights)?;
         thinking.on(&transformer)?;
         Ok(Self { thinking, ..Self::new(transformer, Some(tokenizer))? })

@@ -15,7 +15,7 @@ use suite::*;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny");
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
 
 fn plan() -> impl Strategy<Value = (Plan, u64)> {
     let split = prop::sample::select(vec![Split::Train, Split::Test]);

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tokenizer/llama");
-const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny");
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
 
 const CONFIG: &str = r#"{
     "model_type": "mistral", "vocab_size": 371, "hidden_size": 16, "intermediate_size": 24,

@@ -3,6 +3,7 @@
 pub mod adapter;
 mod config;
 mod error;
+pub mod evaluate;
 pub mod generate;
 mod hybrid;
 mod kernels;

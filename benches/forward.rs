@@ -9,8 +9,6 @@
 #![allow(missing_docs, reason = "criterion's macros")]
 #![allow(clippy::print_stderr)]
 
-mod common;
-
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -21,7 +19,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use hybrid_attention::model::{KvCache, Layout, Pass, Transformer};
 use hybrid_attention::{Config, Result};
 
-use common::{SHAPE, ids, random_weights};
+use hybrid_attention_benches::{SHAPE, ids, random_weights};
 
 struct Engines {
     ours: Transformer,

@@ -2,16 +2,14 @@
 //! can do at most.
 //!
 //! ```text
-//! HYBRID_ATTENTION_SMOLLM2=PATH.gguf cargo bench --bench speed
+//! cargo bench --bench speed
 //! ```
 //!
-//! Without the file, weights of that shape are random, which is as fast. `-- --write FOLDER` measures
+//! Without SmolLM2 (the README fetches it), weights of that shape are random, which is as fast. `-- --write FOLDER` measures
 //! nothing and writes the models that `benches/peers.sh` gives to other engines; `-- --only KIND FOLDER`
 //! prints nothing but the speeds of this crate on the model there.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
-
-mod common;
 
 use std::error::Error;
 use std::hint::black_box;
@@ -26,10 +24,11 @@ use candle_transformers::models::llama;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer, Weights, attend};
 use hybrid_attention::{Config, WeightType};
+use hybrid_attention_testing::smollm2;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use common::{SHAPE, ids, random_weights, unpack};
+use hybrid_attention_benches::{SHAPE, ids, random_weights, unpack};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -57,11 +56,11 @@ const OF_BLOCK: f64 = 4096.0 * (2.0 * 4096.0 + 2.0 * 1024.0 + 3.0 * 14336.0);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
-    let smollm2 = std::env::var_os("HYBRID_ATTENTION_SMOLLM2").map(PathBuf::from);
+    let smollm2 = smollm2();
     let folder = tempfile::tempdir()?;
     if let Some(at) = arguments.iter().position(|argument| argument == "--write") {
         let (Some(to), Some(from)) = (arguments.get(at + 1), smollm2) else {
-            return Err("--write needs a folder, and HYBRID_ATTENTION_SMOLLM2 a file".into());
+            return Err("--write needs a folder to write to, and SmolLM2".into());
         };
         let to = Path::new(to);
         std::fs::create_dir_all(to.join("f32"))?;

@@ -14,8 +14,6 @@
 
 #![allow(clippy::print_stdout)]
 
-mod common;
-
 use std::ops::Range;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -28,7 +26,7 @@ use hybrid_attention::refine::seq;
 use hybrid_attention::thought::{HandOff, Text};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
 
-use common::{SHAPE, ids, median, peak_memory, random_weights, sorted};
+use hybrid_attention_benches::{SHAPE, ids, median, peak_memory, random_weights, sorted};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

@@ -1,7 +1,5 @@
 //! What the benches share: a model of random weights in the shape of SmolLM2-135M, and figures.
 
-#![allow(dead_code, reason = "each bench uses a part")]
-
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -11,7 +9,8 @@ use hybrid_attention::model::Weights;
 use hybrid_attention::{Config, Result};
 use serde_json::json;
 
-pub(crate) const SHAPE: &str = r#"{
+/// SmolLM2-135M, as `config.json` says it.
+pub const SHAPE: &str = r#"{
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
@@ -19,7 +18,7 @@ pub(crate) const SHAPE: &str = r#"{
 }"#;
 
 /// Random `f32` weights on the CPU.
-pub(crate) fn random_weights(config: &Config) -> Result<HashMap<String, Tensor>> {
+pub fn random_weights(config: &Config) -> Result<HashMap<String, Tensor>> {
     let random = |(name, shape): (String, Vec<usize>)| {
         Ok((name, Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?))
     };
@@ -27,21 +26,23 @@ pub(crate) fn random_weights(config: &Config) -> Result<HashMap<String, Tensor>>
 }
 
 /// Some tokens, always the same.
-pub(crate) fn ids(count: usize) -> Vec<u32> {
+pub fn ids(count: usize) -> Vec<u32> {
     (0..count).map(|i| (3 + i * 7919 % 40_000) as u32).collect()
 }
 
-pub(crate) fn sorted(mut values: Vec<f64>) -> Vec<f64> {
+/// The values in ascending order.
+pub fn sorted(mut values: Vec<f64>) -> Vec<f64> {
     values.sort_by(f64::total_cmp);
     values
 }
 
-pub(crate) fn median(sorted: &[f64]) -> f64 {
+/// The middle one of sorted values.
+pub fn median(sorted: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
 /// The peak memory of this process in MiB, as Linux counts it; zero elsewhere.
-pub(crate) fn peak_memory() -> f64 {
+pub fn peak_memory() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|line| line.split_whitespace().next()).unwrap_or("0");
@@ -49,10 +50,7 @@ pub(crate) fn peak_memory() -> f64 {
 }
 
 /// Writes a GGUF file as a Hugging Face folder in `f32`.
-pub(crate) fn unpack(
-    gguf: &Path,
-    folder: &Path,
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
+pub fn unpack(gguf: &Path, folder: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let checkpoint = Checkpoint::open(gguf)?;
     let config = checkpoint.config();
     let mut weights = checkpoint.weights(Some(DType::F32), &Device::Cpu);

@@ -5,13 +5,16 @@ use hybrid_attention::Thinking;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::base::Base;
-use super::lessons::Lessons;
-use super::settings::Settings;
-use super::suite::{LONGEST, Scores, Split, Vocabulary, score};
-use super::task::{Batch, Task};
-use super::trainee::Trainee;
-use crate::common::{self, Result};
+use crate::base::Base;
+use crate::lessons::Lessons;
+use crate::score::{Scores, score};
+use crate::settings::Settings;
+use flashback_suite::{LONGEST, Split, Vocabulary};
+
+use crate::task::{Batch, Task};
+use crate::terminal::{self, Result};
+use crate::tokenizer;
+use crate::trainee::Trainee;
 
 /// Passes that are examined.
 const PASSES: [usize; 7] = [0, 1, 2, 3, 4, 6, 8];
@@ -59,7 +62,7 @@ impl Task for Flashback {
             0 => vec![0],
             _ => PASSES.to_vec(),
         };
-        let bar = common::bar(2 * LONGEST as u64, "examination [{bar:30}] {pos}/{len}");
+        let bar = terminal::bar(2 * LONGEST as u64, "examination [{bar:30}] {pos}/{len}");
         let thinking = |passes: usize| -> Thinking { settings.thinking(passes) };
         let examine = |split, stories| {
             let progress = || bar.inc(1);
@@ -77,7 +80,8 @@ impl Task for Flashback {
 /// Whether stories can be told to a checkpoint: it has to know every piece of them as one token.
 pub(crate) fn check_base(base: &Base, vocabulary: &Vocabulary) -> Result<()> {
     let said = |message: &str| Err(format!("{}: {message}", base.path.display()).into());
-    let same = vocabulary.len() == base.config.vocab_size && vocabulary.is_of(&base.tokenizer);
+    let same = vocabulary.pieces().len() == base.config.vocab_size
+        && tokenizer::is_of(&base.tokenizer, vocabulary);
     if !same {
         return said("not the tokenizer of the flashback suite; give --text to learn from a text");
     }

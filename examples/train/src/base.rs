@@ -10,7 +10,7 @@ use hybrid_attention::model::{Transformer, Weights};
 use hybrid_attention::{Config, Tokenizer};
 use indicatif::HumanBytes;
 
-use crate::common::{self, Result};
+use crate::terminal::{self, Result};
 
 /// What a folder or a GGUF file holds, in `f32`.
 pub(crate) struct Base {
@@ -40,7 +40,7 @@ impl Base {
         let tokenizer = tokenizer.ok_or_else(|| format!("{}: no tokenizer", path.display()))?;
         let config = checkpoint.config().clone();
 
-        let bar = common::bar(0, "{msg} [{bar:30}] {percent}%");
+        let bar = terminal::bar(0, "{msg} [{bar:30}] {percent}%");
         let progress = |done, total| {
             bar.set_length(total);
             bar.set_message(format!("loading {}", HumanBytes(total)));

@@ -9,8 +9,10 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use serde::Deserialize;
 
-use super::suite::{LONGEST, LONGEST_TRAINED, Scores};
-use crate::common::{self, Result};
+use flashback_suite::{LONGEST, LONGEST_TRAINED};
+
+use crate::score::Scores;
+use crate::terminal::{self, Result};
 
 /// What is needed of a run's record.
 #[derive(Deserialize)]
@@ -36,8 +38,12 @@ const ARMS: [(&str, &str); 5] = [
 /// Shares of right answers for chains of 1, 2, … facts: one list for each seed.
 type Seeds = Vec<Vec<f64>>;
 
-pub(crate) fn report(runs: &Path, figure: &Path) -> Result<()> {
-    common::check_folder(figure)?;
+/// Prints the table of the records in the folder `runs`, and draws the figure.
+///
+/// # Errors
+/// When there are no records, or a file cannot be read or written.
+pub fn report(runs: &Path, figure: &Path) -> Result<()> {
+    terminal::check_folder(figure)?;
     let with_path = |error: std::io::Error| format!("{}: {error}", runs.display());
     let mut by_arm = BTreeMap::<(String, usize), Seeds>::new();
     let mut chances = Vec::new();
@@ -46,7 +52,7 @@ pub(crate) fn report(runs: &Path, figure: &Path) -> Result<()> {
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        let record: Record = serde_json::from_str(&common::read_text(&path)?)
+        let record: Record = serde_json::from_str(&terminal::read_text(&path)?)
             .map_err(|error| format!("{}: {error}", path.display()))?;
         for (&passes, right) in record.test.passes.iter().zip(record.test.right) {
             by_arm.entry((record.settings.arm.clone(), passes)).or_default().push(right);
@@ -59,7 +65,7 @@ pub(crate) fn report(runs: &Path, figure: &Path) -> Result<()> {
     let chance = means(&chances);
     write!(stdout(), "{}", table(&by_arm, &chance))?;
     draw(figure, &by_arm, &chance)?;
-    common::say(&format!("[wrote {}]", figure.display()));
+    terminal::say(&format!("[wrote {}]", figure.display()));
     Ok(())
 }
 

@@ -16,23 +16,27 @@
 //! The test split has names of its own and, for the facts, pairings of opener and verb that the
 //! training split never uses.
 
-#![allow(unreachable_pub, reason = "each example is its own crate")]
-#![allow(dead_code, unused_imports, reason = "not every example uses everything")]
-
 mod names;
-mod score;
 mod vocabulary;
 
 use rand::Rng;
 use rand::seq::SliceRandom;
 
 use names::{Names, PEOPLE, THINGS};
-pub use score::*;
-pub use vocabulary::Vocabulary;
+pub use vocabulary::{END, UNKNOWN, Vocabulary};
+
+/// The longest chain that is asked about.
+pub const LONGEST: usize = 12;
+
+/// The longest chain of a story beside the one that is asked about, and of any training story.
+pub const LONGEST_TRAINED: usize = 8;
+
+/// Facts in each story of an examination.
+pub const FACTS: usize = 20;
 
 /// What the facts of a story tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Relation {
+enum Relation {
     /// Things are in things.
     Containment,
     /// People hand everything they have to people.
@@ -42,7 +46,9 @@ pub enum Relation {
 /// Which names and wordings a story may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
+    /// Stories to learn from.
     Train,
+    /// Stories to be examined on.
     Test,
 }
 
@@ -121,6 +127,7 @@ struct Fact {
 /// A name to ask about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
+    /// A link of a chain.
     pub name: &'static str,
     /// The end of its chain.
     pub answer: &'static str,
@@ -131,6 +138,7 @@ pub struct Question {
 /// What a story is drawn from.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// Whose names and wordings it has.
     pub split: Split,
     /// Facts in all.
     pub facts: usize,
@@ -152,6 +160,7 @@ impl Plan {
 pub struct Story {
     relation: Relation,
     facts: Vec<Fact>,
+    /// One about each fact, in random order.
     pub questions: Vec<Question>,
     /// Ends of chains: what a guess would be among.
     pub ends: usize,

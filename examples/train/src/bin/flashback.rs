@@ -2,30 +2,25 @@
 //! of it.
 //!
 //! ```text
-//! cargo run --release --example flashback -- story --hops 4
-//! cargo run --release --example flashback -- test --out examples/flashback/test.jsonl
-//! cargo run --release --example flashback -- report
+//! cargo run --release --bin flashback -- story --hops 4
+//! cargo run --release --bin flashback -- test --out examples/flashback/test.jsonl
+//! cargo run --release --bin flashback -- report
 //! ```
 //!
-//! `report` makes the README's table and figure of the records in `examples/flashback/runs`, which
-//! are those that the example `train` leaves behind.
-
-#[path = "../common/mod.rs"]
-mod common;
-mod report;
-mod suite;
+//! `report` makes the README's table and figure of the records in `runs/flashback`, which are those
+//! that `train` leaves behind.
 
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use flashback_suite::{LONGEST, Plan, Split, Story};
+use hybrid_attention_train::report;
+use hybrid_attention_train::terminal::{self, Result};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-
-use crate::common::Result;
-use crate::suite::{LONGEST, Plan, Split, Story};
 
 /// Stories whose facts come in the wrong order, and who understands them.
 #[derive(Parser)]
@@ -65,11 +60,11 @@ enum Command {
     /// Print the table of recorded runs and draw the figure
     Report {
         /// Where the records are
-        #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/flashback/runs"))]
+        #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/runs/flashback"))]
         runs: PathBuf,
 
         /// Where the figure goes, as SVG
-        #[arg(long, value_name = "F", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/flashback/accuracy.svg"))]
+        #[arg(long, value_name = "F", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/accuracy.svg"))]
         figure: PathBuf,
     },
 }
@@ -80,10 +75,10 @@ fn parse_hops(text: &str) -> std::result::Result<usize, String> {
 }
 
 fn main() -> ExitCode {
-    common::main(|| match Cli::parse().command {
+    terminal::main(|| match Cli::parse().command {
         Command::Story { hops, seed } => tell(hops, seed),
         Command::Test { out, stories, seed } => write_test(&out, stories, seed),
-        Command::Report { runs, figure } => report::report(&runs, &figure),
+        Command::Report { runs, figure } => report(&runs, &figure),
     })
 }
 
@@ -100,9 +95,9 @@ fn tell(hops: usize, seed: u64) -> Result<()> {
 }
 
 fn write_test(path: &Path, stories: usize, seed: u64) -> Result<()> {
-    common::check_folder(path)?;
+    terminal::check_folder(path)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    common::write(path, |out| {
+    terminal::write(path, |out| {
         for hops in 1..=LONGEST {
             for _ in 0..stories {
                 let story = draw(hops, &mut rng);

@@ -7,13 +7,13 @@ use candle_core::Device;
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use super::adamw::AdamW;
-use super::curve;
-use super::lessons::Lessons;
-use super::settings::Settings;
-use super::task::Task;
-use super::trainee::Trainee;
-use crate::common::{self, Result};
+use crate::adamw::AdamW;
+use crate::curve;
+use crate::lessons::Lessons;
+use crate::settings::Settings;
+use crate::task::Task;
+use crate::terminal::{self, Result};
+use crate::trainee::Trainee;
 
 /// The folder of a run.
 pub(crate) struct Run {
@@ -144,7 +144,9 @@ impl Run {
             curve: &saved.curve,
             examination,
         };
-        common::write(&file("record.json"), |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
+        terminal::write(&file("record.json"), |out| {
+            Ok(serde_json::to_writer_pretty(out, &record)?)
+        })?;
         curve::draw(&file("curve.svg"), settings, &saved.curve)
     }
 }

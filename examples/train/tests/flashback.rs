@@ -1,21 +1,17 @@
 //! The flashback suite, and the model that comes with the crate and was trained on it.
 
-#[path = "../examples/flashback/suite/mod.rs"]
-mod suite;
-
 use std::collections::{HashMap, HashSet};
 
 use candle_core::Device;
+use flashback_suite::{LONGEST, Plan, Split, Story, Vocabulary};
 use hybrid_attention::{GenerationConfig, HybridModel, Prompt, Thinking, Tokenizer};
+use hybrid_attention_testing::Result;
+use hybrid_attention_train::score;
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use suite::*;
-
-type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../src/tiny");
 
 fn plan() -> impl Strategy<Value = (Plan, u64)> {
     let split = prop::sample::select(vec![Split::Train, Split::Test]);
@@ -80,7 +76,7 @@ proptest! {
     /// back.
     #[test]
     fn text_and_tokens_are_the_same(drawn in plan()) {
-        let (story, vocabulary) = (draw(&drawn), Vocabulary::new());
+        let (story, vocabulary) = (draw(&drawn), Vocabulary::default());
         let json = std::fs::read(format!("{TINY}/tokenizer.json"))?;
         let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| TestCaseError::fail(e.to_string()))?;
         let question = &story.questions[0];

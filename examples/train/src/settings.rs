@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::common;
+use crate::terminal;
 
 /// What is trained: the method, or one of its controls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -94,7 +94,7 @@ pub(crate) struct OfText {
 
 impl Settings {
     /// Refuses what no run can be made of. `layers` are those of the checkpoint, if there is one.
-    pub(crate) fn check(&self, layers: Option<usize>) -> common::Result<()> {
+    pub(crate) fn check(&self, layers: Option<usize>) -> terminal::Result<()> {
         if !(1..=MOST_TEXTS).contains(&self.batch) {
             return Err(format!("--batch: expected 1 to {MOST_TEXTS}, got {}", self.batch).into());
         }

@@ -4,10 +4,10 @@ use hybrid_attention::model::Layout;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::lessons::Lessons;
-use super::settings::Settings;
-use super::trainee::Trainee;
-use crate::common::Result;
+use crate::lessons::Lessons;
+use crate::settings::Settings;
+use crate::terminal::Result;
+use crate::trainee::Trainee;
 
 /// Something to be learned.
 pub(crate) trait Task {

@@ -1,13 +1,13 @@
 //! Who and what the stories are about. The names of the test split are in no story of the other.
 
 /// Names of one kind: those of the training split, and those held out for the test split.
-pub struct Names {
-    pub train: [&'static str; 48],
-    pub test: [&'static str; 24],
+pub(crate) struct Names {
+    pub(crate) train: [&'static str; 48],
+    pub(crate) test: [&'static str; 24],
 }
 
 /// Things that can be in one another. Any in any: a size that fits would give the order away.
-pub const THINGS: Names = Names {
+pub(crate) const THINGS: Names = Names {
     train: [
         "apple", "bag", "ball", "barrel", "basket", "bell", "book", "boot", "bottle", "bowl",
         "box", "bucket", "can", "candle", "cap", "card", "cart", "case", "chest", "clock", "coat",
@@ -23,7 +23,7 @@ pub const THINGS: Names = Names {
 };
 
 /// People who can hand something on to one another.
-pub const PEOPLE: Names = Names {
+pub(crate) const PEOPLE: Names = Names {
     train: [
         "Ada", "Alma", "Amos", "Anna", "Arlo", "Bea", "Ben", "Boris", "Carl", "Cleo", "Cora",
         "Dan", "Dora", "Edna", "Eli", "Emma", "Enzo", "Eva", "Felix", "Finn", "Gina", "Gus",

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use rand::Rng;
 
-use super::suite::Vocabulary;
+use flashback_suite::Vocabulary;
 
 /// An embedding table that is not trained. Names have other vectors in every step, so there is
 /// nothing to be learned about any of them, and one that no training story has is as good as
@@ -29,7 +29,7 @@ const LOUD: f32 = 4.0;
 
 impl Embeddings {
     pub(crate) fn new(vocabulary: &Vocabulary, hidden: usize, rng: &mut impl Rng) -> Self {
-        let mut rows = normals(vocabulary.len() * hidden, 1.0, rng);
+        let mut rows = normals(vocabulary.pieces().len() * hidden, 1.0, rng);
         let kinds = [normals(KIND_CHANNELS, 2.0, rng), normals(KIND_CHANNELS, 2.0, rng)];
         let is_name = are_names(vocabulary);
         for (row, &is_name) in rows.chunks_mut(hidden).zip(&is_name) {
@@ -62,7 +62,7 @@ impl Embeddings {
 }
 
 fn are_names(vocabulary: &Vocabulary) -> Vec<bool> {
-    (0..vocabulary.len() as u32).map(|id| vocabulary.is_name(id)).collect()
+    (0..vocabulary.pieces().len() as u32).map(|id| vocabulary.is_name(id)).collect()
 }
 
 /// Normally distributed numbers (Box & Muller 1958).

@@ -7,7 +7,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 
 /// AdamW (Loshchilov & Hutter 2019) over named variables.
-pub(crate) struct AdamW {
+#[derive(Debug)]
+pub struct AdamW {
     parameters: Vec<Parameter>,
     beta1: f64,
     beta2: f64,
@@ -16,6 +17,7 @@ pub(crate) struct AdamW {
     steps: i32,
 }
 
+#[derive(Debug)]
 struct Parameter {
     name: String,
     var: Var,
@@ -26,7 +28,11 @@ struct Parameter {
 }
 
 impl AdamW {
-    pub(crate) fn new(vars: &[(String, Var)], beta2: f64, weight_decay: f64) -> Result<Self> {
+    /// For these variables; `beta2` forgets old squares of the gradient, `weight_decay` shrinks weights.
+    ///
+    /// # Errors
+    /// When candle fails.
+    pub fn new(vars: &[(String, Var)], beta2: f64, weight_decay: f64) -> Result<Self> {
         let parameter = |(name, var): &(String, Var)| {
             let zeros = var.as_detached_tensor().zeros_like()?;
             let moments = [zeros.clone(), zeros];
@@ -37,7 +43,8 @@ impl AdamW {
     }
 
     /// Lets one variable learn `rate` times as fast as the others.
-    pub(crate) fn with_rate(mut self, name: &str, rate: f64) -> Self {
+    #[must_use]
+    pub fn with_rate(mut self, name: &str, rate: f64) -> Self {
         let of_name = self.parameters.iter_mut().filter(|it| it.name == name);
         of_name.for_each(|parameter| parameter.rate = rate);
         self
@@ -45,7 +52,10 @@ impl AdamW {
 
     /// One step down `grads`, which are scaled down first if they are longer than `longest` all
     /// together. Gives their length before.
-    pub(crate) fn step(&mut self, grads: &GradStore, lr: f64, longest: f64) -> Result<f64> {
+    ///
+    /// # Errors
+    /// When a gradient is not finite.
+    pub fn step(&mut self, grads: &GradStore, lr: f64, longest: f64) -> Result<f64> {
         let mut square = 0.0;
         for parameter in &self.parameters {
             if let Some(grad) = grads.get(&parameter.var) {
@@ -73,7 +83,8 @@ impl AdamW {
     }
 
     /// The variables and their moments by name, for [`AdamW::restore`].
-    pub(crate) fn state(&self) -> HashMap<String, Tensor> {
+    #[must_use]
+    pub fn state(&self) -> HashMap<String, Tensor> {
         let entries =
             self.parameters.iter().flat_map(|Parameter { name, var, moments: [m, v], .. }| {
                 let named =
@@ -84,7 +95,10 @@ impl AdamW {
     }
 
     /// Goes on after `steps` steps from a [`AdamW::state`].
-    pub(crate) fn restore(&mut self, steps: i32, state: &HashMap<String, Tensor>) -> Result<()> {
+    ///
+    /// # Errors
+    /// When a variable is missing from it, or has another shape.
+    pub fn restore(&mut self, steps: i32, state: &HashMap<String, Tensor>) -> Result<()> {
         for Parameter { name, var, moments, .. } in &mut self.parameters {
             let find = |kind: &str| match state.get(&format!("{kind}/{name}")) {
                 Some(tensor) if tensor.shape() == var.shape() => Ok(tensor.clone()),

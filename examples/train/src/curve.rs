@@ -4,9 +4,9 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
-use super::record::Point;
-use super::settings::Settings;
-use crate::common::{self, Result};
+use crate::record::Point;
+use crate::settings::Settings;
+use crate::terminal::{self, Result};
 
 /// The loss curve, and where each lesson began.
 pub(crate) fn draw(path: &Path, settings: &Settings, curve: &[Point]) -> Result<()> {
@@ -40,6 +40,6 @@ pub(crate) fn draw(path: &Path, settings: &Settings, curve: &[Point]) -> Result<
     let points = curve.iter().map(|point| (point.step, point.loss));
     chart.draw_series(LineSeries::new(points, BLUE.stroke_width(2)))?;
     root.present()?;
-    common::say(&format!("[wrote {}]", path.display()));
+    terminal::say(&format!("[wrote {}]", path.display()));
     Ok(())
 }

@@ -6,9 +6,9 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::settings::Settings;
-use super::suite::{Plan, Split, Story, Vocabulary};
-use super::task::Batch;
+use crate::settings::Settings;
+use crate::task::Batch;
+use flashback_suite::{Plan, Split, Story, Vocabulary};
 
 /// How stories are told.
 #[derive(Clone, Copy, PartialEq)]

@@ -8,16 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{Plan, Split, Story, Vocabulary};
-
-/// The longest chain that is asked about.
-pub const LONGEST: usize = 12;
-
-/// The longest chain of a story beside the one that is asked about, and of any training story.
-pub const LONGEST_TRAINED: usize = 8;
-
-/// Facts in each story of an examination.
-pub const FACTS: usize = 20;
+use flashback_suite::{LONGEST, Plan, Split, Story, Vocabulary};
 
 /// The share of right answers over stories of one split.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +26,9 @@ pub struct Scores {
 /// Draws `stories` stories for each length of chain, asks about the first link of such a chain, and
 /// counts the answers that are right after `passes` passes each. `thinking` says how to think with
 /// a number of passes; `progress` is told of every length that is done.
+///
+/// # Errors
+/// When the model cannot be run on the stories.
 pub fn score(
     transformer: &Transformer,
     thinking: impl Fn(usize) -> Thinking,
@@ -44,7 +38,7 @@ pub fn score(
     seed: u64,
     mut progress: impl FnMut(),
 ) -> Result<Scores> {
-    let vocabulary = Vocabulary::new();
+    let vocabulary = Vocabulary::default();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut chance = Vec::new();
     let mut right = vec![Vec::new(); passes.len()];
@@ -95,6 +89,9 @@ fn right_among(
 
 /// Thinks about the context of each row, then reads the whole of it: what leaves the last layer,
 /// `(rows, seq, hidden)`.
+///
+/// # Errors
+/// As the passes themselves.
 pub fn read(
     transformer: &Transformer,
     thinking: &Thinking,

@@ -1,56 +1,30 @@
-//! The example `train`, run as a person would run it, and its optimiser.
-//!
-//! As for `tests/examples.rs`, `cargo test` builds the example; `cargo test --test train` alone needs
-//! `cargo build --examples` before it.
+//! The program `train`, run as a person would run it, and its optimiser.
 
-#[allow(dead_code, reason = "what saves a run is tried with the program")]
-#[path = "../examples/train/adamw.rs"]
-mod adamw;
-
-use std::collections::HashMap;
-use std::error::Error;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
 use hybrid_attention::model::{Mind, Sight};
-use hybrid_attention::{Adapter, Config, GenerationConfig, HybridModel, Prompt, Thinking};
+use hybrid_attention::{Adapter, GenerationConfig, HybridModel, Prompt, Thinking};
+use hybrid_attention_testing::Result;
+use hybrid_attention_train::AdamW;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
-type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
-
-const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tokenizer/llama");
-const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
-
-const CONFIG: &str = r#"{
-    "model_type": "mistral", "vocab_size": 371, "hidden_size": 16, "intermediate_size": 24,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256
-}"#;
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../src/tiny");
 
 /// Tokens of each half of a passage.
 const TOKENS: usize = 6;
 
 /// A checkpoint of random weights, and beside it `text.txt` of twelve passages and a short line.
-fn checkpoint() -> Result<tempfile::TempDir> {
-    let folder = tempfile::tempdir()?;
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let mut weights = HashMap::new();
-    for (name, shape) in Config::from_json(CONFIG)?.weights() {
-        let count = shape.iter().product();
-        let values: Vec<f32> = (0..count).map(|_| rng.random_range(-0.5..0.5)).collect();
-        weights.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
-    }
-    candle_core::safetensors::save(&weights, folder.path().join("model.safetensors"))?;
-    fs::write(folder.path().join("config.json"), CONFIG)?;
-    for file in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
-        fs::copy(format!("{TOKENIZER}/{file}"), folder.path().join(file))?;
-    }
+fn checkpoint() -> Result<TempDir> {
+    let folder = hybrid_attention_testing::checkpoint(0.5, true)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
     let words = ["the", "cat", "sat", "on", "mat", "about", "dog"];
     let mut text = String::from("the cat\n");
     for _ in 0..12 {
@@ -59,16 +33,6 @@ fn checkpoint() -> Result<tempfile::TempDir> {
     }
     fs::write(folder.path().join("text.txt"), text)?;
     Ok(folder)
-}
-
-fn program() -> Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let profile = test.parent().and_then(Path::parent).ok_or("no folder of the profile")?;
-    let path = profile.join("examples/train").with_extension(std::env::consts::EXE_EXTENSION);
-    match path.is_file() {
-        true => Ok(path),
-        false => Err(format!("{} is missing: cargo build --examples", path.display()).into()),
-    }
 }
 
 /// A run of the program.
@@ -94,15 +58,15 @@ impl Run {
         self
     }
 
-    fn command(&self, out: &Path) -> Result<Command> {
-        let mut command = Command::new(program()?);
+    fn command(&self, out: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_train"));
         command.arg("--out").arg(out).args(&self.args).stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        Ok(command)
+        command
     }
 
     fn output(&self, out: &Path) -> Result<Output> {
-        Ok(self.command(out)?.output()?)
+        Ok(self.command(out).output()?)
     }
 
     /// To its end; gives what it said.
@@ -122,7 +86,7 @@ impl Run {
     /// Kills it as soon as there is a state to go on from, and lets it go on; gives the step after
     /// which it did.
     fn killed_and_resumed(&self, out: &Path) -> Result<usize> {
-        let mut child = self.command(out)?.spawn()?;
+        let mut child = self.command(out).spawn()?;
         let since = Instant::now();
         while !out.join("state.safetensors").exists() {
             assert!(since.elapsed() < Duration::from_secs(300), "no state is saved");
@@ -387,6 +351,22 @@ fn a_whole_checkpoint_learns_a_text() -> Result {
 // ---- what it says ----
 
 #[test]
+fn help_lists_every_option() -> Result {
+    let output = Command::new(env!("CARGO_BIN_EXE_train")).arg("--help").output()?;
+    assert!(output.status.success() && output.stderr.is_empty());
+    let help = String::from_utf8(output.stdout)?;
+    let words: Vec<&str> = help.split(|c: char| c.is_whitespace() || "[],".contains(c)).collect();
+    let run = ["--out", "--arm", "--model", "--seed", "--steps", "--batch", "--lr", "--span"];
+    let more = ["--gradient-passes", "--save-every", "--stories", "both-ways"];
+    let adapter = ["--rank", "--alpha", "--target"];
+    let text = ["--text", "--tokens", "--passes", "--passages"];
+    for option in [&run[..], &more, &adapter, &text].concat() {
+        assert!(words.contains(&option), "{option}: {help}");
+    }
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_trained_is_refused() -> Result {
     let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
     let out = folder.path().join("out");
@@ -446,9 +426,6 @@ fn what_cannot_be_trained_is_refused() -> Result {
     Ok(())
 }
 
-// ---- the optimiser ----
-
-/// Ours and candle's, on the same gradients.
 #[test]
 fn a_run_that_diverges_says_so() -> Result {
     let out = tempfile::tempdir()?;
@@ -460,6 +437,9 @@ fn a_run_that_diverges_says_so() -> Result {
     Ok(())
 }
 
+// ---- the optimiser ----
+
+/// Ours and candle's, on the same gradients.
 #[test]
 fn adamw_is_candles() -> Result {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -482,7 +462,7 @@ fn adamw_is_candles() -> Result {
             candle_nn::AdamW::new(vars.to_vec(), params)
         };
         let (mut first, mut last) = (candle(&theirs[..2], 0.0)?, candle(&theirs[2..], 0.0)?);
-        let mut optimizer = adamw::AdamW::new(&ours, 0.98, 0.01)?.with_rate("2", rate);
+        let mut optimizer = AdamW::new(&ours, 0.98, 0.01)?.with_rate("2", rate);
         for step in 0..20 {
             let lr = 0.1 / (1.0 + step as f64);
             let wanted = shapes.iter().map(|shape| noise(shape)).collect::<Result<Vec<_>>>()?;

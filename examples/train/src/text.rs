@@ -4,19 +4,19 @@ use std::collections::HashSet;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 
+use hybrid_attention::evaluate::{Estimate, Passage, losses};
 use hybrid_attention::model::{Layout, Transformer};
 use hybrid_attention::{HybridModel, Prompt, Thinking};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::base::Base;
-use super::lessons::Lessons;
-use super::settings::Settings;
-use super::task::{Batch, Task};
-use super::trainee::Trainee;
-use crate::common::passages::{Estimate, Passage, losses};
-use crate::common::{self, Result};
+use crate::base::Base;
+use crate::lessons::Lessons;
+use crate::settings::Settings;
+use crate::task::{Batch, Task};
+use crate::terminal::{self, Result};
+use crate::trainee::Trainee;
 
 /// One of so many passages is held out, the last of each run of them.
 const HELD_OUT: usize = 5;
@@ -89,10 +89,10 @@ impl Text {
         if examined == 1 {
             return Err("--passages: expected at least 2, or 0 for no examination".into());
         }
-        let text = common::read_text(path)?;
+        let text = terminal::read_text(path)?;
         let mut seen = HashSet::new();
         let mut passages = Vec::new();
-        let bar = common::bar(text.len() as u64, "reading [{bar:30}] {percent}%");
+        let bar = terminal::bar(text.len() as u64, "reading [{bar:30}] {percent}%");
         for line in text.lines() {
             bar.inc(line.len() as u64);
             if seen.insert(line.trim()) {
@@ -168,7 +168,7 @@ impl Task for Text {
         }
         let passes = 0..=settings.most_passes();
         let count = (2 + passes.clone().count()) * self.held_out.len();
-        let bar = common::bar(count as u64, "examination [{bar:30}] {pos}/{len}, {eta} to go");
+        let bar = terminal::bar(count as u64, "examination [{bar:30}] {pos}/{len}, {eta} to go");
         let measure = |model: &HybridModel, prompt: fn(&Passage) -> Prompt, thinking: &Thinking| {
             losses(model, &self.held_out, prompt, thinking, || bar.inc(1))
         };

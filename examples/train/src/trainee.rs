@@ -10,12 +10,13 @@ use hybrid_attention::{Adapter, Config};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::adamw::AdamW;
-use super::base::{self, Base};
-use super::names::{EMBEDDINGS, Embeddings, normals};
-use super::settings::{Arm, LowRank, MOST_PASSES, Settings};
-use super::suite::Vocabulary;
-use crate::common::Result;
+use crate::adamw::AdamW;
+use crate::base::{self, Base};
+use crate::names::{EMBEDDINGS, Embeddings, normals};
+use crate::settings::{Arm, LowRank, MOST_PASSES, Settings};
+use crate::terminal::Result;
+use crate::tokenizer::tokenizer;
+use flashback_suite::Vocabulary;
 
 /// A model in training.
 pub(crate) struct Trainee {
@@ -177,11 +178,11 @@ impl Trainee {
         let weights = folder.join("model.safetensors");
         match &self.kind {
             Kind::New => {
-                let vocabulary = Vocabulary::new();
+                let vocabulary = Vocabulary::default();
                 let config = config_json(&vocabulary, self.config.num_hidden_layers);
                 std::fs::write(folder.join("config.json"), config)?;
                 candle_core::safetensors::save(&self.weights(DType::BF16, rng)?, weights)?;
-                let tokenizer = vocabulary.tokenizer().map_err(|error| error.to_string())?;
+                let tokenizer = tokenizer(&vocabulary).map_err(|error| error.to_string())?;
                 let path = folder.join("tokenizer.json");
                 tokenizer.save(path, true).map_err(|error| error.to_string())?;
             }
@@ -232,7 +233,7 @@ fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
   "torch_dtype": "bfloat16"
 }}
 "#,
-        vocabulary.len(),
+        vocabulary.pieces().len(),
         vocabulary.end()
     )
 }

@@ -3,10 +3,10 @@
 use hybrid_attention::thought::{Halted, Map, Maps, TokenTrace};
 use serde_json::Value;
 
-use super::common::Result;
 use super::draw::{self, Label, Scale};
 use super::tokens::{Token, escape, label, plain, visible};
 use super::{Inspection, Said};
+use crate::terminal::Result;
 
 /// The most rows of a drawing; a longer prompt's neighbouring tokens are pooled.
 const MOST: usize = 128;

@@ -1,4 +1,4 @@
-//! Does thinking about a text help to predict how it goes on?
+//! `hybrid measure`: does thinking about a text help to predict how it goes on?
 //!
 //! Each passage is cut in two. The first half is thought about, the second only read, and the figure
 //! is the negative log-likelihood of the second half's tokens: how surprised the model is by them,
@@ -12,19 +12,17 @@
 //!
 //! ```text
 //! pip download --no-deps gensim && python3 -m zipfile -e gensim-*.whl .
-//! cargo run --release --example measure -- --model PATH --text gensim/test/test_data/lee_background.cor
+//! hybrid measure --model PATH --text gensim/test/test_data/lee_background.cor
 //! ```
 //!
 //! Nothing is drawn at random: the same model and text give the same table.
 
-mod common;
-
 use std::io::{Write, stdout};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
-use clap::Parser;
+use clap::Args;
+use hybrid_attention::evaluate::{Estimate, Passage, losses};
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::HandOff;
@@ -32,7 +30,9 @@ use hybrid_attention::{HybridModel, Prompt, Thinking};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::common::passages::{Estimate, Passage, losses};
+use crate::files::{check_folder, read_text, write};
+use crate::options::{ModelArgs, parse_span};
+use crate::terminal::{self, Result};
 
 const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.5 }];
@@ -40,12 +40,9 @@ const PASSES: [usize; 2] = [1, 3];
 const WEIGHTS: [f64; 3] = [0.05, 0.2, 1.0];
 const SIGHTS: [Sight; 2] = [Sight::Bidirectional, Sight::Causal];
 
-/// Measure whether thinking about the first half of a passage helps to predict the second.
-#[derive(Parser)]
-struct Cli {
-    #[command(flatten)]
-    model: common::ModelArgs,
-
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Passages")]
+pub(crate) struct Options {
     /// A UTF-8 file of passages, one a line; those that are too short are skipped
     #[arg(long, value_name = "F")]
     text: PathBuf,
@@ -63,33 +60,32 @@ struct Cli {
     first: bool,
 
     /// The layers to think with besides all of them [default: the middle third]
-    #[arg(long, value_name = "A..B", value_parser = common::parse_span)]
+    #[arg(long, value_name = "A..B", value_parser = parse_span)]
     span: Option<Range<usize>>,
 
     /// Also write the figures as JSON, those of each passage included
     #[arg(long, value_name = "F")]
     json: Option<PathBuf>,
+
+    #[command(flatten)]
+    model: ModelArgs,
 }
 
-fn main() -> ExitCode {
-    common::main(|| run(&Cli::parse()))
-}
-
-fn run(cli: &Cli) -> common::Result<()> {
-    if cli.passages < 2 || cli.tokens < 2 {
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.passages < 2 || options.tokens < 2 {
         return Err("expected at least 2 --passages and 2 --tokens".into());
     }
-    cli.json.iter().try_for_each(|path| common::check_folder(path))?;
-    let text = common::read_text(&cli.text)?;
-    let (model, _) = cli.model.load()?;
-    let passages = passages(&model, &text, cli)?;
+    options.json.iter().try_for_each(|path| check_folder(path))?;
+    let text = read_text(&options.text)?;
+    let (model, _) = options.model.load()?;
+    let passages = passages(&model, &text, options)?;
     let layers = model.config().num_hidden_layers;
-    let middle = cli.span.clone().unwrap_or(layers / 3..(2 * layers / 3).max(layers / 3 + 1));
+    let middle = options.span.clone().unwrap_or(layers / 3..(2 * layers / 3).max(layers / 3 + 1));
     let settings = settings(&[0..layers, middle]);
 
     let own = settings.iter().filter(|setting| **setting == setting.equal()).count();
     let count = (own + 2) * passages.len();
-    let bar = common::bar(count as u64, "measuring [{bar:30}] {pos}/{len}, {eta} to go");
+    let bar = terminal::bar(count as u64, "measuring [{bar:30}] {pos}/{len}, {eta} to go");
     let measure = |prompt: &dyn Fn(&Passage) -> Prompt, thinking: &Thinking| {
         losses(&model, &passages, prompt, thinking, || bar.inc(1))
     };
@@ -105,16 +101,17 @@ fn run(cli: &Cli) -> common::Result<()> {
     }
     bar.finish_and_clear();
 
-    let report = Report { tokens: cli.tokens, plain, repeated, settings, thought };
-    if let Some(path) = &cli.json {
-        common::write(path, |file| Ok(serde_json::to_writer(file, &report.json())?))?;
+    let report = Report { tokens: options.tokens, plain, repeated, settings, thought };
+    if let Some(path) = &options.json {
+        write(path, |file| Ok(serde_json::to_writer(file, &report.json())?))?;
     }
     Ok(write!(stdout(), "{}", report.table())?)
 }
 
 /// The first `--passages` lines of `text` that have two halves of `--tokens` tokens.
-fn passages(model: &HybridModel, text: &str, cli: &Cli) -> common::Result<Vec<Passage>> {
-    let (count, tokens, only_read) = (cli.passages, cli.tokens, usize::from(!cli.first));
+fn passages(model: &HybridModel, text: &str, options: &Options) -> Result<Vec<Passage>> {
+    let (count, tokens, only_read) =
+        (options.passages, options.tokens, usize::from(!options.first));
     let tokenizer = model.tokenizer().ok_or("the checkpoint has no tokenizer")?;
     let mut passages = Vec::new();
     for line in text.lines() {

@@ -1,47 +1,33 @@
-//! What the thought passes do to a prompt, as one page for the browser and as JSON.
+//! `hybrid inspect`: what the thought passes do to a prompt, as one page for the browser and as JSON.
 //!
 //! ```text
-//! cargo run --release --example inspect -- --model PATH --passes 3 --span 10..20 \
+//! hybrid inspect --model PATH --passes 3 --span 10..20 \
 //!     --prompt "The trophy does not fit in the suitcase because it is too big."
 //! ```
 //!
 //! The page, `inspect.html` unless `--out` says otherwise, needs nothing beside it: no network, no
 //! scripts. `--json` writes the same numbers, and all of them where the page has to pool.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod draw;
 mod page;
 mod tokens;
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
-use clap::Parser;
+use clap::Args;
 use hybrid_attention::thought::{Detail, Trace};
 use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt, Thinking};
 use serde::Serialize;
 
 use self::tokens::Token;
+use crate::files::{check_folder, write};
+use crate::options::{ModelArgs, PromptArgs, ThinkingArgs};
+use crate::terminal::{self, Result};
 
-/// Look into the thought passes over a prompt: drift, tokens, similarity and attention.
-#[derive(Parser)]
-struct Cli {
-    #[command(flatten)]
-    model: common::ModelArgs,
-
-    #[command(flatten)]
-    input: common::PromptArgs,
-
-    /// Text after the prompt that is only read, not thought about
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    #[arg(conflicts_with_all = ["ids", "chat"])]
-    plain: Option<String>,
-
-    #[command(flatten)]
-    thinking: common::ThinkingArgs,
-
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Page")]
+pub(crate) struct Options {
     /// The most tokens of the two answers, with and without thinking
     #[arg(long, default_value_t = 32, value_name = "N")]
     max_tokens: usize,
@@ -57,10 +43,24 @@ struct Cli {
     /// Also write the numbers as JSON
     #[arg(long, value_name = "F")]
     json: Option<PathBuf>,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    input: PromptArgs,
+
+    /// Text after the prompt that is only read, not thought about
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(conflicts_with_all = ["ids", "chat"], help_heading = "Prompt")]
+    plain: Option<String>,
+
+    #[command(flatten)]
+    thinking: ThinkingArgs,
 }
 
-impl Cli {
-    fn prompt(&self) -> common::Result<Prompt> {
+impl Options {
+    fn prompt(&self) -> Result<Prompt> {
         match &self.plain {
             None => self.input.prompt(),
             Some(plain) => Ok(Prompt::default().context(self.input.text()?).plain(plain)),
@@ -68,12 +68,12 @@ impl Cli {
     }
 
     /// Bytes of the text that is thought about, where only a part of it is.
-    fn context_bytes(&self) -> common::Result<Option<usize>> {
+    fn context_bytes(&self) -> Result<Option<usize>> {
         self.plain.as_ref().map(|_| Ok(self.input.text()?.len())).transpose()
     }
 
     /// What was asked for, or else the checkpoint's `own` way to think.
-    fn thinking(&self, own: &Thinking) -> common::Result<Thinking> {
+    fn thinking(&self, own: &Thinking) -> Result<Thinking> {
         let thinking = self.thinking.thinking().unwrap_or_else(|| own.clone());
         if thinking.is_none() {
             return Err("nothing to look into without thinking: give --passes".into());
@@ -86,8 +86,8 @@ impl Cli {
     }
 
     /// Finds now what would be an error when all the work is done.
-    fn check(&self) -> common::Result<()> {
-        self.json.iter().chain([&self.out]).try_for_each(|path| common::check_folder(path))?;
+    fn check(&self) -> Result<()> {
+        self.json.iter().chain([&self.out]).try_for_each(|path| check_folder(path))?;
         // What the checkpoint says is not known yet.
         let thinking = self.thinking(&Thinking::passes(1))?;
         Ok(self.config(GenerationConfig::default(), thinking).validate()?)
@@ -114,30 +114,23 @@ struct Said {
     logprobs: Vec<f32>,
 }
 
-fn main() -> ExitCode {
-    common::main(|| run(&Cli::parse()))
-}
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let (prompt, context_bytes) = (options.prompt()?, options.context_bytes()?);
+    options.check()?; // before the wait for the weights
+    let (model, _) = options.model.load()?;
 
-fn run(cli: &Cli) -> common::Result<()> {
-    let (prompt, context_bytes) = (cli.prompt()?, cli.context_bytes()?);
-    cli.check()?; // before the wait for the weights
-    let (model, _) = cli.model.load()?;
-
-    let answer = |thinking| {
-        let (bar, update) = common::reading_bar();
-        let config = cli.config(model.generation_config(), thinking).on_progress(update);
-        let stream = model.stream(prompt.clone(), &config)?;
-        bar.finish_and_clear();
-        stream.collect_answer()
+    let answer = |thinking| -> Result<Answer> {
+        let config = options.config(model.generation_config(), thinking);
+        Ok(terminal::begin(&model, prompt.clone(), &config)?.collect_answer()?)
     };
-    let thinking = cli.thinking(model.thinking())?;
+    let thinking = options.thinking(model.thinking())?;
     let mut thought = answer(thinking.clone())?;
     let plain = answer(Thinking::none())?;
     if thought.traces.is_empty() {
         return Err("the model left no trace of its thinking".into());
     }
     let inspection = Inspection {
-        model: cli.model.name(),
+        model: options.model.name(),
         layers: model.config().num_hidden_layers,
         settings: thinking,
         tokens: tokens::of_prompt(model.tokenizer(), &thought.prompt_ids, context_bytes),
@@ -145,11 +138,11 @@ fn run(cli: &Cli) -> common::Result<()> {
         plain: said(&model, &plain),
         thought: said(&model, &thought),
     };
-    if let Some(path) = &cli.json {
-        common::write(path, |file| Ok(serde_json::to_writer(file, &inspection)?))?;
+    if let Some(path) = &options.json {
+        write(path, |file| Ok(serde_json::to_writer(file, &inspection)?))?;
     }
     let page = page::render(&inspection)?;
-    common::write(&cli.out, |file| Ok(file.write_all(page.as_bytes())?))
+    write(&options.out, |file| Ok(file.write_all(page.as_bytes())?))
 }
 
 fn said(model: &HybridModel, answer: &Answer) -> Said {

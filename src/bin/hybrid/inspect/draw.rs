@@ -5,7 +5,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::common::Result;
+use crate::terminal::Result;
 
 /// Colours that the page's style sheet replaces, so that drawings follow the light or dark scheme.
 const INK: RGBColor = RGBColor(1, 1, 1);

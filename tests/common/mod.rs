@@ -15,6 +15,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use hybrid_attention::Config;
+#[allow(unused_imports, reason = "each test binary uses a part")]
 pub(crate) use hybrid_attention_testing::{
     Result, assert_close, assert_identical, fixture, smollm2,
 };

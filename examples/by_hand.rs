@@ -42,10 +42,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         let last = h.narrow(1, h.dim(1)? - 1, 1)?; // (1, 1, hidden)
         let logits = transformer.logits(&last)?.flatten_all()?; // (vocab)
         let token = logits.argmax(D::Minus1)?.to_scalar::<u32>()?;
+        answer.push(token);
         if model.eos_ids().contains(&token) {
             break;
         }
-        answer.push(token);
         let xs = transformer.embed(&Tensor::new(&[[token]], transformer.device())?)?;
         h = transformer.forward(&xs, transformer.all_layers(), Pass::Cached(&mut cache))?;
     }

@@ -9,8 +9,6 @@
 #![allow(missing_docs, reason = "criterion's macros")]
 #![allow(clippy::print_stderr)]
 
-mod common;
-
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -18,10 +16,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hybrid_attention::model::{KvCache, Layout, Pass, Transformer};
+use hybrid_attention::model::{KvCache, Batch, Pass, Transformer};
 use hybrid_attention::{Config, Result};
 
-use common::{SHAPE, ids, random_weights};
+use hybrid_attention_benches::{SHAPE, ids, random_weights};
 
 struct Engines {
     ours: Transformer,
@@ -51,7 +49,7 @@ impl Engines {
     }
 
     fn our_cache(&self) -> Result<KvCache> {
-        self.ours.new_cache(&Layout::dense(1, 1), 4096)
+        self.ours.new_cache(4096)
     }
 
     fn candle_cache(&self) -> Result<llama::Cache> {
@@ -109,7 +107,7 @@ fn run(c: &mut Criterion) -> Result<()> {
     let mut group = c.benchmark_group("thought pass 512");
     group.throughput(Throughput::Elements(512));
     let xs = engines.ours.embed(&tokens(512)?)?;
-    let layout = Layout::dense(1, 512);
+    let layout = Batch::one(512)?;
     group.bench_function(ours, |b| {
         let pass = || Pass::Bidirectional(&layout);
         b.iter(|| black_box(engines.ours.forward(&xs, engines.ours.all_layers(), pass())));

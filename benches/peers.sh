@@ -2,14 +2,14 @@
 # Sets llama.cpp and torch beside this crate, on the same weights: prefill of 512 and 2048 tokens and
 # decoding of 64, two threads, taking turns.
 #
-#     HYBRID_ATTENTION_SMOLLM2=PATH.gguf bash benches/peers.sh
+#     bash benches/peers.sh
 #
+# The model is SmolLM2, where the README fetches it to, or where HYBRID_ATTENTION_SMOLLM2 says it is.
 # llama.cpp is built by pip from the sdist of llama-cpp-python, for this very processor; torch and
 # transformers come from PyPI. All of it goes to a temporary folder, or to $PEERS, which is kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${HYBRID_ATTENTION_SMOLLM2:?is to be the path of the GGUF file}"
-peers=${PEERS:-$(mktemp -d)}
+peers=$(realpath -m "${PEERS:-$(mktemp -d)}") # benches run in a folder of their own
 [ -n "${PEERS:-}" ] || trap 'rm -rf "$peers"' EXIT
 mkdir -p "$peers"
 

@@ -2,16 +2,14 @@
 //! can do at most.
 //!
 //! ```text
-//! HYBRID_ATTENTION_SMOLLM2=PATH.gguf cargo bench --bench speed
+//! cargo bench --bench speed
 //! ```
 //!
-//! Without the file, weights of that shape are random, which is as fast. `-- --write FOLDER` measures
+//! Without SmolLM2 (the README fetches it), weights of that shape are random, which is as fast. `-- --write FOLDER` measures
 //! nothing and writes the models that `benches/peers.sh` gives to other engines; `-- --only KIND FOLDER`
 //! prints nothing but the speeds of this crate on the model there.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
-
-mod common;
 
 use std::error::Error;
 use std::hint::black_box;
@@ -24,12 +22,13 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Layout, Linear, Mask, Pass, Sight, Transformer, Weights, attend};
+use hybrid_attention::model::{Batch, Linear, Mask, Pass, Sight, Transformer, Weights, attend};
 use hybrid_attention::{Config, WeightType};
+use hybrid_attention_testing::smollm2;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use common::{SHAPE, ids, random_weights, unpack};
+use hybrid_attention_benches::{SHAPE, ids, random_weights, unpack};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -57,11 +56,11 @@ const OF_BLOCK: f64 = 4096.0 * (2.0 * 4096.0 + 2.0 * 1024.0 + 3.0 * 14336.0);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
-    let smollm2 = std::env::var_os("HYBRID_ATTENTION_SMOLLM2").map(PathBuf::from);
+    let smollm2 = smollm2();
     let folder = tempfile::tempdir()?;
     if let Some(at) = arguments.iter().position(|argument| argument == "--write") {
         let (Some(to), Some(from)) = (arguments.get(at + 1), smollm2) else {
-            return Err("--write needs a folder, and HYBRID_ATTENTION_SMOLLM2 a file".into());
+            return Err("--write needs a folder to write to, and SmolLM2".into());
         };
         let to = Path::new(to);
         std::fs::create_dir_all(to.join("f32"))?;
@@ -146,7 +145,7 @@ fn ours(folder: &Path, kind: WeightType) -> Result<[f64; 3]> {
     let model = Transformer::new(checkpoint.config(), &mut weights)?;
     weights.finish()?;
     let most = PROMPTS[1] + DECODE;
-    let mut cache = model.new_cache(&Layout::dense(1, 1), most)?;
+    let mut cache = model.new_cache(most)?;
     let mut read = |tokens: &[u32], start: usize| -> Result<()> {
         cache.truncate(start)?;
         let xs = model.embed(&Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?)?;
@@ -218,7 +217,7 @@ fn block(kind: WeightType) -> Result<(f64, f64)> {
     let model = Transformer::new(&Config::from_json(BLOCK)?, &mut Random(kind))?;
     let run = |tokens: usize| -> Result<f64> {
         let xs = Tensor::randn(0f32, 1.0, (1, tokens, 4096), &Device::Cpu)?;
-        let layout = Layout::dense(1, tokens);
+        let layout = Batch::one(tokens)?;
         best(|| {
             black_box(model.forward(&xs, 0..1, Pass::Causal(&layout))?);
             Ok(())
@@ -238,7 +237,7 @@ fn block(kind: WeightType) -> Result<(f64, f64)> {
 fn attention(tokens: usize, sight: Sight) -> Result<f64> {
     let random = |heads| Tensor::randn(0f32, 1.0, (1, heads, tokens, 128), &Device::Cpu);
     let (q, k, v) = (random(32)?, random(8)?, random(8)?);
-    let layout = Layout::dense(1, tokens);
+    let layout = Batch::one(tokens)?;
     let mask = Arc::new(Mask::new(&layout, sight, 0..tokens, 0, None));
     let seconds = best(|| {
         black_box(attend(&q, &k, &v, &mask)?);

@@ -2,7 +2,7 @@
 for what loading, speed and memory are at full size. Needs nothing but Python.
 
     python3 benches/synthetic_7b.py FOLDER
-    cargo run --release --example generate -- --model FOLDER --ids 1,2,3 --quantize q8_0
+    hybrid generate --model FOLDER --ids 1,2,3 --quantize q8_0
 """
 
 import array

@@ -14,8 +14,6 @@
 
 #![allow(clippy::print_stdout)]
 
-mod common;
-
 use std::ops::Range;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -23,12 +21,12 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use hybrid_attention::generate::Sampler;
-use hybrid_attention::model::{KvCache, Layout, Pass, Transformer};
+use hybrid_attention::model::{KvCache, Batch, Pass, Transformer};
 use hybrid_attention::refine::seq;
-use hybrid_attention::thought::{HandOff, Text};
+use hybrid_attention::thought::{HandOff, EncodedBatch};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
 
-use common::{SHAPE, ids, median, peak_memory, random_weights, sorted};
+use hybrid_attention_benches::{SHAPE, ids, median, peak_memory, random_weights, sorted};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -91,10 +89,10 @@ fn line(title: &str, here: Vec<f64>, plain: Vec<f64>) {
 fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usize) -> Result<()> {
     let thinking = Thinking::passes(1).span(span.clone());
     let mind = thinking.on(transformer)?;
-    let layout = Layout::dense(1, count).with_context(0, std::slice::from_ref(&(0..count - 1)))?;
-    let text = Text::new(transformer, &ids(count), layout)?;
+    let layout = Batch::one(count)?.with_context(0, std::slice::from_ref(&(0..count - 1)))?;
+    let text = EncodedBatch::new(transformer, &ids(count), layout)?;
     let xs = text.embeddings();
-    let mut cache = transformer.new_cache(text.layout(), count)?;
+    let mut cache = transformer.new_cache(count)?;
     let layers = transformer.all_layers();
     let share = span.len() as f64 / layers.len() as f64;
     let (mut here, mut plain) = (Vec::new(), Vec::new());
@@ -116,17 +114,17 @@ fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usiz
 /// One pass over a batch of texts of different length, beside one over as many of the longest: what
 /// it would cost to run the padding along.
 fn ragged(transformer: &Transformer, lengths: &[usize], pairs: usize) -> Result<()> {
-    let layout = Layout::ragged(lengths);
+    let layout = Batch::ragged(lengths)?;
     let (batch, seq) = (layout.batch(), layout.seq());
-    let text = Text::new(transformer, &ids(batch * seq), layout)?;
-    let dense = Layout::dense(batch, seq);
+    let text = EncodedBatch::new(transformer, &ids(batch * seq), layout)?;
+    let dense = Batch::dense(batch, seq)?;
     let (mut here, mut plain) = (Vec::new(), Vec::new());
     for pair in 0..=pairs {
-        let forward = |layout: &Layout| {
+        let forward = |layout: &Batch| {
             let (xs, layers) = (text.embeddings(), transformer.all_layers());
             milliseconds(|| Ok(transformer.forward(xs, layers, Pass::Bidirectional(layout))?))
         };
-        let (packed, padded) = (forward(text.layout())?, forward(&dense)?);
+        let (packed, padded) = (forward(text.batch())?, forward(&dense)?);
         if pair > 0 {
             here.push(packed);
             plain.push(padded);
@@ -138,7 +136,7 @@ fn ragged(transformer: &Transformer, lengths: &[usize], pairs: usize) -> Result<
 
 /// What a step of a gradient nudge costs, beside reading the thoughts and scoring every token.
 fn gradient(transformer: &Transformer, count: usize) -> Result<()> {
-    let text = Text::new(transformer, &ids(count), Layout::dense(1, count))?;
+    let text = EncodedBatch::new(transformer, &ids(count), Batch::one(count)?)?;
     let (here, plain) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
     let (gradients, losses) = (Arc::clone(&here), Arc::clone(&plain));
     let time = seq().add_fn(move |xs, step| {
@@ -172,8 +170,8 @@ fn decode(model: &HybridModel) -> Result<()> {
     let mut stream = model.stream(prompt.as_slice(), &config)?;
     let mut first = stream.next().ok_or("no first token")??.id;
 
-    let layout = Layout::dense(1, 1);
-    let mut cache = transformer.new_cache(&layout, prompt.len() + DECODE + 1)?;
+    let layout = Batch::one(1)?;
+    let mut cache = transformer.new_cache(prompt.len() + DECODE + 1)?;
     let mut sampler = Sampler::new(&config, &prompt)?;
     let tokens = Tensor::new(prompt.as_slice(), transformer.device())?.unsqueeze(0)?;
     step(transformer, &tokens, &mut cache)?;

@@ -2,15 +2,13 @@
 //! own llama in turn, on the same `f32` safetensors.
 //!
 //! ```text
-//! HYBRID_ATTENTION_SMOLLM2=PATH.gguf cargo bench --bench whole_process
+//! cargo bench --bench whole_process
 //! ```
 //!
-//! The GGUF file is unpacked once into a temporary folder that both then load. Prints a table of
+//! The GGUF file of SmolLM2 (the README fetches it) is unpacked once into a temporary folder that both then load. Prints a table of
 //! medians over five pairs, and the ratio of each pair's figures.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
-
-mod common;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -21,9 +19,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use hybrid_attention::{GenerationConfig, HybridModel};
+use hybrid_attention_testing::smollm2;
 use serde_json::{Value, json};
 
-use common::{ids, median, peak_memory, sorted, unpack};
+use hybrid_attention_benches::{ids, median, peak_memory, sorted, unpack};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -48,12 +47,9 @@ fn main() -> Result<()> {
         println!("{figures}");
         return Ok(());
     }
-    let Some(gguf) = std::env::var_os("HYBRID_ATTENTION_SMOLLM2") else {
-        eprintln!("skipped: HYBRID_ATTENTION_SMOLLM2 does not name the GGUF file");
-        return Ok(());
-    };
+    let Some(gguf) = smollm2() else { return Ok(()) };
     let folder = tempfile::tempdir()?;
-    unpack(&PathBuf::from(gguf), folder.path())?;
+    unpack(&gguf, folder.path())?;
     compare(&std::env::current_exe()?, folder.path())
 }
 

@@ -1,182 +1,43 @@
-//! A chat in the terminal. What was read once stays in the cache, so that each turn runs only what
-//! is new; with thinking, which looks at everything anew, the whole chat is read each time.
+//! A chat that keeps its conversation: what was read once is not read again.
 //!
 //! ```text
-//! cargo run --release --example chat -- --model PATH --system "Be brief."
+//! cargo run --release --example chat -- Mistral-7B-Instruct-v0.3
 //! ```
-//!
-//! `/reset` begins anew, `/quit` or the end of the input (Ctrl-D) leaves. Ctrl-C ends the process.
 
-mod common;
+#![allow(clippy::print_stdout, reason = "a program")]
 
-use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
-use std::process::ExitCode;
+use std::error::Error;
+use std::io::Write;
 
-use clap::Parser;
-use hybrid_attention::{
-    Conversation, GenerationConfig, HybridModel, Message, StopReason, Tokenizer,
-};
-use indicatif::ProgressBar;
+use candle_core::Device;
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::{HybridModel, Message, Prompt, WeightType};
 
-/// Chat in the terminal: one message a line; /reset begins anew, /quit leaves.
-#[derive(Parser)]
-struct Cli {
-    #[command(flatten)]
-    model: common::ModelArgs,
+fn main() -> Result<(), Box<dyn Error>> {
+    let path =
+        std::env::args().nth(1).ok_or("give the path of a checkpoint with a chat template")?;
+    let (checkpoint, kept) = (Checkpoint::open(path)?, WeightType::Stored);
+    let model = HybridModel::from_checkpoint(&checkpoint, kept, &Device::Cpu, |_, _| ())?;
+    let config = model.generation_config().max_tokens(256);
 
-    #[command(flatten)]
-    cache: common::CacheArgs,
+    // The cache of this chat, and what was said in it. Both grow by what is new in each turn.
+    let room = model.config().max_position_embeddings.min(4096);
+    let mut conversation = model.conversation(room)?;
+    let mut messages = vec![Message::system("Be brief.")];
 
-    /// A system message that stays in front of the chat
-    #[arg(long, value_name = "TEXT")]
-    system: Option<String>,
-
-    #[command(flatten)]
-    thinking: common::ThinkingArgs,
-
-    /// The most tokens of one answer
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    max_tokens: usize,
-
-    #[command(flatten)]
-    sampling: common::SamplingArgs,
-
-    /// Room for the chat, in tokens [default: 4096, or the model's own if that is less]
-    #[arg(long, value_name = "N")]
-    context: Option<usize>,
-}
-
-fn main() -> ExitCode {
-    common::main(|| run(&Cli::parse()))
-}
-
-fn run(cli: &Cli) -> common::Result<()> {
-    let config = cli.sampling.apply(GenerationConfig::default());
-    cli.thinking.apply(config).validate()?; // before the wait for the weights
-    cli.thinking.warn();
-    let (model, load) = cli.model.load()?;
-    let model = cli.cache.apply(model)?;
-    let mut chat = Chat::new(cli, &model)?;
-    let kept = common::kept(&model);
-    common::say(&format!("[loaded in {load:.1} s as {kept}; /reset begins anew, /quit leaves]"));
-    let interactive = stdin().is_terminal();
-    loop {
-        if interactive {
-            write!(stderr(), "> ")?;
-        }
-        let mut line = Vec::new();
-        if stdin().lock().read_until(b'\n', &mut line)? == 0 {
-            return Ok(());
-        }
-        let Ok(line) = String::from_utf8(line) else {
-            common::say("[not UTF-8: ignored]");
-            continue;
-        };
-        match line.trim() {
-            "" => {}
-            "/quit" => return Ok(()),
-            "/reset" => chat.reset(),
-            command if command.starts_with('/') => {
-                common::say(&format!("[{command} is not a command: there are /reset and /quit]"));
-            }
-            message => chat.answer(message)?,
-        }
-    }
-}
-
-struct Chat<'a> {
-    model: &'a HybridModel,
-    tokenizer: &'a Tokenizer,
-    config: GenerationConfig,
-    bar: ProgressBar,
-    conversation: Conversation,
-    /// Tokens of the context that an answer should find free.
-    answer_room: usize,
-    system: Option<Message>,
-    /// The user's messages and the model's, by turns.
-    turns: Vec<Message>,
-}
-
-impl<'a> Chat<'a> {
-    fn new(cli: &Cli, model: &'a HybridModel) -> common::Result<Self> {
-        let tokenizer = model.tokenizer().filter(|tokenizer| tokenizer.has_chat_template());
-        let tokenizer = tokenizer.ok_or("the checkpoint has no chat template")?;
-        let (bar, update) = common::reading_bar();
-        let config = model.generation_config().max_tokens(cli.max_tokens).on_progress(update);
-        let context = cli.context.unwrap_or(model.config().max_position_embeddings.min(4096));
-        Ok(Self {
-            model,
-            tokenizer,
-            config: cli.sampling.apply(cli.thinking.apply(config)),
-            bar,
-            conversation: model.conversation(context)?,
-            answer_room: cli.max_tokens.min(context / 4),
-            system: cli.system.as_ref().map(Message::system),
-            turns: Vec::new(),
-        })
-    }
-
-    fn reset(&mut self) {
-        self.turns.clear();
-        self.conversation.reset();
-        common::say("[forgotten]");
-    }
-
-    fn answer(&mut self, message: &str) -> common::Result<()> {
-        self.turns.push(Message::user(message));
-        let Some(prompt) = self.fitting_prompt()? else { return Ok(()) };
-        self.bar.reset();
-        let mut stream = self.model.stream_in(&mut self.conversation, prompt, &self.config)?;
-        self.bar.finish_and_clear();
-        let (mut answer, mut count) = (String::new(), 0);
+    for line in std::io::stdin().lines() {
+        messages.push(Message::user(line?));
+        let prompt = Prompt::chat(&messages);
+        let mut answer = String::new();
+        let mut stream = model.stream_in(&mut conversation, prompt, &config)?;
         for token in &mut stream {
             let text = token?.text;
-            // The space between the template and the answer is for the model, not for the reader.
-            let text = if answer.is_empty() { text.trim_start() } else { &text };
-            answer.push_str(text);
-            write!(stdout(), "{text}")?;
-            stdout().flush()?;
-            count += 1;
+            print!("{text}");
+            std::io::stdout().flush()?;
+            answer.push_str(&text);
         }
-        writeln!(stdout())?;
-        if stream.stop() == Some(StopReason::Context) {
-            common::say("[the context is full: this answer is cut short]");
-        }
-        let seconds = stream.seconds();
-        common::say(&format!(
-            "[{count} tokens, {:.1} a second; {} of {} prompt tokens known, the rest read in {:.1} s, thought {:.1} s]",
-            f64::from(count) / seconds.decode.max(1e-9),
-            stream.kept(),
-            stream.prompt_ids().len(),
-            seconds.prefill,
-            seconds.think,
-        ));
-        self.turns.push(Message::assistant(answer.trim()));
-        Ok(())
+        println!("   [{} of {} tokens known]", stream.kept(), stream.prompt_ids().len());
+        messages.push(Message::assistant(answer.trim()));
     }
-
-    /// The whole chat as token ids. Where it leaves no room for an answer, the oldest questions and
-    /// answers are forgotten; a message that is too long by itself is, and `None` comes back.
-    fn fitting_prompt(&mut self) -> common::Result<Option<Vec<u32>>> {
-        let context = self.conversation.capacity();
-        for old in (0..self.turns.len()).step_by(2) {
-            let turns = self.turns.iter().skip(old);
-            let messages: Vec<Message> = self.system.iter().chain(turns).cloned().collect();
-            let prompt = self.tokenizer.encode_chat(&messages, true)?;
-            if prompt.len() + self.answer_room <= context {
-                if old > 0 {
-                    common::say(&format!(
-                        "[the context is full: forgot the oldest {old} messages]"
-                    ));
-                }
-                self.turns.drain(..old);
-                return Ok(Some(prompt));
-            }
-        }
-        common::say(&format!(
-            "[this message leaves no room for an answer in {context} tokens: ignored]"
-        ));
-        self.turns.pop();
-        Ok(None)
-    }
+    Ok(())
 }

@@ -2,66 +2,46 @@
 //!
 //! ```text
 //! cargo run --release --example think
-//! cargo run --release --example think -- --hops 12 --seed 7
+//! cargo run --release --example think -- 12 7
 //! ```
 //!
-//! Without `--model` this is the small model that comes with the crate. Names and wordings are of the
-//! flashback suite's test split (`examples/flashback`): no training story has them.
+//! The arguments are the number of facts from the question to the answer, the seed of the story, and how
+//! many fresh stories are examined for each length of chain. The model is the small one that comes with
+//! the crate. Names and wordings are of the suite's test split: no training story has them.
 
-mod common;
-#[path = "flashback/suite/mod.rs"]
-mod suite;
+#![allow(clippy::print_stdout, reason = "a program")]
 
-use std::io::{Write, stdout};
-use std::process::ExitCode;
+use std::error::Error;
 
-use clap::Parser;
+use candle_core::Device;
+use flashback_suite::{FACTS, LONGEST, Plan, Question, Split, Story};
 use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::suite::{FACTS, LONGEST, Plan, Question, Split, Story};
+const PASSES: usize = 4;
+const LENGTHS: [usize; 7] = [1, 2, 4, 6, 8, 10, 12];
 
-/// Tell a story in the wrong order and ask about it, after no thought pass, one, two, ...
-#[derive(Parser)]
-struct Cli {
-    #[command(flatten)]
-    model: common::ModelArgs,
+fn main() -> Result<(), Box<dyn Error>> {
+    let numbers = std::env::args().skip(1).map(|text| text.parse());
+    let numbers = numbers.collect::<Result<Vec<u32>, _>>()?;
+    let number = |index, default| numbers.get(index).copied().unwrap_or(default);
+    let (hops, seed, stories) = (number(0, 8) as usize, number(1, 1), number(2, 20) as usize);
+    if !(1..=LONGEST).contains(&hops) {
+        return Err(format!("expected 1 to {LONGEST} facts, got {hops}").into());
+    }
 
-    /// Facts from the question to the answer, 1 to 12
-    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=LONGEST as i64))]
-    hops: u8,
-
-    /// The most passes to try
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=64))]
-    passes: u8,
-
-    /// Decides the stories
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-
-    /// Fresh stories for each length of chain in the table at the end; 0 for no table
-    #[arg(long, default_value_t = 20, value_name = "N")]
-    stories: usize,
-}
-
-fn main() -> ExitCode {
-    common::main(|| run(&Cli::parse()))
-}
-
-fn run(cli: &Cli) -> common::Result<()> {
-    let (model, _) = cli.model.load()?;
-    let mut rng = ChaCha8Rng::seed_from_u64(cli.seed);
-    let hops = usize::from(cli.hops);
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(seed.into());
     let story = draw(hops, &mut rng);
     let question = story.question_of(hops).ok_or("no such question")?;
-    let text = format!("{}{} …", story.text(), story.ask(question));
-    text.lines().try_for_each(|line| writeln!(stdout(), "{}", wrap(line)))?;
-    writeln!(stdout())?;
-    writeln!(stdout(), "Right is {}, {hops} of {FACTS} facts away.\n", question.answer)?;
-    follow(cli, &model, &story, hops)?;
-    if cli.stories > 0 {
-        examine(cli, &model, &mut rng)?;
+    for line in format!("{}{} …", story.text(), story.ask(question)).lines() {
+        println!("{}", wrap(line));
+    }
+    println!("\nRight is {}, {hops} of {FACTS} facts away.\n", question.answer);
+    follow(&model, &story, &story.chain_of(hops))?;
+    if stories > 0 {
+        examine(&model, stories, &mut rng)?;
     }
     Ok(())
 }
@@ -69,6 +49,76 @@ fn run(cli: &Cli) -> common::Result<()> {
 /// A story of the test split that holds a chain of `hops` facts.
 fn draw(hops: usize, rng: &mut ChaCha8Rng) -> Story {
     Story::draw(&Plan::examination(Split::Test, hops), rng)
+}
+
+/// Thinks about the story with that many passes, as the checkpoint does, and answers the question,
+/// which is only read.
+fn ask(
+    model: &HybridModel,
+    story: &Story,
+    question: &Question,
+    passes: usize,
+) -> hybrid_attention::Result<Answer> {
+    let prompt = Prompt::default().context(story.text()).plain(story.ask(question));
+    let thinking = model.thinking().clone().with_passes(passes);
+    let config = GenerationConfig::default().max_tokens(8).thinking(thinking);
+    model.generate(prompt, &config)
+}
+
+/// The answer after each number of passes, and what the pass has changed: how far the thoughts moved,
+/// and for which names of the same chain, from its end on, the end is now known.
+fn follow(model: &HybridModel, story: &Story, chain: &[&Question]) -> hybrid_attention::Result<()> {
+    println!(
+        "passes  answer      probability  drift  right about the names 1, 2, … facts from the end"
+    );
+    for passes in 0..=PASSES {
+        let answers = chain.iter().map(|question| ask(model, story, question, passes));
+        let answers = answers.collect::<hybrid_attention::Result<Vec<_>>>()?;
+        let right = chain.iter().zip(&answers).map(|(question, answer)| is_right(answer, question));
+        let marks: String = right.map(|right| if right { " ✓" } else { " ·" }).collect();
+        let Some(farthest) = answers.last() else { continue };
+        let probability = farthest.logprobs.first().map_or(0.0, |logprob| logprob.exp() * 100.0);
+        let drift = farthest.drift().last().map_or_else(String::new, |drift| format!("{drift:.2}"));
+        let word = first_word(farthest);
+        println!("{passes:>6}  {word:<10}  {probability:>9.1} %  {drift:>5} {marks}");
+    }
+    Ok(())
+}
+
+/// The share of right answers by the length of the chain.
+fn examine(
+    model: &HybridModel,
+    stories: usize,
+    rng: &mut ChaCha8Rng,
+) -> hybrid_attention::Result<()> {
+    println!("\nright answers over {stories} fresh stories each, in percent");
+    let heads = (0..=PASSES)
+        .map(|passes| format!("{passes:>4} {:<6}", if passes == 1 { "pass" } else { "passes" }));
+    println!("facts  {}  a guess", heads.collect::<String>());
+    let percent = |count: f64| 100.0 * count / stories as f64;
+    for hops in LENGTHS {
+        let (mut right, mut chance) = ([0; PASSES + 1], 0.0);
+        for _ in 0..stories {
+            let story = draw(hops, rng);
+            let Some(question) = story.question_of(hops) else { continue };
+            for (passes, right) in right.iter_mut().enumerate() {
+                *right += i32::from(is_right(&ask(model, &story, question, passes)?, question));
+            }
+            chance += 1.0 / story.ends as f64;
+        }
+        let shares = right.map(|right| format!("{:>4.0}       ", percent(right.into())));
+        println!("{hops:>5}  {}  {:>7.0}", shares.concat(), percent(chance));
+    }
+    Ok(())
+}
+
+fn is_right(answer: &Answer, question: &Question) -> bool {
+    first_word(answer) == question.answer
+}
+
+fn first_word(answer: &Answer) -> &str {
+    let mut words = answer.text.split(|c: char| !c.is_alphanumeric());
+    words.find(|word| !word.is_empty()).unwrap_or("")
 }
 
 /// The text in lines that are easily read.
@@ -82,82 +132,4 @@ fn wrap(text: &str) -> String {
         }
     }
     lines.join("\n")
-}
-
-/// The answer after each number of passes, and what the pass has changed: how far the thoughts moved,
-/// and for which names of the same chain the end is now known.
-fn follow(cli: &Cli, model: &HybridModel, story: &Story, hops: usize) -> common::Result<()> {
-    let chain = story.chain_of(hops);
-    let about = "right about the names 1, 2, … facts from the end";
-    writeln!(stdout(), "passes  answer      probability  drift  {about}")?;
-    for passes in 0..=usize::from(cli.passes) {
-        let (mut said, mut marks) = (None, String::new());
-        for question in &chain {
-            let answer = ask(model, story, question, passes)?;
-            marks.push_str(if is_right(&answer, question) { " ✓" } else { " ·" });
-            said = Some(answer); // of the one that is farthest from the end, in the end
-        }
-        let Some(answer) = said else { continue };
-        let probability = answer.logprobs.first().map_or(0.0, |logprob| logprob.exp() * 100.0);
-        let drift = answer.drift().last().map_or_else(String::new, |drift| format!("{drift:.2}"));
-        let word = first_word(&answer);
-        writeln!(stdout(), "{passes:>6}  {word:<10}  {probability:>9.1} %  {drift:>5} {marks}")?;
-    }
-    Ok(())
-}
-
-/// The share of right answers by the length of the chain.
-fn examine(cli: &Cli, model: &HybridModel, rng: &mut ChaCha8Rng) -> common::Result<()> {
-    const LENGTHS: [usize; 7] = [1, 2, 4, 6, 8, 10, 12];
-    let passes = usize::from(cli.passes) + 1;
-    writeln!(stdout(), "\nright answers over {} fresh stories each, in percent", cli.stories)?;
-    write!(stdout(), "facts  ")?;
-    (0..passes).try_for_each(|passes| {
-        write!(stdout(), "{passes:>4} {:<6}", if passes == 1 { "pass" } else { "passes" })
-    })?;
-    writeln!(stdout(), "  a guess")?;
-    let bar = common::bar((LENGTHS.len() * cli.stories) as u64, "[{bar:30}] {pos}/{len}");
-    for hops in LENGTHS {
-        let (mut right, mut chance) = (vec![0; passes], 0.0);
-        for _ in 0..cli.stories {
-            let story = draw(hops, rng);
-            let Some(question) = story.question_of(hops) else { continue };
-            for (passes, right) in right.iter_mut().enumerate() {
-                *right += usize::from(is_right(&ask(model, &story, question, passes)?, question));
-            }
-            chance += 1.0 / story.ends as f64;
-            bar.inc(1);
-        }
-        let percent = |count: f64| 100.0 * count / cli.stories as f64;
-        write!(stdout(), "{hops:>5}  ")?;
-        right
-            .iter()
-            .try_for_each(|&right| write!(stdout(), "{:>4.0}       ", percent(right as f64)))?;
-        writeln!(stdout(), "  {:>7.0}", percent(chance))?;
-    }
-    bar.finish_and_clear();
-    Ok(())
-}
-
-/// Thinks about the story with that many passes, as the checkpoint does, and answers the question,
-/// which is only read.
-fn ask(
-    model: &HybridModel,
-    story: &Story,
-    question: &Question,
-    passes: usize,
-) -> common::Result<Answer> {
-    let prompt = Prompt::default().context(story.text()).plain(story.ask(question));
-    let thinking = model.thinking().clone().with_passes(passes);
-    let config = GenerationConfig::default().max_tokens(8).thinking(thinking);
-    Ok(model.generate(prompt, &config)?)
-}
-
-fn is_right(answer: &Answer, question: &Question) -> bool {
-    first_word(answer) == question.answer
-}
-
-fn first_word(answer: &Answer) -> &str {
-    let mut words = answer.text.split(|c: char| !c.is_alphanumeric());
-    words.find(|word| !word.is_empty()).unwrap_or("")
 }

@@ -5,6 +5,7 @@ mod batch;
 mod cancel;
 mod config;
 mod error;
+pub mod evaluate;
 pub mod generate;
 mod hybrid;
 mod kernels;

@@ -12,7 +12,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use common::{
     FIXTURES, Result, assert_identical, fixture, fixture_config, fixture_weights, interleave,
-    logged, write_consolidated, write_gguf,
+    logged, smollm2, write_consolidated, write_gguf,
 };
 use half::{bf16, f16};
 use hybrid_attention::Config;
@@ -364,15 +364,9 @@ proptest! {
 
 /// The published SmolLM2-135M-Instruct in Q4_1, against candle's reader.
 #[test]
-#[allow(clippy::print_stderr, reason = "says that it is skipped")]
 fn smollm2_equals_candles_own_read() -> Result {
-    let Some(path) = std::env::var_os("HYBRID_ATTENTION_SMOLLM2") else {
-        eprintln!(
-            "skipped: HYBRID_ATTENTION_SMOLLM2 does not name SmolLM2-135M-Instruct.Q4_1.gguf"
-        );
-        return Ok(());
-    };
-    let (config, tensors) = load(Path::new(&path), None)?;
+    let Some(path) = smollm2() else { return Ok(()) };
+    let (config, tensors) = load(&path, None)?;
     assert_eq!(config.num_hidden_layers, 30);
     assert!(config.tie_word_embeddings);
     let mut file = fs::File::open(&path)?;

@@ -1,6 +1,6 @@
 //! Nudges: the gradients they go down, and where they may go.
 
-#![allow(clippy::print_stderr, reason = "a skipped test says so, and a real model its figures")]
+#![allow(clippy::print_stderr, reason = "the figures of a real model")]
 
 mod common;
 
@@ -21,7 +21,7 @@ use hybrid_attention::{Config, Error, HybridModel, Thinking};
 use proptest::prelude::*;
 
 use common::tiny::{self, holds};
-use common::{Result, assert_close, assert_identical};
+use common::{Result, assert_close, assert_identical, smollm2};
 
 /// What the crate's own functions return.
 type Theirs<T> = hybrid_attention::Result<T>;
@@ -967,10 +967,7 @@ fn falls(name: &str, before: f64, after: f64, least: f64) {
 
 #[test]
 fn the_loss_falls_on_smollm2() -> Result {
-    let Some(path) = std::env::var_os("HYBRID_ATTENTION_SMOLLM2") else {
-        eprintln!("skipped: HYBRID_ATTENTION_SMOLLM2 is not the path of a .gguf file");
-        return Ok(());
-    };
+    let Some(path) = smollm2() else { return Ok(()) };
     let quantised = HybridModel::from_gguf(&path, None, &Device::Cpu)?;
     let tokenizer = quantised.tokenizer().ok_or("no tokenizer")?;
     for prompt in PROMPTS {

@@ -1,25 +1,21 @@
-//! SmolLM2-135M-Instruct, quantised by llama.cpp, against transformers and candle-transformers.
-//! Skipped unless `HYBRID_ATTENTION_SMOLLM2` is the path of the GGUF file.
+//! SmolLM2-135M-Instruct, quantised by llama.cpp, against transformers. Skipped where it is not.
 
-#![allow(clippy::print_stderr, reason = "a skipped test says so")]
+#![allow(clippy::print_stderr, reason = "figures of a test that fails")]
 
 mod common;
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use candle_core::quantized::GgmlDType;
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
-use candle_transformers::models::llama;
+use candle_core::{DType, Device};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Batch, Pass, Weights};
+use hybrid_attention::model::Weights;
 use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt, WeightType};
 use serde::Deserialize;
 
-use common::{Result, candle_llama, fixture};
+use common::{Result, fixture, smollm2};
 
 /// The golden log-probabilities have five digits after the point; the sums behind them differ.
 const TOLERANCE: f32 = 2e-3;
@@ -47,28 +43,23 @@ struct Generate {
     greedy_text: String,
 }
 
-static PATH: LazyLock<Option<PathBuf>> =
-    LazyLock::new(|| std::env::var_os("HYBRID_ATTENTION_SMOLLM2").map(PathBuf::from));
-
 /// Loaded once for all tests; errors as text, because they are shared.
-static MODEL: LazyLock<Option<std::result::Result<HybridModel, String>>> = LazyLock::new(|| {
-    let load = |path| HybridModel::from_gguf(path, None, &Device::Cpu);
-    Some(load(PATH.as_ref()?).map_err(|error| error.to_string()))
+static MODEL: LazyLock<std::result::Result<HybridModel, String>> = LazyLock::new(|| {
+    let path = smollm2().ok_or("it was there just now")?;
+    HybridModel::from_gguf(path, None, &Device::Cpu).map_err(|error| error.to_string())
 });
 
-/// The model and what is known of it; `None` when there is no file to test with.
-fn subject() -> Result<Option<(&'static HybridModel, Golden)>> {
-    let Some(model) = &*MODEL else {
-        eprintln!("skipped: HYBRID_ATTENTION_SMOLLM2 is not the path of a .gguf file");
-        return Ok(None);
-    };
+/// The path of the model, itself, and what is known of it; `None` when there is no file to test with.
+fn subject() -> Result<Option<(PathBuf, &'static HybridModel, Golden)>> {
+    let Some(path) = smollm2() else { return Ok(None) };
     let golden = fs::read_to_string(fixture("smollm2/golden.json"))?;
-    Ok(Some((model.as_ref().map_err(String::as_str)?, serde_json::from_str(&golden)?)))
+    let model = MODEL.as_ref().map_err(String::as_str)?;
+    Ok(Some((path, model, serde_json::from_str(&golden)?)))
 }
 
 #[test]
 fn greedy_answers_are_those_of_transformers() -> Result {
-    let Some((model, golden)) = subject()? else { return Ok(()) };
+    let Some((_, model, golden)) = subject()? else { return Ok(()) };
     let mut worst = 0f32;
     for case in &golden.generate {
         let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
@@ -97,7 +88,7 @@ fn greedy_answers_are_those_of_transformers() -> Result {
 
 #[test]
 fn conversations_read_as_transformers_renders_them() -> Result {
-    let Some((model, golden)) = subject()? else { return Ok(()) };
+    let Some((_, model, golden)) = subject()? else { return Ok(()) };
     let config = GenerationConfig::default().max_tokens(4);
     for case in &golden.chat {
         let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
@@ -107,40 +98,6 @@ fn conversations_read_as_transformers_renders_them() -> Result {
         assert_eq!(model.generate(Prompt::chat(&case.messages), &config)?.ids, answer.ids);
         assert_eq!(model.generate(case.ids.as_slice(), &config)?.ids, answer.ids);
     }
-    Ok(())
-}
-
-/// The same weights in candle-transformers' own Llama, token by token through its cache.
-#[test]
-fn logits_are_those_of_candle_transformers() -> Result {
-    let Some((model, golden)) = subject()? else { return Ok(()) };
-    let checkpoint = Checkpoint::open(PATH.as_ref().ok_or("no path")?)?;
-    let config = checkpoint.config();
-    let mut weights = checkpoint.weights(None, &Device::Cpu);
-    let named =
-        config.weights().map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
-    let named = named.collect::<Result<HashMap<_, _>>>()?;
-    let theirs = candle_llama(config);
-    let mut cache = llama::Cache::new(true, DType::F32, &theirs, &Device::Cpu)?;
-    let weights = VarBuilder::from_tensors(named, DType::F32, &Device::Cpu);
-    let theirs = llama::Llama::load(weights, &theirs)?;
-
-    let ids = golden.generate.iter().find_map(|case| case.ids.get(..30)).ok_or("no long prompt")?;
-    let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // (1, 30)
-    let transformer = model.transformer();
-    let pass = Pass::Causal(&Batch::one(30)?);
-    let h = transformer.forward(&transformer.embed(&ids)?, transformer.all_layers(), pass)?;
-    let ours = transformer.logits(&h)?; // (1, 30, vocab)
-
-    let largest = |xs: &Tensor| xs.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
-    let mut worst = 0f32;
-    for position in 0..30 {
-        let golden = theirs.forward(&ids.narrow(1, position, 1)?, position, &mut cache)?;
-        let ours = ours.narrow(1, position, 1)?.squeeze(1)?;
-        worst = worst.max(largest(&(ours - &golden)?)? / largest(&golden)?);
-    }
-    eprintln!("largest deviation of a logit from candle-transformers: {worst:.1e}");
-    assert!(worst < 1e-4, "off by {worst}");
     Ok(())
 }
 
@@ -178,11 +135,11 @@ fn passages(model: &HybridModel, count: usize, length: usize) -> Result<Vec<Vec<
 /// Q4K, so that Q5_0 stands in: hence the width of the last bound.
 #[test]
 fn narrow_weights_keep_the_perplexity() -> Result {
-    let Some((model, _)) = subject()? else { return Ok(()) };
+    let Some((path, model, _)) = subject()? else { return Ok(()) };
     let passages = passages(model, 20, 90)?;
 
     let folder = tempfile::tempdir()?;
-    let checkpoint = Checkpoint::open(PATH.as_ref().ok_or("no path")?)?;
+    let checkpoint = Checkpoint::open(&path)?;
     let mut weights = checkpoint.weights(DType::F32, &Device::Cpu);
     let named = checkpoint.config().weights();
     let named = named.map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
@@ -208,13 +165,12 @@ fn narrow_weights_keep_the_perplexity() -> Result {
 /// licence, read in more than one chunk.
 #[test]
 fn narrow_caches_keep_the_perplexity() -> Result {
-    let Some((model, _)) = subject()? else { return Ok(()) };
+    let Some((path, model, _)) = subject()? else { return Ok(()) };
     let passages = passages(model, 2, 600)?;
     let wide = loss_of(model, &passages)?;
     eprintln!("f32: perplexity {:.3}", wide.exp());
     for (dtype, at_most) in [(DType::BF16, 0.005), (DType::F16, 0.001)] {
-        let path = PATH.as_ref().ok_or("no path")?;
-        let narrow = HybridModel::from_gguf(path, None, &Device::Cpu)?.with_cache_dtype(dtype)?;
+        let narrow = HybridModel::from_gguf(&path, None, &Device::Cpu)?.with_cache_dtype(dtype)?;
         let more = (loss_of(&narrow, &passages)? - wide).exp() - 1.0;
         eprintln!("{dtype:?}: {:+.3} % of it", 100.0 * more);
         assert!(more != 0.0 && more.abs() < at_most, "{dtype:?}: {more}");

@@ -1,6 +1,6 @@
 //! Vocabularies of every kind against the libraries that made them, and bad ones against their error.
 
-#![allow(clippy::print_stderr)] // a skipped test says so
+#![allow(clippy::print_stderr, reason = "how long it took")]
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -9,6 +9,7 @@ use std::sync::LazyLock;
 
 use candle_core::quantized::gguf_file::{self, Value};
 use hybrid_attention::{Message, Tokenizer};
+use hybrid_attention_testing::smollm2;
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -53,10 +54,7 @@ struct SmolChat {
 
 #[test]
 fn smollm2_reads_as_llama_cpp_and_transformers_read_it() -> Result {
-    let Ok(path) = std::env::var("HYBRID_ATTENTION_SMOLLM2") else {
-        eprintln!("skipped: HYBRID_ATTENTION_SMOLLM2 is not the path of a .gguf file");
-        return Ok(());
-    };
+    let Some(path) = smollm2() else { return Ok(()) };
     let content = gguf_file::Content::read(&mut fs::File::open(path)?)?;
     let start = std::time::Instant::now();
     let tokenizer = Tokenizer::from_gguf(&content.metadata)?.ok_or("no tokenizer")?;

@@ -43,6 +43,15 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Thought passes, bidirectional embeddings and the last run over the thoughts that `KeyValue` and `Mixed`
+//! hand over use the thinker's adapters; all that is read causally uses the decoder's. Bases may be
+//! quantised or kept in half precision; several adapters add up. A gate that was learned with an adapter
+//! goes beside it, as `thought.gate` in `thought.safetensors`.
+//!
+//! DoRA, biases, `modules_to_save`, adapted embeddings and initialisations that change the base weights
+//! (PiSSA, OLoRA) are refused by name. So is an adapter of the head that carries a copy of the head, as
+//! PEFT saves it unless `save_embedding_layers=False`.
 
 mod apply;
 mod config;

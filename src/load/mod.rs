@@ -3,7 +3,7 @@
 //! ```
 //! # use candle_core::{DType, Device};
 //! # use hybrid_attention::{load::Checkpoint, model::Weights};
-//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny");
+//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tiny");
 //! let checkpoint = Checkpoint::open(folder)?;
 //! let mut weights = checkpoint.weights(Some(DType::BF16), &Device::Cpu);
 //! let shape = [checkpoint.config().vocab_size, checkpoint.config().hidden_size];

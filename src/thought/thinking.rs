@@ -53,7 +53,24 @@ impl HandOff {
     }
 }
 
-/// How to think about a prompt before answering it. The default is not to.
+/// How to think about a prompt before answering it. The default is not to, and every part is off until
+/// it is asked for:
+///
+/// | part | what there is |
+/// |---|---|
+/// | [`passes`](Self::passes), [`span`](Self::span) | how often, and through which layers `a..b` |
+/// | [`refine`](Self::refine) | a [sequence](crate::refine) of ops: [`Interpolate`], [`CosineReweight`](crate::refine::CosineReweight), nudges by [gradient](crate::refine::GradientNudge) or by [trial](crate::refine::ForwardNudge), your own, a closure |
+/// | [`halt`](Self::halt) | stop early by drift, by cosine, or by what the model would say next |
+/// | [`hand_off`](Self::hand_off) | `Refined`: all layers re-read the thoughts. `KeyValue`: their keys and values become the cache. `Mixed`: these and the plain model's, in proportion |
+/// | [`rethink_every`](Self::rethink_every) | think again over prompt and answer every so many tokens |
+/// | [`output_nudge`](Self::output_nudge) | one vector added before the head, fitted to the prompt (SLOT) |
+/// | [`sight`](Self::sight) | bidirectional; or causal, as a control of equal cost |
+/// | [`detail`](Self::detail) | how much the trace records for you to look into |
+///
+/// A checkpoint that was trained to think says so beside its weights: tensors `thought.layers.{i}.*`
+/// (further blocks, named inside like the model's own) run after the span in every pass; `thought.gate`,
+/// `(hidden)`, is through a sigmoid each channel's share of the new state; and a `hybrid.json`, which
+/// [`from_json`](Self::from_json) reads, is used whenever the caller says nothing about thinking.
 ///
 /// Not thinking is the right default for weights that were not trained to think: for those no
 /// source shows a bidirectional prompt helping generation, and strong settings ruin it.

@@ -8,28 +8,23 @@ pub(crate) mod tiny;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use candle_transformers::models::llama;
 use hybrid_attention::Config;
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub(crate) use hybrid_attention_testing::{
+    Result, assert_close, assert_identical, fixture, smollm2,
+};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-/// Any error, so that tests can use `?`.
-pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
-
 /// The checkpoints under `tests/fixtures`.
 pub(crate) const FIXTURES: [&str; 3] = ["window", "head_dim", "tied_sharded"];
-
-/// A folder under `tests/fixtures`.
-pub(crate) fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
 
 /// The configuration of a fixture.
 pub(crate) fn fixture_config(name: &str) -> Result<Config> {
@@ -47,26 +42,6 @@ pub(crate) fn fixture_weights(name: &str) -> Result<BTreeMap<String, Tensor>> {
         }
     }
     Ok(tensors)
-}
-
-/// The same shape for candle-transformers' own Llama, up to 64 positions.
-pub(crate) fn candle_llama(config: &Config) -> llama::Config {
-    llama::Config {
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        vocab_size: config.vocab_size,
-        num_hidden_layers: config.num_hidden_layers,
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        use_flash_attn: false,
-        rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_theta as f32,
-        bos_token_id: None,
-        eos_token_id: None,
-        rope_scaling: None,
-        max_position_embeddings: 64,
-        tie_word_embeddings: config.tie_word_embeddings,
-    }
 }
 
 /// `a0 b0 .. a1 b1 ..` to `a0 a1 b0 b1 ..`, for the rows of every head.
@@ -229,29 +204,6 @@ pub(crate) fn write_gguf(
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<_> = quantized.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     Ok(gguf_file::write(&mut fs::File::create(path)?, &metadata, &tensors)?)
-}
-
-/// Fails unless the two differ by at most `tolerance` of the largest value of `expected`.
-pub(crate) fn assert_close(name: &str, got: &Tensor, expected: &Tensor, tolerance: f32) -> Result {
-    assert_eq!(got.dims(), expected.dims(), "{name}");
-    let largest = |xs: &Tensor| xs.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
-    let (off, scale) = (largest(&(got - expected)?)?, largest(expected)?);
-    assert!(off <= tolerance * scale, "{name}: off by {off:.1e} where values reach {scale:.1e}");
-    Ok(())
-}
-
-/// Fails unless both hold the same type, shape and bits.
-pub(crate) fn assert_identical(name: &str, left: &Tensor, right: &Tensor) -> Result {
-    assert_eq!(left.dtype(), right.dtype(), "{name}");
-    assert_eq!(left.dims(), right.dims(), "{name}");
-    let bits = |tensor: &Tensor| -> Result<Vec<u32>> {
-        let values = tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        Ok(values.into_iter().map(f32::to_bits).collect())
-    };
-    let (left, right) = (bits(left)?, bits(right)?);
-    let differing = left.iter().zip(&right).position(|(a, b)| a != b);
-    assert_eq!(differing, None, "{name}: first differing element");
-    Ok(())
 }
 
 /// What `run` logs, each event as its fields in order.

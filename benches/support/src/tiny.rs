@@ -1,0 +1,87 @@
+//! Random tiny models: the same shape and seed give the same one.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+use hybrid_attention::Config;
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::Result;
+
+/// Three layers, grouped heads wider than `hidden / heads`, no window, an untied head.
+pub fn config() -> Config {
+    Config {
+        vocab_size: 32,
+        hidden_size: 16,
+        intermediate_size: 24,
+        num_hidden_layers: 3,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 6,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        sliding_window: None,
+        max_position_embeddings: 2048,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+    }
+}
+
+/// Any shape of model, with and without a window.
+pub fn configs() -> impl Strategy<Value = Config> {
+    let heads = (1usize..4, 1usize..4, 1usize..7);
+    let sizes = (4usize..40, 1usize..40, 1usize..4, 2usize..60);
+    let others = (prop::option::of(1usize..10), 1e2..1e6, any::<bool>());
+    (heads, sizes, others).prop_map(|(heads, sizes, (sliding_window, rope_theta, tied))| Config {
+        num_key_value_heads: heads.0,
+        num_attention_heads: heads.0 * heads.1,
+        head_dim: 2 * heads.2,
+        hidden_size: sizes.0,
+        intermediate_size: sizes.1,
+        num_hidden_layers: sizes.2,
+        vocab_size: sizes.3,
+        sliding_window,
+        rope_theta,
+        tie_word_embeddings: tied,
+        ..config()
+    })
+}
+
+/// Uniform values of mean 0 and standard deviation `scale`.
+pub fn noise(seed: u64, shape: &[usize], scale: f32) -> Result<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let reach = scale * 3f32.sqrt();
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|_| rng.random_range(-reach..=reach)).collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+/// Weights that keep activations near 1.
+pub fn weights(config: &Config, seed: u64) -> Result<HashMap<String, Tensor>> {
+    let weight = |(index, (name, shape)): (usize, (String, Vec<usize>))| {
+        let seed = seed.wrapping_mul(1000).wrapping_add(index as u64);
+        let tensor = match shape.as_slice() {
+            [_] => (noise(seed, &shape, 0.2)? + 1.0)?,
+            [_, _] if name.contains("embed_tokens") => noise(seed, &shape, 1.0)?,
+            [.., fan_in] => noise(seed, &shape, 1.0 / (*fan_in as f32).sqrt())?,
+            [] => return Err("a weight without a shape".into()),
+        };
+        Ok((name, tensor))
+    };
+    config.weights().enumerate().map(weight).collect()
+}
+
+/// Random tokens of a model's vocabulary.
+pub fn tokens(config: &Config, seed: u64, count: usize) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..count).map(|_| rng.random_range(0..config.vocab_size as u32)).collect()
+}
+
+/// A property that may fail with any error, as proptest wants it.
+pub fn holds(property: Result) -> std::result::Result<(), TestCaseError> {
+    property.map_err(|error| TestCaseError::fail(error.to_string()))
+}

@@ -1,0 +1,148 @@
+//! The command line of `train`, and the settings that it makes.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+
+use crate::base::Base;
+use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Settings};
+use crate::text::Text;
+
+/// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
+/// or on any text.
+#[derive(Debug, Parser)]
+pub struct Options {
+    /// The folder of this run: where it is saved and goes on from, and where its results go
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// The method, or a control
+    #[arg(long, value_enum, default_value_t = Arm::BothWays)]
+    arm: Arm,
+
+    /// A checkpoint to train: a folder with safetensors, or a .gguf file [default: a new small model]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<PathBuf>,
+
+    /// Train a low-rank adapter of this rank in the layers of the span: for thought passes, or for
+    /// decoding where there are none [default: train all weights]
+    #[arg(long, value_name = "R", requires = "model")]
+    rank: Option<usize>,
+
+    /// What the adapter adds is scaled by alpha / rank [default: the rank]
+    #[arg(long, value_name = "A", requires = "rank")]
+    alpha: Option<f64>,
+
+    /// The projections that have an adapter
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "rank")]
+    #[arg(default_value = "q_proj,k_proj,v_proj,o_proj")]
+    target: Vec<String>,
+
+    /// A UTF-8 file of passages to learn from, one a line; those that are too short are skipped
+    /// [default: learn the flashback suite]
+    #[arg(long, value_name = "F", requires = "model")]
+    pub(crate) text: Option<PathBuf>,
+
+    /// Tokens that are thought about, and as many to be predicted after them
+    #[arg(long, default_value_t = 64, value_name = "N", requires = "text")]
+    pub(crate) tokens: usize,
+
+    /// The most passes to think about a text with
+    #[arg(long, default_value_t = 2, value_name = "N", requires = "text")]
+    passes: usize,
+
+    /// Decides the first weights and every text
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// Steps of the whole run [default: 6000; 300 for --text]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+
+    /// Texts in each step [default: 64; 4 for --text]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+
+    /// The learning rate after the warm-up [default: 2e-3; 1e-3 for --rank; 3e-5 for a checkpoint]
+    #[arg(long)]
+    lr: Option<f64>,
+
+    /// The layers that a thought pass runs; a new model has one more [default: 1..3; the middle
+    /// third for --text]
+    #[arg(long, value_name = "A..B", value_parser = parse_span)]
+    span: Option<Range<usize>>,
+
+    /// Let gradients flow through the last K passes only [default: all]
+    #[arg(long, value_name = "K")]
+    gradient_passes: Option<usize>,
+
+    /// Steps between two saved states; a run that is killed does at most as many again [default: 100;
+    /// 10 for --rank]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    save_every: Option<u64>,
+
+    /// Stories for each length of chain in the examination at the end
+    #[arg(long, default_value_t = 300, value_name = "N", conflicts_with = "text")]
+    pub(crate) stories: usize,
+
+    /// The most passages in the examination at the end, of those held out
+    #[arg(long, default_value_t = 60, value_name = "N", requires = "text")]
+    pub(crate) passages: usize,
+}
+
+impl Options {
+    pub(crate) fn settings(&self, base: Option<&Base>, text: Option<(&Path, &Text)>) -> Settings {
+        let for_text = |of_text, other| if text.is_some() { of_text } else { other };
+        let steps = self.steps.unwrap_or(for_text(300, 6000));
+        let span = self.span.clone().unwrap_or_else(|| match base {
+            Some(base) if text.is_some() => base.middle(),
+            _ => 1..3,
+        });
+        let lr = match (self.rank, base) {
+            (_, None) => 2e-3,
+            (Some(_), _) => 1e-3,
+            (None, _) => 3e-5,
+        };
+        let low_rank = |rank| LowRank {
+            rank,
+            alpha: self.alpha.unwrap_or(rank as f64),
+            target: self.target.clone(),
+        };
+        let of_text = |(path, text): (&Path, &Text)| OfText {
+            file: name(path),
+            fingerprint: text.fingerprint.clone(),
+            tokens: self.tokens,
+            passes: self.passes,
+        };
+        Settings {
+            arm: self.arm,
+            seed: self.seed,
+            steps,
+            batch: self.batch.unwrap_or(for_text(4, 64)),
+            lr: self.lr.unwrap_or(lr),
+            warm_up: for_text(steps / 10, 100),
+            span: (span.start, span.end),
+            gradient_passes: self.gradient_passes.unwrap_or(MOST_PASSES.max(self.passes)),
+            model: base.map(|base| name(&base.path)),
+            adapter: self.rank.map(low_rank),
+            text: text.map(of_text),
+        }
+    }
+
+    pub(crate) fn saves_every(&self) -> u64 {
+        self.save_every.unwrap_or(if self.rank.is_some() { 10 } else { 100 })
+    }
+}
+
+/// The last part of a path: where a file stands makes no difference to a run.
+fn name(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    whole.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// `1..3`
+fn parse_span(text: &str) -> Result<Range<usize>, String> {
+    let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    ends.map(|(a, b)| a..b).ok_or_else(|| "expected two layer numbers like 14..18".to_string())
+}

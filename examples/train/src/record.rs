@@ -1,0 +1,152 @@
+//! What a run leaves behind: a state to go on from, and at the end a checkpoint and a record.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+
+use crate::adamw::AdamW;
+use crate::curve;
+use crate::lessons::Lessons;
+use crate::settings::Settings;
+use crate::task::Task;
+use crate::terminal::{self, Result};
+use crate::trainee::Trainee;
+
+/// The folder of a run.
+pub(crate) struct Run {
+    folder: PathBuf,
+    settings: Settings,
+}
+
+/// Where a run is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Saved {
+    settings: Settings,
+    /// Steps that are done.
+    pub(crate) step: usize,
+    pub(crate) lessons: Lessons,
+    /// Seconds of training so far.
+    pub(crate) seconds: f64,
+    curve: Vec<Point>,
+    /// Losses since the last point of the curve.
+    since: Vec<f32>,
+}
+
+/// One point of the curve of a run.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Point {
+    pub(crate) step: usize,
+    /// Mean loss since the point before, in nats.
+    pub(crate) loss: f32,
+    /// Which lesson it was, from 0.
+    pub(crate) lesson: usize,
+}
+
+/// What is kept of a run: all that the tables and figures are made of.
+#[derive(Debug, Serialize)]
+struct Record<'a, E> {
+    settings: &'a Settings,
+    /// Parameters that were trained.
+    parameters: usize,
+    /// Seconds of training, and the threads that worked.
+    seconds: f64,
+    threads: usize,
+    curve: &'a [Point],
+    #[serde(flatten)]
+    examination: E,
+}
+
+/// The state's metadata entry.
+const RUN: &str = "run";
+
+impl Saved {
+    /// Takes a step's loss into the curve.
+    pub(crate) fn note(&mut self, loss: f32, lesson: usize, steps_per_point: usize) {
+        self.since.push(loss);
+        if self.since.len() == steps_per_point {
+            let loss = self.since.iter().sum::<f32>() / steps_per_point as f32;
+            self.curve.push(Point { step: self.step + 1, loss, lesson });
+            self.since.clear();
+        }
+    }
+}
+
+impl Run {
+    pub(crate) fn open(folder: &Path, settings: &Settings) -> Result<Self> {
+        let with_path = |error| format!("{}: {error}", folder.display());
+        std::fs::create_dir_all(folder).map_err(with_path)?;
+        Ok(Self { folder: folder.to_path_buf(), settings: settings.clone() })
+    }
+
+    fn state(&self) -> PathBuf {
+        self.folder.join("state.safetensors")
+    }
+
+    /// The saved state, with the optimizer's part given back to it; the beginning if there is none.
+    pub(crate) fn restore(&self, optimizer: &mut AdamW) -> Result<Saved> {
+        let path = self.state();
+        if !path.exists() {
+            let settings = self.settings.clone();
+            let lessons = Lessons::new();
+            return Ok(Saved {
+                settings,
+                step: 0,
+                lessons,
+                seconds: 0.0,
+                curve: Vec::new(),
+                since: Vec::new(),
+            });
+        }
+        let with_path = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+        let bytes = std::fs::read(&path).map_err(|error| with_path(&error))?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| with_path(&error))?;
+        let run = header.metadata().as_ref().and_then(|all| all.get(RUN));
+        let run = run.ok_or_else(|| with_path(&"not the state of a run"))?;
+        let saved: Saved = serde_json::from_str(run).map_err(|error| with_path(&error))?;
+        if saved.settings != self.settings {
+            let message = "a run of other settings is saved here; take another --out, or these:";
+            let theirs = serde_json::to_string(&saved.settings)?;
+            return Err(with_path(&format!("{message} {theirs}")).into());
+        }
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        optimizer.restore(i32::try_from(saved.step)?, &tensors)?;
+        Ok(saved)
+    }
+
+    /// Saves the state in one file, which takes the place of the one before only when it is whole.
+    pub(crate) fn save(&self, saved: &Saved, optimizer: &AdamW) -> Result<()> {
+        let metadata = HashMap::from([(RUN.to_string(), serde_json::to_string(saved)?)]);
+        let path = self.state();
+        let whole = path.with_extension("new");
+        safetensors::serialize_to_file(optimizer.state(), Some(metadata), &whole)?;
+        Ok(std::fs::rename(&whole, &path)?)
+    }
+
+    /// Writes down what was trained, examines it, and writes that down.
+    pub(crate) fn finish<T: Task>(&self, trainee: &Trainee, task: &T, saved: &Saved) -> Result<()> {
+        let settings = &self.settings;
+        let file = |name: &str| self.folder.join(name);
+        // As if the names of one more step.
+        trainee.save(&self.folder, &mut settings.rng(settings.steps))?;
+        if settings.most_passes() > 0 {
+            let thinking = settings.thinking(settings.most_passes());
+            std::fs::write(file("hybrid.json"), serde_json::to_string_pretty(&thinking)?)?;
+        }
+        let Some(examination) = task.examine(settings, trainee)? else { return Ok(()) };
+        let record = Record {
+            settings,
+            parameters: trainee.parameters(),
+            seconds: saved.seconds,
+            threads: candle_core::utils::get_num_threads(),
+            curve: &saved.curve,
+            examination,
+        };
+        terminal::write(&file("record.json"), |out| {
+            Ok(serde_json::to_writer_pretty(out, &record)?)
+        })?;
+        curve::draw(&file("curve.svg"), settings, &saved.curve)
+    }
+}

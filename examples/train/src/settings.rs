@@ -1,0 +1,169 @@
+//! All that decides how a run ends: two runs of the same settings end alike.
+
+use clap::ValueEnum;
+use hybrid_attention::Thinking;
+use hybrid_attention::model::Sight;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::terminal;
+
+/// What is trained: the method, or one of its controls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Arm {
+    /// Passes that see both ways, as many as are drawn
+    BothWays,
+    /// The same with passes that see only what comes before
+    Causal,
+    /// One pass that sees both ways, never more
+    OnePass,
+    /// No passes, the same layers
+    NoPasses,
+    /// No passes, as many layers as four passes and the reading after them run
+    Deep,
+}
+
+impl Arm {
+    pub(crate) fn sight(self) -> Sight {
+        match self {
+            Self::Causal => Sight::Causal,
+            _ => Sight::Bidirectional,
+        }
+    }
+
+    /// As it is written on the command line.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
+/// Passes on the flashback suite are drawn from 0 to this many.
+pub(crate) const MOST_PASSES: usize = 4;
+
+/// Texts of a batch, at most: more would not fit any memory.
+const MOST_TEXTS: usize = 4096;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) arm: Arm,
+    pub(crate) seed: u64,
+    pub(crate) steps: usize,
+    /// Texts in a batch.
+    pub(crate) batch: usize,
+    /// The learning rate after the warm-up.
+    pub(crate) lr: f64,
+    /// Steps in which the learning rate rises from 0.
+    pub(crate) warm_up: usize,
+    /// The layers that a pass runs.
+    pub(crate) span: (usize, usize),
+    /// Gradients flow through this many of the last passes.
+    pub(crate) gradient_passes: usize,
+    /// The checkpoint that is trained, by its name; without one it is a new small model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) model: Option<String>,
+    /// What is trained of it; without any, all weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) adapter: Option<LowRank>,
+    /// What it learns; without any, the flashback suite.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) text: Option<OfText>,
+}
+
+/// A low-rank adapter in the layers of the span.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LowRank {
+    pub(crate) rank: usize,
+    pub(crate) alpha: f64,
+    pub(crate) target: Vec<String>,
+}
+
+/// A text, and how it is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfText {
+    /// The name of the file.
+    pub(crate) file: String,
+    /// Tells its tokens from those of another.
+    pub(crate) fingerprint: String,
+    /// Tokens that are thought about, and as many that are predicted.
+    pub(crate) tokens: usize,
+    /// The most passes.
+    pub(crate) passes: usize,
+}
+
+impl Settings {
+    /// Refuses what no run can be made of. `layers` are those of the checkpoint, if there is one.
+    pub(crate) fn check(&self, layers: Option<usize>) -> terminal::Result<()> {
+        if !(1..=MOST_TEXTS).contains(&self.batch) {
+            return Err(format!("--batch: expected 1 to {MOST_TEXTS}, got {}", self.batch).into());
+        }
+        // A new model has a layer before the span.
+        let (first, last) = layers.map_or((1, 64), |layers| (0, layers));
+        if self.span.0 < first || self.span.0 >= self.span.1 || self.span.1 > last {
+            let message = format!("--span: expected A..B with {first} <= A < B <= {last}");
+            return Err(message.into());
+        }
+        if layers.is_some() && self.arm == Arm::Deep {
+            return Err("--arm deep: it has layers of its own, so it is no checkpoint's".into());
+        }
+        if let Some(LowRank { rank, alpha, .. }) = &self.adapter {
+            if *rank == 0 {
+                return Err("--rank: expected at least 1".into());
+            }
+            if !(alpha.is_finite() && *alpha > 0.0) {
+                return Err(format!("--alpha: expected a number above 0, got {alpha}").into());
+            }
+        }
+        if self.text.as_ref().is_some_and(|text| text.passes == 0) {
+            return Err("--passes: expected at least one; for none there is --arm no-passes".into());
+        }
+        if self.gradient_passes == 0 {
+            return Err("--gradient-passes: expected at least one".into());
+        }
+        if !(self.lr.is_finite() && self.lr > 0.0) {
+            return Err(format!("--lr: expected a number above 0, got {}", self.lr).into());
+        }
+        Ok(())
+    }
+
+    /// The most passes that it trains with.
+    pub(crate) fn most_passes(&self) -> usize {
+        match self.arm {
+            Arm::BothWays | Arm::Causal => self.text.as_ref().map_or(MOST_PASSES, |it| it.passes),
+            Arm::OnePass => 1,
+            Arm::NoPasses | Arm::Deep => 0,
+        }
+    }
+
+    /// The random numbers of a step. Each has its own, so that a resumed run draws the same.
+    pub(crate) fn rng(&self, step: usize) -> ChaCha8Rng {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(step as u64 + 1);
+        rng
+    }
+
+    /// Draws the number of passes for a step, up to `most`.
+    pub(crate) fn draw_passes(&self, most: usize, rng: &mut impl Rng) -> usize {
+        // An adapter for thought passes learns nothing where there is none.
+        let least = usize::from(self.adapter.is_some()).min(self.most_passes());
+        let most = self.most_passes().min(most).max(least);
+        if self.arm == Arm::OnePass { most } else { rng.random_range(least..=most) }
+    }
+
+    /// The learning rate of a step: up in a line, on, and from `HOLD` of the run on down along a
+    /// cosine.
+    pub(crate) fn lr(&self, step: usize) -> f64 {
+        const HOLD: f64 = 0.5;
+        let warm = (step + 1) as f64 / self.warm_up.max(1) as f64;
+        let cooling = (step as f64 / self.steps as f64 - HOLD).max(0.0) / (1.0 - HOLD);
+        let cosine = (1.0 + (std::f64::consts::PI * cooling).cos()) / 2.0;
+        self.lr * warm.min(1.0) * cosine.max(0.01)
+    }
+
+    /// How to think with this many passes.
+    pub(crate) fn thinking(&self, passes: usize) -> Thinking {
+        let thinking = Thinking::passes(passes).sight(self.arm.sight());
+        if passes == 0 { thinking } else { thinking.span(self.span.0..self.span.1) }
+    }
+}

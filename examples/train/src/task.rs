@@ -1,0 +1,55 @@
+//! What is taught: where the texts of a step come from, and what is asked at the end.
+
+use hybrid_attention::model::Batch;
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::lessons::Lessons;
+use crate::settings::Settings;
+use crate::terminal::Result;
+use crate::trainee::Trainee;
+
+/// Something to be learned.
+pub(crate) trait Task {
+    /// What a record holds of the examination.
+    type Examination: Serialize;
+
+    /// Steps to a point of the curve.
+    const STEPS_PER_POINT: usize;
+
+    /// Draws the texts of one step.
+    fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Batch>;
+
+    /// Takes note of how a step went: with how many passes, the share of right answers, and the
+    /// share of the run that is done. By default there is but one lesson.
+    fn mark(&self, _: &Settings, _: &mut Lessons, _passes: usize, _right: f64, _done: f64) {}
+
+    /// A few words beside the progress bar.
+    fn status(&self, at: &Lessons, loss: f32) -> String;
+
+    /// Examines what was trained, if that is wanted.
+    fn examine(&self, settings: &Settings, trainee: &Trainee) -> Result<Option<Self::Examination>>;
+}
+
+/// Rows of one length and what is to be said in them.
+pub(crate) struct Batch {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) layout: Batch,
+    /// Where something is to be said, counted through all rows, and what.
+    pub(crate) answers: Vec<(u32, u32)>,
+    /// Passes to think about it with.
+    pub(crate) passes: usize,
+    /// The token that ends an answer.
+    pub(crate) end: Option<u32>,
+}
+
+impl Batch {
+    /// The share of questions to which the right answer was `said`, one token for each of
+    /// [`Batch::answers`]. That an answer ends is not counted.
+    pub(crate) fn asked(&self, said: &[u32]) -> f64 {
+        let questions =
+            self.answers.iter().zip(said).filter(|((_, answer), _)| Some(*answer) != self.end);
+        let right: Vec<bool> = questions.map(|((_, answer), said)| answer == said).collect();
+        right.iter().filter(|&&right| right).count() as f64 / right.len().max(1) as f64
+    }
+}

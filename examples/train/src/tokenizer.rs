@@ -1,0 +1,31 @@
+//! The tokenizer of the flashback suite, as `tokenizer.json` has it.
+
+use flashback_suite::{END, UNKNOWN, Vocabulary};
+use tokenizers::decoders::fuse::Fuse;
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
+
+/// One that cuts text before and after each name.
+pub(crate) fn tokenizer(vocabulary: &Vocabulary) -> tokenizers::Result<Tokenizer> {
+    let pieces = || vocabulary.pieces().iter().zip(0..);
+    let ids = pieces().map(|(piece, id)| (piece.clone(), id)).collect();
+    let model = WordLevel::builder().vocab(ids).unk_token(UNKNOWN.to_string()).build()?;
+    let names = pieces().filter(|(_, id)| vocabulary.is_name(*id));
+    let names: Vec<&str> = names.map(|(piece, _)| piece.trim_start()).collect();
+    let name = SplitPattern::Regex(format!(" (?:{})\\b", names.join("|")));
+    let mut tokenizer = Tokenizer::new(model);
+    let cut = Split::new(name, SplitDelimiterBehavior::Isolated, false)?;
+    tokenizer.with_pre_tokenizer(Some(cut));
+    tokenizer.with_decoder(Some(Fuse::new()));
+    let special = [UNKNOWN, END].map(|token| AddedToken::from(token, true));
+    tokenizer.add_special_tokens(special)?;
+    Ok(tokenizer)
+}
+
+/// Whether a checkpoint's tokenizer has the tokens of `vocabulary`, and no others.
+pub(crate) fn is_of(tokenizer: &hybrid_attention::Tokenizer, vocabulary: &Vocabulary) -> bool {
+    let pieces = vocabulary.pieces();
+    tokenizer.vocab_size() == pieces.len()
+        && pieces.iter().zip(0..).all(|(piece, id)| tokenizer.token(id).as_ref() == Some(piece))
+}

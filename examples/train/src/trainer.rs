@@ -1,0 +1,138 @@
+//! A run of training: what is learned by what, step by step, saved on the way.
+
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::{D, Tensor};
+use candle_nn::loss::cross_entropy;
+use flashback_suite::Vocabulary;
+use hybrid_attention::model::Transformer;
+
+use crate::base::Base;
+use crate::flashback::{self, Flashback};
+use crate::options::Options;
+use crate::record::{Run, Saved};
+use crate::score::read;
+use crate::settings::Settings;
+use crate::task::{Batch, Task};
+use crate::terminal::{self, Result};
+use crate::text::Text;
+use crate::trainee::Trainee;
+
+/// Gradients longer than this are cut to it.
+const LONGEST_GRADIENT: f64 = 1.0;
+
+/// Trains as `options` say: from where an earlier run of the same was stopped, or from the beginning.
+///
+/// # Errors
+/// When nothing can be made of the options, when a file cannot be read or written, and when the loss
+/// diverges.
+pub fn train(options: &Options) -> Result<()> {
+    if let Some(model) = &options.model {
+        check_apart(&options.out, model)?;
+    }
+    let base = options.model.as_deref().map(Base::load).transpose()?;
+    match (base, &options.text) {
+        (Some(base), Some(path)) => {
+            let text = Text::read(path, &base, options.tokens, options.passages)?;
+            let settings = options.settings(Some(&base), Some((path.as_path(), &text)));
+            settings.check(Some(base.config.num_hidden_layers))?;
+            teach(options, &settings, &text, &Trainee::on(base, &settings, None)?)
+        }
+        (base, _) => {
+            let (vocabulary, stories) = (Vocabulary::default(), options.stories);
+            let settings = options.settings(base.as_ref(), None);
+            settings.check(base.as_ref().map(|base| base.config.num_hidden_layers))?;
+            let trainee = match base {
+                None => Trainee::for_flashback(&settings, &vocabulary)?,
+                Some(base) => {
+                    flashback::check_base(&base, &vocabulary)?;
+                    Trainee::on(base, &settings, Some(&vocabulary))?
+                }
+            };
+            teach(options, &settings, &Flashback { vocabulary, stories }, &trainee)
+        }
+    }
+}
+
+/// Refuses to leave results where they would change the checkpoint: a `hybrid.json` beside its weights
+/// is its own.
+fn check_apart(out: &Path, model: &Path) -> Result<()> {
+    let (Ok(out), Ok(model)) = (out.canonicalize(), model.canonicalize()) else { return Ok(()) };
+    let folder = if model.is_dir() { Some(model.as_path()) } else { model.parent() };
+    match folder == Some(out.as_path()) {
+        true => Err(format!("--out: {} is the folder of the checkpoint", out.display()).into()),
+        false => Ok(()),
+    }
+}
+
+/// A run from where it is to its end.
+fn teach(
+    options: &Options,
+    settings: &Settings,
+    task: &impl Task,
+    trainee: &Trainee,
+) -> Result<()> {
+    let run = Run::open(&options.out, settings)?;
+    let saved = steps(options.saves_every(), settings, task, trainee, &run)?;
+    run.finish(trainee, task, &saved)
+}
+
+/// All steps that are not done yet.
+fn steps<T: Task>(
+    saves_every: u64,
+    settings: &Settings,
+    task: &T,
+    trainee: &Trainee,
+    run: &Run,
+) -> Result<Saved> {
+    let mut optimizer = trainee.optimizer(settings)?;
+    let mut saved = run.restore(&mut optimizer)?;
+    if saved.step > 0 {
+        terminal::say(&format!("[going on after step {}]", saved.step));
+    }
+    let bar = terminal::bar(settings.steps as u64, "{msg} [{bar:30}] {pos}/{len} {eta}");
+    let before = saved.seconds;
+    let started = Instant::now();
+    while saved.step < settings.steps {
+        let mut rng = settings.rng(saved.step);
+        let batch = task.draw(settings, &saved.lessons, &mut rng)?;
+        let transformer = trainee.transformer(&mut rng)?;
+        let (loss, right) = loss(&transformer, settings, &batch)?;
+        let value = loss.to_scalar::<f32>()?;
+        if !value.is_finite() {
+            let step = saved.step + 1;
+            return Err(format!("step {step}: the loss is {value}; try a lower --lr").into());
+        }
+        let grads = loss.backward()?;
+        optimizer.step(&grads, settings.lr(saved.step), LONGEST_GRADIENT)?;
+
+        let lesson = saved.lessons.now();
+        let done = (saved.step + 1) as f64 / settings.steps as f64;
+        task.mark(settings, &mut saved.lessons, batch.passes, right, done);
+        saved.note(value, lesson, T::STEPS_PER_POINT);
+        saved.step += 1;
+        saved.seconds = before + started.elapsed().as_secs_f64();
+        bar.set_message(task.status(&saved.lessons, value));
+        bar.set_position(saved.step as u64);
+        if (saved.step as u64).is_multiple_of(saves_every) || saved.step == settings.steps {
+            run.save(&saved, &optimizer)?;
+        }
+    }
+    bar.finish_and_clear();
+    Ok(saved)
+}
+
+/// How badly the answers of a batch are predicted, in nats, and the share that is right.
+fn loss(transformer: &Transformer, settings: &Settings, batch: &Batch) -> Result<(Tensor, f64)> {
+    let thinking = settings.thinking(batch.passes).gradient_passes(settings.gradient_passes);
+    let hidden = read(transformer, &thinking, &batch.ids, batch.layout.clone())?;
+    let (at, answers): (Vec<u32>, Vec<u32>) = batch.answers.iter().copied().unzip();
+    let at = Tensor::new(at, hidden.device())?;
+    let hidden = hidden.flatten(0, 1)?.index_select(&at, 0)?; // (answers, hidden)
+    let logits = transformer.logits(&hidden.unsqueeze(0)?)?.squeeze(0)?; // (answers, vocab)
+    let said: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
+    let asked = batch.asked(&said);
+    let loss = cross_entropy(&logits, &Tensor::new(answers, hidden.device())?)?;
+    Ok((loss, asked))
+}

@@ -1,0 +1,496 @@
+//! The program `train`, run as a person would run it, and its optimiser.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor, Var};
+use candle_nn::{Optimizer, ParamsAdamW};
+use hybrid_attention::model::{AdapterScope, Sight};
+use hybrid_attention::{Adapter, GenerationConfig, HybridModel, Prompt, Thinking};
+use hybrid_attention_testing::Result;
+use hybrid_attention_train::AdamW;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../src/tiny");
+
+/// Tokens of each half of a passage.
+const TOKENS: usize = 6;
+
+/// A checkpoint of random weights, and beside it `text.txt` of twelve passages and a short line.
+fn checkpoint() -> Result<TempDir> {
+    let folder = hybrid_attention_testing::checkpoint(0.5, true)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let words = ["the", "cat", "sat", "on", "mat", "about", "dog"];
+    let mut text = String::from("the cat\n");
+    for _ in 0..12 {
+        let line: Vec<&str> = (0..16).map(|_| words[rng.random_range(0..words.len())]).collect();
+        text += &format!("{}\n", line.join(" "));
+    }
+    fs::write(folder.path().join("text.txt"), text)?;
+    Ok(folder)
+}
+
+/// A run of the program.
+struct Run {
+    args: Vec<String>,
+}
+
+impl Run {
+    fn new(args: &[&str]) -> Self {
+        Self { args: args.iter().map(ToString::to_string).collect() }
+    }
+
+    /// On the text beside a checkpoint.
+    fn on_text(model: &Path, args: &[&str]) -> Self {
+        let mut run = Self::new(args).with("--model", model);
+        run = run.with("--text", &model.join("text.txt"));
+        run.args.push(format!("--tokens={TOKENS}"));
+        run
+    }
+
+    fn with(mut self, option: &str, path: &Path) -> Self {
+        self.args.push(format!("{option}={}", path.display()));
+        self
+    }
+
+    fn command(&self, out: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_train"));
+        command.arg("--out").arg(out).args(&self.args).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn output(&self, out: &Path) -> Result<Output> {
+        Ok(self.command(out).output()?)
+    }
+
+    /// To its end; gives what it said.
+    fn succeed(&self, out: &Path) -> Result<(String, String)> {
+        let Output { status, stdout, stderr } = self.output(out)?;
+        let (stdout, stderr) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
+        assert!(status.success(), "{:?}: {stderr}", self.args);
+        Ok((stdout, stderr))
+    }
+
+    fn fail(&self, out: &Path) -> Result<String> {
+        let Output { status, stdout, stderr } = self.output(out)?;
+        assert!(!status.success() && stdout.is_empty(), "{:?}", self.args);
+        Ok(String::from_utf8(stderr)?)
+    }
+
+    /// Kills it as soon as there is a state to go on from, and lets it go on; gives the step after
+    /// which it did.
+    fn killed_and_resumed(&self, out: &Path) -> Result<usize> {
+        let mut child = self.command(out).spawn()?;
+        let since = Instant::now();
+        while !out.join("state.safetensors").exists() {
+            assert!(since.elapsed() < Duration::from_secs(300), "no state is saved");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill()?;
+        assert!(!child.wait()?.success(), "it ended before it was killed");
+        assert!(!out.join("record.json").exists());
+        let (_, stderr) = self.succeed(out)?;
+        let step =
+            stderr.split_once("[going on after step ").and_then(|(_, it)| it.split_once(']'));
+        Ok(step.ok_or(stderr.clone())?.0.parse()?)
+    }
+}
+
+fn assert_same(a: &Path, b: &Path, files: &[&str]) -> Result {
+    for file in files {
+        assert!(fs::read(a.join(file))? == fs::read(b.join(file))?, "{file} differs");
+    }
+    Ok(())
+}
+
+/// The record, but for how long it took.
+fn record(out: &Path) -> Result<Value> {
+    let mut record: Value = serde_json::from_str(&fs::read_to_string(out.join("record.json"))?)?;
+    assert!(record["seconds"].as_f64().is_some_and(|seconds| seconds > 0.0));
+    record["seconds"] = Value::Null;
+    Ok(record)
+}
+
+fn numbers(value: &Value) -> Result<Vec<f64>> {
+    Ok(serde_json::from_value(value.clone())?)
+}
+
+// ---- the flashback suite ----
+
+const SMALL: [&str; 3] = ["--steps=12", "--batch=2", "--stories=1"];
+
+#[test]
+fn a_run_that_is_killed_ends_as_if_it_had_not_been() -> Result {
+    let folder = tempfile::tempdir()?;
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let run = Run::new(&[&SMALL[..], &["--save-every=3"]].concat());
+    run.succeed(&whole)?;
+    let step = run.killed_and_resumed(&killed)?;
+    assert!((3..12).contains(&step), "{step}");
+    let files = ["model.safetensors", "config.json", "tokenizer.json", "hybrid.json", "curve.svg"];
+    assert_same(&whole, &killed, &files)?;
+    assert_eq!(record(&whole)?, record(&killed)?);
+
+    // What is not said of it is not in the record: those of other days are of the same form.
+    let settings = record(&whole)?["settings"].clone();
+    let expected = json!({
+        "arm": "both-ways", "seed": 1, "steps": 12, "batch": 2, "lr": 2e-3, "warm_up": 100,
+        "span": [1, 3], "gradient_passes": 4,
+    });
+    assert_eq!(settings, expected);
+    HybridModel::from_folder(&whole, None, &Device::Cpu)?;
+
+    let state = killed.join("state.safetensors").display().to_string();
+    for other in ["--seed=2", "--arm=causal", "--lr=1e-3", "--span=1..2"] {
+        let run = Run::new(&[&SMALL[..], &[other]].concat());
+        let stderr = run.fail(&killed)?;
+        let said = format!(
+            "error: {state}: a run of other settings is saved here; take another --out, or these: "
+        );
+        assert!(stderr.starts_with(&said), "{stderr}");
+    }
+    assert_same(&whole, &killed, &files)
+}
+
+#[test]
+fn every_arm_starts() -> Result {
+    let folder = tempfile::tempdir()?;
+    for arm in ["causal", "one-pass", "no-passes", "deep"] {
+        let out = folder.path().join(arm);
+        Run::new(&["--steps=1", "--batch=1", "--stories=1", "--arm", arm]).succeed(&out)?;
+        let thinks = !["no-passes", "deep"].contains(&arm);
+        assert_eq!(out.join("hybrid.json").exists(), thinks, "{arm}");
+        let scored = record(&out)?["test"]["passes"].as_array().map(Vec::len);
+        assert_eq!(scored, Some(if thinks { 7 } else { 1 }), "{arm}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_learns_the_suite_on_a_checkpoint_of_its_own() -> Result {
+    let folder = tempfile::tempdir()?;
+    let (out, all) = (folder.path().join("adapter"), folder.path().join("all"));
+    let run = Run::new(&[&SMALL[..], &["--rank=2"]].concat()).with("--model", Path::new(TINY));
+    run.succeed(&out)?;
+    let settings = &record(&out)?["settings"];
+    assert_eq!(settings["model"], "tiny");
+    assert_eq!(settings["adapter"]["rank"], 2);
+    let adapter = Adapter::from_folder(&out, &Device::Cpu)?;
+    // Adapters are where thoughts are, and begin with the gate that is there.
+    assert!(adapter.tensors().all(|(name, _)| name.contains("layers.1.") || name.contains(".2.")));
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let gates = (adapter.thought_gate().ok_or("no gate")?, model.transformer().thought_gate());
+    let moved = (gates.0 - gates.1.ok_or("no gate")?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(moved > 0.0 && moved < 0.2, "{moved}");
+
+    Run::new(&SMALL).with("--model", Path::new(TINY)).succeed(&all)?;
+    HybridModel::from_folder(&all, None, &Device::Cpu)?;
+    Ok(())
+}
+
+// ---- a text ----
+
+/// The losses that a record should hold: of passages 5 and 10 of the text, each the first `TOKENS`
+/// tokens thought about, but for the first and the last, and as many predicted.
+fn losses(model: &HybridModel, text: &Path, thinking: &Thinking, twice: bool) -> Result<Vec<f64>> {
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let config = GenerationConfig::default().prompt_logprobs(true).max_tokens(0);
+    let config = config.thinking(thinking.clone());
+    let text = fs::read_to_string(text)?;
+    let mut losses = Vec::new();
+    for line in [5, 10].map(|line| text.lines().nth(line)) {
+        let ids = tokenizer.encode(line.ok_or("too little text")?, true)?;
+        let (first, rest) = ids.split_at(TOKENS);
+        let second = &rest[..TOKENS];
+        let last = TOKENS - 1;
+        let prompt = match twice {
+            true => Prompt::default().plain_ids(first).plain_ids(&first[1..]), // one BOS
+            false => Prompt::default()
+                .plain_ids(&first[..1])
+                .context_ids(&first[1..last])
+                .plain_ids(&first[last..]),
+        };
+        let answer = model.generate(prompt.plain_ids(second), &config)?;
+        let logprobs = answer.prompt_logprobs.ok_or("none")?;
+        let second = logprobs.iter().rev().take(TOKENS).flatten();
+        losses.push(-second.map(|&it| f64::from(it)).sum::<f64>() / TOKENS as f64);
+    }
+    Ok(losses)
+}
+
+fn assert_losses(what: &str, recorded: &Value, model: &[f64], plain: &[f64]) -> Result {
+    let got = numbers(&recorded["losses"])?;
+    for (got, expected) in got.iter().zip(model) {
+        assert!((got - expected).abs() < 1e-5, "{what}: {got} {expected}");
+    }
+    let [a, b] = [0, 1].map(|index| got[index] - plain[index]);
+    let difference = &recorded["difference"];
+    for (name, expected) in [("mean", (a + b) / 2.0), ("standard_error", (a - b).abs() / 2.0)] {
+        let got = difference[name].as_f64().ok_or("no number")?;
+        assert!((got - expected).abs() < 1e-5, "{what}, {name}: {got} {expected}");
+    }
+    Ok(())
+}
+
+/// Checks the record of a run against the library, with `model` being what was trained.
+fn assert_record(out: &Path, base: &Path, model: &HybridModel, thinking: &Thinking) -> Result {
+    let text = base.join("text.txt");
+    let base = HybridModel::from_folder(base, None, &Device::Cpu)?;
+    let record = record(out)?;
+    assert_eq!(record["trained_on"], 10);
+    let held_out = &record["held_out"];
+    assert_eq!(held_out["passages"], 2);
+    assert_eq!(held_out["tokens"], TOKENS);
+    let plain = losses(&base, &text, &Thinking::none(), false)?;
+    let twice = losses(&base, &text, &Thinking::none(), true)?;
+    assert_losses("plain", &held_out["plain"], &plain, &plain)?;
+    assert_losses("repeated", &held_out["repeated"], &twice, &plain)?;
+    for (passes, recorded) in held_out["trained"].as_array().into_iter().flatten().enumerate() {
+        assert_eq!(recorded["passes"], passes);
+        let thinking = thinking.clone().with_passes(passes);
+        let trained = losses(model, &text, &thinking, false)?;
+        assert_losses(&format!("{passes} passes"), recorded, &trained, &plain)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_learns_a_text() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let before = fs::read(base.path().join("model.safetensors"))?;
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let args = ["--rank=2", "--alpha=4", "--target=q_proj,down_proj", "--steps=60", "--lr=0.02"];
+    let run = Run::on_text(base.path(), &[&args[..], &["--save-every=4"]].concat());
+    let (table, _) = run.succeed(&whole)?;
+    assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 1 + 2 + 3, "{table}");
+    let step = run.killed_and_resumed(&killed)?;
+    assert!((4..60).contains(&step), "{step}");
+    let files = ["adapter_model.safetensors", "adapter_config.json", "thought.safetensors"];
+    assert_same(&whole, &killed, &[&files[..], &["hybrid.json", "curve.svg"]].concat())?;
+    assert_eq!(record(&whole)?, record(&killed)?);
+
+    assert!(fs::read(base.path().join("model.safetensors"))? == before, "the checkpoint changed");
+    assert!(!whole.join("model.safetensors").exists());
+    let curve: Vec<f64> = record(&whole)?["curve"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|point| point["loss"].as_f64())
+        .collect();
+    assert_eq!(curve.len(), 6);
+    assert!(curve[5] < curve[0], "{curve:?}");
+
+    let model = HybridModel::from_folder(base.path(), None, &Device::Cpu)?;
+    let adapter = Adapter::from_folder(&whole, &Device::Cpu)?;
+    let names: Vec<String> = adapter.tensors().map(|(name, _)| name).collect();
+    assert_eq!(names.len(), 4, "two projections of the middle layer: {names:?}");
+    let parameters = 2 * (16 + 16) + 2 * (24 + 16) + 16;
+    assert_eq!(record(&whole)?["parameters"], parameters);
+    let thinking = Thinking::from_json(&fs::read_to_string(whole.join("hybrid.json"))?)?;
+    assert_eq!(serde_json::to_value(&thinking)?["span"], json!([1, 2]));
+    assert_record(&whole, base.path(), &model.with_adapter(&adapter, AdapterScope::Thinking)?, &thinking)?;
+
+    // Without a pass an adapter for thinking changes nothing.
+    let held_out = &record(&whole)?["held_out"];
+    assert_eq!(held_out["trained"][0]["losses"], held_out["plain"]["losses"]);
+    assert_ne!(held_out["trained"][1]["losses"], held_out["plain"]["losses"]);
+
+    let name = |settings: &Value| settings["text"]["file"].clone();
+    assert_eq!(name(&record(&whole)?["settings"]), "text.txt");
+    fs::write(
+        base.path().join("text.txt"),
+        fs::read_to_string(base.path().join("text.txt"))? + "\n",
+    )?;
+    run.succeed(&whole)?;
+    let text = fs::read_to_string(base.path().join("text.txt"))?.replace("cat sat", "sat cat");
+    fs::write(base.path().join("text.txt"), text)?;
+    assert!(run.fail(&whole)?.contains("a run of other settings is saved here"));
+    Ok(())
+}
+
+#[test]
+fn every_arm_learns_a_text() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let load = || HybridModel::from_folder(base.path(), None, &Device::Cpu);
+    for (arm, mind, passes, sight) in [
+        ("causal", AdapterScope::Thinking, 3, Sight::Causal),
+        ("one-pass", AdapterScope::Thinking, 1, Sight::Bidirectional),
+        ("no-passes", AdapterScope::Decoding, 0, Sight::Bidirectional),
+    ] {
+        let out = folder.path().join(arm);
+        let args = ["--rank=2", "--steps=6", "--lr=0.02", "--passes=3", "--arm", arm];
+        Run::on_text(base.path(), &args).succeed(&out)?;
+        let adapter = Adapter::from_folder(&out, &Device::Cpu)?;
+        assert_eq!(adapter.thought_gate().is_some(), passes > 0, "{arm}");
+        let thinking = Thinking::passes(passes).sight(sight).span(1..2);
+        assert_record(&out, base.path(), &load()?.with_adapter(&adapter, mind)?, &thinking)?;
+        let trained = record(&out)?["held_out"]["trained"].as_array().map(Vec::len);
+        assert_eq!(trained, Some(passes + 1), "{arm}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_whole_checkpoint_learns_a_text() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let out = folder.path().join("all");
+    let run = Run::on_text(base.path(), &["--steps=6", "--lr=0.01", "--span=0..3"]);
+    run.succeed(&out)?;
+    let model = HybridModel::from_folder(&out, None, &Device::Cpu)?;
+    let thinking = model.thinking().clone();
+    assert!(!thinking.is_none());
+    assert_record(&out, base.path(), &model, &thinking)
+}
+
+// ---- what it says ----
+
+#[test]
+fn help_lists_every_option() -> Result {
+    let output = Command::new(env!("CARGO_BIN_EXE_train")).arg("--help").output()?;
+    assert!(output.status.success() && output.stderr.is_empty());
+    let help = String::from_utf8(output.stdout)?;
+    let words: Vec<&str> = help.split(|c: char| c.is_whitespace() || "[],".contains(c)).collect();
+    let run = ["--out", "--arm", "--model", "--seed", "--steps", "--batch", "--lr", "--span"];
+    let more = ["--gradient-passes", "--save-every", "--stories", "both-ways"];
+    let adapter = ["--rank", "--alpha", "--target"];
+    let text = ["--text", "--tokens", "--passes", "--passages"];
+    for option in [&run[..], &more, &adapter, &text].concat() {
+        assert!(words.contains(&option), "{option}: {help}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let out = folder.path().join("out");
+    let text = base.path().join("text.txt").display().to_string();
+    let model = base.path().display().to_string();
+    let only = format!(
+        "{text}: too little text: 0 passages, one a line, have 170 tokens (twice --tokens) or more; \
+         at least 10 have to"
+    );
+    for (args, expected) in [
+        (vec!["--rank=0"], "--rank: expected at least 1".to_string()),
+        (vec!["--rank=99"], "expected at most 16, the larger side of".into()),
+        (vec!["--rank=1", "--alpha=nan"], "--alpha: expected a number above 0, got NaN".into()),
+        (vec!["--rank=1", "--target=r_proj"], "got r_proj".into()),
+        (vec!["--rank=1", "--arm=deep"], "--arm deep: it has layers of its own".into()),
+        (vec!["--rank=1", "--span=2..4"], "--span: expected A..B with 0 <= A < B <= 3".into()),
+        (vec!["--rank=1", "--passes=0"], "--passes: expected at least one".into()),
+        (vec!["--rank=1", "--passages=1"], "--passages: expected at least 2, or 0".into()),
+        (vec!["--rank=1", "--batch=0"], "--batch: expected 1 to 4096, got 0".into()),
+        (vec!["--rank=1", "--batch=1000000000"], "--batch: expected 1 to 4096".into()),
+        (vec!["--rank=1", "--lr=0"], "--lr: expected a number above 0, got 0".into()),
+        (vec!["--rank=1", "--tokens=85"], only),
+        (vec!["--rank=1", "--tokens=86"], "--tokens: expected at most 85, for three times".into()),
+        (vec!["--rank=1", "--tokens=2"], "--tokens: expected at least 3".into()),
+        (vec!["--rank=1", "--save-every=0"], "invalid value '0' for '--save-every <N>'".into()),
+        (vec!["--rank=1", "--stories=3"], "'--stories <N>' cannot be used with".into()),
+    ] {
+        let mut more = [args, vec!["--model", &model, "--text", &text]].concat();
+        if !more.iter().any(|arg| arg.starts_with("--tokens")) {
+            more.push("--tokens=6");
+        }
+        let stderr = Run::new(&more).fail(&out)?;
+        assert!(stderr.starts_with("error: ") && stderr.contains(&expected), "{more:?}: {stderr}");
+    }
+    let absent = folder.path().join("absent").display().to_string();
+    let not_suite = format!("error: {model}: not the tokenizer of the flashback suite");
+    for (args, expected) in [
+        (vec!["--rank=2"], "--model <PATH>"),
+        (vec!["--text", &text], "--model <PATH>"),
+        (vec!["--alpha=2", "--model", &model], "--rank <R>"),
+        (vec!["--target=q_proj", "--model", &model], "--rank <R>"),
+        (vec!["--passes=2", "--model", &model], "--text <F>"),
+        (vec!["--tokens=2", "--model", &model], "--text <F>"),
+        (vec!["--model", &model], &not_suite),
+        (vec!["--model", &absent], &format!("error: {absent}: No such file")),
+        (vec!["--model", &model, "--text", &absent], &format!("error: {absent}: No such file")),
+    ] {
+        let stderr = Run::new(&args).fail(&out)?;
+        assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{args:?}: {stderr}");
+    }
+    assert!(!out.exists(), "nothing is left of what was refused");
+    let stderr = Run::on_text(base.path(), &["--rank=1"]).fail(base.path())?;
+    assert!(
+        stderr.starts_with("error: --out: ") && stderr.contains("is the folder of"),
+        "{stderr}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_run_that_diverges_says_so() -> Result {
+    let out = tempfile::tempdir()?;
+    let args = ["--steps=6", "--stories=0", "--batch=2", "--lr=1e30", "--arm=no-passes"];
+    let output = Run::new(&args).output(out.path())?;
+    let stderr = String::from_utf8(output.stderr)?;
+    assert!(!output.status.success() && stderr.contains("try a lower --lr"), "{stderr}");
+    assert!(!out.path().join("model.safetensors").exists());
+    Ok(())
+}
+
+// ---- the optimiser ----
+
+/// Ours and candle's, on the same gradients.
+#[test]
+fn adamw_is_candles() -> Result {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let mut noise = |shape: &[usize]| -> Result<Tensor> {
+        let values = (0..shape.iter().product()).map(|_| rng.random_range(-1f32..1.0)).collect();
+        Ok(Tensor::from_vec::<_, f32>(values, shape, &Device::Cpu)?)
+    };
+    let shapes: [&[usize]; 3] = [&[4, 3], &[5], &[2, 2, 2]];
+    // Without and with gradients that are cut to a length, the third with a rate of its own.
+    for (longest, rate) in [(f64::INFINITY, 1.0), (0.5, 1.0), (f64::INFINITY, 8.0)] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for (index, shape) in shapes.iter().enumerate() {
+            let start = noise(shape)?;
+            ours.push((index.to_string(), Var::from_tensor(&start)?));
+            theirs.push(Var::from_tensor(&start)?);
+        }
+        let candle = |vars: &[Var], lr| {
+            let (beta1, beta2, eps, weight_decay) = (0.9, 0.98, 1e-8, 0.01);
+            let params = ParamsAdamW { lr, beta1, beta2, eps, weight_decay };
+            candle_nn::AdamW::new(vars.to_vec(), params)
+        };
+        let (mut first, mut last) = (candle(&theirs[..2], 0.0)?, candle(&theirs[2..], 0.0)?);
+        let mut optimizer = AdamW::new(&ours, 0.98, 0.01)?.with_rate("2", rate);
+        for step in 0..20 {
+            let lr = 0.1 / (1.0 + step as f64);
+            let wanted = shapes.iter().map(|shape| noise(shape)).collect::<Result<Vec<_>>>()?;
+            let grads = |vars: &[Var], scale: f64| -> Result<_> {
+                let mut loss = Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?;
+                for (var, grad) in vars.iter().zip(&wanted) {
+                    loss = (loss + (var.as_tensor() * (grad * scale)?)?.sum_all()?)?;
+                }
+                Ok(loss.backward()?)
+            };
+            let mut length = 0.0;
+            for grad in &wanted {
+                length += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
+            }
+            let length = length.sqrt();
+            let own: Vec<Var> = ours.iter().map(|(_, var)| var.clone()).collect();
+            let said = optimizer.step(&grads(&own, 1.0)?, lr, longest)?;
+            assert!((said - length).abs() < 1e-6, "{said} {length}");
+            let grads = grads(&theirs, if length > longest { longest / length } else { 1.0 })?;
+            first.set_learning_rate(lr);
+            last.set_learning_rate(lr * rate);
+            first.step(&grads)?;
+            last.step(&grads)?;
+            for ((name, a), b) in ours.iter().zip(&theirs) {
+                let off = (a.as_tensor() - b.as_tensor())?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(off < 1e-6, "step {step}, variable {name}: {off}");
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! `hybrid generate`: answers one prompt, or a file of them.
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+
+use clap::Args;
+use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt};
+use serde_json::{Value, json};
+
+use crate::files::read_text;
+use crate::options::{CacheArgs, ModelArgs, PromptArgs, SamplingArgs, ThinkingArgs, kept};
+use crate::terminal::{self, Result};
+
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    cache: CacheArgs,
+
+    #[command(flatten)]
+    input: PromptArgs,
+
+    /// A UTF-8 file of prompts, one a line, to be answered in order; empty lines are skipped
+    ///
+    /// Prints a JSON object a line. Each answer is what it would be alone.
+    #[arg(long, value_name = "F", group = "input", help_heading = "Prompt")]
+    prompts: Option<PathBuf>,
+
+    #[command(flatten)]
+    thinking: ThinkingArgs,
+
+    #[command(flatten)]
+    sampling: SamplingArgs,
+
+    #[command(flatten)]
+    answer: AnswerArgs,
+}
+
+/// Where answers end, and what is printed of them.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Answer")]
+struct AnswerArgs {
+    /// The most tokens to generate
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_tokens: usize,
+
+    /// End the answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT", hide_short_help = true)]
+    stop: Vec<String>,
+
+    /// Also give the log-probability of each prompt token (with --json)
+    #[arg(long, requires = "json", hide_short_help = true)]
+    prompt_logprobs: bool,
+
+    /// Print one JSON object instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is to be answered.
+enum Asked {
+    One(Prompt),
+    /// Each with the number of its line, from 1.
+    Many(Vec<(usize, Prompt)>),
+}
+
+impl Options {
+    fn asked(&self) -> Result<Asked> {
+        let Some(path) = &self.prompts else { return Ok(Asked::One(self.input.prompt()?)) };
+        let text = read_text(path)?;
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let prompts: Vec<_> = lines.map(|(at, line)| (at, self.input.prompt_of(line))).collect();
+        match prompts.is_empty() {
+            true => Err(format!("{}: no prompts", path.display()).into()),
+            false => Ok(Asked::Many(prompts)),
+        }
+    }
+
+    /// `config` with what was given on the command line.
+    fn config(&self, config: GenerationConfig) -> GenerationConfig {
+        let AnswerArgs { max_tokens, stop, prompt_logprobs, .. } = &self.answer;
+        let config = config.max_tokens(*max_tokens).prompt_logprobs(*prompt_logprobs);
+        let config = self.sampling.apply(self.thinking.apply(config));
+        stop.iter().fold(config, GenerationConfig::stop)
+    }
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let asked = options.asked()?;
+    options.config(GenerationConfig::default()).validate()?; // before the wait for the weights
+    options.thinking.warn();
+    let (model, load) = options.model.load()?;
+    let model = options.cache.apply(model)?;
+    let config = options.config(model.generation_config());
+    match asked {
+        Asked::One(prompt) if options.answer.json => report_one(&model, prompt, &config, load),
+        Asked::One(prompt) => tell(&model, prompt, &config, load),
+        Asked::Many(lines) => report_all(&model, &lines, &config, load),
+    }
+}
+
+/// The text of one answer, as it comes.
+fn tell(model: &HybridModel, prompt: Prompt, config: &GenerationConfig, load: f64) -> Result<()> {
+    let mut stream = terminal::begin(model, prompt, config)?;
+    let mut count = 0;
+    for token in &mut stream {
+        let token = token?;
+        match model.tokenizer() {
+            Some(_) => write!(stdout(), "{}", token.text)?,
+            None => write!(stdout(), "{} ", token.id)?,
+        }
+        stdout().flush()?;
+        count += 1;
+    }
+    writeln!(stdout())?;
+    let seconds = stream.seconds();
+    terminal::say(&format!(
+        "[{count} tokens, {:.1} a second, stopped by {}; loaded in {load:.1} s as {}, thought {:.1} s, read the prompt in {:.1} s]",
+        f64::from(count) / seconds.decode.max(1e-9),
+        terminal::stopped_by(stream.stop()),
+        kept(model),
+        seconds.think,
+        seconds.prefill,
+    ));
+    Ok(())
+}
+
+/// One answer as a JSON object.
+fn report_one(
+    model: &HybridModel,
+    prompt: Prompt,
+    config: &GenerationConfig,
+    load: f64,
+) -> Result<()> {
+    let stream = terminal::begin(model, prompt, config)?;
+    let spinner = terminal::spinner("generating");
+    let answer = stream.collect_answer()?;
+    spinner.finish_and_clear();
+    Ok(writeln!(stdout(), "{}", report(model, &answer, load))?)
+}
+
+/// All answers in order, each as a JSON object on a line of its own.
+fn report_all(
+    model: &HybridModel,
+    lines: &[(usize, Prompt)],
+    config: &GenerationConfig,
+    load: f64,
+) -> Result<()> {
+    let bar = terminal::bar(lines.len() as u64, "answering [{bar:30}] {pos}/{len}, {eta} to go");
+    bar.tick(); // the first may take a while
+    for (line, prompt) in lines {
+        let answer = model.generate(prompt.clone(), config);
+        let answer = answer.map_err(|error| format!("--prompts: line {line}: {error}"))?;
+        bar.suspend(|| writeln!(stdout(), "{}", report(model, &answer, load)))?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {
+    let mut report = json!({
+        "prompt_ids": answer.prompt_ids,
+        "ids": answer.ids,
+        "text": model.tokenizer().map(|_| &answer.text),
+        "logprobs": answer.logprobs,
+        "stop": answer.stop,
+        "drift": answer.drift(),
+        "seconds": {
+            "load": load,
+            "think": answer.seconds.think,
+            "prefill": answer.seconds.prefill,
+            "decode": answer.seconds.decode,
+        },
+    });
+    if let Some(logprobs) = &answer.prompt_logprobs {
+        report["prompt_logprobs"] = json!(logprobs);
+    }
+    report
+}

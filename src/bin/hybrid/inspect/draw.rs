@@ -1,0 +1,221 @@
+//! The drawings, as SVG to stand in the page.
+
+use hybrid_attention::thought::Map;
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use crate::terminal::Result;
+
+/// Colours that the page's style sheet replaces, so that drawings follow the light or dark scheme.
+const INK: RGBColor = RGBColor(1, 1, 1);
+const FAINT: RGBColor = RGBColor(2, 2, 2);
+const GRID: RGBColor = RGBColor(3, 3, 3);
+const CURVE: RGBColor = RGBColor(4, 4, 4);
+const LIMIT: RGBColor = RGBColor(5, 5, 5);
+
+/// Shades of the colour scale. Neighbouring cells of one shade become one rectangle.
+const SHADES: f32 = 64.0;
+
+/// Where further passes change little.
+const SETTLED: f64 = 0.03;
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// The name of a row and column.
+pub(super) struct Label {
+    pub(super) text: String,
+    /// Whether it is written in the text's own colour or fainter.
+    pub(super) strong: bool,
+}
+
+/// Which numbers the colours stand for.
+pub(super) struct Scale {
+    pub(super) name: &'static str,
+    pub(super) min: f32,
+    pub(super) max: f32,
+    /// Shows small numbers apart: the colour goes with the square root.
+    pub(super) root: bool,
+}
+
+impl Scale {
+    /// Where a value stands between the ends, in `[0, 1]`.
+    fn place(&self, value: f32) -> f32 {
+        let share = (value - self.min) / (self.max - self.min).max(f32::MIN_POSITIVE);
+        let share = if share.is_finite() { share.clamp(0.0, 1.0) } else { 0.0 };
+        if self.root { share.sqrt() } else { share }
+    }
+
+    /// The value at such a place.
+    fn value(&self, place: f32) -> f32 {
+        let share = if self.root { place * place } else { place };
+        self.min + share * (self.max - self.min)
+    }
+
+    fn shade(&self, value: f32) -> u32 {
+        (self.place(value) * (SHADES - 1.0)).round() as u32
+    }
+}
+
+fn colour(shade: u32) -> RGBColor {
+    ViridisRGB.get_color(shade as f32 / (SHADES - 1.0))
+}
+
+/// EncodedBatch of this height in pixels, anchored where it is drawn.
+fn text_style(size: f64, colour: &RGBColor, h: HPos, v: VPos) -> TextStyle<'_> {
+    // The backend divides by this.
+    ("monospace", size * 1.24).into_font().color(colour).pos(Pos::new(h, v))
+}
+
+fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+    let mut svg = String::new();
+    let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+    draw(&area)?;
+    area.present()?;
+    drop(area);
+    // What goes without saying in a page, thousands of times.
+    let svg = svg.replace(" xmlns=\"http://www.w3.org/2000/svg\"", "");
+    Ok(svg.replace(" opacity=\"1\"", "").replace(" stroke=\"none\"", ""))
+}
+
+/// Drift by pass, and the line under which further passes change little. A pass that moved nothing
+/// stands at the bottom.
+pub(super) fn drift(drift: &[f64]) -> Result<String> {
+    let moved = drift.iter().copied().filter(|drift| *drift > 0.0);
+    let (least, most) =
+        moved.fold((SETTLED, SETTLED), |(least, most), drift| (least.min(drift), most.max(drift)));
+    let (bottom, top) = (decade(least.max(1e-9).log10().floor()), decade(most.log10().ceil()));
+    let passes = drift.len() as f64;
+    svg((640, 280), |area| {
+        let mut chart = ChartBuilder::on(area)
+            .margin(12)
+            .x_label_area_size(44)
+            .y_label_area_size(76)
+            .build_cartesian_2d(0.5..passes + 0.5, (bottom * 0.99..top * 1.01).log_scale())?;
+        let words = |size| text_style(size, &INK, HPos::Center, VPos::Center);
+        let whole = |x: &f64| if x.fract() == 0.0 { format!("{x}") } else { String::new() };
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(GRID)
+            .axis_style(GRID)
+            .x_labels(2 * drift.len().min(12) + 1)
+            .y_labels(5)
+            .x_label_formatter(&whole)
+            .y_label_formatter(&power_of_ten)
+            .label_style(words(12.0))
+            .axis_desc_style(words(12.0))
+            .x_desc("pass")
+            .y_desc("drift")
+            .draw()?;
+        let ends = [(0.5, SETTLED), (passes + 0.5, SETTLED)];
+        chart.draw_series(DashedLineSeries::new(ends, 6, 4, LIMIT.stroke_width(1)))?;
+        let points = || (1..).map(f64::from).zip(drift.iter().map(|drift| drift.max(bottom)));
+        chart.draw_series(LineSeries::new(points(), CURVE.stroke_width(2)))?;
+        chart.draw_series(points().map(|point| Circle::new(point, 4, CURVE.filled())))?;
+        Ok(())
+    })
+}
+
+fn decade(exponent: f64) -> f64 {
+    10f64.powf(exponent)
+}
+
+/// Only these are written along a logarithmic axis.
+fn power_of_ten(value: &f64) -> String {
+    let exponent = value.log10();
+    match (exponent - exponent.round()).abs() < 1e-6 {
+        true => format!("{value:.*}", (-exponent.round()).max(0.0) as usize),
+        false => String::new(),
+    }
+}
+
+/// A square of colours with the names of its rows and columns, and a legend.
+pub(super) fn heat_map(
+    map: &Map,
+    labels: &[Label],
+    (row, column): (&str, &str),
+    scale: &Scale,
+) -> Result<String> {
+    let count = map.len().max(1);
+    let cell = (600 / count).clamp(9, 26) as i32;
+    let font = (f64::from(cell) * 0.9).clamp(8.0, 12.0);
+    let widest = labels.iter().map(|label| label.text.chars().count()).max().unwrap_or(0);
+    let room = (widest as f64 * font * 0.64) as i32 + 10;
+    let (left, top) = (room + 20, room + 20);
+    let side = cell * count as i32;
+    let size = (left + side.max(260) + 12, top + side + 64);
+
+    svg((size.0 as u32, size.1 as u32), |area| {
+        area.draw_text(
+            &format!("{column} →"),
+            &text_style(12.0, &FAINT, HPos::Left, VPos::Top),
+            (left, 2),
+        )?;
+        let upwards = text_style(12.0, &FAINT, HPos::Right, VPos::Top);
+        let upwards = upwards.transform(FontTransform::Rotate270);
+        area.draw_text(&format!("← {row}"), &upwards, (2, top))?;
+        for (index, label) in labels.iter().enumerate() {
+            let middle = index as i32 * cell + cell / 2;
+            let ink = if label.strong { &INK } else { &FAINT };
+            let style = text_style(font, ink, HPos::Right, VPos::Center);
+            area.draw_text(&label.text, &style, (left - 5, top + middle))?;
+            let style = text_style(font, ink, HPos::Left, VPos::Center);
+            let style = style.transform(FontTransform::Rotate270);
+            area.draw_text(&label.text, &style, (left + middle, top - 5))?;
+        }
+        cells(area, map, (left, top), cell, scale)?;
+        draw_legend(area, (left, top + side + 18), scale)
+    })
+}
+
+/// A heat map that is too small for names.
+pub(super) fn small_map(map: &Map, scale: &Scale) -> Result<String> {
+    let count = map.len().max(1);
+    let cell = (160 / count).clamp(3, 16) as i32;
+    let side = (cell * count as i32) as u32;
+    svg((side, side), |area| cells(area, map, (0, 0), cell, scale))
+}
+
+/// Which colour is which number.
+pub(super) fn legend(scale: &Scale) -> Result<String> {
+    svg((272, 44), |area| draw_legend(area, (6, 2), scale))
+}
+
+fn draw_legend(area: &Area<'_>, (x, y): (i32, i32), scale: &Scale) -> Result<()> {
+    let step = 3;
+    let width = SHADES as i32 * step;
+    for shade in 0..SHADES as i32 {
+        let from = x + shade * step;
+        let style = colour(shade as u32).filled();
+        area.draw(&Rectangle::new([(from, y), (from + step, y + 12)], style))?;
+    }
+    for (place, anchor) in [(0.0, HPos::Left), (0.5, HPos::Center), (1.0, HPos::Right)] {
+        let style = text_style(11.0, &INK, anchor, VPos::Top);
+        let at = x + (place * width as f32) as i32;
+        area.draw_text(&format!("{:.2}", scale.value(place)), &style, (at, y + 16))?;
+    }
+    let style = text_style(11.0, &FAINT, HPos::Left, VPos::Top);
+    Ok(area.draw_text(scale.name, &style, (x, y + 30))?)
+}
+
+fn cells(
+    area: &Area<'_>,
+    map: &Map,
+    (left, top): (i32, i32),
+    cell: i32,
+    scale: &Scale,
+) -> Result<()> {
+    for (row, values) in map.iter().enumerate() {
+        let y = top + row as i32 * cell;
+        let mut x = left;
+        for run in values.chunk_by(|a, b| scale.shade(*a) == scale.shade(*b)) {
+            let end = x + run.len() as i32 * cell;
+            let shade = run.first().map_or(0, |value| scale.shade(*value));
+            area.draw(&Rectangle::new([(x, y), (end, y + cell)], colour(shade).filled()))?;
+            x = end;
+        }
+    }
+    Ok(())
+}

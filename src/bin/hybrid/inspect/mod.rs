@@ -1,0 +1,153 @@
+//! `hybrid inspect`: what the thought passes do to a prompt, as one page for the browser and as JSON.
+//!
+//! ```text
+//! hybrid inspect --model PATH --passes 3 --span 10..20 \
+//!     --prompt "The trophy does not fit in the suitcase because it is too big."
+//! ```
+//!
+//! The page, `inspect.html` unless `--out` says otherwise, needs nothing beside it: no network, no
+//! scripts. `--json` writes the same numbers, and all of them where the page has to pool.
+
+mod draw;
+mod page;
+mod tokens;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use hybrid_attention::thought::{Detail, Trace};
+use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt, Thinking};
+use serde::Serialize;
+
+use self::tokens::Token;
+use crate::files::{check_folder, write};
+use crate::options::{ModelArgs, PromptArgs, ThinkingArgs};
+use crate::terminal::{self, Result};
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Page")]
+pub(crate) struct Options {
+    /// The most tokens of the two answers, with and without thinking
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    max_tokens: usize,
+
+    /// Leave out similarity and attention, which grow with the square of the prompt
+    #[arg(long)]
+    no_maps: bool,
+
+    /// The page to write
+    #[arg(long, default_value = "inspect.html", value_name = "F")]
+    out: PathBuf,
+
+    /// Also write the numbers as JSON
+    #[arg(long, value_name = "F")]
+    json: Option<PathBuf>,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    input: PromptArgs,
+
+    /// EncodedBatch after the prompt that is only read, not thought about
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(conflicts_with_all = ["ids", "chat"], help_heading = "Prompt")]
+    plain: Option<String>,
+
+    #[command(flatten)]
+    thinking: ThinkingArgs,
+}
+
+impl Options {
+    fn prompt(&self) -> Result<Prompt> {
+        match &self.plain {
+            None => self.input.prompt(),
+            Some(plain) => Ok(Prompt::default().context(self.input.text()?).plain(plain)),
+        }
+    }
+
+    /// Bytes of the text that is thought about, where only a part of it is.
+    fn context_bytes(&self) -> Result<Option<usize>> {
+        self.plain.as_ref().map(|_| Ok(self.input.text()?.len())).transpose()
+    }
+
+    /// What was asked for, or else the checkpoint's `own` way to think.
+    fn thinking(&self, own: &Thinking) -> Result<Thinking> {
+        let thinking = self.thinking.thinking().unwrap_or_else(|| own.clone());
+        if thinking.is_none() {
+            return Err("nothing to look into without thinking: give --passes".into());
+        }
+        Ok(thinking.detail(if self.no_maps { Detail::Tokens } else { Detail::Maps }))
+    }
+
+    fn config(&self, config: GenerationConfig, thinking: Thinking) -> GenerationConfig {
+        config.temperature(0.0).max_tokens(self.max_tokens).thinking(thinking)
+    }
+
+    /// Finds now what would be an error when all the work is done.
+    fn check(&self) -> Result<()> {
+        self.json.iter().chain([&self.out]).try_for_each(|path| check_folder(path))?;
+        // What the checkpoint says is not known yet.
+        let thinking = self.thinking(&Thinking::passes(1))?;
+        Ok(self.config(GenerationConfig::default(), thinking).validate()?)
+    }
+}
+
+/// Everything there is to show.
+#[derive(Serialize)]
+struct Inspection {
+    model: String,
+    layers: usize,
+    settings: Thinking,
+    tokens: Vec<Token>,
+    trace: Trace,
+    /// The control: the same prompt without thinking.
+    plain: Said,
+    thought: Said,
+}
+
+/// An answer, as far as it goes.
+#[derive(Serialize)]
+struct Said {
+    tokens: Vec<Token>,
+    logprobs: Vec<f32>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let (prompt, context_bytes) = (options.prompt()?, options.context_bytes()?);
+    options.check()?; // before the wait for the weights
+    let (model, _) = options.model.load()?;
+
+    let answer = |thinking| -> Result<Answer> {
+        let config = options.config(model.generation_config(), thinking);
+        Ok(terminal::begin(&model, prompt.clone(), &config)?.collect_answer()?)
+    };
+    let thinking = options.thinking(model.thinking())?;
+    let mut thought = answer(thinking.clone())?;
+    let plain = answer(Thinking::none())?;
+    if thought.traces.is_empty() {
+        return Err("the model left no trace of its thinking".into());
+    }
+    let inspection = Inspection {
+        model: options.model.name(),
+        layers: model.config().num_hidden_layers,
+        settings: thinking,
+        tokens: tokens::of_prompt(model.tokenizer(), &thought.prompt_ids, context_bytes),
+        trace: thought.traces.swap_remove(0),
+        plain: said(&model, &plain),
+        thought: said(&model, &thought),
+    };
+    if let Some(path) = &options.json {
+        write(path, |file| Ok(serde_json::to_writer(file, &inspection)?))?;
+    }
+    let page = page::render(&inspection)?;
+    write(&options.out, |file| Ok(file.write_all(page.as_bytes())?))
+}
+
+fn said(model: &HybridModel, answer: &Answer) -> Said {
+    Said {
+        tokens: tokens::of_answer(model.tokenizer(), &answer.prompt_ids, &answer.ids),
+        logprobs: answer.logprobs.clone(),
+    }
+}

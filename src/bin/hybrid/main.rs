@@ -1,0 +1,52 @@
+//! `hybrid`: a Mistral that thinks both ways before it speaks, on the command line.
+//!
+//! ```text
+//! cargo install --path . --features cli
+//! hybrid generate --model PATH --prompt "Once upon a time"
+//! ```
+
+mod chat;
+mod embed;
+mod files;
+mod generate;
+mod inspect;
+mod measure;
+mod options;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A Mistral that thinks both ways before it speaks.
+#[derive(Debug, Parser)]
+#[command(name = "hybrid", bin_name = "hybrid", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answer prompts, with or without thinking about them first
+    Generate(generate::Options),
+    /// Chat in the terminal: one message a line; /reset begins anew, /quit leaves
+    Chat(chat::Options),
+    /// Turn texts into vectors and compare them with each other
+    Embed(embed::Options),
+    /// Look into the thought passes over a prompt: drift, tokens, similarity and attention
+    Inspect(inspect::Options),
+    /// Measure whether thinking about the first half of a passage helps to predict the second
+    Measure(measure::Options),
+}
+
+fn main() -> ExitCode {
+    let Cli { command } = Cli::parse();
+    terminal::main(|| match &command {
+        Command::Generate(options) => generate::run(options),
+        Command::Chat(options) => chat::run(options),
+        Command::Embed(options) => embed::run(options),
+        Command::Inspect(options) => inspect::run(options),
+        Command::Measure(options) => measure::run(options),
+    })
+}

@@ -1,0 +1,11 @@
+//! Options that several subcommands have.
+
+mod model;
+mod prompt;
+mod sampling;
+mod thinking;
+
+pub(crate) use model::{CacheArgs, ModelArgs, kept};
+pub(crate) use prompt::PromptArgs;
+pub(crate) use sampling::SamplingArgs;
+pub(crate) use thinking::{ThinkingArgs, parse_span};

@@ -1,0 +1,224 @@
+//! Which model, where it runs, and what its numbers are kept in.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+use hybrid_attention::load::Checkpoint;
+use hybrid_attention::model::AdapterScope;
+use hybrid_attention::{Adapter, HybridModel, WeightType};
+use indicatif::HumanBytes;
+
+use crate::terminal::{self, Result};
+
+/// Which model, and where it runs.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file [default: a toy model]
+    ///
+    /// The toy model comes with the crate and knows the stories of the flashback suite only.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<PathBuf>,
+
+    /// What weights are kept as; auto keeps each as it is stored, quantised ones in their blocks
+    #[arg(long, value_enum, default_value_t = KeptIn::Auto, requires = "model", hide_short_help = true)]
+    pub(crate) dtype: KeptIn,
+
+    /// Quantise matrices while loading, to blocks of this GGUF type
+    #[arg(long, value_enum, value_name = "TYPE", requires = "model", conflicts_with = "dtype")]
+    pub(crate) quantize: Option<Blocks>,
+
+    /// The device to run on; other than cpu needs the feature of that name
+    #[arg(long, value_enum, default_value_t = RunOn::Cpu, hide_short_help = true)]
+    pub(crate) device: RunOn,
+
+    /// A low-rank adapter as PEFT saves it: a folder with adapter_config.json and
+    /// adapter_model.safetensors
+    #[arg(long, value_name = "PATH", hide_short_help = true)]
+    pub(crate) adapter: Option<PathBuf>,
+
+    /// When the adapter is active
+    #[arg(long, value_enum, default_value_t = AdapterFor::Both, requires = "adapter", hide_short_help = true)]
+    pub(crate) adapter_for: AdapterFor,
+}
+
+/// What is said where no checkpoint was named.
+const TOY: &str = "note: without --model this is the toy model that comes with the crate: it knows the \
+                   stories of the flashback suite, and nothing else";
+
+/// When an adapter is active, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum AdapterFor {
+    /// In thought passes, and when text is read in both directions
+    Thinking,
+    /// Whenever text is read causally
+    Decoding,
+    Both,
+}
+
+/// A weight type on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum KeptIn {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Blocks on the command line, by the names that GGUF tools give them.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Blocks {
+    #[value(name = "q8_0")]
+    Q80,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q5_k")]
+    Q5K,
+    #[value(name = "q4_k")]
+    Q4K,
+    #[value(name = "q3_k")]
+    Q3K,
+    #[value(name = "q2_k")]
+    Q2K,
+    #[value(name = "q5_1")]
+    Q51,
+    #[value(name = "q5_0")]
+    Q50,
+    #[value(name = "q4_1")]
+    Q41,
+    #[value(name = "q4_0")]
+    Q40,
+}
+
+impl From<Blocks> for WeightType {
+    fn from(blocks: Blocks) -> Self {
+        Self::Quantized(match blocks {
+            Blocks::Q80 => GgmlDType::Q8_0,
+            Blocks::Q6K => GgmlDType::Q6K,
+            Blocks::Q5K => GgmlDType::Q5K,
+            Blocks::Q4K => GgmlDType::Q4K,
+            Blocks::Q3K => GgmlDType::Q3K,
+            Blocks::Q2K => GgmlDType::Q2K,
+            Blocks::Q51 => GgmlDType::Q5_1,
+            Blocks::Q50 => GgmlDType::Q5_0,
+            Blocks::Q41 => GgmlDType::Q4_1,
+            Blocks::Q40 => GgmlDType::Q4_0,
+        })
+    }
+}
+
+impl From<KeptIn> for WeightType {
+    fn from(dtype: KeptIn) -> Self {
+        match dtype {
+            KeptIn::Auto => Self::Stored,
+            KeptIn::F32 => Self::Dense(DType::F32),
+            KeptIn::Bf16 => Self::Dense(DType::BF16),
+            KeptIn::F16 => Self::Dense(DType::F16),
+        }
+    }
+}
+
+/// A device on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum RunOn {
+    Cpu,
+    Cuda,
+    Metal,
+}
+
+impl ModelArgs {
+    /// What it is, for a person.
+    pub(crate) fn name(&self) -> String {
+        let path = self.model.as_ref().map(|path| path.display().to_string());
+        path.unwrap_or_else(|| "the crate's own small model".to_string())
+    }
+
+    /// Loads the model with a progress bar on standard error. Gives the seconds it took.
+    pub(crate) fn load(&self) -> Result<(HybridModel, f64)> {
+        let start = Instant::now();
+        let weights = self.quantize.map_or_else(|| self.dtype.into(), WeightType::from);
+        let device = match self.device {
+            RunOn::Cpu => Device::Cpu,
+            RunOn::Cuda => Device::new_cuda(0)?,
+            RunOn::Metal => Device::new_metal(0)?,
+        };
+        let checkpoint = self.model.as_ref().map(Checkpoint::open).transpose()?;
+        // Before the weights, which take longer.
+        let adapter =
+            self.adapter.as_ref().map(|path| Adapter::from_folder(path, &device)).transpose()?;
+        let mut model = match checkpoint {
+            None => {
+                terminal::say(TOY);
+                HybridModel::tiny(&device)?
+            }
+            Some(checkpoint) => {
+                let bar = terminal::bar(0, "{msg} [{bar:30}] {percent}%");
+                let progress = |done, total| {
+                    bar.set_length(total);
+                    bar.set_message(format!("loading {}", HumanBytes(total)));
+                    bar.set_position(done);
+                };
+                let model = HybridModel::from_checkpoint(&checkpoint, weights, &device, progress)?;
+                bar.finish_and_clear();
+                model
+            }
+        };
+        if let Some(adapter) = adapter {
+            let mind = match self.adapter_for {
+                AdapterFor::Thinking => AdapterScope::Thinking,
+                AdapterFor::Decoding => AdapterScope::Decoding,
+                AdapterFor::Both => AdapterScope::Both,
+            };
+            model = model.with_adapter(&adapter, mind)?;
+        }
+        Ok((model, start.elapsed().as_secs_f64()))
+    }
+}
+
+/// What a model's matrices are kept as, for a person.
+pub(crate) fn kept(model: &HybridModel) -> String {
+    let kept = model.transformer().weight_bytes().into_iter();
+    let kept = kept.map(|(kept, bytes)| format!("{} {kept}", HumanBytes(bytes as u64)));
+    kept.collect::<Vec<_>>().join(" + ")
+}
+
+/// What a text is remembered in.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct CacheArgs {
+    /// What the keys and values of the text are kept as; bf16 and f16 round them and need half the
+    /// memory [default: f32; on other devices than cpu the type of the weights, and no other]
+    #[arg(long, value_enum, value_name = "TYPE", hide_short_help = true)]
+    pub(crate) kv_cache: Option<CachedIn>,
+}
+
+impl CacheArgs {
+    /// `model` with such caches.
+    pub(crate) fn apply(&self, model: HybridModel) -> Result<HybridModel> {
+        Ok(match self.kv_cache {
+            Some(dtype) => model.with_cache_dtype(dtype.into())?,
+            None => model,
+        })
+    }
+}
+
+/// What a cache holds, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum CachedIn {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<CachedIn> for DType {
+    fn from(dtype: CachedIn) -> Self {
+        match dtype {
+            CachedIn::F32 => Self::F32,
+            CachedIn::Bf16 => Self::BF16,
+            CachedIn::F16 => Self::F16,
+        }
+    }
+}

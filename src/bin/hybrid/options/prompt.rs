@@ -1,0 +1,70 @@
+//! What is asked.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+use hybrid_attention::{Message, Prompt};
+
+use crate::files::read_text;
+use crate::terminal::Result;
+
+/// One prompt: text, a file of text, or token ids.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Prompt")]
+#[command(group(ArgGroup::new("input").required(true).args(["prompt", "prompt_file", "ids"])))]
+pub(crate) struct PromptArgs {
+    /// The prompt
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) prompt: Option<String>,
+
+    /// A UTF-8 file that holds the prompt, taken as it is
+    #[arg(long, value_name = "F", hide_short_help = true)]
+    pub(crate) prompt_file: Option<PathBuf>,
+
+    /// The prompt as token ids; needs no tokenizer
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = parse_id)]
+    #[arg(conflicts_with = "chat", hide_short_help = true)]
+    pub(crate) ids: Option<Vec<u32>>,
+
+    /// Put the prompt into the model's chat template, as a user's message
+    #[arg(long)]
+    pub(crate) chat: bool,
+
+    /// A system message in front of it
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub(crate) system: Option<String>,
+}
+
+impl PromptArgs {
+    /// The prompt, all of it thought about if there is thinking.
+    pub(crate) fn prompt(&self) -> Result<Prompt> {
+        if let Some(ids) = &self.ids {
+            return Ok(ids.clone().into());
+        }
+        Ok(self.prompt_of(&self.text()?))
+    }
+
+    /// Such a prompt of this text.
+    pub(crate) fn prompt_of(&self, text: &str) -> Prompt {
+        if !self.chat {
+            return text.into();
+        }
+        let system = self.system.iter().map(Message::system);
+        let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
+        Prompt::chat(&messages)
+    }
+
+    /// What was given as text.
+    pub(crate) fn text(&self) -> Result<String> {
+        match (&self.prompt, &self.prompt_file) {
+            (Some(text), _) => Ok(text.clone()),
+            (_, Some(path)) => read_text(path),
+            _ => Err("no prompt: give --prompt, --prompt-file or --ids".into()),
+        }
+    }
+}
+
+/// A token id, with or without blanks around it.
+fn parse_id(text: &str) -> std::result::Result<u32, String> {
+    text.trim().parse().map_err(|_| "expected token ids like 1,2,3".to_string())
+}

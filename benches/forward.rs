@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hybrid_attention::model::{KvCache, Batch, Pass, Transformer};
+use hybrid_attention::model::{Batch, KvCache, Pass, Transformer};
 use hybrid_attention::{Config, Result};
 
 use hybrid_attention_benches::{SHAPE, ids, random_weights};

@@ -21,9 +21,9 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use hybrid_attention::generate::Sampler;
-use hybrid_attention::model::{KvCache, Batch, Pass, Transformer};
+use hybrid_attention::model::{Batch, KvCache, Pass, Transformer};
 use hybrid_attention::refine::seq;
-use hybrid_attention::thought::{HandOff, EncodedBatch};
+use hybrid_attention::thought::{EncodedBatch, HandOff};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
 
 use hybrid_attention_benches::{SHAPE, ids, median, peak_memory, random_weights, sorted};

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::thread::ScopedJoinHandle;
 
 use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use hybrid_attention::model::{KvCache, Batch, Mask, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, KvCache, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::EncodedBatch;
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
@@ -526,8 +526,7 @@ fn truncated(window: Option<usize>, seq: usize, length: usize, seed: u64) -> Res
 
     let all = [&old[..kept], new.as_slice()].concat();
     let xs = tiny::embed(&model, &all)?;
-    let fresh =
-        model.forward(&xs, model.all_layers(), Pass::Causal(&Batch::one(all.len())?))?;
+    let fresh = model.forward(&xs, model.all_layers(), Pass::Causal(&Batch::one(all.len())?))?;
     assert_close("after truncate", &ys, &fresh.narrow(1, kept, new.len())?, ROUNDING)?;
 
     cache.reset();

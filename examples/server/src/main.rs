@@ -12,7 +12,7 @@ use axum::http::StatusCode;
 use axum::routing::post;
 use axum::{Router, response::IntoResponse};
 use hybrid_attention::candle_core::Device;
-use hybrid_attention::{Cancel, GenerationConfig, HybridModel};
+use hybrid_attention::{Cancel, HybridModel};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,7 +26,10 @@ struct Request {
 }
 
 /// The model is a handle: every handler has its own, and all share the weights.
-async fn generate(State(model): State<HybridModel>, Json(request): Json<Request>) -> impl IntoResponse {
+async fn generate(
+    State(model): State<HybridModel>,
+    Json(request): Json<Request>,
+) -> impl IntoResponse {
     let mut config = model.generation_config().max_tokens(request.max_tokens.unwrap_or(128));
     if let Some(passes) = request.passes {
         config = config.thinking(model.thinking().clone().with_passes(passes));
@@ -78,6 +81,7 @@ mod tests {
     use super::*;
     use axum::http;
     use http_body_util::BodyExt;
+    use hybrid_attention::GenerationConfig;
     use tower::ServiceExt;
 
     type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -100,7 +104,9 @@ mod tests {
         let (status, lines) = ask(&model, &body).await?;
         let ids: Vec<u64> = lines
             .lines()
-            .map(|line| Ok(serde_json::from_str::<serde_json::Value>(line)?["id"].as_u64().unwrap_or(0)))
+            .map(|line| {
+                Ok(serde_json::from_str::<serde_json::Value>(line)?["id"].as_u64().unwrap_or(0))
+            })
             .collect::<Result<_>>()?;
         let config = GenerationConfig::default().max_tokens(4);
         let answer = model.generate(prompt, &config)?;

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Transformer, Weights};
+use hybrid_attention::model::Weights;
+use hybrid_attention::thought::ThoughtModel;
 use hybrid_attention::{Config, Tokenizer};
 use indicatif::HumanBytes;
 
@@ -74,8 +75,8 @@ impl Base {
     }
 
     /// The model as it was.
-    pub(crate) fn transformer(mut self) -> Result<Transformer> {
-        Ok(Transformer::new(&self.config, &mut self.weights)?)
+    pub(crate) fn model(mut self) -> Result<ThoughtModel> {
+        Ok(ThoughtModel::new(&self.config, &mut self.weights)?)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::score::{Scores, score};
 use crate::settings::Settings;
 use flashback_suite::{LONGEST, Split, Vocabulary};
 
-use crate::task::{Batch, Task};
+use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::tokenizer;
 use crate::trainee::Trainee;
@@ -41,7 +41,7 @@ impl Task for Flashback {
 
     const STEPS_PER_POINT: usize = 50;
 
-    fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Batch> {
+    fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
         Ok(at.draw(settings, &self.vocabulary, rng)?)
     }
 
@@ -57,7 +57,7 @@ impl Task for Flashback {
         if self.stories == 0 {
             return Ok(None);
         }
-        let transformer = trainee.transformer(&mut settings.rng(settings.steps))?;
+        let model = trainee.model(&mut settings.rng(settings.steps))?;
         let passes: Vec<usize> = match settings.most_passes() {
             0 => vec![0],
             _ => PASSES.to_vec(),
@@ -66,7 +66,7 @@ impl Task for Flashback {
         let thinking = |passes: usize| -> Thinking { settings.thinking(passes) };
         let examine = |split, stories| {
             let progress = || bar.inc(1);
-            score(&transformer, thinking, split, stories, &passes, EXAMINATION, progress)
+            score(&model, thinking, split, stories, &passes, EXAMINATION, progress)
         };
         let examination = Examination {
             test: examine(Split::Test, self.stories)?,

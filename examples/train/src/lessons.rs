@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::settings::Settings;
-use crate::task::Batch;
+use crate::task::Exercise;
 use flashback_suite::{Plan, Split, Story, Vocabulary};
 
 /// How stories are told.
@@ -77,13 +77,13 @@ impl Lessons {
         self.right
     }
 
-    /// Draws a batch of the present lesson.
+    /// Draws an exercise of the present lesson.
     pub(crate) fn draw(
         &self,
         settings: &Settings,
         vocabulary: &Vocabulary,
         rng: &mut ChaCha8Rng,
-    ) -> Result<Batch> {
+    ) -> Result<Exercise> {
         let Lesson { longest, wording, passes, .. } = &LESSONS[self.now];
         let passes = settings.draw_passes(*passes, rng);
         let terse = match wording {
@@ -110,11 +110,11 @@ impl Lessons {
             ids.push(answer);
             answers.push((ids.len() as u32 - 1, vocabulary.end()));
         }
-        let mut layout = Batch::dense(settings.batch, ids.len() / settings.batch)?;
-        for row in 0..settings.batch {
-            layout = layout.with_context(row, std::slice::from_ref(&(0..context)))?;
+        let mut batch = Batch::dense(settings.batch, ids.len() / settings.batch)?;
+        for sequence in 0..settings.batch {
+            batch = batch.with_context(sequence, std::slice::from_ref(&(0..context)))?;
         }
-        Ok(Batch { ids, layout, answers, passes, end: Some(vocabulary.end()) })
+        Ok(Exercise { ids, batch, answers, passes, end: Some(vocabulary.end()) })
     }
 
     /// Takes note of the share of right answers in a batch, and goes on to the next lesson when

@@ -2,8 +2,8 @@
 
 use candle_core::{D, Tensor};
 use hybrid_attention::Result;
-use hybrid_attention::model::{Batch, Pass, Transformer};
-use hybrid_attention::thought::{EncodedBatch, Thinking};
+use hybrid_attention::model::{Batch, Pass};
+use hybrid_attention::thought::{EncodedBatch, Thinking, ThoughtModel};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ pub struct Scores {
 /// # Errors
 /// When the model cannot be run on the stories.
 pub fn score(
-    transformer: &Transformer,
+    model: &ThoughtModel,
     thinking: impl Fn(usize) -> Thinking,
     split: Split,
     stories: usize,
@@ -49,7 +49,7 @@ pub fn score(
         for (right, &passes) in right.iter_mut().zip(passes) {
             let mut count = 0;
             for some in drawn.chunks(50) {
-                count += right_among(transformer, &thinking(passes), some, hops, &vocabulary)?;
+                count += right_among(model, &thinking(passes), some, hops, &vocabulary)?;
             }
             right.push(count as f64 / stories as f64);
         }
@@ -60,7 +60,7 @@ pub fn score(
 
 /// How many of the stories, all of as many facts, get the right answer.
 fn right_among(
-    transformer: &Transformer,
+    model: &ThoughtModel,
     thinking: &Thinking,
     stories: &[Story],
     hops: usize,
@@ -75,31 +75,31 @@ fn right_among(
         ids.extend(story.ask_ids(question, vocabulary));
         answers.push(story.answer_id(question, vocabulary));
     }
-    let rows = answers.len();
-    let mut layout = Batch::dense(rows, ids.len() / rows.max(1))?;
-    for row in 0..rows {
-        layout = layout.with_context(row, std::slice::from_ref(&(0..context)))?;
+    let stories = answers.len();
+    let mut batch = Batch::dense(stories, ids.len() / stories.max(1))?;
+    for sequence in 0..stories {
+        batch = batch.with_context(sequence, std::slice::from_ref(&(0..context)))?;
     }
-    let last = layout.seq() - 1;
-    let hidden = read(transformer, thinking, &ids, layout)?.narrow(1, last, 1)?;
-    let said: Vec<u32> =
-        transformer.logits(&hidden)?.argmax(D::Minus1)?.flatten_all()?.to_vec1()?;
+    let last: Vec<u32> = batch.all_rows().map(|rows| rows.end as u32 - 1).collect();
+    let hidden = read(model, thinking, &ids, batch)?; // (tokens, hidden)
+    let last = hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?;
+    let said: Vec<u32> = model.decoder().logits(&last)?.argmax(D::Minus1)?.to_vec1()?;
     Ok(said.iter().zip(&answers).filter(|(said, answer)| said == answer).count())
 }
 
-/// Thinks about the context of each row, then reads the whole of it: what leaves the last layer,
-/// `(rows, seq, hidden)`.
+/// Thinks about the context of each sequence, then reads the whole of it: what leaves the last layer,
+/// `(tokens, hidden)`.
 ///
 /// # Errors
 /// As the passes themselves.
 pub fn read(
-    transformer: &Transformer,
+    model: &ThoughtModel,
     thinking: &Thinking,
     ids: &[u32],
-    layout: Batch,
+    batch: Batch,
 ) -> Result<Tensor> {
-    let mind = thinking.on(transformer)?;
-    let text = EncodedBatch::new(transformer, ids, layout)?;
+    let mind = thinking.on(model)?;
+    let text = EncodedBatch::new(model.decoder(), ids, batch)?;
     let first = mind.encode(&text, Pass::Causal(text.batch()))?;
     let thoughts = mind.think(&text, first, |_, _| ())?;
     mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))

@@ -18,7 +18,7 @@ pub(crate) trait Task {
     const STEPS_PER_POINT: usize;
 
     /// Draws the texts of one step.
-    fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Batch>;
+    fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise>;
 
     /// Takes note of how a step went: with how many passes, the share of right answers, and the
     /// share of the run that is done. By default there is but one lesson.
@@ -31,11 +31,11 @@ pub(crate) trait Task {
     fn examine(&self, settings: &Settings, trainee: &Trainee) -> Result<Option<Self::Examination>>;
 }
 
-/// Rows of one length and what is to be said in them.
-pub(crate) struct Batch {
+/// Sequences of one length and what is to be said in them.
+pub(crate) struct Exercise {
     pub(crate) ids: Vec<u32>,
-    pub(crate) layout: Batch,
-    /// Where something is to be said, counted through all rows, and what.
+    pub(crate) batch: Batch,
+    /// Where something is to be said, as a row of all, and what.
     pub(crate) answers: Vec<(u32, u32)>,
     /// Passes to think about it with.
     pub(crate) passes: usize,
@@ -43,9 +43,9 @@ pub(crate) struct Batch {
     pub(crate) end: Option<u32>,
 }
 
-impl Batch {
+impl Exercise {
     /// The share of questions to which the right answer was `said`, one token for each of
-    /// [`Batch::answers`]. That an answer ends is not counted.
+    /// [`Exercise::answers`]. That an answer ends is not counted.
     pub(crate) fn asked(&self, said: &[u32]) -> f64 {
         let questions =
             self.answers.iter().zip(said).filter(|((_, answer), _)| Some(*answer) != self.end);

@@ -5,7 +5,8 @@ use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 
 use hybrid_attention::evaluate::{Estimate, Passage, losses};
-use hybrid_attention::model::{Batch, Transformer};
+use hybrid_attention::model::Batch;
+use hybrid_attention::thought::ThoughtModel;
 use hybrid_attention::{HybridModel, Prompt, Thinking};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -14,7 +15,7 @@ use serde::Serialize;
 use crate::base::Base;
 use crate::lessons::Lessons;
 use crate::settings::Settings;
-use crate::task::{Batch, Task};
+use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
 
@@ -143,19 +144,19 @@ impl Task for Text {
 
     const STEPS_PER_POINT: usize = 10;
 
-    fn draw(&self, settings: &Settings, _: &Lessons, rng: &mut ChaCha8Rng) -> Result<Batch> {
+    fn draw(&self, settings: &Settings, _: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
         let passes = settings.draw_passes(settings.most_passes(), rng);
         let (half, seq) = (self.tokens, 2 * self.tokens);
         let (mut ids, mut answers) = (Vec::new(), Vec::new());
-        let mut layout = Batch::dense(settings.batch, seq)?;
-        for row in 0..settings.batch {
+        let mut batch = Batch::dense(settings.batch, seq)?;
+        for sequence in 0..settings.batch {
             let start = ids.len();
             ids.extend(self.window(rng));
             // Each token is said where the one before it is read, which is not thought about.
             answers.extend((start + half..start + seq).map(|at| (at as u32 - 1, ids[at])));
-            layout = layout.with_context(row, std::slice::from_ref(&(ONLY_READ..half - 1)))?;
+            batch = batch.with_context(sequence, std::slice::from_ref(&(ONLY_READ..half - 1)))?;
         }
-        Ok(Batch { ids, layout, answers, passes, end: None })
+        Ok(Exercise { ids, batch, answers, passes, end: None })
     }
 
     fn status(&self, _: &Lessons, loss: f32) -> String {
@@ -172,13 +173,13 @@ impl Task for Text {
         let measure = |model: &HybridModel, prompt: fn(&Passage) -> Prompt, thinking: &Thinking| {
             losses(model, &self.held_out, prompt, thinking, || bar.inc(1))
         };
-        let ready = |transformer: Transformer| HybridModel::new(transformer, None);
+        let ready = |model: ThoughtModel| HybridModel::new(model, None);
 
-        let model = ready(Base::load(&self.model)?.transformer()?)?;
+        let model = ready(Base::load(&self.model)?.model()?)?;
         let plain = measure(&model, Passage::prompt, &Thinking::none())?;
         let repeated = measure(&model, Passage::repeated, &Thinking::none())?;
         drop(model);
-        let model = ready(trainee.transformer(&mut settings.rng(settings.steps))?)?;
+        let model = ready(trainee.model(&mut settings.rng(settings.steps))?)?;
         let of = |passes, losses: Vec<f64>| {
             let difference = Estimate::of_difference(&losses, &plain);
             Losses { passes, mean: Estimate::of(&losses), difference, losses }

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::adapter::AdapterConfig;
-use hybrid_attention::model::{AdapterScope, Transformer};
+use hybrid_attention::adapter::{AdapterConfig, AdapterScope};
+use hybrid_attention::thought::ThoughtModel;
 use hybrid_attention::{Adapter, Config};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -36,7 +36,7 @@ enum Kind {
     New,
     /// All weights of the checkpoint in this folder.
     Whole(PathBuf),
-    /// A low-rank adapter, active in one mind.
+    /// A low-rank adapter, and where it is active.
     Adapter(Box<Adapter>, AdapterScope),
 }
 
@@ -131,13 +131,13 @@ impl Trainee {
         let tensors = adapter.tensors().map(|(name, _)| name);
         let gate = adapter.thought_gate().map(|_| GATE.to_string());
         let vars = tensors.chain(gate).zip(adapter.variables()?).collect();
-        let mind = if thinks { AdapterScope::Thinking } else { AdapterScope::Decoding };
+        let scope = if thinks { AdapterScope::Thinking } else { AdapterScope::Decoding };
         Ok(Self {
             config,
             vars,
             frozen: weights,
             names,
-            kind: Kind::Adapter(Box::new(adapter), mind),
+            kind: Kind::Adapter(Box::new(adapter), scope),
         })
     }
 
@@ -151,7 +151,7 @@ impl Trainee {
     }
 
     /// The model with names that are drawn from `rng`.
-    pub(crate) fn transformer(&self, rng: &mut impl Rng) -> Result<Transformer> {
+    pub(crate) fn model(&self, rng: &mut impl Rng) -> Result<ThoughtModel> {
         let mut weights = self.frozen.clone();
         if !matches!(self.kind, Kind::Adapter(..)) {
             let vars = self.vars.iter();
@@ -160,10 +160,10 @@ impl Trainee {
         if let Some(names) = &self.names {
             weights.insert(EMBEDDINGS.to_string(), names.draw(rng)?);
         }
-        let transformer = Transformer::new(&self.config, &mut weights)?;
+        let model = ThoughtModel::new(&self.config, &mut weights)?;
         Ok(match &self.kind {
-            Kind::Adapter(adapter, mind) => transformer.adapted_for(adapter, *mind)?,
-            Kind::New | Kind::Whole(_) => transformer,
+            Kind::Adapter(adapter, scope) => model.adapted(adapter, *scope)?,
+            Kind::New | Kind::Whole(_) => model,
         })
     }
 

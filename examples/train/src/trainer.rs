@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use flashback_suite::Vocabulary;
-use hybrid_attention::model::Transformer;
+use hybrid_attention::thought::ThoughtModel;
 
 use crate::base::Base;
 use crate::flashback::{self, Flashback};
@@ -14,7 +14,7 @@ use crate::options::Options;
 use crate::record::{Run, Saved};
 use crate::score::read;
 use crate::settings::Settings;
-use crate::task::{Batch, Task};
+use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::text::Text;
 use crate::trainee::Trainee;
@@ -96,9 +96,9 @@ fn steps<T: Task>(
     let started = Instant::now();
     while saved.step < settings.steps {
         let mut rng = settings.rng(saved.step);
-        let batch = task.draw(settings, &saved.lessons, &mut rng)?;
-        let transformer = trainee.transformer(&mut rng)?;
-        let (loss, right) = loss(&transformer, settings, &batch)?;
+        let exercise = task.draw(settings, &saved.lessons, &mut rng)?;
+        let model = trainee.model(&mut rng)?;
+        let (loss, right) = loss(&model, settings, &exercise)?;
         let value = loss.to_scalar::<f32>()?;
         if !value.is_finite() {
             let step = saved.step + 1;
@@ -109,7 +109,7 @@ fn steps<T: Task>(
 
         let lesson = saved.lessons.now();
         let done = (saved.step + 1) as f64 / settings.steps as f64;
-        task.mark(settings, &mut saved.lessons, batch.passes, right, done);
+        task.mark(settings, &mut saved.lessons, exercise.passes, right, done);
         saved.note(value, lesson, T::STEPS_PER_POINT);
         saved.step += 1;
         saved.seconds = before + started.elapsed().as_secs_f64();
@@ -123,16 +123,16 @@ fn steps<T: Task>(
     Ok(saved)
 }
 
-/// How badly the answers of a batch are predicted, in nats, and the share that is right.
-fn loss(transformer: &Transformer, settings: &Settings, batch: &Batch) -> Result<(Tensor, f64)> {
-    let thinking = settings.thinking(batch.passes).gradient_passes(settings.gradient_passes);
-    let hidden = read(transformer, &thinking, &batch.ids, batch.layout.clone())?;
-    let (at, answers): (Vec<u32>, Vec<u32>) = batch.answers.iter().copied().unzip();
+/// How badly the answers of an exercise are predicted, in nats, and the share that is right.
+fn loss(model: &ThoughtModel, settings: &Settings, exercise: &Exercise) -> Result<(Tensor, f64)> {
+    let thinking = settings.thinking(exercise.passes).gradient_passes(settings.gradient_passes);
+    let hidden = read(model, &thinking, &exercise.ids, exercise.batch.clone())?;
+    let (at, answers): (Vec<u32>, Vec<u32>) = exercise.answers.iter().copied().unzip();
     let at = Tensor::new(at, hidden.device())?;
-    let hidden = hidden.flatten(0, 1)?.index_select(&at, 0)?; // (answers, hidden)
-    let logits = transformer.logits(&hidden.unsqueeze(0)?)?.squeeze(0)?; // (answers, vocab)
+    let hidden = hidden.index_select(&at, 0)?; // (answers, hidden)
+    let logits = model.decoder().logits(&hidden)?; // (answers, vocab)
     let said: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
-    let asked = batch.asked(&said);
+    let asked = exercise.asked(&said);
     let loss = cross_entropy(&logits, &Tensor::new(answers, hidden.device())?)?;
     Ok((loss, asked))
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
-use hybrid_attention::model::{AdapterScope, Sight};
+use hybrid_attention::adapter::AdapterScope;
+use hybrid_attention::model::Sight;
 use hybrid_attention::{Adapter, GenerationConfig, HybridModel, Prompt, Thinking};
 use hybrid_attention_testing::Result;
 use hybrid_attention_train::AdamW;
@@ -185,7 +186,7 @@ fn an_adapter_learns_the_suite_on_a_checkpoint_of_its_own() -> Result {
     // Adapters are where thoughts are, and begin with the gate that is there.
     assert!(adapter.tensors().all(|(name, _)| name.contains("layers.1.") || name.contains(".2.")));
     let model = HybridModel::tiny(&Device::Cpu)?;
-    let gates = (adapter.thought_gate().ok_or("no gate")?, model.transformer().thought_gate());
+    let gates = (adapter.thought_gate().ok_or("no gate")?, model.thought_model().thought_gate());
     let moved = (gates.0 - gates.1.ok_or("no gate")?)?.abs()?.max_all()?.to_scalar::<f32>()?;
     assert!(moved > 0.0 && moved < 0.2, "{moved}");
 
@@ -294,7 +295,12 @@ fn an_adapter_learns_a_text() -> Result {
     assert_eq!(record(&whole)?["parameters"], parameters);
     let thinking = Thinking::from_json(&fs::read_to_string(whole.join("hybrid.json"))?)?;
     assert_eq!(serde_json::to_value(&thinking)?["span"], json!([1, 2]));
-    assert_record(&whole, base.path(), &model.with_adapter(&adapter, AdapterScope::Thinking)?, &thinking)?;
+    assert_record(
+        &whole,
+        base.path(),
+        &model.with_adapter(&adapter, AdapterScope::Thinking)?,
+        &thinking,
+    )?;
 
     // Without a pass an adapter for thinking changes nothing.
     let held_out = &record(&whole)?["held_out"];

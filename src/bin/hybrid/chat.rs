@@ -7,7 +7,6 @@ use clap::Args;
 use hybrid_attention::{
     Conversation, GenerationConfig, HybridModel, Message, StopReason, Tokenizer,
 };
-use indicatif::ProgressBar;
 
 use crate::options::{CacheArgs, ModelArgs, SamplingArgs, ThinkingArgs, kept};
 use crate::terminal::{self, Result, say};
@@ -85,7 +84,6 @@ struct Chat<'a> {
     model: &'a HybridModel,
     tokenizer: &'a Tokenizer,
     config: GenerationConfig,
-    bar: ProgressBar,
     conversation: Conversation,
     /// Tokens of the context that an answer should find free.
     answer_room: usize,
@@ -98,16 +96,13 @@ impl<'a> Chat<'a> {
     fn new(options: &Options, model: &'a HybridModel) -> Result<Self> {
         let tokenizer = model.tokenizer().filter(|tokenizer| tokenizer.has_chat_template());
         let tokenizer = tokenizer.ok_or("the checkpoint has no chat template")?;
-        let (bar, update) = terminal::reading_bar();
-        let config =
-            model.generation_config().max_tokens(options.chat.max_tokens).on_progress(update);
+        let config = model.generation_config().max_tokens(options.chat.max_tokens);
         let context =
             options.chat.context.unwrap_or(model.config().max_position_embeddings.min(4096));
         Ok(Self {
             model,
             tokenizer,
             config: options.sampling.apply(options.thinking.apply(config)),
-            bar,
             conversation: model.conversation(context)?,
             answer_room: options.chat.max_tokens.min(context / 4),
             system: options.chat.system.as_ref().map(Message::system),
@@ -124,9 +119,11 @@ impl<'a> Chat<'a> {
     fn answer(&mut self, message: &str) -> Result<()> {
         self.turns.push(Message::user(message));
         let Some(prompt) = self.fitting_prompt()? else { return Ok(()) };
-        self.bar.reset();
-        let mut stream = self.model.stream_in(&mut self.conversation, prompt, &self.config)?;
-        self.bar.finish_and_clear();
+        let (bar, update) = terminal::reading_bar();
+        let stream = self.model.stream_in(&mut self.conversation, prompt, &self.config)?;
+        let mut stream = stream.on_progress(update);
+        stream.read_prompt()?;
+        bar.finish_and_clear();
         let (mut answer, mut count) = (String::new(), 0);
         for token in &mut stream {
             let text = token?.text;

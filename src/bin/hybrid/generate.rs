@@ -1,5 +1,6 @@
 //! `hybrid generate`: answers one prompt, or a file of them.
 
+use std::collections::BTreeMap;
 use std::io::{Write, stdout};
 use std::path::PathBuf;
 
@@ -22,9 +23,9 @@ pub(crate) struct Options {
     #[command(flatten)]
     input: PromptArgs,
 
-    /// A UTF-8 file of prompts, one a line, to be answered in order; empty lines are skipped
+    /// A UTF-8 file of prompts, one a line, to be answered side by side; empty lines are skipped
     ///
-    /// Prints a JSON object a line. Each answer is what it would be alone.
+    /// Prints a JSON object a line, in the order of the prompts. Each answer is what it would be alone.
     #[arg(long, value_name = "F", group = "input", help_heading = "Prompt")]
     prompts: Option<PathBuf>,
 
@@ -141,7 +142,8 @@ fn report_one(
     Ok(writeln!(stdout(), "{}", report(model, &answer, load))?)
 }
 
-/// All answers in order, each as a JSON object on a line of its own.
+/// All answers in order, each as a JSON object on a line of its own. A prompt that fails has its error
+/// there; the program then fails, too, when all others are answered.
 fn report_all(
     model: &HybridModel,
     lines: &[(usize, Prompt)],
@@ -150,14 +152,28 @@ fn report_all(
 ) -> Result<()> {
     let bar = terminal::bar(lines.len() as u64, "answering [{bar:30}] {pos}/{len}, {eta} to go");
     bar.tick(); // the first may take a while
-    for (line, prompt) in lines {
-        let answer = model.generate(prompt.clone(), config);
-        let answer = answer.map_err(|error| format!("--prompts: line {line}: {error}"))?;
-        bar.suspend(|| writeln!(stdout(), "{}", report(model, &answer, load)))?;
+    let prompts = lines.iter().map(|(_, prompt)| prompt.clone());
+    let (mut ended, mut next, mut failed) = (BTreeMap::new(), 0, None);
+    for (index, answer) in model.generate_many(prompts, config)? {
+        ended.insert(index, answer);
+        // Answers come as they end, and are printed in the order of their prompts.
+        while let Some(answer) = ended.remove(&next) {
+            let line = lines.get(next).map_or(0, |(line, _)| *line);
+            let report = match answer {
+                Ok(answer) => report(model, &answer, load),
+                Err(error) => {
+                    let message = error.to_string();
+                    failed.get_or_insert_with(|| format!("--prompts: line {line}: {message}"));
+                    json!({ "error": message })
+                }
+            };
+            bar.suspend(|| writeln!(stdout(), "{report}"))?;
+            next += 1;
+        }
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok(())
+    failed.map_or(Ok(()), |message| Err(message.into()))
 }
 
 fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {

@@ -68,14 +68,15 @@ pub(crate) fn reading_bar() -> (ProgressBar, impl Fn(Progress) + Send + Sync + '
     (bar, update)
 }
 
-/// An answer that begins, with a bar for the work before its first token.
-pub(crate) fn begin<'model>(
-    model: &'model HybridModel,
+/// An answer whose prompt has been read, with a bar meanwhile.
+pub(crate) fn begin(
+    model: &HybridModel,
     prompt: Prompt,
     config: &GenerationConfig,
-) -> Result<TokenStream<'model>> {
+) -> Result<TokenStream<'static>> {
     let (bar, update) = reading_bar();
-    let stream = model.stream(prompt, &config.clone().on_progress(update))?;
+    let mut stream = model.stream(prompt, config)?.on_progress(update);
+    stream.read_prompt()?;
     bar.finish_and_clear();
     Ok(stream)
 }

@@ -7,8 +7,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::AdapterScope;
-use hybrid_attention::{Adapter, HybridModel, WeightType};
+use hybrid_attention::{Adapter, AdapterScope, HybridModel, WeightType};
 use indicatif::HumanBytes;
 
 use crate::terminal::{self, Result};

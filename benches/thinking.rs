@@ -23,7 +23,7 @@ use candle_core::Tensor;
 use hybrid_attention::generate::Sampler;
 use hybrid_attention::model::{Batch, KvCache, Pass, Transformer};
 use hybrid_attention::refine::seq;
-use hybrid_attention::thought::{EncodedBatch, HandOff};
+use hybrid_attention::thought::{EncodedBatch, HandOff, ThoughtModel};
 use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
 
 use hybrid_attention_benches::{SHAPE, ids, median, peak_memory, random_weights, sorted};
@@ -46,11 +46,11 @@ fn main() -> Result<()> {
     println!("{:<44}{:>10}{:>10}{:>20}", "", "here, ms", "plain, ms", "ratio (min..max)");
     for (count, pairs) in [(128, 15), (512, 9), (2048, 3)] {
         for span in [0..30, 10..20] {
-            pass(model.transformer(), count, span, pairs)?;
+            pass(model.thought_model(), count, span, pairs)?;
         }
     }
     ragged(model.transformer(), &[512, 64, 64, 64], 5)?;
-    gradient(model.transformer(), 128)?;
+    gradient(model.thought_model(), 128)?;
     decode(&model)?;
     let plain = peak_of("plain")?;
     for how in ["refined", "key_value", "mixed"] {
@@ -86,11 +86,11 @@ fn line(title: &str, here: Vec<f64>, plain: Vec<f64>) {
 }
 
 /// One thought pass of `span` over `count` tokens, and the same share of a prefill's layers.
-fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usize) -> Result<()> {
+fn pass(model: &ThoughtModel, count: usize, span: Range<usize>, pairs: usize) -> Result<()> {
     let thinking = Thinking::passes(1).span(span.clone());
-    let mind = thinking.on(transformer)?;
-    let layout = Batch::one(count)?.with_context(0, std::slice::from_ref(&(0..count - 1)))?;
-    let text = EncodedBatch::new(transformer, &ids(count), layout)?;
+    let (mind, transformer) = (thinking.on(model)?, model.decoder());
+    let batch = Batch::one(count)?.with_context(0, std::slice::from_ref(&(0..count - 1)))?;
+    let text = EncodedBatch::new(transformer, &ids(count), batch)?;
     let xs = text.embeddings();
     let mut cache = transformer.new_cache(count)?;
     let layers = transformer.all_layers();
@@ -111,31 +111,34 @@ fn pass(transformer: &Transformer, count: usize, span: Range<usize>, pairs: usiz
     Ok(())
 }
 
-/// One pass over a batch of texts of different length, beside one over as many of the longest: what
-/// it would cost to run the padding along.
+/// One pass over sequences of different length, beside one over as many of the longest: what it would
+/// cost to pad them.
 fn ragged(transformer: &Transformer, lengths: &[usize], pairs: usize) -> Result<()> {
-    let layout = Batch::ragged(lengths)?;
-    let (batch, seq) = (layout.batch(), layout.seq());
-    let text = EncodedBatch::new(transformer, &ids(batch * seq), layout)?;
-    let dense = Batch::dense(batch, seq)?;
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let text = |batch: Batch| EncodedBatch::new(transformer, &ids(batch.tokens()), batch);
+    let packed = text(Batch::ragged(lengths)?)?;
+    let padded = text(Batch::dense(lengths.len(), longest)?)?;
     let (mut here, mut plain) = (Vec::new(), Vec::new());
     for pair in 0..=pairs {
-        let forward = |layout: &Batch| {
+        let forward = |text: &EncodedBatch| {
             let (xs, layers) = (text.embeddings(), transformer.all_layers());
-            milliseconds(|| Ok(transformer.forward(xs, layers, Pass::Bidirectional(layout))?))
+            milliseconds(|| {
+                Ok(transformer.forward(xs, layers, Pass::Bidirectional(text.batch()))?)
+            })
         };
-        let (packed, padded) = (forward(text.batch())?, forward(&dense)?);
+        let (packed, padded) = (forward(&packed)?, forward(&padded)?);
         if pair > 0 {
             here.push(packed);
             plain.push(padded);
         }
     }
-    line(&format!("texts of {lengths:?}, padded as plain"), here, plain);
+    line(&format!("sequences of {lengths:?}, padded as plain"), here, plain);
     Ok(())
 }
 
 /// What a step of a gradient nudge costs, beside reading the thoughts and scoring every token.
-fn gradient(transformer: &Transformer, count: usize) -> Result<()> {
+fn gradient(model: &ThoughtModel, count: usize) -> Result<()> {
+    let transformer = model.decoder();
     let text = EncodedBatch::new(transformer, &ids(count), Batch::one(count)?)?;
     let (here, plain) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
     let (gradients, losses) = (Arc::clone(&here), Arc::clone(&plain));
@@ -156,7 +159,7 @@ fn gradient(transformer: &Transformer, count: usize) -> Result<()> {
         Ok(xs.clone())
     });
     let thinking = Thinking::passes(1).span(0..1).refine(time);
-    thinking.on(transformer)?.think(&text, text.embeddings().clone(), |_, _| ())?;
+    thinking.on(model)?.think(&text, text.embeddings().clone(), |_, _| ())?;
     let taken =
         |times: &Mutex<Vec<f64>>| times.lock().map(|times| times.clone()).unwrap_or_default();
     line(&format!("one gradient beside one loss, {count} tokens"), taken(&here), taken(&plain));
@@ -170,7 +173,6 @@ fn decode(model: &HybridModel) -> Result<()> {
     let mut stream = model.stream(prompt.as_slice(), &config)?;
     let mut first = stream.next().ok_or("no first token")??.id;
 
-    let layout = Batch::one(1)?;
     let mut cache = transformer.new_cache(prompt.len() + DECODE + 1)?;
     let mut sampler = Sampler::new(&config, &prompt)?;
     let tokens = Tensor::new(prompt.as_slice(), transformer.device())?.unsqueeze(0)?;

@@ -7,8 +7,8 @@ use std::process::{Command, Output, Stdio};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
-use hybrid_attention::adapter::{Adapter, AdapterConfig};
-use hybrid_attention::model::{AdapterScope, Sight};
+use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
+use hybrid_attention::model::Sight;
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{Detail, HandOff};
 use hybrid_attention::{

@@ -44,10 +44,20 @@ struct Case {
 fn renders_as_transformers_does() -> Result {
     let golden: Golden =
         serde_json::from_str(&fs::read_to_string(format!("{FIXTURES}/chat.json"))?)?;
+    let mut passed_over = 0;
     for (name, template) in &golden.templates {
         let tokenizer = with_template(template)?;
         for case in golden.cases.iter().filter(|case| case.template == *name) {
             let rendered = tokenizer.render_chat(&case.messages, case.add_generation_prompt);
+            // What transformers leaves out without a word is refused here.
+            if let Some(role) = unheard(case) {
+                let error = rendered.err().ok_or("rendered")?.to_string();
+                let expected =
+                    format!("chat template: it passes over a message of the role {role:?}");
+                assert_eq!(error, expected, "{name}");
+                passed_over += 1;
+                continue;
+            }
             match (&case.text, rendered) {
                 (Some(text), rendered) => assert_eq!(&rendered?, text, "{name}"),
                 (None, Ok(text)) => return Err(format!("{name} rendered {text:?}").into()),
@@ -60,7 +70,49 @@ fn renders_as_transformers_does() -> Result {
             }
         }
     }
-    assert_eq!(golden.cases.len(), 168);
+    assert_eq!((golden.cases.len(), passed_over), (168, 8));
+    Ok(())
+}
+
+/// The role of a message, none of the usual ones, whose words transformers leaves out.
+fn unheard(case: &Case) -> Option<&str> {
+    let unusual = |role: &str| !matches!(role, "system" | "user" | "assistant" | "tool");
+    let text = case.text.as_deref()?;
+    let mut messages = case.messages.iter().filter(|message| unusual(&message.role));
+    let message = messages.find(|message| !text.contains(&message.content))?;
+    Some(&message.role)
+}
+
+/// A chat has a message, and the template writes it: unless it is of a role that templates have their own
+/// ways with.
+#[test]
+fn nothing_is_passed_over_without_a_word() -> Result {
+    let silent = with_template(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    )?;
+    let message =
+        |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+    let user = Message::user("hi");
+    for tokenizer in [&silent, &with_template("x")?] {
+        for add_generation_prompt in [true, false] {
+            let none = tokenizer.render_chat(&[], add_generation_prompt).err().ok_or("rendered")?;
+            assert_eq!(none.to_string(), "parameter messages: expected at least one, got none");
+            assert!(tokenizer.encode_chat(&[], add_generation_prompt).is_err());
+        }
+    }
+    for role in ["User", "developer", "", "ipython"] {
+        let chat = [user.clone(), message(role, "not this")];
+        let error = silent.render_chat(&chat, true).err().ok_or("rendered")?.to_string();
+        assert_eq!(error, format!("chat template: it passes over a message of the role {role:?}"));
+        assert!(silent.encode_chat(&chat, true).is_err());
+    }
+    for role in ["system", "assistant", "tool"] {
+        assert_eq!(silent.render_chat(&[message(role, "not this"), user.clone()], true)?, "hi");
+    }
+    // Of blanks nothing is missed, and a template may trim what it writes.
+    assert_eq!(silent.render_chat(&[message("developer", " \n"), user.clone()], true)?, "hi");
+    let trims = with_template("{% for m in messages %}{{ m.content | trim }}{% endfor %}")?;
+    assert_eq!(trims.render_chat(&[message("developer", " this "), user], true)?, "thishi");
     Ok(())
 }
 
@@ -70,7 +122,7 @@ fn the_date_is_local_and_a_bad_format_is_an_error() -> Result {
     let today = || jiff::Zoned::now().strftime(format).to_string();
     let before = today();
     let tokenizer = with_template(&format!("{{{{ strftime_now('{format}') }}}}"))?;
-    let rendered = tokenizer.render_chat(&[], false)?;
+    let rendered = tokenizer.render_chat(&[Message::user("hi")], false)?;
     assert!(rendered == before || rendered == today(), "{rendered}");
 
     let error = error_of("{{ strftime_now('%!') }}")?;
@@ -95,7 +147,7 @@ fn hostile_templates_are_errors() -> Result {
     // One call of the compiler for each operator: as long as a template may be.
     for operator in ["+1", "|upper", ".b", " and 1", "[0]", "()"] {
         let long = format!("{{{{ 1{} }}}}", operator.repeat((1 << 17) / operator.len() - 10));
-        with_template(&long)?.render_chat(&[], false).err();
+        with_template(&long)?.render_chat(&[Message::user("hi")], false).err();
     }
     let longer = error_of(&" ".repeat((1 << 17) + 1))?;
     assert_eq!(longer, "chat template: 131073 bytes long: at most 131072 are compiled");
@@ -110,7 +162,8 @@ fn a_syntax_error_surfaces_when_rendering() -> Result {
     let tokenizer = with_template("{% if %}")?;
     assert!(tokenizer.has_chat_template());
     assert!(!tokenizer.encode("the cat", true)?.is_empty());
-    let error = tokenizer.render_chat(&[], false).err().ok_or("rendered")?.to_string();
+    let rendered = tokenizer.render_chat(&[Message::user("hi")], false);
+    let error = rendered.err().ok_or("rendered")?.to_string();
     assert!(error.starts_with("chat template: syntax error: "), "{error}");
     Ok(())
 }
@@ -119,8 +172,10 @@ fn a_syntax_error_surfaces_when_rendering() -> Result {
 fn without_a_template_there_is_no_chat() -> Result {
     let tokenizer = Tokenizer::from_bytes(&fs::read(format!("{FIXTURES}/llama/tokenizer.json"))?)?;
     assert!(!tokenizer.has_chat_template());
-    let error = tokenizer.render_chat(&[], true).err().ok_or("rendered")?;
-    assert_eq!(error.to_string(), "chat template: the checkpoint has none");
+    for messages in [&[][..], &[Message::user("hi")]] {
+        let error = tokenizer.render_chat(messages, true).err().ok_or("rendered")?;
+        assert_eq!(error.to_string(), "chat template: the checkpoint has none");
+    }
     Ok(())
 }
 
@@ -128,7 +183,7 @@ fn without_a_template_there_is_no_chat() -> Result {
 fn a_chat_begins_with_one_bos() -> Result {
     let bos = Some(1);
     for template in ["x", "{{ bos_token }}x", "{{ bos_token }}{{ bos_token }}x"] {
-        let ids = with_template(template)?.encode_chat(&[], false)?;
+        let ids = with_template(template)?.encode_chat(&[Message::user("hi")], false)?;
         assert_eq!(ids.first().copied(), bos, "{template}");
         assert_ne!(ids.get(1).copied(), bos, "{template}");
     }

@@ -2,18 +2,24 @@
 
 use std::collections::HashMap;
 use std::error::Error;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::LazyLock;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
-use hybrid_attention::generate::Progress;
-use hybrid_attention::model::{Batch, Pass, Transformer};
+use hybrid_attention::model::{Batch, KvPool, Pass, Transformer};
 use hybrid_attention::refine::Interpolate;
+use hybrid_attention::thought::{EncodedBatch, HandOff};
 use hybrid_attention::{
-    Answer, Config, Conversation, GenerationConfig, HybridModel, Message, Prompt, StopReason,
-    Thinking, Token, Tokenizer,
+    Answer, Answers, Cancel, Config, Conversation, Error as Failure, GenerationConfig, HybridModel,
+    Message, Progress, Prompt, StopReason, Thinking, Token, TokenStream, Tokenizer,
 };
 use proptest::prelude::*;
+use proptest::sample::select;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -92,11 +98,10 @@ fn some_ids(count: usize) -> Vec<u32> {
 
 /// `(seq, vocab)`: the causal log-probabilities after each of `ids`, without a cache.
 fn reference(transformer: &Transformer, ids: &[u32]) -> Result<Vec<Vec<f32>>> {
-    let layout = Batch::one(ids.len())?;
-    let xs = transformer.embed(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)?;
-    let h = transformer.forward(&xs, transformer.all_layers(), Pass::Causal(&layout))?;
-    let logits = transformer.logits(&h)?.squeeze(0)?;
-    Ok(log_softmax(&logits, D::Minus1)?.to_vec2()?)
+    let batch = Batch::one(ids.len())?;
+    let xs = transformer.embed_ids(ids)?;
+    let h = transformer.forward(&xs, transformer.all_layers(), Pass::Causal(&batch))?;
+    Ok(log_softmax(&transformer.logits(&h)?, D::Minus1)?.to_vec2()?)
 }
 
 fn assert_close(a: &[f32], b: &[f32]) {
@@ -303,7 +308,7 @@ fn the_context_is_filled_to_the_last_position() -> Result {
     for thinking in [Thinking::none(), Thinking::passes(1), Thinking::passes(1).span(1..2)] {
         let config = endless().thinking(thinking);
         let error = error_of(model.generate(some_ids(SHORT + 1), &config))?;
-        assert_eq!(error, "context full: room for 48 positions, 49 requested");
+        assert_eq!(error, "context full: the model has room for 48 positions, 49 requested");
         assert_eq!(model.generate(some_ids(SHORT), &config)?.stop, StopReason::Context);
     }
     Ok(())
@@ -394,7 +399,8 @@ fn ids_beyond_the_vocabulary_are_named() -> Result {
     );
     // The position is that in the prompt, also where its beginning is known already.
     let mut conversation = model.conversation(100)?;
-    model.stream_in(&mut conversation, [5, 6, 7], &endless())?;
+    model.stream_in(&mut conversation, [5, 6, 7], &endless())?.read_prompt()?;
+    assert_eq!(conversation.ids(), [5, 6, 7]);
     assert_eq!(
         error_of(model.stream_in(&mut conversation, [5, 6, 7, 8, 999], &endless()))?,
         "token id 999 at position 4: expected less than the vocabulary of 371"
@@ -416,7 +422,7 @@ fn refusals_say_which_parameter_and_what_would_do() -> Result {
     let config = endless;
     let thinking = |thinking| endless().thinking(thinking);
     let weight = |weight| thinking(Thinking::passes(1).refine(Interpolate::new(weight)));
-    let reversed = std::ops::Range { start: 2, end: 1 };
+    let reversed = Range { start: 2, end: 1 };
     for (config, expected) in [
         (config().temperature(-1.0), "parameter temperature: expected at least 0, got -1"),
         (config().temperature(f64::NAN), "parameter temperature: expected at least 0, got NaN"),
@@ -469,7 +475,10 @@ fn refusals_say_which_parameter_and_what_would_do() -> Result {
     }
     let conversation = |room| error_of(shared()?.conversation(room));
     assert_eq!(conversation(0)?, "parameter capacity: expected at least one position, got 0");
-    assert_eq!(conversation(2049)?, "context full: room for 2048 positions, 2049 requested");
+    assert_eq!(
+        conversation(2049)?,
+        "context full: the model has room for 2048 positions, 2049 requested"
+    );
     Ok(())
 }
 
@@ -486,9 +495,7 @@ fn no_number_makes_it_panic() -> Result {
                 answered += 1;
             }
             Err(
-                hybrid_attention::Error::Parameter { .. }
-                | hybrid_attention::Error::Refinement { .. }
-                | hybrid_attention::Error::NotFinite { .. },
+                Failure::Parameter { .. } | Failure::Refinement { .. } | Failure::NotFinite { .. },
             ) => refused += 1,
             Err(other) => return Err(other.into()),
         }
@@ -635,7 +642,7 @@ fn thinking_between_plain_turns_leaves_no_trace() -> Result {
     Ok(())
 }
 
-/// More tokens than a window's cache has slots, then prompts that depart at many places.
+/// More tokens than a window's cache holds, then prompts that depart at many places.
 #[test]
 fn a_rolled_cache_begins_anew_where_it_must() -> Result {
     let model = model(LONG, Some(4))?;
@@ -645,8 +652,11 @@ fn a_rolled_cache_begins_anew_where_it_must() -> Result {
     for keep in [700, 900, 899, 10, 650, 640, 1200, 1190, 100, 0, 1300] {
         turn(&model, &mut conversation, &[&long[..keep], &[9, 8, 7]].concat(), &config)?;
     }
-    // Growing a token at a time across the point where it rolls.
-    for length in (505..530).chain(1020..1035) {
+    // Growing a token at a time across the point where it rolls, and where chunks and blocks begin.
+    let block = KvPool::BLOCK;
+    let borders =
+        [(505..530), (1020..1035), (block - 7..block + 9), (9 * block - 7..9 * block + 9)];
+    for length in borders.into_iter().flatten() {
         turn(&model, &mut conversation, &long[..length], &config)?;
     }
     Ok(())
@@ -661,7 +671,7 @@ fn a_full_conversation_refuses_and_goes_on() -> Result {
     let before = turn(model, &mut conversation, &some_ids(10), &config)?;
     assert_eq!(
         error_of(model.stream_in(&mut conversation, some_ids(21), &config))?,
-        "context full: room for 20 positions, 21 requested"
+        "context full: the conversation has room for 20 positions, 21 requested"
     );
     let after = turn(model, &mut conversation, &some_ids(10), &config)?;
     assert_same(&before, &after);
@@ -704,7 +714,7 @@ fn threads_share_a_model() -> Result {
         Ok(answers)
     };
     let alone = (talk(10)?, talk(33)?);
-    let together = std::thread::scope(|scope| {
+    let together = thread::scope(|scope| {
         let (a, b) = (scope.spawn(|| talk(10)), scope.spawn(|| talk(33)));
         (a.join(), b.join())
     });
@@ -715,37 +725,437 @@ fn threads_share_a_model() -> Result {
 
 // ---- progress ----
 
+fn think_reports(done: Range<usize>, total: usize) -> Vec<Progress> {
+    done.map(|done| Progress::Think { done, total }).collect()
+}
+
+fn prefill_reports(done: &[usize], total: usize) -> Vec<Progress> {
+    done.iter().map(|&done| Progress::Prefill { done, total }).collect()
+}
+
 #[test]
 fn progress_goes_from_thinking_to_reading_and_ends_full() -> Result {
-    use Progress::{Prefill, Think};
-
     let model = shared()?;
-    let reports = Arc::new(Mutex::new(Vec::new()));
-    let seen = reports.clone();
-    let config = endless().max_tokens(3).on_progress(move |progress| {
-        seen.lock().unwrap_or_else(PoisonError::into_inner).push(progress);
-    });
-    let taken = || std::mem::take(&mut *reports.lock().unwrap_or_else(PoisonError::into_inner));
-    let prefill = |done: &[usize], total| -> Vec<Progress> {
-        done.iter().map(|&done| Prefill { done, total }).collect()
+    let config = endless().max_tokens(3);
+    let reports = |stream: TokenStream<'_>| -> Result<Vec<Progress>> {
+        let mut seen = Vec::new();
+        stream.on_progress(|progress| seen.push(progress)).collect_answer()?;
+        Ok(seen)
     };
+    let plain = reports(model.stream(some_ids(1100), &config)?)?;
+    assert_eq!(plain, prefill_reports(&[0, 512, 1024, 1100], 1100));
 
-    model.generate(some_ids(1100), &config)?;
-    assert_eq!(taken(), prefill(&[0, 512, 1024, 1100], 1100));
-
-    model.generate(some_ids(10), &config.clone().thinking(Thinking::passes(3)))?;
-    let mut expected: Vec<Progress> = (0..=3).map(|done| Think { done, total: 3 }).collect();
-    expected.extend(prefill(&[0, 10], 10));
-    assert_eq!(taken(), expected);
+    // Thinking again on the way is no work before the first token.
+    for every in [0, 1] {
+        let thinking = Thinking::passes(3).rethink_every(every);
+        let thought = reports(model.stream(some_ids(10), &config.clone().thinking(thinking))?)?;
+        let expected = [think_reports(0..4, 3), prefill_reports(&[0, 10], 10)].concat();
+        assert_eq!(thought, expected);
+    }
 
     let mut conversation = model.conversation(800)?;
-    model.stream_in(&mut conversation, some_ids(30), &config)?;
-    model.stream_in(&mut conversation, some_ids(30), &config)?;
-    model.stream_in(&mut conversation, some_ids(700), &config)?;
-    let expected = [(&[0, 30][..], 30), (&[29, 30], 30), (&[30, 542, 700], 700)];
-    let expected: Vec<Progress> =
-        expected.iter().flat_map(|(done, total)| prefill(done, *total)).collect();
-    assert_eq!(taken(), expected);
+    for (count, expected) in [(30, &[0, 30][..]), (30, &[29, 30]), (700, &[30, 542, 700])] {
+        let mut seen = Vec::new();
+        let stream = model.stream_in(&mut conversation, some_ids(count), &config)?;
+        let mut stream = stream.on_progress(|progress| seen.push(progress));
+        assert_eq!(stream.read_prompt()?, expected[0]);
+        drop(stream);
+        assert_eq!(seen, prefill_reports(expected, count));
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Whatever the prompt and the thinking, each report goes on from the one before, and the last comes
+    /// before the first token.
+    #[test]
+    fn progress_is_reported_in_order(
+        known in 0usize..600,
+        length in 1usize..1300,
+        passes in 0usize..4,
+        start in 0usize..3,
+    ) {
+        let run = || -> Result {
+            let model = shared()?;
+            let mut conversation = model.conversation(1400)?;
+            if known > 0 {
+                model.stream_in(&mut conversation, some_ids(known), &endless())?.read_prompt()?;
+            }
+            let thinking = Thinking::passes(passes).span(start..3).refine(Interpolate::new(0.5));
+            let config = endless().max_tokens(2).thinking(thinking);
+            let (reported, reports) = channel();
+            let stream = model.stream_in(&mut conversation, some_ids(length), &config)?;
+            let mut stream = stream.on_progress(move |progress| {
+                let _ = reported.send(progress);
+            });
+            assert_eq!(reports.try_iter().count(), 0, "nothing has run");
+            stream.next().ok_or("ended")??;
+            let seen: Vec<Progress> = reports.try_iter().collect();
+            stream.collect_answer()?;
+            assert_eq!(reports.try_iter().count(), 0, "nothing is reported after the first token");
+
+            let kept = if passes == 0 { known.min(length - 1) } else { 0 };
+            let mut done: Vec<usize> = (kept..length).step_by(512).collect();
+            done.push(length);
+            let mut expected = prefill_reports(&done, length);
+            if passes > 0 {
+                expected = [think_reports(0..passes + 1, passes), expected].concat();
+            }
+            assert_eq!(seen, expected);
+            Ok(())
+        };
+        run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+    }
+}
+
+// ---- streams of their own, and cancelling ----
+
+/// Answers can be made anywhere and at any time: nothing is borrowed.
+#[test]
+fn a_stream_goes_to_another_thread_and_outlives_its_model() -> Result {
+    fn sent<T: Send + 'static>() {}
+    fn in_common<T: Send + Sync + 'static>() {}
+    sent::<TokenStream<'static>>();
+    sent::<Answers>();
+    sent::<Conversation>();
+    in_common::<HybridModel>();
+    in_common::<GenerationConfig>();
+    in_common::<Cancel>();
+    in_common::<Failure>();
+
+    let expected = shared()?.generate("the cat", &free_run())?;
+    let mut stream = {
+        let (model, prompt) = (model(LONG, None)?, "the cat".to_string());
+        model.stream(prompt, &free_run())?
+    };
+    let first = stream.next().ok_or("ended")??;
+    assert_eq!(first.id, expected.ids[0]);
+    let elsewhere = thread::spawn(move || stream.collect_answer());
+    assert_same(&elsewhere.join().map_err(|_| "a thread panicked")??, &expected);
+    Ok(())
+}
+
+/// A model with numbers that overflow as soon as it runs.
+fn overflowing() -> Result<HybridModel> {
+    let config = config(LONG, None);
+    let mut weights = HashMap::new();
+    for (name, shape) in config.weights() {
+        // The first token overflows what comes after it, but not what comes at once.
+        let weight = Tensor::ones(shape, DType::F32, &Device::Cpu)?;
+        weights.insert(name.clone(), if name.contains("norm") { (weight * 1e38)? } else { weight });
+    }
+    Ok(HybridModel::new(Transformer::new(&config, &mut weights)?, None)?)
+}
+
+#[test]
+fn a_stream_is_handed_out_before_the_model_runs() -> Result {
+    let model = shared()?;
+    let config = free_run().prompt_logprobs(true).thinking(Thinking::passes(2));
+    let mut conversation = model.conversation(100)?;
+    turn(model, &mut conversation, &some_ids(20), &free_run().max_tokens(5))?;
+    let known = (conversation.ids().to_vec(), conversation.cache().bytes());
+    let (reported, reports) = channel();
+    let stream = model.stream_in(&mut conversation, [5, 6, 7], &config)?;
+    let stream = stream.on_progress(move |progress| {
+        let _ = reported.send(progress);
+    });
+    assert_eq!(stream.prompt_ids(), [5, 6, 7]);
+    assert_eq!((stream.kept(), stream.stop()), (0, None));
+    assert!(stream.prompt_logprobs().is_none() && stream.traces().is_empty());
+    assert_eq!(stream.seconds(), Default::default());
+    drop(stream);
+    assert_eq!(reports.try_iter().count(), 0);
+    assert_eq!((conversation.ids().to_vec(), conversation.cache().bytes()), known);
+
+    // Reading it happens once.
+    let (reported, reports) = channel();
+    let mut stream = model.stream([5, 6, 7], &config)?.on_progress(move |progress| {
+        let _ = reported.send(progress);
+    });
+    for count in [5, 0, 0] {
+        assert_eq!((stream.read_prompt()?, reports.try_iter().count()), (0, count));
+        assert_eq!((stream.traces().len(), stream.stop()), (1, None));
+        assert_eq!(stream.prompt_logprobs().map(<[_]>::len), Some(3));
+    }
+    assert_same(&stream.collect_answer()?, &model.generate([5, 6, 7], &config)?);
+
+    // What fails in the model fails when it runs, and once.
+    let broken = overflowing()?;
+    for (passes, max_tokens) in [(0, 4), (1, 4), (1, 0)] {
+        let config = endless().max_tokens(max_tokens).thinking(Thinking::passes(passes));
+        let stream = || broken.stream([5, 6], &config);
+        let mut failed = stream()?;
+        assert!(matches!(failed.next(), Some(Err(Failure::NotFinite { .. }))), "{passes} passes");
+        assert!(failed.next().is_none() && failed.stop().is_none());
+        assert!(matches!(failed.read_prompt(), Err(Failure::StreamFailed)));
+        assert!(matches!(failed.collect_answer(), Err(Failure::StreamFailed)));
+        assert!(matches!(stream()?.collect_answer(), Err(Failure::NotFinite { .. })));
+        if passes > 0 {
+            let mut failed = stream()?;
+            assert!(matches!(failed.read_prompt(), Err(Failure::NotFinite { .. })));
+            assert!(failed.next().is_none());
+        }
+    }
+    Ok(())
+}
+
+/// How reading a prompt is broken off in the midst.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// Another thread raises the flag.
+    Flag,
+    /// The time is up.
+    Deadline,
+    /// The caller unwinds out of its own report, so that the stream is dropped.
+    Drop,
+}
+
+/// Reads `prompt` until `at` is reported, and breaks off there. Gives all that was reported, and how it
+/// ended; `None` for a stream that was dropped.
+fn broken_off(
+    stream: TokenStream<'_>,
+    at: Progress,
+    way: Way,
+) -> Result<(Vec<Progress>, Option<hybrid_attention::Result<usize>>)> {
+    let cancel = match way {
+        Way::Deadline => Cancel::after(Duration::from_millis(150)),
+        Way::Flag | Way::Drop => Cancel::default(),
+    };
+    let (reported, reports) = channel();
+    let (reached, reaches) = channel::<()>();
+    let (raised, raises) = channel::<()>();
+    let flag = cancel.clone();
+    let waits = cancel.clone();
+    let read = thread::scope(|scope| {
+        scope.spawn(move || {
+            if reaches.recv().is_ok() {
+                flag.cancel();
+                let _ = raised.send(());
+            }
+        });
+        let mut stream = stream.cancel(cancel).on_progress(move |progress| {
+            let _ = reported.send(progress);
+            match way {
+                _ if progress != at => (),
+                Way::Flag => {
+                    let _ = reached.send(());
+                    let _ = raises.recv();
+                }
+                Way::Deadline => {
+                    while !waits.is_cancelled() {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                }
+                Way::Drop => resume_unwind(Box::new(())),
+            }
+        });
+        catch_unwind(AssertUnwindSafe(move || stream.read_prompt())).ok()
+    });
+    Ok((reports.try_iter().collect(), read))
+}
+
+/// In all ways, at every report of a long prompt, thought about or not: what is under way ends there, and
+/// the conversation goes on as if nothing had been.
+#[test]
+fn a_prompt_can_be_broken_off_anywhere() -> Result {
+    let model = shared()?;
+    let long = some_ids(1100);
+    let plain = endless().max_tokens(3);
+    let whole = prefill_reports(&[0, 512, 1024, 1100], 1100);
+    let mut conversation = model.conversation(1200)?;
+    let thinkings = [(0..3, HandOff::Refined), (1..2, HandOff::KeyValue), (1..3, HandOff::Refined)];
+    for thinks in [None].into_iter().chain(thinkings.map(Some)) {
+        let (config, reports) = match thinks {
+            None => (plain.clone(), whole.clone()),
+            Some((ref span, hand_off)) => {
+                let thinking = Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.5));
+                let reports = [think_reports(0..3, 2), whole.clone()].concat();
+                (plain.clone().thinking(thinking.hand_off(hand_off)), reports)
+            }
+        };
+        for (index, &at) in reports.iter().enumerate() {
+            // Thoughts that go on as they are have no layer to run before the prompt is read.
+            let at_once = matches!(thinks, Some((_, HandOff::Refined)))
+                && at == Progress::Think { done: 2, total: 2 };
+            for way in [Way::Flag, Way::Deadline, Way::Drop] {
+                conversation.reset();
+                let stream = model.stream_in(&mut conversation, long.as_slice(), &config)?;
+                let (seen, read) = broken_off(stream, at, way)?;
+                match way {
+                    Way::Drop => assert_eq!(seen, reports[..=index]),
+                    Way::Flag => assert_eq!(seen, reports[..=index + usize::from(at_once)]),
+                    // A slow machine may be out of time before it has come so far.
+                    Way::Deadline => assert!(reports.starts_with(&seen) && seen.len() <= index + 2),
+                }
+                match read {
+                    None => assert!(matches!(way, Way::Drop)),
+                    Some(Err(Failure::Cancelled)) => (),
+                    // All of it had been read.
+                    Some(Ok(0)) if index + 1 == reports.len() => (),
+                    Some(other) => return Err(format!("{way:?} at {at:?}: {other:?}").into()),
+                }
+                // What was read causally is there to be gone on with.
+                let done = match seen.last() {
+                    Some(&Progress::Prefill { done, .. }) if thinks.is_none() => done,
+                    _ => 0,
+                };
+                assert_eq!(conversation.ids(), &long[..done], "{way:?} at {at:?}");
+                let mut stream = model.stream_in(&mut conversation, long.as_slice(), &plain)?;
+                assert_eq!(stream.read_prompt()?, done.min(long.len() - 1));
+                drop(stream);
+                turn(model, &mut conversation, &long, &plain)?;
+                turn(model, &mut conversation, &long[..600], &config)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// Cancelled by another thread, or by time, at any moment of reading or answering: there is the whole
+    /// answer, or word that it was cancelled, and the conversation goes on.
+    #[test]
+    fn an_answer_is_whole_or_cancelled(
+        window in prop::option::of(1usize..200),
+        length in 1usize..1200,
+        passes in 0usize..3,
+        start in 0usize..3,
+        hand_off in select(vec![
+            HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 },
+        ]),
+        every in 0usize..3,
+        after in 0u64..20_000,
+        by_flag: bool,
+    ) {
+        let run = || -> Result {
+            let model = model(LONG, window)?;
+            let thinking = Thinking::passes(passes).span(start..3).refine(Interpolate::new(0.5));
+            let thinking = thinking.hand_off(hand_off).rethink_every(every);
+            let config = endless().max_tokens(6).thinking(thinking);
+            let (known, prompt) = (some_ids(length / 2 + 1), some_ids(length));
+            let mut conversation = model.conversation(1300)?;
+            turn(&model, &mut conversation, &known, &endless().max_tokens(2))?;
+
+            let time = Duration::from_micros(after);
+            let cancel = if by_flag { Cancel::default() } else { Cancel::after(time) };
+            let flag = cancel.clone();
+            let stream = model.stream_in(&mut conversation, prompt.as_slice(), &config)?;
+            let answer = thread::scope(|scope| {
+                if by_flag {
+                    scope.spawn(move || {
+                        thread::sleep(time);
+                        flag.cancel();
+                    });
+                }
+                stream.cancel(cancel).collect_answer()
+            });
+            match answer {
+                Ok(answer) => assert_same(&answer, &model.generate(prompt.as_slice(), &config)?),
+                Err(Failure::Cancelled) => (),
+                Err(other) => return Err(other.into()),
+            }
+            let kept = conversation.ids().len();
+            assert!(kept <= prompt.len() + 5 && conversation.cache().len() <= 1300);
+            turn(&model, &mut conversation, &prompt, &endless().max_tokens(3))?;
+            turn(&model, &mut conversation, &prompt, &config)?;
+            Ok(())
+        };
+        run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+    }
+}
+
+/// Of a thousand passes over a long prompt, those after the word do not run.
+#[test]
+fn long_thinking_ends_soon_after_the_word() -> Result {
+    let model = shared()?;
+    let thinking = Thinking::passes(1024).refine(Interpolate::new(0.5));
+    let config = endless().max_tokens(1).thinking(thinking);
+    for by_flag in [true, false] {
+        let cancel = match by_flag {
+            true => Cancel::default(),
+            false => Cancel::after(Duration::from_millis(60)),
+        };
+        let flag = cancel.clone();
+        let (reported, reports) = channel();
+        let stream = model.stream(some_ids(1500), &config)?.cancel(cancel);
+        let stream = stream.on_progress(move |progress| {
+            let _ = reported.send(progress);
+        });
+        let reader = thread::spawn(move || stream.collect_answer());
+        if by_flag {
+            reports.recv()?; // it has begun
+            flag.cancel();
+        }
+        let answer = reader.join().map_err(|_| "a thread panicked")?;
+        assert!(matches!(answer, Err(Failure::Cancelled)));
+        let last = reports.try_iter().last();
+        assert!(last != Some(Progress::Think { done: 1024, total: 1024 }), "{last:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cancelled_stream_gives_no_more_tokens() -> Result {
+    let model = shared()?;
+    let expected = model.generate("the cat", &free_run())?;
+    let prompt = expected.prompt_ids.len();
+    let mut conversation = model.conversation(200)?;
+    let cancel = Cancel::default();
+    let stream = model.stream_in(&mut conversation, "the cat", &free_run())?;
+    let mut stream = stream.cancel(cancel.clone());
+    let some: Vec<Token> = stream.by_ref().take(7).collect::<std::result::Result<_, _>>()?;
+    cancel.cancel();
+    assert!(matches!(stream.next(), Some(Err(Failure::Cancelled))));
+    assert!(stream.next().is_none() && stream.stop().is_none());
+    assert!(matches!(stream.collect_answer(), Err(Failure::StreamFailed)));
+    assert_eq!(some.iter().map(|token| token.id).collect::<Vec<_>>(), expected.ids[..7]);
+    // The seventh was drawn and has not run.
+    assert_eq!(conversation.ids().len(), prompt + 6);
+    let known = [expected.prompt_ids.clone(), expected.ids[..7].to_vec()].concat();
+    assert_eq!(conversation.ids(), &known[..prompt + 6]);
+    let mut stream = model.stream_in(&mut conversation, known.as_slice(), &free_run())?;
+    assert_eq!(stream.read_prompt()?, prompt + 6);
+    drop(stream);
+    turn(model, &mut conversation, &known, &free_run())?;
+
+    // One that was cancelled before it began never runs, and a deadline that has passed is like it.
+    let past = Cancel::default().by(Instant::now());
+    for cancel in [cancel, past, Cancel::after(Duration::ZERO)] {
+        let ended = model.stream("the cat", &free_run())?.cancel(cancel).collect_answer();
+        assert!(matches!(ended, Err(Failure::Cancelled)));
+    }
+    let never = Cancel::after(Duration::MAX);
+    assert_same(&model.stream("the cat", &free_run())?.cancel(never).collect_answer()?, &expected);
+    Ok(())
+}
+
+/// Dropped by another thread, before it was read, after that, or in the middle of an answer.
+#[test]
+fn a_stream_dropped_elsewhere_leaves_the_conversation_of_use() -> Result {
+    let model = shared()?;
+    let plain = free_run().max_tokens(20);
+    let mut conversation = model.conversation(700)?;
+    for thinking in [Thinking::none(), Thinking::passes(2).rethink_every(2)] {
+        let config = plain.clone().thinking(thinking);
+        for tokens in [None, Some(0), Some(1), Some(9)] {
+            let mut stream = model.stream_in(&mut conversation, some_ids(600), &config)?;
+            if let Some(tokens) = tokens {
+                stream.read_prompt()?;
+                assert_eq!(
+                    stream.by_ref().take(tokens).filter(|token| token.is_ok()).count(),
+                    tokens
+                );
+            }
+            let dropped = thread::scope(|scope| scope.spawn(move || drop(stream)).join());
+            dropped.map_err(|_| "a thread panicked")?;
+            turn(model, &mut conversation, &some_ids(600), &plain)?;
+            turn(model, &mut conversation, &some_ids(500), &config)?;
+        }
+    }
     Ok(())
 }
 
@@ -774,37 +1184,37 @@ fn parts_become_the_segments_they_say() -> Result {
     // The last token of all is always plain.
     let segments = [borders[0]..borders[1], borders[2]..borders[3] - 1];
 
-    let layout = Batch::one(ids.len())?.with_context(0, &segments)?;
-    let embeddings =
-        transformer.embed(&Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?)?;
+    let batch = Batch::one(ids.len())?.with_context(0, &segments)?;
+    let embeddings = transformer.embed_ids(&ids)?;
     for a in [0, 1] {
         let thinking = Thinking::passes(2).span(a..3).refine(Interpolate::new(0.5));
         let config = endless().max_tokens(1).thinking(thinking.clone());
         let z = match a {
             0 => embeddings.clone(),
-            a => transformer.forward(&embeddings, 0..a, Pass::Causal(&layout))?,
+            a => transformer.forward(&embeddings, 0..a, Pass::Causal(&batch))?,
         };
         let mut thought = z.clone();
         for _ in 0..2 {
-            let h = transformer.forward(&thought, a..3, Pass::Bidirectional(&layout))?;
+            let h = transformer.forward(&thought, a..3, Pass::Bidirectional(&batch))?;
             let moved = ((&thought + h)? / 2.0)?;
             let rows: Vec<Tensor> = (0..ids.len())
                 .map(|at| match segments.iter().any(|run| run.contains(&at)) {
-                    true => moved.narrow(1, at, 1),
-                    false => z.narrow(1, at, 1),
+                    true => moved.narrow(0, at, 1),
+                    false => z.narrow(0, at, 1),
                 })
                 .collect::<candle_core::Result<_>>()?;
-            thought = Tensor::cat(&rows, 1)?;
+            thought = Tensor::cat(&rows, 0)?;
         }
         let got = model.think(prompt.clone(), &config)?;
+        assert_eq!(got.z.dims(), thought.dims());
         assert_close(&got.z.flatten_all()?.to_vec1()?, &thought.flatten_all()?.to_vec1()?);
         assert_eq!(got.trace.passes.len(), 2);
 
         let answer = model.generate(prompt.clone(), &config)?;
         assert_eq!(answer.prompt_ids, ids);
         assert_eq!(answer.drift(), got.trace.drift());
-        let h = transformer.forward(&thought, a..3, Pass::Causal(&layout))?;
-        let logits = transformer.logits(&h.narrow(1, ids.len() - 1, 1)?)?.flatten_all()?;
+        let h = transformer.forward(&thought, a..3, Pass::Causal(&batch))?;
+        let logits = transformer.logits(&h.narrow(0, ids.len() - 1, 1)?)?.flatten_all()?;
         let expected = log_softmax(&logits, D::Minus1)?.to_vec1::<f32>()?;
         assert_close(&answer.logprobs, &[expected[answer.ids[0] as usize]]);
     }
@@ -826,8 +1236,8 @@ fn what_is_plain_is_not_thought_about() -> Result {
     let together = Prompt::default().context("the cat").plain(" sat").context(" the dog");
     let z = model.think(together, &thinking)?.z;
     let alone = model.think(Prompt::default().context("the cat").plain(" sat"), &thinking)?.z;
-    let length = alone.dim(1)?;
-    let same: Vec<f32> = z.narrow(1, 0, length)?.flatten_all()?.to_vec1()?;
+    let length = alone.dim(0)?;
+    let same: Vec<f32> = z.narrow(0, 0, length)?.flatten_all()?.to_vec1()?;
     assert_close(&same, &alone.flatten_all()?.to_vec1()?);
     Ok(())
 }
@@ -861,8 +1271,10 @@ fn a_prompt_too_long_to_think_about_is_refused_even_without_passes() -> Result {
     for passes in [0, 1] {
         let config = GenerationConfig::default().thinking(Thinking::passes(passes));
         let error = model.think(vec![1; context + 1], &config).err().ok_or("accepted")?;
-        let expected =
-            format!("context full: room for {context} positions, {} requested", context + 1);
+        let expected = format!(
+            "context full: the model has room for {context} positions, {} requested",
+            context + 1
+        );
         assert_eq!(error.to_string(), expected);
     }
     Ok(())
@@ -895,14 +1307,7 @@ fn a_collected_answer_is_whole_or_none() -> Result {
     assert_eq!(first.iter().map(|token| token.id).collect::<Vec<_>>(), whole.ids[..2]);
     assert_same(&stream.collect_answer()?, &whole);
 
-    let mut weights = HashMap::new();
-    let config = model.config();
-    for (name, shape) in config.weights() {
-        // The first token overflows what comes after it, but not what comes at once.
-        let weight = Tensor::ones(shape, DType::F32, &Device::Cpu)?;
-        weights.insert(name.clone(), if name.contains("norm") { (weight * 1e38)? } else { weight });
-    }
-    let broken = HybridModel::new(Transformer::new(config, &mut weights)?, None)?;
+    let broken = overflowing()?;
     let mut stream = broken.stream([5], &endless())?;
     let error = stream.next().ok_or("ended")?.err().ok_or("a token")?;
     assert_eq!(error.to_string(), "logits are not finite at position 1");
@@ -918,11 +1323,14 @@ fn a_collected_answer_is_whole_or_none() -> Result {
 fn another_models_conversation_is_refused() -> Result {
     let (one, other) = (model(100, None)?, model(100, None)?);
     let mut conversation = one.conversation(50)?;
-    one.stream_in(&mut conversation, [5, 6, 7], &endless())?;
+    let config = endless().max_tokens(2);
+    let before = turn(&one, &mut conversation, &[5, 6, 7], &config)?;
     assert_eq!(
         error_of(other.stream_in(&mut conversation, [5, 6, 7, 8], &endless()))?,
         "parameter cache: expected one made by this very transformer, got another's"
     );
+    assert_eq!(conversation.ids(), [5, 6, 7, before.ids[0]], "and left as it is");
+    assert_same(&turn(&one, &mut conversation, &[5, 6, 7], &config)?, &before);
     Ok(())
 }
 
@@ -933,14 +1341,68 @@ fn thinking_alone_checks_and_reports_like_generating() -> Result {
         error_of(model.think([5, 6], &endless().temperature(-3.0)))?,
         "parameter temperature: expected at least 0, got -3"
     );
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let log = Arc::clone(&seen);
-    let config = endless().thinking(Thinking::passes(2)).on_progress(move |progress| {
-        log.lock().unwrap_or_else(PoisonError::into_inner).push(progress);
-    });
-    model.think([5, 6], &config)?;
-    let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-    let expected = [0, 1, 2].map(|done| Progress::Think { done, total: 2 });
-    assert_eq!(*seen, expected);
+    // Step by step, with the verbs that it is made of.
+    let config = endless().thinking(Thinking::passes(2).refine(Interpolate::new(0.5)));
+    let thinking = config.chosen_thinking().ok_or("no thinking")?;
+    let mind = thinking.on(model.thought_model())?;
+    let batch = Batch::one(2)?.with_context(0, &[0..1])?;
+    let text = EncodedBatch::new(model.transformer(), &[5, 6], batch)?;
+    let z = mind.encode(&text, Pass::Causal(text.batch()))?;
+    let mut seen = Vec::new();
+    let thoughts =
+        mind.think(&text, z, |done, total| seen.push(Progress::Think { done, total }))?;
+    assert_eq!(seen, think_reports(0..3, 2));
+    let expected = model.think([5, 6], &config)?;
+    assert_eq!(thoughts.z.to_vec2::<f32>()?, expected.z.to_vec2::<f32>()?);
+    assert_eq!(thoughts.trace.drift(), expected.trace.drift());
+    Ok(())
+}
+
+// ---- what is said ----
+
+/// A turn of a conversation is a chat of all its messages; the answer is taken up when it has ended, and
+/// only then.
+#[test]
+fn what_is_said_is_remembered_when_it_was_answered() -> Result {
+    let model = shared()?;
+    let config = endless().max_tokens(4);
+    let thinking = config.clone().thinking(Thinking::passes(1).refine(Interpolate::new(0.5)));
+    let mut conversation = model.conversation(300)?;
+    let mut messages = Vec::new();
+    for (text, config) in [("the cat", &config), ("sat on", &thinking), ("the mat", &config)] {
+        messages.push(Message::user(text));
+        let expected = model.chat(&messages, config)?;
+        let answer = model.say(&mut conversation, text, config)?.collect_answer()?;
+        assert_same(&answer, &expected);
+        messages.push(Message::assistant(answer.text));
+        assert_eq!(conversation.messages(), messages);
+
+        // Not read, not finished, cancelled, refused: as if nothing had been said.
+        drop(model.say(&mut conversation, "what?", config)?);
+        model.say(&mut conversation, "what?", config)?.read_prompt()?;
+        let said = model.say(&mut conversation, "what?", config)?.take(3);
+        assert_eq!(said.filter(|token| token.is_ok()).count(), 3);
+        let cancelled =
+            model.say(&mut conversation, "what?", config)?.cancel(Cancel::after(Duration::ZERO));
+        assert!(matches!(cancelled.collect_answer(), Err(Failure::Cancelled)));
+        assert!(model.say(&mut conversation, "what?", &config.clone().top_p(2.0)).is_err());
+        assert_eq!(conversation.messages(), messages);
+    }
+
+    // Another goes on from here, and this one as before.
+    let mut other = conversation.fork();
+    model.say(&mut other, "and the dog", &config)?.collect_answer()?;
+    assert_eq!(conversation.messages(), messages);
+    assert_eq!((other.messages().len(), &other.messages()[..6]), (8, messages.as_slice()));
+    conversation.push(Message::system("Be brief."));
+    messages.push(Message::system("Be brief."));
+    assert_eq!(conversation.messages(), messages);
+    conversation.reset();
+    assert!(conversation.messages().is_empty() && conversation.cache().bytes() == 0);
+
+    // Nobody to be answered.
+    for empty in [model.chat(&[], &config), model.generate(Prompt::chat(&[]), &config)] {
+        assert_eq!(error_of(empty)?, "parameter messages: expected at least one, got none");
+    }
     Ok(())
 }

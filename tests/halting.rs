@@ -269,6 +269,30 @@ fn sequences_of_a_batch_stop_one_by_one() -> Result {
     Ok(())
 }
 
+/// There is nothing in it to go on thinking about, and it keeps no other from stopping.
+#[test]
+fn a_sequence_without_tokens_stops_at_once() -> Result {
+    let (config, span) = (tiny::config(), 0..3);
+    let model = tiny::thought_model(&config, 7)?;
+    let ids = tiny::tokens(&config, 7, 8);
+    let quantities = quantities(&config, 7, span.clone(), &ids, std::slice::from_ref(&(0..8)))?;
+    for ((halt, reason), quantity) in RULES.into_iter().zip(quantities) {
+        let tolerance = (quantity[2] * quantity[3]).sqrt();
+        let halting = thinking(CAP, span.clone()).halt(halt(tolerance));
+        let of = |lengths: &[usize]| -> Result<Thoughts> {
+            let text = EncodedBatch::new(model.decoder(), &ids, Batch::ragged(lengths)?)?;
+            think(&model, &halting, &text)
+        };
+        let (together, alone) = (of(&[0, 8, 0])?, of(&[8])?);
+        let passes = alone.trace.passes.len();
+        assert!((2..CAP).contains(&passes), "{reason:?} after {passes}");
+        assert_eq!(together.trace.passes.len(), passes, "{reason:?}");
+        assert_eq!(together.trace.halted, [reason; 3]);
+        assert_identical("thoughts", &together.z, &alone.z)?;
+    }
+    Ok(())
+}
+
 /// A sequence that has stopped is left alone to the last bit, whatever the others go on to do.
 #[test]
 fn a_sequence_that_stopped_keeps_its_thoughts() -> Result {

@@ -247,10 +247,9 @@ fn logprobs_are_the_models_own() -> Result {
     for config in [plain, warped, penalised] {
         let answer = model.generate(prompt, &config)?;
         let ids = [prompt.to_vec(), answer.ids.clone()].concat();
-        let layout = Batch::one(ids.len())?;
-        let xs = transformer.embed(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)?;
-        let h = transformer.forward(&xs, transformer.all_layers(), Pass::Causal(&layout))?;
-        let logits = transformer.logits(&h)?.squeeze(0)?.to_dtype(DType::F32)?;
+        let (batch, xs) = (Batch::one(ids.len())?, transformer.embed_ids(&ids)?);
+        let h = transformer.forward(&xs, transformer.all_layers(), Pass::Causal(&batch))?;
+        let logits = transformer.logits(&h)?.to_dtype(DType::F32)?;
         let expected = log_softmax(&logits, D::Minus1)?.to_vec2::<f32>()?;
         assert_eq!(answer.logprobs.len(), 6);
         for (index, (&id, &logprob)) in answer.ids.iter().zip(&answer.logprobs).enumerate() {

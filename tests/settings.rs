@@ -357,9 +357,13 @@ fn embeddings() -> impl Strategy<Value = EmbedConfig> {
 }
 
 /// Written, read and written again: the same text, the same setting.
-fn survives<T: Serialize + DeserializeOwned + std::fmt::Debug>(setting: &T) -> Result<T> {
+fn survives<T>(setting: &T) -> Result<T>
+where
+    T: Serialize + DeserializeOwned + std::fmt::Debug + PartialEq,
+{
     let text = serde_json::to_string(setting)?;
     let back: T = serde_json::from_str(&text)?;
+    assert_eq!(&back, setting, "{text}");
     assert_eq!(format!("{back:?}"), format!("{setting:?}"), "{text}");
     assert_eq!(serde_json::to_string(&back)?, text);
     let by_value: T = serde_json::from_value(serde_json::to_value(setting)?)?;
@@ -457,8 +461,7 @@ fn settings_are_spelled_plainly() -> Result {
         .stop_id(9)
         .eos_ids([])
         .top_logprobs(10)
-        .prompt_logprobs(true)
-        .on_progress(|_| ());
+        .prompt_logprobs(true);
     let expected = json!({
         "thinking": written, "max_tokens": 1, "temperature": 2.0, "top_k": 3, "top_p": 0.4,
         "min_p": 0.5, "repetition_penalty": 1.6, "frequency_penalty": 0.7,

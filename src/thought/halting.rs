@@ -88,7 +88,7 @@ impl<'a> Halting<'a> {
         after: &Tensor,
         readout: &CausalReadout<'_>,
     ) -> Result<()> {
-        let mut kl = None;
+        let (mut kl, lengths) = (None, self.batch.lengths());
         for rule in self.rules {
             let (moved, tolerance, reason) = match *rule {
                 Halt::Drift(tolerance) => {
@@ -107,7 +107,8 @@ impl<'a> Halting<'a> {
                     (moved, tolerance, Halted::Kl)
                 }
             };
-            for (halted, moved) in self.halted.iter_mut().zip(moved) {
+            for ((halted, moved), tokens) in self.halted.iter_mut().zip(moved).zip(&lengths) {
+                let moved = if *tokens == 0 { 0.0 } else { moved };
                 // Rounding makes less than 0 of quantities that cannot be.
                 if halted.is_none() && tolerance > 0.0 && moved < tolerance {
                     *halted = Some(reason);

@@ -156,13 +156,17 @@ impl LayerCache {
         if !tracked && self.live.is_none() {
             return self.write(keys, values, rows);
         }
-        let (old_keys, old_values) = self.gather(&(self.first..self.len), keys.dtype())?;
+        if rows.is_empty() {
+            return Ok(());
+        }
         let kept_as = self.blocks.front().map_or(keys.dtype(), |block| block.tensor.dtype());
-        let with = |old: Tensor, new: &Tensor| -> Result<Tensor> {
-            let new = rounded(&new.narrow(1, rows.start, rows.len())?, kept_as)?;
-            Ok(Tensor::cat(&[old, new], 1)?)
-        };
-        let (all_keys, all_values) = (with(old_keys, keys)?, with(old_values, values)?);
+        let new = |of: &Tensor| rounded(&of.narrow(1, rows.start, rows.len())?, kept_as);
+        let (mut all_keys, mut all_values) = (new(keys)?, new(values)?);
+        if self.first < self.len {
+            let (old_keys, old_values) = self.gather(&(self.first..self.len), keys.dtype())?;
+            all_keys = Tensor::cat(&[old_keys, all_keys], 1)?;
+            all_values = Tensor::cat(&[old_values, all_values], 1)?;
+        }
         self.write(&keys.detach(), &values.detach(), rows)?;
         self.live = Some(Live { from: self.first, keys: all_keys, values: all_values });
         Ok(())

@@ -106,7 +106,9 @@ impl<'a, 'c> Open<'a, 'c> {
             return Ok(Remembered::Blocks(held.map(LayerCache::held).collect()));
         }
         let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
-        for (layer, this) in held.zip(&mask.spans().sequences) {
+        // Of a sequence without tokens there is nothing to gather.
+        let sequences = held.zip(&mask.spans().sequences).filter(|(_, this)| !this.keys.is_empty());
+        for (layer, this) in sequences {
             let (keys, values) = layer.gather(&this.keys, keys.dtype())?;
             all_keys.push(keys);
             all_values.push(values);

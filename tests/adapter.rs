@@ -14,10 +14,10 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::adapter::{Adapter, AdapterConfig};
-use hybrid_attention::model::{AdapterScope, Batch, Linear, Pass, Sight, Transformer, Weights};
+use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
+use hybrid_attention::model::{Batch, KvCache, Linear, Pass, Sight, Transformer, Weights};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{Detail, EncodedBatch, HandOff, Thoughts};
+use hybrid_attention::thought::{Detail, EncodedBatch, HandOff, ThoughtModel, Thoughts};
 use hybrid_attention::{Config, EmbedConfig, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ const PROJECTIONS: [&str; 7] =
 const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }];
 
-const MINDS: [AdapterScope; 3] =
+const SCOPES: [AdapterScope; 3] =
     [AdapterScope::Thinking, AdapterScope::Decoding, AdapterScope::Both];
 
 type Tensors = HashMap<String, Tensor>;
@@ -87,12 +87,16 @@ fn build(config: &Config, weights: &Tensors) -> Result<Transformer> {
     Ok(Transformer::new(config, &mut weights.clone())?)
 }
 
+fn build_thinking(config: &Config, weights: &Tensors) -> Result<ThoughtModel> {
+    Ok(ThoughtModel::new(config, &mut weights.clone())?)
+}
+
 /// The logits of a causal reading.
 fn causal(model: &Transformer, ids: &[u32]) -> Result<Tensor> {
     tiny::logits(model, &tiny::embed(model, ids)?, Pass::Causal(&Batch::one(ids.len())?))
 }
 
-fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
+fn think(model: &ThoughtModel, thinking: &Thinking, text: &EncodedBatch) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
     let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
@@ -126,13 +130,13 @@ fn loaded_output_is_pefts() -> Result {
     for name in CASES {
         let (adapter, golden) = (fixture_adapter(name)?, golden(name)?);
         let ids = golden["input_ids"].to_dtype(DType::U32)?;
-        let layout = Batch::one(ids.dim(1)?)?;
+        let batch = Batch::one(ids.dim(1)?)?;
         for (how, model) in
             [("adapted", base.adapted(&adapter)?), ("merged", base.merged(&adapter)?)]
         {
             let xs = model.embed(&ids)?;
-            let causal = model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?;
-            let both = model.forward(&xs, model.all_layers(), Pass::Bidirectional(&layout))?;
+            let causal = model.forward(&xs, model.all_layers(), Pass::Causal(&batch))?;
+            let both = model.forward(&xs, model.all_layers(), Pass::Bidirectional(&batch))?;
             let mut found = vec![
                 ("causal.hidden", model.norm(&causal)?),
                 ("bidirectional.hidden", model.norm(&both)?),
@@ -150,7 +154,7 @@ fn loaded_output_is_pefts() -> Result {
         }
         // The bare model says something else.
         let plain = tiny::embed(base, &ids.flatten_all()?.to_vec1::<u32>()?)?;
-        let plain = base.forward(&plain, base.all_layers(), Pass::Causal(&layout))?;
+        let plain = base.forward(&plain, base.all_layers(), Pass::Causal(&batch))?;
         assert!(apart(&base.norm(&plain)?, &golden["causal.hidden"])?, "{name} changes nothing");
     }
     Ok(())
@@ -221,17 +225,19 @@ fn a_gate_stands_beside_the_adapter() -> Result {
     // It is the thinker's, and nobody else's.
     let mut weights = tiny::weights(&config, 1)?;
     weights.insert("thought.gate".into(), tiny::noise(2, &[16], 1.0)?);
-    let base = build(&config, &weights)?;
-    let gate_of = |model: &Transformer| -> Result<Tensor> {
+    let base = build_thinking(&config, &weights)?;
+    let gate_of = |model: &ThoughtModel| -> Result<Tensor> {
         Ok(model.thought_gate().ok_or("no gate")?.clone())
     };
-    for mind in [AdapterScope::Thinking, AdapterScope::Both] {
-        assert_identical("new", &gate_of(&base.adapted_for(&loaded, mind)?)?, &gate)?;
+    for scope in [AdapterScope::Thinking, AdapterScope::Both] {
+        assert_identical("new", &gate_of(&base.adapted(&loaded, scope)?)?, &gate)?;
     }
     assert_identical("merged", &gate_of(&base.merged(&loaded)?)?, &gate)?;
-    let decoding = base.adapted_for(&loaded, AdapterScope::Decoding)?;
+    let decoding = base.adapted(&loaded, AdapterScope::Decoding)?;
     assert_identical("old", &gate_of(&decoding)?, &weights["thought.gate"])?;
-    assert_identical("old", &gate_of(&base.adapted(&bare)?)?, &weights["thought.gate"])?;
+    for scope in SCOPES {
+        assert_identical("old", &gate_of(&base.adapted(&bare, scope)?)?, &weights["thought.gate"])?;
+    }
 
     // One that was there before does not stay beside an adapter without.
     bare.save(&folder)?;
@@ -245,8 +251,13 @@ fn a_gate_stands_beside_the_adapter() -> Result {
     let error = bare.clone().with_thought_gate(&gate.unsqueeze(0)?).err().ok_or("taken")?;
     assert!(matches!(error, Error::Parameter { name: "thought.gate", .. }), "{error}");
     let wrong = bare.with_thought_gate(&tiny::noise(1, &[15], 1.0)?)?;
-    let error = base.adapted(&wrong).err().ok_or("taken")?;
-    assert!(matches!(&error, Error::WeightShape { name, .. } if name == "thought.gate"), "{error}");
+    for taken in [base.adapted(&wrong, AdapterScope::Both), base.merged(&wrong)] {
+        let error = taken.err().ok_or("taken")?;
+        assert!(
+            matches!(&error, Error::WeightShape { name, .. } if name == "thought.gate"),
+            "{error}"
+        );
+    }
     Ok(())
 }
 
@@ -467,14 +478,15 @@ fn adapters_add_up() -> Result {
         assert_close("both", &causal(&model, &ids)?, &expected, 1e-5)?;
     }
 
-    // One for both minds reaches each of them where they differ already.
-    let plain = causal(&base.adapted(&two)?, &ids)?;
-    for (mind, decodes, thinks) in
+    // One for both reaches what thinks and what decodes where they differ already.
+    let base = ThoughtModel::from(base);
+    let plain = causal(&base.decoder().adapted(&two)?, &ids)?;
+    for (scope, decodes, thinks) in
         [(AdapterScope::Thinking, &plain, &expected), (AdapterScope::Decoding, &expected, &plain)]
     {
-        let first = base.adapted_for(&one, mind)?;
-        for model in [first.adapted(&two)?, first.merged(&two)?] {
-            assert_close("decodes", &causal(&model, &ids)?, decodes, 1e-5)?;
+        let first = base.adapted(&one, scope)?;
+        for model in [first.adapted(&two, AdapterScope::Both)?, first.merged(&two)?] {
+            assert_close("decodes", &causal(model.decoder(), &ids)?, decodes, 1e-5)?;
             assert_close("thinks", &causal(model.thinker(), &ids)?, thinks, 1e-5)?;
         }
     }
@@ -550,7 +562,7 @@ fn adapter_without_variables(adapter: &Adapter) -> Result<Adapter> {
 
 // ---- two minds ----
 
-fn layout() -> Result<Batch> {
+fn batch() -> Result<Batch> {
     Ok(Batch::one(10)?.with_context(0, &SEGMENTS)?)
 }
 
@@ -560,39 +572,50 @@ const SEGMENTS: [Range<usize>; 2] = [1..4, 6..9];
 #[test]
 fn an_adapter_for_one_mind_leaves_the_other_bit_for_bit() -> Result {
     let config = tiny::config();
-    let base = tiny::transformer(&config, 9)?;
+    let base = tiny::thought_model(&config, 9)?;
     let adapter = adapter_without_variables(&trained(&config, &everywhere(), 9)?)?;
-    let both = base.adapted(&adapter)?;
-    assert!(std::ptr::eq(both.thinker(), &both));
-    let text = tiny::text(&base, &layout()?, 9)?;
-    let z = tiny::noise(9, &[1, 10, 16], 1.0)?;
+    let both = base.adapted(&adapter, AdapterScope::Both)?;
+    assert!(std::ptr::eq(both.thinker(), both.decoder()));
+    let text = tiny::text(base.decoder(), &batch()?, 9)?;
+    let z = tiny::noise(9, &[10, 16], 1.0)?;
     for sight in [Sight::Bidirectional, Sight::Causal] {
         let thinking = Thinking::passes(2).sight(sight);
-        let pass = |model: &Transformer| -> Result<Tensor> {
+        let pass = |model: &ThoughtModel| -> Result<Tensor> {
             Ok(thinking.on(model)?.think_once(&z, text.batch())?)
         };
-        for mind in MINDS {
-            let model = base.adapted_for(&adapter, mind)?;
-            let name = format!("{mind:?}, {sight:?}");
-            let (thinks, decodes) = match mind {
+        for scope in SCOPES {
+            let model = base.adapted(&adapter, scope)?;
+            let name = format!("{scope:?}, {sight:?}");
+            let (thinks, decodes) = match scope {
                 AdapterScope::Thinking => (&both, &base),
                 AdapterScope::Decoding => (&base, &both),
                 AdapterScope::Both => (&both, &both),
             };
             assert_identical(&name, &pass(&model)?, &pass(thinks)?)?;
-            let ids = text.ids();
-            assert_identical(&name, &causal(&model, ids)?, &causal(decodes, ids)?)?;
-            assert_identical(&name, &causal(model.thinker(), ids)?, &causal(thinks, ids)?)?;
-            let mut cache = model.new_cache(10)?;
-            let xs = tiny::embed(&model, ids)?;
-            let cached = tiny::logits(&model, &xs, Pass::Cached(&mut cache))?;
-            assert_close(&name, &cached, &causal(decodes, ids)?, 1e-5)?;
+            let (ids, decoder) = (text.ids(), model.decoder());
+            let expected = causal(decodes.decoder(), ids)?;
+            assert_identical(&name, &causal(decoder, ids)?, &expected)?;
+            let thought = causal(model.thinker(), ids)?;
+            assert_identical(&name, &thought, &causal(thinks.thinker(), ids)?)?;
+            let mut cache = decoder.new_cache(20)?;
+            let xs = tiny::embed(decoder, ids)?;
+            let cached = tiny::logits(decoder, &xs, Pass::Cached(&mut cache))?;
+            assert_close(&name, &cached, &expected, 1e-5)?;
             // What the keys mean lies in the decoder's weights.
-            let error = tiny::logits(&base, &xs, Pass::Cached(&mut cache)).err().ok_or("taken")?;
-            assert!(error.to_string().contains("cache"), "{error}");
+            let by_base =
+                |cache: &mut KvCache| tiny::logits(base.decoder(), &xs, Pass::Cached(cache));
+            if scope == AdapterScope::Thinking {
+                assert!(std::ptr::eq(decoder, base.decoder()), "nothing of it has changed");
+                cache.reset();
+                assert_identical(&name, &by_base(&mut cache)?, &cached)?;
+            } else {
+                let error = by_base(&mut cache).err().ok_or("taken")?;
+                assert!(error.to_string().contains("cache"), "{error}");
+            }
         }
     }
-    assert!(apart(&causal(&base, text.ids())?, &causal(&both, text.ids())?)?);
+    let (base, both) = (causal(base.decoder(), text.ids())?, causal(both.decoder(), text.ids())?);
+    assert!(apart(&base, &both)?);
     Ok(())
 }
 
@@ -612,17 +635,18 @@ fn two_minds_are_two_models(
     let for_thinking = trained(config, &everywhere(), seed + 1)?;
     let decoder = Reference::new(config, &plus(&weights, &for_decoding)?)?;
     let thinker = Reference::new(config, &plus(&weights, &for_thinking)?)?;
-    let model = build(config, &weights)?
-        .adapted_for(&adapter_without_variables(&for_decoding)?, AdapterScope::Decoding)?
-        .adapted_for(&adapter_without_variables(&for_thinking)?, AdapterScope::Thinking)?;
+    let model = build_thinking(config, &weights)?
+        .adapted(&adapter_without_variables(&for_decoding)?, AdapterScope::Decoding)?
+        .adapted(&adapter_without_variables(&for_thinking)?, AdapterScope::Thinking)?;
+    let reader = model.decoder();
 
     let (ids, answer) = (tiny::tokens(config, seed, 10), tiny::tokens(config, seed + 1, 3));
-    let text = EncodedBatch::new(&model, &ids, layout()?)?;
+    let text = EncodedBatch::new(reader, &ids, batch()?)?;
     let thinking =
         Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.4)).hand_off(hand_off);
     let thinking = thinking.detail(Detail::Maps);
     let mind = thinking.on(&model)?;
-    let mut cache = model.new_cache(13)?;
+    let mut cache = reader.new_cache(13)?;
     let first = mind.encode(&text, Pass::Cached(&mut cache))?;
     let thoughts = mind.think(&text, first, |_, _| ())?;
     let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
@@ -642,8 +666,8 @@ fn two_minds_are_two_models(
     for _ in 0..2 {
         (z, shares) = loops(&thinker).pass(&z);
     }
-    assert_close("first", &thoughts.first.squeeze(0)?, &tensor(&first)?, 1e-4)?;
-    assert_close("thoughts", &thoughts.z.squeeze(0)?, &tensor(&z)?, 1e-4)?;
+    assert_close("first", &thoughts.first, &tensor(&first)?, 1e-4)?;
+    assert_close("thoughts", &thoughts.z, &tensor(&z)?, 1e-4)?;
     // Who saw whom, in the thinker's last pass.
     let maps = thoughts.trace.passes.last().and_then(|pass| pass.maps.as_ref()).ok_or("no maps")?;
     for (layer, expected) in maps.attention.iter().zip(&shares) {
@@ -651,14 +675,14 @@ fn two_minds_are_two_models(
         assert_close("attention", &found, &tensor(expected)?, 1e-4)?;
     }
 
-    let mut got = vec![model.logits(&h.narrow(1, 9, 1)?)?];
+    let mut got = vec![reader.logits(&h.narrow(0, 9, 1)?)?];
     for &id in &answer {
-        got.push(tiny::logits(&model, &tiny::embed(&model, &[id])?, Pass::Cached(&mut cache))?);
+        got.push(tiny::logits(reader, &reader.embed_ids(&[id])?, Pass::Cached(&mut cache))?);
     }
     let expected = match hand_off {
         HandOff::Refined => {
             let said = loops(&decoder).logits(&z);
-            assert_close("re-read", &model.logits(&h)?.squeeze(0)?, &tensor(&said)?, 1e-4)?;
+            assert_close("re-read", &reader.logits(&h)?, &tensor(&said)?, 1e-4)?;
             vec![said[9].clone()]
         }
         _ => {
@@ -671,7 +695,7 @@ fn two_minds_are_two_models(
     };
     for (at, (got, expected)) in got.iter().zip(&expected).enumerate() {
         let name = format!("{hand_off:?} {span:?}, logits {at}");
-        assert_close(&name, &got.squeeze(0)?, &tensor(std::slice::from_ref(expected))?, 2e-4)?;
+        assert_close(&name, got, &tensor(std::slice::from_ref(expected))?, 2e-4)?;
     }
     Ok(())
 }
@@ -691,29 +715,35 @@ proptest! {
     }
 }
 
+/// A causal pass of all sequences after their caches.
+fn remembered<'a>(batch: &'a Batch, caches: &'a mut [KvCache]) -> Pass<'a> {
+    Pass::Remembered { batch, sight: Sight::Causal, caches: caches.iter_mut().collect() }
+}
+
 /// Minds of their own that think alike are one: the two ways through a hand-off agree.
 #[test]
 fn a_mind_of_its_own_that_is_the_same_changes_nothing() -> Result {
     let config = Config { sliding_window: Some(4), ..tiny::config() };
-    let base = tiny::transformer(&config, 11)?;
+    let base = tiny::thought_model(&config, 11)?;
     let nothing = Adapter::new(&config, &everywhere(), 11, &Device::Cpu)?;
-    let apart = base.adapted_for(&nothing, AdapterScope::Thinking)?;
-    let layout =
+    let apart = base.adapted(&nothing, AdapterScope::Thinking)?;
+    let batch =
         Batch::ragged(&[9, 6])?.with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?;
-    let text = tiny::text(&base, &layout, 11)?;
+    let text = tiny::text(base.decoder(), &batch, 11)?;
     for hand_off in HAND_OFFS.into_iter().chain([0.0, 1.0].map(|weight| HandOff::Mixed { weight }))
     {
         for span in [0..3, 1..2] {
             let thinking = Thinking::passes(2).span(span.clone()).hand_off(hand_off);
-            let read = |model: &Transformer| -> Result<Tensor> {
-                let mind = thinking.on(model)?;
-                let mut cache = model.new_cache(10)?;
-                let z = mind.encode(&text, Pass::Cached(&mut cache))?;
+            let read = |model: &ThoughtModel| -> Result<Tensor> {
+                let (mind, decoder) = (thinking.on(model)?, model.decoder());
+                let mut caches = [decoder.new_cache(10)?, decoder.new_cache(10)?];
+                let z = mind.encode(&text, remembered(&batch, &mut caches))?;
                 let thoughts = mind.think(&text, z, |_, _| ())?;
-                let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
-                let next = model.embed(&Tensor::new(&[[3u32], [4]], &Device::Cpu)?)?;
-                let next = model.forward(&next, 0..3, Pass::Cached(&mut cache))?;
-                Ok(Tensor::cat(&[h, next], 1)?.narrow(1, 3, 7)?) // without padding
+                let h = mind.hand_off(&text, &thoughts, remembered(&batch, &mut caches))?;
+                let next = decoder.embed_ids(&[3, 4])?;
+                let step = Batch::dense(2, 1)?;
+                let next = decoder.forward(&next, 0..3, remembered(&step, &mut caches))?;
+                Ok(Tensor::cat(&[h, next], 0)?) // (9 + 6 + 2, hidden)
             };
             assert_close(&format!("{hand_off:?} {span:?}"), &read(&apart)?, &read(&base)?, 1e-5)?;
         }
@@ -817,14 +847,14 @@ fn gradients_reach_the_adapter_and_nothing_else() -> Result {
     const STEP: f64 = 1e-2;
     let config = tiny::config();
     let weights = tiny::weights(&config, 14)?;
-    let base = build(&config, &weights)?;
+    let base = build_thinking(&config, &weights)?;
     let gate = tiny::noise(14, &[16], 1.0)?;
-    for (mind, hand_off) in MINDS.into_iter().flat_map(|mind| HAND_OFFS.map(|it| (mind, it))) {
+    for (scope, hand_off) in SCOPES.into_iter().flat_map(|scope| HAND_OFFS.map(|it| (scope, it))) {
         let adapter = trained(&config, &everywhere(), 14)?.with_thought_gate(&gate)?.trainable()?;
-        let model = base.adapted_for(&adapter, mind)?;
-        let text = tiny::text(&model, &layout()?, 14)?;
+        let model = base.adapted(&adapter, scope)?;
+        let text = tiny::text(model.decoder(), &batch()?, 14)?;
         let thinking = Thinking::passes(2).span(1..3).hand_off(hand_off);
-        let thinking = match mind {
+        let thinking = match scope {
             AdapterScope::Decoding => thinking.refine(Interpolate::new(0.4)),
             _ => thinking.refine(Interpolate::gated()),
         };
@@ -832,20 +862,20 @@ fn gradients_reach_the_adapter_and_nothing_else() -> Result {
             let thoughts = think(&model, &thinking, &text)?;
             let mind = thinking.on(&model)?;
             let h = mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))?;
-            let logits = model.logits(&h)?;
+            let logits = model.decoder().logits(&h)?;
             Ok((&logits * tiny::noise(7, logits.dims(), 0.3)?)?.sum_all()?)
         };
         let gradients = loss()?.backward()?;
         for (name, weight) in &weights {
             assert!(
                 gradients.get(weight).is_none(),
-                "{mind:?}, {hand_off:?}: {name} has a gradient"
+                "{scope:?}, {hand_off:?}: {name} has a gradient"
             );
         }
         let names = adapter.tensors().map(|(name, _)| name).chain(["thought.gate".to_string()]);
         let mut reached = 0;
         for (name, variable) in names.zip(adapter.variables()?) {
-            let name = format!("{mind:?}, {hand_off:?}, {name}");
+            let name = format!("{scope:?}, {hand_off:?}, {name}");
             let Some(gradient) = gradients.get(&variable) else { continue };
             let norm = scalar(&gradient.sqr()?)?.sqrt();
             if norm < 1e-3 {
@@ -863,13 +893,13 @@ fn gradients_reach_the_adapter_and_nothing_else() -> Result {
             assert!(off < 0.02, "{name}: slope {slope}, gradient {norm}");
         }
         // Thought passes run layers 1 and 2 and no head; decoding all of it, and no gate.
-        let expected = match mind {
+        let expected = match scope {
             AdapterScope::Thinking => 2 * 2 * 7 + 1,
             AdapterScope::Decoding => 2 * (3 * 7 + 1),
             AdapterScope::Both => 2 * (3 * 7 + 1) + 1,
         };
-        assert!(reached >= expected - 4, "{mind:?}, {hand_off:?}: {reached} of {expected}");
-        assert!(reached <= expected, "{mind:?}, {hand_off:?}: {reached} of {expected}");
+        assert!(reached >= expected - 4, "{scope:?}, {hand_off:?}: {reached} of {expected}");
+        assert!(reached <= expected, "{scope:?}, {hand_off:?}: {reached} of {expected}");
     }
     Ok(())
 }
@@ -951,8 +981,10 @@ impl Broken {
     /// Why the folder is not loaded, or not put on the fixture's model; without its path.
     fn refusal(&self) -> Result<Error> {
         let base = fixture_base()?;
-        let load =
-            || base.transformer().adapted(&Adapter::from_folder(&self.folder, &Device::Cpu)?);
+        let load = || {
+            let adapter = Adapter::from_folder(&self.folder, &Device::Cpu)?;
+            base.thought_model().adapted(&adapter, AdapterScope::Both)
+        };
         Ok(load().err().ok_or("accepted")?)
     }
 
@@ -1329,9 +1361,11 @@ fn the_name_of_an_adapter_may_stand_in_its_tensors() -> Result {
 fn survive(folder: &Path) -> hybrid_attention::Result<()> {
     let base = HybridModel::from_folder(fixture("adapter"), None, &Device::Cpu)?;
     let adapter = Adapter::from_folder(folder, &Device::Cpu)?;
-    for mind in MINDS {
-        base.transformer().adapted_for(&adapter, mind)?;
+    for scope in SCOPES {
+        base.thought_model().adapted(&adapter, scope)?;
     }
+    base.thought_model().merged(&adapter)?;
+    base.transformer().adapted(&adapter)?;
     base.transformer().merged(&adapter)?;
     let model = base.with_adapter(&adapter, AdapterScope::Both)?;
     model.generate([3], &GenerationConfig::default().max_tokens(1))?;

@@ -5,10 +5,10 @@ mod common;
 use std::ops::Range;
 
 use candle_core::Tensor;
-use hybrid_attention::model::{Batch, HandOver, KvCache, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, KvCache, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts};
-use hybrid_attention::{Config, GenerationConfig, Prompt, Thinking};
+use hybrid_attention::thought::{EncodedBatch, Entry, HandOff, ThoughtModel, Thoughts, Trace};
+use hybrid_attention::{Config, Error, GenerationConfig, Prompt, Thinking};
 use proptest::prelude::*;
 
 use common::reference::{ByDefinition, Reference, Stream};
@@ -22,23 +22,41 @@ fn thinking(span: Range<usize>, hand_off: HandOff) -> Thinking {
     Thinking::passes(2).span(span).refine(Interpolate::new(0.4)).hand_off(hand_off)
 }
 
-/// Encodes, thinks and hands off into a new cache: what left the last layer, and what went in.
+/// Encodes, thinks and hands off into new caches: what left the last layer, what went in, and a cache for
+/// each sequence.
 fn think(
-    model: &Transformer,
+    model: &ThoughtModel,
     thinking: &Thinking,
     text: &EncodedBatch,
     room: usize,
-) -> Result<(Tensor, Thoughts, KvCache)> {
+) -> Result<(Tensor, Thoughts, Vec<KvCache>)> {
     let mind = thinking.on(model)?;
-    let mut cache = model.new_cache(text.batch().seq() + room)?;
-    let z = mind.encode(text, Pass::Cached(&mut cache))?;
+    let new_cache = |length| model.decoder().new_cache(length + room);
+    let lengths = text.batch().lengths().into_iter();
+    let mut caches = lengths.map(new_cache).collect::<std::result::Result<Vec<_>, _>>()?;
+    let z = mind.encode(text, remembered(text.batch(), &mut caches))?;
     let thoughts = mind.think(text, z, |_, _| ())?;
-    let h = mind.hand_off(text, &thoughts, Pass::Cached(&mut cache))?;
-    Ok((h, thoughts, cache))
+    let h = mind.hand_off(text, &thoughts, remembered(text.batch(), &mut caches))?;
+    Ok((h, thoughts, caches))
+}
+
+/// The causal pass of a batch over a cache for each sequence.
+fn remembered<'a>(batch: &'a Batch, caches: &'a mut [KvCache]) -> Pass<'a> {
+    Pass::Remembered { batch, sight: Sight::Causal, caches: caches.iter_mut().collect() }
+}
+
+/// The logits of one more token of each sequence.
+fn next(model: &Transformer, caches: &mut [KvCache], ids: &[u32]) -> Result<Tensor> {
+    let batch = Batch::dense(ids.len(), 1)?;
+    tiny::logits(model, &model.embed_ids(ids)?, remembered(&batch, caches))
+}
+
+fn thought_model(config: &Config, seed: u64) -> Result<ThoughtModel> {
+    Ok(tiny::transformer(config, seed)?.into())
 }
 
 fn rows(xs: &Tensor) -> Result<Stream> {
-    Ok(xs.to_dtype(candle_core::DType::F64)?.squeeze(0)?.to_vec2()?)
+    Ok(xs.to_dtype(candle_core::DType::F64)?.to_vec2()?)
 }
 
 /// Two context segments around a plain one, and a plain end.
@@ -54,11 +72,11 @@ fn agrees_with_its_definition(
         HandOff::Mixed { weight } => weight,
         _ => 1.0,
     };
-    let model = tiny::transformer(config, seed)?;
+    let model = thought_model(config, seed)?;
     let reference = Reference::new(config, &tiny::weights(config, seed)?)?;
     let (ids, answer) = (tiny::tokens(config, seed, 10), tiny::tokens(config, seed + 1, 3));
-    let layout = Batch::one(10)?.with_context(0, &SEGMENTS)?;
-    let text = EncodedBatch::new(&model, &ids, layout)?;
+    let batch = Batch::one(10)?.with_context(0, &SEGMENTS)?;
+    let text = EncodedBatch::new(model.decoder(), &ids, batch)?;
     let (h, thoughts, mut cache) = think(&model, &thinking(span.clone(), hand_off), &text, 3)?;
 
     let definition = ByDefinition { decoder: &reference, thinker: &reference, segments: &SEGMENTS };
@@ -66,9 +84,9 @@ fn agrees_with_its_definition(
     let layers = config.num_hidden_layers;
     let expected = definition.logits(layers, span, weight, (&ids, &answer), streams);
 
-    let mut got = vec![model.logits(&h.narrow(1, 9, 1)?)?];
+    let mut got = vec![model.decoder().logits(&h.narrow(0, 9, 1)?)?];
     for &id in &answer {
-        got.push(tiny::logits(&model, &tiny::embed(&model, &[id])?, Pass::Cached(&mut cache))?);
+        got.push(next(model.decoder(), &mut cache, &[id])?);
     }
     for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
         let expected: Vec<f32> = expected.iter().map(|&value| value as f32).collect();
@@ -125,14 +143,14 @@ fn mixed_at_0_is_the_plain_model_bit_for_bit() -> Result {
 fn mixed_at_1_is_key_value_and_comes_near_it_before() -> Result {
     for (sliding_window, length) in cases() {
         let config = Config { sliding_window, ..tiny::config() };
-        let model = tiny::transformer(&config, 7)?;
+        let model = thought_model(&config, 7)?;
         let ids = tiny::tokens(&config, 7, length);
-        let layout = Batch::one(length)?.with_context(0, &[0..3, 5..length - 1])?;
-        let text = EncodedBatch::new(&model, &ids, layout)?;
+        let batch = Batch::one(length)?.with_context(0, &[0..3, 5..length - 1])?;
+        let text = EncodedBatch::new(model.decoder(), &ids, batch)?;
         let logits = |hand_off| -> Result<Tensor> {
             let (h, _, mut cache) = think(&model, &thinking(1..3, hand_off), &text, 1)?;
-            let next = tiny::logits(&model, &tiny::embed(&model, &[3])?, Pass::Cached(&mut cache))?;
-            Ok(Tensor::cat(&[&model.logits(&h)?, &next], 1)?)
+            let next = next(model.decoder(), &mut cache, &[3])?;
+            Ok(Tensor::cat(&[&model.decoder().logits(&h)?, &next], 0)?)
         };
         let key_value = logits(HandOff::KeyValue)?;
         assert_identical("at 1", &logits(HandOff::Mixed { weight: 1.0 })?, &key_value)?;
@@ -153,15 +171,15 @@ fn nothing_leaks_into_a_plain_segment() -> Result {
     let plain = [3, 4, 8, 9];
     for window in [None, Some(3)] {
         let config = Config { sliding_window: window, ..tiny::config() };
-        let model = tiny::transformer(&config, 8)?;
+        let model = thought_model(&config, 8)?;
         let ids = tiny::tokens(&config, 8, 10);
         for (hand_off, span) in HAND_OFFS.iter().flat_map(|h| [(*h, 0..3), (*h, 1..2)]) {
             let thinking = thinking(span.clone(), hand_off);
             let logits = |ids: &[u32]| -> Result<Vec<Vec<f32>>> {
-                let layout = Batch::one(10)?.with_context(0, &segments)?;
-                let text = EncodedBatch::new(&model, ids, layout)?;
+                let batch = Batch::one(10)?.with_context(0, &segments)?;
+                let text = EncodedBatch::new(model.decoder(), ids, batch)?;
                 let (h, _, _) = think(&model, &thinking, &text, 0)?;
-                Ok(model.logits(&h)?.squeeze(0)?.to_vec2()?)
+                Ok(model.decoder().logits(&h)?.to_vec2()?)
             };
             let before = logits(&ids)?;
             for changed in 0..10 {
@@ -188,37 +206,41 @@ fn nothing_leaks_into_a_plain_segment() -> Result {
 }
 
 #[test]
-fn a_batch_is_its_rows_one_by_one() -> Result {
-    let config = tiny::config();
-    let model = tiny::transformer(&config, 9)?;
-    let lengths = [7usize, 4, 6];
-    let contexts = [vec![0..3, 4..6], vec![1..2, 2..3], vec![0..1, 1..5]];
-    let mut layout = Batch::ragged(&lengths)?;
-    for (row, context) in contexts.iter().enumerate() {
-        layout = layout.with_context(row, context)?;
-    }
-    let all: Vec<Vec<u32>> = lengths
-        .iter()
-        .zip(9..)
-        .map(|(&length, seed)| tiny::tokens(&config, seed, length))
-        .collect();
-    let padded: Vec<u32> =
-        all.iter().flat_map(|ids| [vec![0; 7 - ids.len()], ids.clone()].concat()).collect();
-    for hand_off in HAND_OFFS {
-        let thinking = thinking(1..3, hand_off);
-        let text = EncodedBatch::new(&model, &padded, layout.clone())?;
-        let (batch, _, mut cache) = think(&model, &thinking, &text, 1)?;
-        let next = Tensor::new(&[[1u32], [2], [3]], model.device())?;
-        let next = tiny::logits(&model, &model.embed(&next)?, Pass::Cached(&mut cache))?;
-        for (row, ids) in all.iter().enumerate() {
-            let one = Batch::one(ids.len())?.with_context(0, &contexts[row])?;
-            let text = EncodedBatch::new(&model, ids, one)?;
-            let (h, _, mut cache) = think(&model, &thinking, &text, 1)?;
-            let of_batch = batch.narrow(0, row, 1)?.narrow(1, 7 - ids.len(), ids.len())?;
-            assert_close(&format!("{hand_off:?} row {row}"), &of_batch, &h, 1e-5)?;
-            let token = tiny::embed(&model, &[row as u32 + 1])?;
-            let alone = tiny::logits(&model, &token, Pass::Cached(&mut cache))?;
-            assert_close("next", &next.narrow(0, row, 1)?, &alone, 1e-5)?;
+fn a_batch_is_its_sequences_one_by_one() -> Result {
+    for sliding_window in [None, Some(3)] {
+        let config = Config { sliding_window, ..tiny::config() };
+        let model = thought_model(&config, 9)?;
+        let decoder = model.decoder();
+        let lengths = [7usize, 4, 6];
+        let contexts = [vec![0..3, 4..6], vec![1..2, 2..3], vec![0..1, 1..5]];
+        let mut batch = Batch::ragged(&lengths)?;
+        for (sequence, context) in contexts.iter().enumerate() {
+            batch = batch.with_context(sequence, context)?;
+        }
+        let all: Vec<Vec<u32>> = lengths
+            .iter()
+            .zip(9..)
+            .map(|(&length, seed)| tiny::tokens(&config, seed, length))
+            .collect();
+        for hand_off in HAND_OFFS {
+            let thinking = thinking(1..3, hand_off);
+            let text = EncodedBatch::new(decoder, &all.concat(), batch.clone())?;
+            let (together, thoughts, mut caches) = think(&model, &thinking, &text, 1)?;
+            let of_batch = next(decoder, &mut caches, &[1, 2, 3])?;
+            let mind = thinking.on(&model)?;
+            let uncached = mind.hand_off(&text, &thoughts, Pass::Causal(&batch))?;
+            for (sequence, ids) in all.iter().enumerate() {
+                let one = Batch::one(ids.len())?.with_context(0, &contexts[sequence])?;
+                let text = EncodedBatch::new(decoder, ids, one)?;
+                let (h, _, mut cache) = think(&model, &thinking, &text, 1)?;
+                let rows = batch.rows(sequence);
+                let of = |xs: &Tensor| xs.narrow(0, rows.start, rows.len());
+                let name = format!("{hand_off:?} sequence {sequence}");
+                assert_close(&name, &of(&together)?, &h, 1e-5)?;
+                assert_close(&format!("{name}, uncached"), &of(&uncached)?, &h, 1e-5)?;
+                let alone = next(decoder, &mut cache, &[sequence as u32 + 1])?;
+                assert_close("next", &of_batch.narrow(0, sequence, 1)?, &alone, 1e-5)?;
+            }
         }
     }
     Ok(())
@@ -227,19 +249,56 @@ fn a_batch_is_its_rows_one_by_one() -> Result {
 /// Without a cache the same stream comes out; seen causally, thoughts are handed over causally.
 #[test]
 fn handing_over_needs_no_cache_and_may_be_causal() -> Result {
-    let model = tiny::transformer(&tiny::config(), 10)?;
-    let layout = Batch::one(8)?.with_context(0, &[0..2, 2..5])?;
-    let text = tiny::text(&model, &layout, 10)?;
+    let model = thought_model(&tiny::config(), 10)?;
+    let batch = Batch::one(8)?.with_context(0, &[0..2, 2..5])?;
+    let text = tiny::text(model.decoder(), &batch, 10)?;
     for hand_off in HAND_OFFS {
         let thinking = thinking(0..2, hand_off);
         let (h, thoughts, _) = think(&model, &thinking, &text, 0)?;
-        let uncached = thinking.on(&model)?.hand_off(&text, &thoughts, Pass::Causal(&layout))?;
+        let uncached = thinking.on(&model)?.hand_off(&text, &thoughts, Pass::Causal(&batch))?;
         assert_close(&format!("{hand_off:?}"), &uncached, &h, 1e-5)?;
     }
-    let (plain, z) = (text.embeddings(), tiny::noise(10, &[1, 8, 16], 1.0)?);
-    let what = HandOver { plain, z: &z, weight: 1.0, sight: Sight::Causal };
-    let h = model.hand_over(&what, 0..3, &layout, None)?;
-    assert_identical("causal", &h, &model.forward(&z, 0..3, Pass::Causal(&layout))?)
+    let (first, z) = (text.embeddings().clone(), tiny::noise(10, &[8, 16], 1.0)?);
+    let thoughts = Thoughts { z, first, trace: Trace::default() };
+    let thinking = thinking(0..3, HandOff::Mixed { weight: 1.0 }).sight(Sight::Causal);
+    let expected = model.decoder().forward(&thoughts.z, 0..3, Pass::Causal(&batch))?;
+    let mind = thinking.on(&model)?;
+    let Entry { xs, layers } = mind.enter(&text, &thoughts, None)?;
+    assert_eq!(layers, 3..3);
+    assert_identical("causal", &xs, &expected)?;
+    let mut cache = model.decoder().new_cache(8)?;
+    let Entry { xs, .. } = mind.enter(&text, &thoughts, Some(&mut [&mut cache]))?;
+    assert_close("causal, into a cache", &xs, &expected, 1e-5)
+}
+
+/// A cache that holds something in the layers of the span is refused and stays as it is; one that has no
+/// room is empty there afterwards, and full before.
+#[test]
+fn what_is_handed_over_begins_the_cache() -> Result {
+    let model = thought_model(&tiny::config(), 13)?;
+    let text = tiny::text(model.decoder(), &tiny::prompt(6)?, 13)?;
+    for hand_off in [HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }] {
+        let thinking = thinking(1..3, hand_off);
+        let mind = thinking.on(&model)?;
+        let (_, thoughts, mut caches) = think(&model, &thinking, &text, 6)?;
+        let refused = mind.hand_off(&text, &thoughts, remembered(text.batch(), &mut caches));
+        assert!(matches!(refused, Err(Error::Parameter { name: "cache", .. })), "{refused:?}");
+        assert_eq!(caches[0].len(), 6);
+
+        // A short one, which has taken up four tokens before the span.
+        let mut cache = model.decoder().new_cache(5)?;
+        let some = text.embeddings().narrow(0, 0, 4)?;
+        model.decoder().forward(&some, 0..1, Pass::Cached(&mut cache))?;
+        let full = mind.enter(&text, &thoughts, Some(&mut [&mut cache]));
+        assert!(matches!(full, Err(Error::ContextFull { capacity: 5, .. })), "{full:?}");
+        let bytes = cache.bytes();
+        assert!(bytes > 0);
+        cache.truncate_layers(1..3, 0)?;
+        assert_eq!(cache.bytes(), bytes, "{hand_off:?}");
+        cache.truncate_layers(0..1, 0)?;
+        assert_eq!(cache.bytes(), 0);
+    }
+    Ok(())
 }
 
 // ---- thinking again ----

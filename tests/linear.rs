@@ -216,9 +216,9 @@ fn a_half_precision_model_is_the_rounded_one_in_f32() -> Result {
             assert_eq!(kept.dtype(), DType::F32);
             for seq in [1, 20] {
                 let ids = tiny::tokens(&config, 3, seq);
-                let layout = Batch::one(seq)?;
+                let batch = Batch::one(seq)?;
                 let run = |model: &Transformer| {
-                    tiny::logits(model, &tiny::embed(model, &ids)?, Pass::Bidirectional(&layout))
+                    tiny::logits(model, &tiny::embed(model, &ids)?, Pass::Bidirectional(&batch))
                 };
                 assert_close("logits", &run(&kept)?, &run(&rounded)?, 1e-5)?;
             }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::alloc::{Batch, GlobalAlloc, System};
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicIsize, Ordering};
@@ -24,25 +24,25 @@ static LIVE: AtomicIsize = AtomicIsize::new(0);
 
 // SAFETY: all is handed on to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Batch) -> *mut u8 {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.fetch_add(layout.size() as isize, Ordering::Relaxed);
         // SAFETY: as the caller promises.
         unsafe { System.alloc(layout) }
     }
 
-    unsafe fn alloc_zeroed(&self, layout: Batch) -> *mut u8 {
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         LIVE.fetch_add(layout.size() as isize, Ordering::Relaxed);
         // SAFETY: as the caller promises.
         unsafe { System.alloc_zeroed(layout) }
     }
 
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Batch) {
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
         // SAFETY: as the caller promises.
         unsafe { System.dealloc(memory, layout) }
     }
 
-    unsafe fn realloc(&self, memory: *mut u8, layout: Batch, size: usize) -> *mut u8 {
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         LIVE.fetch_add(size as isize - layout.size() as isize, Ordering::Relaxed);
         // SAFETY: as the caller promises.
         unsafe { System.realloc(memory, layout, size) }

@@ -5,9 +5,12 @@ mod common;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
-use hybrid_attention::model::{Batch, Linear, Mask, Pass, Sight, Transformer};
+use hybrid_attention::model::{
+    Attended, Batch, ForwardContext, KvCache, Linear, Mask, Pass, SideProjection, SideSignal,
+    Sight, Tap, Transformer, attend,
+};
 use hybrid_attention::refine::{Interpolate, Refine, Step};
-use hybrid_attention::thought::{EncodedBatch, HandOff};
+use hybrid_attention::thought::{EncodedBatch, HandOff, ThoughtModel};
 use hybrid_attention::{
     Config, GenerationConfig, HybridModel, Message, Pooling, Prompt, Thinking, TokenStream,
     Tokenizer,
@@ -32,8 +35,8 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
     let model = tiny::hybrid(&config, 1)?;
     let transformer = model.transformer();
     let (short, dense) = (tiny::embed(transformer, &[1, 2, 3])?, Batch::one(3)?);
-    let forward = |xs: &Tensor, layers, layout: &Batch| {
-        refusal(transformer.forward(xs, layers, Pass::Causal(layout)))
+    let forward = |xs: &Tensor, layers, batch: &Batch| {
+        refusal(transformer.forward(xs, layers, Pass::Causal(batch)))
     };
     let default = GenerationConfig::default;
     let generate = |config: &GenerationConfig| refusal(model.generate([1, 2, 3], config));
@@ -48,7 +51,18 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
     };
     let text = EncodedBatch::new(transformer, &[1, 2, 3], dense.clone())?;
     let thinking = Thinking::passes(1);
-    let mind = thinking.on(transformer)?;
+    let mind = thinking.on(model.thought_model())?;
+    let thoughts = mind.think(&text, text.embeddings().clone(), |_, _| ())?;
+    let (two, mut cache) = (Batch::ragged(&[1, 2])?, transformer.new_cache(8)?);
+    let lone = Pass::Remembered { batch: &two, sight: Sight::Causal, caches: vec![&mut cache] };
+    let lone = refusal(transformer.forward(&short, 0..3, lone));
+    let linear = |out, input| -> Result<Linear> {
+        Ok(Linear::dense(&Tensor::zeros((out, input), DType::F32, &Device::Cpu)?)?)
+    };
+    let side =
+        |layer, gate, up| refusal(transformer.with_side(layer, Some(SideProjection { gate, up })));
+    let signal = SideSignal::new().layer(1, Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?);
+    let signal = ForwardContext::from(Pass::Causal(&dense)).side(&signal);
 
     let refusals = [
         (
@@ -58,11 +72,11 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         (forward(&short, 0..4, &dense), "parameter layers: expected a range within 0..3, got 0..4"),
         (
             forward(&short, 0..3, &Batch::one(4)?),
-            "parameter layout: expected the sequence of 4 slots it describes, got 3",
+            "parameter batch: expected the 4 tokens of its 1 sequences, got a stream [3, 16]",
         ),
         (
             forward(&short, 0..3, &Batch::dense(2, 3)?),
-            "parameter batch: expected the 2 rows the pass was made for, got 1",
+            "parameter batch: expected the 6 tokens of its 2 sequences, got a stream [3, 16]",
         ),
         (
             forward(&Tensor::zeros((1, 0, 16), DType::F32, &Device::Cpu)?, 0..3, &dense),
@@ -74,11 +88,29 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             forward(&Tensor::zeros((1, 3, 17), DType::F32, &Device::Cpu)?, 0..3, &dense),
-            "parameter xs: expected a stream (batch, seq, 16), got [1, 3, 17]",
+            "parameter xs: expected a stream (tokens, 16), got [1, 3, 17]",
         ),
         (
             refusal(transformer.logits(&Tensor::zeros((0, 3, 16), DType::F32, &Device::Cpu)?)),
-            "parameter xs: expected a stream (batch, seq, 16), got [0, 3, 16]",
+            "the prompt is empty: at least one token is needed",
+        ),
+        (
+            refusal(transformer.logits(&Tensor::zeros(16, DType::F32, &Device::Cpu)?)),
+            "parameter xs: expected a stream (tokens, 16), got [16]",
+        ),
+        (lone, "parameter caches: expected one for each of 2 sequences, got 1"),
+        (
+            refusal(transformer.forward(&short, 0..3, signal)),
+            "parameter side signal: expected none for a layer without a side projection, got a width of 2",
+        ),
+        (
+            side(1, linear(24, 2)?, linear(24, 3)?),
+            "parameter side projection: expected gate and up of one shape (24, width), got (24, 2) and (24, 3)",
+        ),
+        (side(3, linear(24, 2)?, linear(24, 2)?), "parameter layer: expected less than 3, got 3"),
+        (
+            refusal(mind.enter_again(&text, &thoughts, &mut transformer.new_cache(8)?, 4)),
+            "parameter changed: expected a position within the 3 tokens, got 4",
         ),
         (
             refusal(mind.encode(&text, Pass::Bidirectional(&dense))),
@@ -99,7 +131,7 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             refusal(transformer.new_cache(usize::MAX)),
-            "context full: room for 2048 positions, 18446744073709551615 requested",
+            "context full: the model has room for 2048 positions, 18446744073709551615 requested",
         ),
         (
             refusal(transformer.embed(&Tensor::new(&[[1u32, 32]], &Device::Cpu)?)),
@@ -107,15 +139,35 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             refusal(Batch::one(5)?.with_context(0, &[3..4, 1..2])),
-            "parameter segments: expected ascending runs of the row's 5 tokens, got [3..4, 1..2]",
+            "parameter segments: expected ascending runs of the sequence's 5 tokens, got [3..4, 1..2]",
         ),
         (
             refusal(Batch::dense(2, 5)?.with_context(2, &[])),
-            "parameter row: expected less than the batch of 2, got 2",
+            "parameter sequence: expected less than the 2 of the batch, got 2",
+        ),
+        (
+            refusal(Batch::one(5)?.starting_at(0, usize::MAX)),
+            "parameter first: expected positions up to 2147483647, got 18446744073709551615",
+        ),
+        (
+            refusal(Batch::ragged(&[5, usize::MAX])),
+            "parameter batch: expected at most 2147483647 tokens, and as many sequences, got 5 tokens and 18446744073709551615 more",
+        ),
+        (
+            refusal(Batch::dense(usize::MAX, 0)),
+            "parameter batch: expected at most 2147483647 tokens, and as many sequences, got 18446744073709551615 sequences",
+        ),
+        (
+            refusal(EncodedBatch::new(transformer, &[1, 2], Batch::one(3)?)),
+            "parameter ids: expected 3 tokens, as in the batch, got 2",
+        ),
+        (
+            refusal(transformer.new_pool(DType::I64, usize::MAX)),
+            "parameter cache dtype: expected F32, BF16 or F16, got I64",
         ),
         (
             refusal(Pooling::Mean.pool(&short, &Batch::one(4)?)),
-            "parameter layout: expected 1 rows of 3 slots, got 1 rows of 4",
+            "parameter batch: expected the 4 tokens of its 1 sequences, got a stream [1, 3, 16]",
         ),
         (
             think(Thinking::passes(1_000_000_000)),
@@ -165,7 +217,7 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             refusal(model.generate(vec![1; 2049], &default())),
-            "context full: room for 2048 positions, 2049 requested",
+            "context full: the model has room for 2048 positions, 2049 requested",
         ),
         (
             refusal(model.generate(Prompt::default(), &default())),
@@ -234,7 +286,22 @@ impl Refine for Misshapen {
 fn thoughts_of_another_shape_are_an_error() -> Result {
     let model = tiny::hybrid(&tiny::config(), 1)?;
     let prompts = [Prompt::from([1, 2, 3]), Prompt::from([5])];
-    for shape in [vec![], vec![0], vec![1], vec![16], vec![1, 1, 1], vec![2, 3, 16], vec![3, 16]] {
+    let shapes = [
+        vec![],
+        vec![0],
+        vec![1],
+        vec![16],
+        vec![1, 1, 1],
+        vec![2, 3, 16],
+        vec![1, 3, 16],
+        vec![1, 1, 16],
+        vec![2, 16],
+        vec![4, 16],
+        vec![3, 17],
+        vec![16, 3],
+        vec![48],
+    ];
+    for shape in shapes {
         for prompt in &prompts {
             let thinking = Thinking::passes(1).refine(Misshapen(shape.clone()));
             let config = GenerationConfig::default().max_tokens(2).thinking(thinking);
@@ -254,65 +321,147 @@ fn shares() -> impl Strategy<Value = f64> {
     prop_oneof![0.0..1.0, any::<f64>(), Just(f64::NAN), Just(f64::INFINITY), Just(-0.0)]
 }
 
+/// Looks at whatever it is told to.
+struct Prying([usize; 4]);
+
+impl Tap for Prying {
+    fn attention(&mut self, _: usize, attended: &Attended<'_>) -> hybrid_attention::Result<()> {
+        let [a, b, c, d] = self.0;
+        let _ = (attended.scores(a, b, range(c, d)), attended.weights(b, c, range(a, d)));
+        let _ = (attended.keys_and_values(a), attended.mean_weights(b));
+        Ok(())
+    }
+}
+
+fn ones(shape: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?)
+}
+
 /// Every call that takes sizes and ranges, with any.
-fn drive(model: &Transformer, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) -> Result {
-    let hidden = model.config().hidden_size;
-    let shape = (xs[0], xs[1], if xs[2] == 0 { hidden } else { xs[2] });
-    let xs = Tensor::ones(shape, DType::F32, &Device::Cpu)?;
-    let layouts = [
-        Batch::dense(shape.0, shape.1)?,
+fn drive(model: &ThoughtModel, xs: [usize; 3], n: [usize; 4], lengths: &[usize]) -> Result {
+    let decoder = model.decoder();
+    let hidden = decoder.config().hidden_size;
+    let shape = [xs[0], xs[1], if xs[2] == 0 { hidden } else { xs[2] }];
+    let xs = ones(&shape)?;
+    let batches = [
+        Batch::dense(shape[0], shape[1])?,
         Batch::ragged(lengths)?,
-        Batch::one(shape.1)?.with_context(0, &[range(n[0], n[1])]).unwrap_or(Batch::dense(0, 0)?),
+        Batch::one(shape[1])?.with_context(0, &[range(n[0], n[1])]).unwrap_or(Batch::dense(0, 0)?),
+        Batch::ragged(lengths)?.starting_at(n[0], n[1]).unwrap_or(Batch::one(0)?),
     ];
-    for layout in &layouts {
-        let layers = range(n[0], n[1]);
-        for layers in [layers, model.all_layers()] {
-            let _ = model.forward(&xs, layers.clone(), Pass::Causal(layout));
-            let _ = model.forward(&xs, layers.clone(), Pass::Bidirectional(layout));
-            let dtype = [DType::F32, DType::BF16, DType::F16, DType::I64][n[0] % 4];
-            if let Ok(mut cache) = model.new_pool(dtype, usize::MAX)?.new_cache(n[2]) {
-                for _ in 0..3 {
-                    let _ = model.forward(&xs, layers.clone(), Pass::Cached(&mut cache));
-                    let _ = cache.truncate(n[3]);
-                }
+    let _ = (Batch::one(n[0]), Batch::dense(n[0], n[1]), Batch::ragged(&n));
+    for batch in &batches {
+        let fitting = ones(&[batch.tokens(), hidden])?;
+        drive_passes(decoder, batch, [&xs, &fitting], n)?;
+        drive_thinking(model, batch, [&xs, &fitting], n)?;
+        for pooling in [Pooling::Mean, Pooling::WeightedMean, Pooling::LastToken] {
+            let _ = (pooling.pool(&xs, batch), pooling.pool(&fitting, batch));
+        }
+        let _ = (batch.rows(n[0]), batch.context(n[1]), batch.first(n[2]), batch.thinks());
+        let _ = (batch.sum(&xs), batch.sum(&fitting), batch.clone().with_context(n[0], &[]));
+
+        for mask in [
+            Mask::new(batch, Sight::Bidirectional, Some(n[3]))?,
+            Mask::with_past(batch, Sight::Causal, Some(n[2]), &n)?,
+            Mask::with_past(batch, Sight::Bidirectional, None, &n[..1])?,
+        ] {
+            let _ = (mask.sees(n[0], n[1]), mask.keys(n[2]), mask.sequences());
+            let dim = n[1].min(9);
+            let keys: usize = (0..mask.sequences()).map(|sequence| mask.keys(sequence).len()).sum();
+            for keys in [keys, n[3].min(9)] {
+                let q = ones(&[n[0].min(6), mask.queries(), dim])?;
+                let k = ones(&[n[2].min(3), keys, dim])?;
+                let _ = attend(&q, &k, &k, &mask);
             }
         }
-        for pooling in [Pooling::Mean, Pooling::WeightedMean, Pooling::LastToken] {
-            let _ = pooling.pool(&xs, layout);
-        }
-        let thinking = Thinking::passes(n[2].min(3)).span(range(n[0], n[1]));
-        let thinking = thinking.hand_off(match n[3] % 3 {
-            0 => HandOff::Refined,
-            1 => HandOff::KeyValue,
-            _ => HandOff::Mixed { weight: 0.5 },
-        });
-        let ids = vec![1; n[1].min(9)];
-        let Ok(text) = EncodedBatch::new(model, &ids, layout.clone()) else { continue };
-        let Ok(mind) = thinking.on(model) else { continue };
-        let _ = mind.encode(&text, Pass::Causal(layout));
-        let _ = mind.think_once(&xs, layout);
-        let Ok(mut thoughts) = mind.think(&text, text.embeddings().clone(), |_, _| ()) else {
-            continue;
-        };
-        let _ = mind.hand_off(&text, &thoughts, Pass::Causal(layout));
-        thoughts.z = xs.clone();
-        let _ = mind.hand_off(&text, &thoughts, Pass::Bidirectional(layout));
-        let _ = mind.think(&text, xs.clone(), |_, _| ());
-
-        let queries = range(n[0].min(600), n[1].min(600));
-        let mask = Mask::new(layout, Sight::Bidirectional, queries, n[2], Some(n[3]));
-        let _ = (mask.sees(n[0], n[1]), mask.queries(), mask.keys());
-        let _ = mask.keys_of(&range(n[2], n[3]));
-        let _ = mask.bias(&range(n[2], n[3]), &range(n[0], n[1]), DType::F32, &Device::Cpu);
     }
-    let _ = model.logits(&xs);
-    let _ = model.embed(&Tensor::zeros((shape.0, shape.1), DType::U32, &Device::Cpu)?);
+    let _ = decoder.logits(&xs);
+    let _ = decoder.embed(&Tensor::zeros((shape[0], shape[1]), DType::U32, &Device::Cpu)?);
     let (out, width) = (n[0].min(9), n[1].min(9));
     for dtype in [DType::BF16, DType::F32, DType::U32] {
         let linear = Linear::dense(&Tensor::zeros((out, width), dtype, &Device::Cpu)?)?;
         let _ = linear.forward(&xs);
-        let fitting = Tensor::ones((shape.0, shape.1, width), DType::F32, &Device::Cpu)?;
+        let fitting = ones(&[shape[0], shape[1], width])?;
         let _ = linear.forward(&fitting);
+        let side = SideProjection { gate: linear.clone(), up: linear };
+        let _ = decoder.with_side(n[2], Some(side));
+    }
+    Ok(())
+}
+
+fn drive_passes(
+    decoder: &Transformer,
+    batch: &Batch,
+    streams: [&Tensor; 2],
+    n: [usize; 4],
+) -> Result {
+    let side = SideSignal::new().layer(n[0].min(4), ones(&[n[1].min(40), n[2].min(6)])?);
+    let dtype = [DType::F32, DType::BF16, DType::F16, DType::I64][n[0] % 4];
+    for layers in [range(n[0], n[1]), decoder.all_layers()] {
+        for xs in streams {
+            let _ = decoder.forward(xs, layers.clone(), Pass::Causal(batch));
+            let _ = decoder.forward(xs, layers.clone(), Pass::Bidirectional(batch));
+            let beside = ForwardContext::from(Pass::Causal(batch)).side(&side);
+            let _ = decoder.forward(xs, layers.clone(), beside);
+            let mut prying = Prying(n);
+            let watched = ForwardContext::from(Pass::Bidirectional(batch)).tap(&mut prying);
+            let _ = decoder.forward(xs, layers.clone(), watched);
+            let Ok(pool) = decoder.new_pool(dtype, n[3].saturating_mul(10_000)) else { continue };
+            let Ok(mut cache) = pool.new_cache(n[2]) else { continue };
+            for _ in 0..3 {
+                let _ = decoder.forward(xs, layers.clone(), Pass::Cached(&mut cache));
+                let _ = cache.truncate_layers(range(n[1], n[3]), n[0]);
+                let _ = cache.truncate(n[3]);
+            }
+            let mut forks: Vec<KvCache> = (0..n[3].min(5)).map(|_| cache.fork()).collect();
+            for sight in [Sight::Causal, Sight::Bidirectional] {
+                let caches = forks.iter_mut().collect();
+                let mut prying = Prying(n);
+                let pass = Pass::Remembered { batch, sight, caches };
+                let watched = ForwardContext::from(pass).tap(&mut prying);
+                let _ = decoder.forward(xs, layers.clone(), watched);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn drive_thinking(
+    model: &ThoughtModel,
+    batch: &Batch,
+    streams: [&Tensor; 2],
+    n: [usize; 4],
+) -> Result {
+    let decoder = model.decoder();
+    let thinking = Thinking::passes(n[2].min(3)).span(range(n[0], n[1]));
+    let thinking = thinking.hand_off(match n[3] % 3 {
+        0 => HandOff::Refined,
+        1 => HandOff::KeyValue,
+        _ => HandOff::Mixed { weight: 0.5 },
+    });
+    let Ok(mind) = thinking.on(model) else { return Ok(()) };
+    for tokens in [batch.tokens(), n[1].min(9)] {
+        let Ok(text) = EncodedBatch::new(decoder, &vec![1; tokens], batch.clone()) else {
+            continue;
+        };
+        let _ = mind.encode(&text, Pass::Causal(batch));
+        let _ = streams.map(|xs| mind.think_once(xs, batch).ok());
+        let Ok(mut thoughts) = mind.think(&text, text.embeddings().clone(), |_, _| ()) else {
+            continue;
+        };
+        for z in [thoughts.z.clone(), streams[0].clone()] {
+            thoughts.z = z;
+            let _ = mind.hand_off(&text, &thoughts, Pass::Causal(batch));
+            let _ = mind.hand_off(&text, &thoughts, Pass::Bidirectional(batch));
+            let Ok(mut cache) = decoder.new_cache(n[2]) else { continue };
+            let _ = mind.encode(&text, Pass::Cached(&mut cache));
+            let _ = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache));
+            let _ = mind.enter_again(&text, &thoughts, &mut cache, n[3]);
+            let mut forks: Vec<KvCache> = (0..n[3].min(5)).map(|_| cache.fork()).collect();
+            let mut caches: Vec<_> = forks.iter_mut().collect();
+            let _ = mind.enter(&text, &thoughts, Some(&mut caches));
+        }
+        let _ = streams.map(|xs| mind.think(&text, xs.clone(), |_, _| ()).ok());
     }
     Ok(())
 }
@@ -327,7 +476,7 @@ proptest! {
         lengths in prop::collection::vec(0usize..12, 0..4),
     ) {
         let config = Config { sliding_window: window, tie_word_embeddings: tied, ..tiny::config() };
-        let run = || drive(&tiny::transformer(&config, 1)?, [batch, seq, width], n, &lengths);
+        let run = || drive(&tiny::thought_model(&config, 1)?, [batch, seq, width], n, &lengths);
         holds(run())?;
     }
 

@@ -32,13 +32,13 @@ fn a_second_pass_needs_no_new_memory() -> Result {
         ..tiny::config()
     };
     let model = Transformer::new(&config, &mut tiny::weights(&config, 1)?)?;
-    let xs = Tensor::randn(0f32, 1.0, (1, 512, 512), &Device::Cpu)?;
-    let layout = Batch::one(512)?;
+    let xs = Tensor::randn(0f32, 1.0, (512, 512), &Device::Cpu)?;
+    let batch = Batch::one(512)?;
     // The first passes on each thread of the pool take up what later ones use again.
     let mut fewest = u64::MAX;
     for _ in 0..12 {
         let before = pages()?;
-        model.forward(&xs, model.all_layers(), Pass::Bidirectional(&layout))?;
+        model.forward(&xs, model.all_layers(), Pass::Bidirectional(&batch))?;
         fewest = fewest.min(pages()? - before);
     }
     // Given back and asked for again, the results of a layer are this many in every pass.

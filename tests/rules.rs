@@ -7,14 +7,14 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::thread::ScopedJoinHandle;
 
-use candle_core::{DType, Device, IndexOp, Tensor, Var};
-use hybrid_attention::model::{Batch, KvCache, Mask, Pass, Sight, Transformer};
+use candle_core::{DType, Device, Tensor, Var};
+use hybrid_attention::model::{Batch, KvCache, KvPool, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::EncodedBatch;
+use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 use proptest::prelude::*;
 
-use common::tiny::{self, holds};
+use common::tiny::{self, holds, rows_of, through};
 use common::{Result, assert_close, assert_identical};
 
 /// Sums in another order round differently.
@@ -34,21 +34,21 @@ fn configs_with_span() -> impl Strategy<Value = (Config, Range<usize>)> {
 }
 
 /// Encode, think and hand off through a cache; the logits of every token.
-fn thought_logits(model: &Transformer, thinking: &Thinking, ids: &[u32]) -> Result<Tensor> {
-    let text = EncodedBatch::new(model, ids, Batch::one(ids.len())?)?;
-    let mut cache = model.new_cache(ids.len())?;
+fn thought_logits(model: &ThoughtModel, thinking: &Thinking, ids: &[u32]) -> Result<Tensor> {
+    let decoder = model.decoder();
+    let text = EncodedBatch::new(decoder, ids, Batch::one(ids.len())?)?;
+    let mut cache = decoder.new_cache(ids.len())?;
     let mind = thinking.on(model)?;
     let z = mind.encode(&text, Pass::Cached(&mut cache))?;
     let thoughts = mind.think(&text, z, |_, _| ())?;
-    Ok(model.logits(&mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?)?)
+    Ok(decoder.logits(&mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?)?)
 }
 
 fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: usize) -> Result {
-    let model = tiny::transformer(config, seed)?;
-    let ids = tiny::tokens(config, seed, seq);
-    let xs = tiny::embed(&model, &ids)?;
-    let mut cache = model.new_cache(seq)?;
-    let plain = tiny::logits(&model, &xs, Pass::Cached(&mut cache))?;
+    let model = ThoughtModel::from(tiny::transformer(config, seed)?);
+    let (decoder, ids) = (model.decoder(), tiny::tokens(config, seed, seq));
+    let mut cache = decoder.new_cache(seq)?;
+    let plain = tiny::logits(decoder, &decoder.embed_ids(&ids)?, Pass::Cached(&mut cache))?;
     let none = Thinking::passes(0).span(span).refine(Interpolate::new(weight));
     for thinking in [&none, &Thinking::none()] {
         assert_identical("logits", &thought_logits(&model, thinking, &ids)?, &plain)?;
@@ -63,10 +63,10 @@ fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: us
 }
 
 fn strength_0(config: &Config, span: Range<usize>, passes: usize, seed: u64, seq: usize) -> Result {
-    let model = tiny::transformer(config, seed)?;
-    let ids = tiny::tokens(config, seed, seq);
-    let xs = tiny::embed(&model, &ids)?;
-    let plain = tiny::logits(&model, &xs, Pass::Causal(&Batch::one(seq)?))?;
+    let model = ThoughtModel::from(tiny::transformer(config, seed)?);
+    let (decoder, ids) = (model.decoder(), tiny::tokens(config, seed, seq));
+    let xs = decoder.embed_ids(&ids)?;
+    let plain = tiny::logits(decoder, &xs, Pass::Causal(&Batch::one(seq)?))?;
     let thinking = Thinking::passes(passes).span(span).refine(Interpolate::new(0.0));
     assert_close("logits", &thought_logits(&model, &thinking, &ids)?, &plain, ROUNDING)
 }
@@ -91,107 +91,114 @@ proptest! {
 
 // ---- who sees whom ----
 
-/// A batch of texts: how long each is, and two cuts that make its middle third context.
-fn layouts(batch: Range<usize>, longest: usize) -> impl Strategy<Value = Batch> {
-    let row = (1..=longest).prop_flat_map(|length| {
+/// A batch of texts: how long each is, and cuts between which it is context.
+fn batches(sequences: Range<usize>, longest: usize) -> impl Strategy<Value = Batch> {
+    let sequence = (1..=longest).prop_flat_map(|length| {
         let cuts = prop::collection::vec(0..=length, 0..6);
         (Just(length), prop::option::of(cuts))
     });
-    prop::collection::vec(row, batch).prop_filter_map("valid segments", |rows| {
-        let lengths: Vec<usize> = rows.iter().map(|(length, _)| *length).collect();
-        let mut layout = Batch::ragged(&lengths)?;
-        for (row, (_, cuts)) in rows.into_iter().enumerate() {
+    prop::collection::vec(sequence, sequences).prop_filter_map("valid segments", |sequences| {
+        let lengths: Vec<usize> = sequences.iter().map(|(length, _)| *length).collect();
+        let mut batch = Batch::ragged(&lengths).ok()?;
+        for (sequence, (_, cuts)) in sequences.into_iter().enumerate() {
             let Some(mut cuts) = cuts else { continue };
             cuts.sort_unstable();
             let segments: Vec<_> = cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect();
-            layout = layout.with_context(row, &segments).ok()?;
+            batch = batch.with_context(sequence, &segments).ok()?;
         }
-        Some(layout)
+        Some(batch)
     })
 }
 
-/// The rule in the documentation of [`Mask`], word for word.
+/// The rule in the documentation of [`Mask`], word for word: `query` and `key` are positions, and the
+/// query is one of the new tokens.
 fn sees(
-    (layout, row): (&Batch, usize),
+    (batch, sequence): (&Batch, usize),
     sight: Sight,
     window: Option<usize>,
     (query, key): (usize, usize),
 ) -> bool {
-    let start = layout.starts()[row];
-    if query < start {
-        return query == key;
-    }
-    let segment = layout.context(row).iter().find(|segment| segment.contains(&query));
+    let first = batch.first(sequence);
+    let inside = |run: &&Range<usize>, position: usize| {
+        (first + run.start..first + run.end).contains(&position)
+    };
+    let segment = batch.context(sequence).iter().find(|run| inside(run, query));
     let within = |distance: usize| window.is_none_or(|window| distance < window);
     let behind = key <= query && within(query - key);
     let ahead = key > query
         && sight == Sight::Bidirectional
-        && segment.is_some_and(|segment| segment.contains(&key))
+        && segment.is_some_and(|segment| inside(&segment, key))
         && within(key - query);
-    start <= key && (behind || ahead)
+    behind || ahead
 }
 
 fn sights() -> impl Strategy<Value = Sight> {
     prop_oneof![Just(Sight::Causal), Just(Sight::Bidirectional)]
 }
 
-fn uncached(layout: &Batch, sight: Sight) -> Pass<'_> {
-    match sight {
-        Sight::Causal => Pass::Causal(layout),
-        Sight::Bidirectional => Pass::Bidirectional(layout),
-    }
-}
-
-/// The slots whose stream changes when the one at `changed` does.
+/// The rows whose stream changes when the one at `changed` does.
 fn moved(
     model: &Transformer,
-    layout: &Batch,
+    batch: &Batch,
     sight: Sight,
     changed: usize,
     seed: u64,
 ) -> Result<BTreeSet<usize>> {
-    let (seq, hidden) = (layout.seq(), model.config().hidden_size);
-    let before = tiny::noise(seed, &[1, seq, hidden], 1.0)?;
-    let other = tiny::noise(seed.wrapping_add(1), &[1, 1, hidden], 1.0)?;
-    let after = before.slice_assign(&[0..1, changed..changed + 1, 0..hidden], &other)?;
+    let (tokens, hidden) = (batch.tokens(), model.config().hidden_size);
+    let before = tiny::noise(seed, &[tokens, hidden], 1.0)?;
+    let other = tiny::noise(seed.wrapping_add(1), &[1, hidden], 1.0)?;
+    let after = before.slice_assign(&[changed..changed + 1, 0..hidden], &other)?;
     let run = |xs: &Tensor| -> Result<Vec<Vec<f32>>> {
-        let ys = model.forward(xs, model.all_layers(), uncached(layout, sight))?;
-        Ok(ys.squeeze(0)?.to_vec2()?)
+        let ys = model.forward(xs, model.all_layers(), Pass::uncached(batch, sight))?;
+        Ok(ys.to_vec2()?)
     };
     let (before, after) = (run(&before)?, run(&after)?);
-    Ok((0..seq).filter(|&slot| before[slot] != after[slot]).collect())
+    Ok((0..tokens).filter(|&row| before[row] != after[row]).collect())
 }
 
+/// `past` has for each sequence the position at which it goes on, and the oldest one that is left.
 fn mask_is_the_rule(
-    layout: &Batch,
+    batch: &Batch,
     sight: Sight,
     window: Option<usize>,
-    past: usize,
-    first: usize,
+    past: &[(usize, usize)],
 ) -> Result {
-    let past = past.min(layout.seq() - 1);
-    let first = first.min(past);
-    let mask = Mask::new(layout, sight, past..layout.seq(), first, window);
-    assert_eq!((mask.queries(), mask.keys()), (layout.seq() - past, layout.seq() - first));
-    for row in 0..layout.batch() {
-        for query in past..layout.seq() {
-            for key in first..layout.seq() {
-                let expected = sees((layout, row), sight, window, (query, key));
-                let got = mask.sees(row, query - past).contains(&(key - first));
-                assert_eq!(got, expected, "row {row}, query {query}, key {key}");
+    let (mut batch, mut oldest) = (batch.clone(), Vec::new());
+    for (sequence, (first, gone)) in (0..batch.sequences()).zip(past) {
+        batch = batch.starting_at(sequence, *first)?;
+        oldest.push(*first.min(gone));
+    }
+    let mask = Mask::with_past(&batch, sight, window, &oldest)?;
+    assert_eq!((mask.queries(), mask.sequences()), (batch.tokens(), batch.sequences()));
+    for (sequence, rows) in batch.all_rows().enumerate() {
+        let (first, oldest) = (batch.first(sequence), oldest[sequence]);
+        let end = first + rows.len();
+        assert_eq!(mask.keys(sequence), oldest..end);
+        for query in first..end {
+            for key in 0..end + 2 {
+                let there = (oldest..end).contains(&key);
+                let expected = there && sees((&batch, sequence), sight, window, (query, key));
+                let got = mask.sees(sequence, query - first).contains(&key);
+                assert_eq!(got, expected, "sequence {sequence}, query {query}, key {key}");
             }
         }
     }
+    let alone = Mask::new(&batch, sight, window)?;
+    let firsts: Vec<usize> = (0..batch.sequences()).map(|it| batch.first(it)).collect();
+    assert_eq!(alone, Mask::with_past(&batch, sight, window, &firsts)?);
     Ok(())
 }
 
-fn one_layer(config: &Config, layout: &Batch, sight: Sight, at: usize, seed: u64) -> Result {
+/// A token moves those that see it, and nothing of any other sequence.
+fn one_layer(config: &Config, batch: &Batch, sight: Sight, at: usize, seed: u64) -> Result {
     let model = tiny::transformer(&Config { num_hidden_layers: 1, ..config.clone() }, seed)?;
-    let at = at % layout.seq();
-    let window = config.sliding_window;
-    let expected: BTreeSet<usize> =
-        (0..layout.seq()).filter(|&slot| sees((layout, 0), sight, window, (slot, at))).collect();
-    assert_eq!(moved(&model, layout, sight, at, seed)?, expected, "token {at}");
+    let (at, window) = (at % batch.tokens(), config.sliding_window);
+    let sequence = batch.all_rows().position(|rows| rows.contains(&at)).ok_or("in no sequence")?;
+    let rows = batch.rows(sequence);
+    let sees =
+        |row: &usize| sees((batch, sequence), sight, window, (row - rows.start, at - rows.start));
+    let expected: BTreeSet<usize> = rows.clone().filter(sees).collect();
+    assert_eq!(moved(&model, batch, sight, at, seed)?, expected, "token {at}");
     Ok(())
 }
 
@@ -209,9 +216,9 @@ fn segment(config: &Config, seed: u64, parts: [usize; 3], at: usize) -> Result {
     let [before, inside, after] = parts;
     let seq = before + inside + after;
     let segment = before..before + inside;
-    let layout = Batch::one(seq)?.with_context(0, std::slice::from_ref(&segment))?;
+    let batch = Batch::one(seq)?.with_context(0, std::slice::from_ref(&segment))?;
     let at = segment.start + at % inside;
-    let from = |sight| moved(&model, &layout, sight, at, seed);
+    let from = |sight| moved(&model, &batch, sight, at, seed);
     assert_eq!(from(Sight::Bidirectional)?, (segment.start..seq).collect(), "token {at}");
     assert_eq!(from(Sight::Causal)?, (at..seq).collect(), "token {at}");
     Ok(())
@@ -222,18 +229,18 @@ proptest! {
 
     #[test]
     fn the_mask_is_its_documentation(
-        layout in layouts(1..4, 16), sight in sights(), window in prop::option::of(1usize..20),
-        past in 0usize..16, first in 0usize..16,
+        batch in batches(1..4, 16), sight in sights(), window in prop::option::of(1usize..20),
+        past in prop::collection::vec((0usize..16, 0usize..16), 3),
     ) {
-        holds(mask_is_the_rule(&layout, sight, window, past, first))?;
+        holds(mask_is_the_rule(&batch, sight, window, &past))?;
     }
 
     #[test]
     fn one_layer_reaches_exactly_as_far_as_the_mask(
-        config in tiny::configs(), layout in layouts(1..2, 16), sight in sights(), at: usize,
+        config in tiny::configs(), batch in batches(1..4, 16), sight in sights(), at: usize,
         seed: u64,
     ) {
-        holds(one_layer(&config, &layout, sight, at, seed))?;
+        holds(one_layer(&config, &batch, sight, at, seed))?;
     }
 
     #[test]
@@ -254,59 +261,73 @@ proptest! {
 
 // ---- one result, many ways ----
 
-/// Runs `xs` through the cache, `chunk` tokens at a time.
-fn through(model: &Transformer, cache: &mut KvCache, xs: &Tensor, chunk: usize) -> Result<Tensor> {
-    let seq = xs.dim(1)?;
-    let chunks = (0..seq).step_by(chunk).map(|start| {
-        let chunk = xs.narrow(1, start, chunk.min(seq - start))?;
-        Ok(model.forward(&chunk, model.all_layers(), Pass::Cached(cache))?)
-    });
-    Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 1)?)
+/// All sequences of a batch through their caches side by side, `chunk` tokens of each at a time.
+fn side_by_side(
+    model: &Transformer,
+    caches: &mut [KvCache],
+    (xs, batch): (&Tensor, &Batch),
+    chunk: usize,
+) -> Result<Tensor> {
+    let longest = batch.lengths().into_iter().max().unwrap_or(0);
+    tiny::side_by_side(model, caches, (xs, batch), &tiny::steps(0..longest, chunk))
 }
 
-/// The embeddings of `layout`'s tokens, padding included.
-fn inputs(model: &Transformer, layout: &Batch, seed: u64) -> Result<Tensor> {
-    let (batch, seq) = (layout.batch(), layout.seq());
-    let ids = tiny::tokens(model.config(), seed, batch * seq);
-    Ok(model.embed(&Tensor::new(ids, &Device::Cpu)?.reshape((batch, seq))?)?)
+/// A cache for each sequence of a batch.
+fn caches(model: &Transformer, batch: &Batch) -> Result<Vec<KvCache>> {
+    batch.lengths().into_iter().map(|length| Ok(model.new_cache(length.max(1))?)).collect()
 }
 
-/// Row `row` of `xs` without its padding.
-fn row_of(xs: &Tensor, layout: &Batch, row: usize) -> Result<Tensor> {
-    let start = layout.starts()[row];
-    Ok(xs.i(row..row + 1)?.narrow(1, start, layout.seq() - start)?)
+/// Embeddings of random tokens: `(tokens, hidden)`.
+fn inputs(model: &Transformer, batch: &Batch, seed: u64) -> Result<Tensor> {
+    Ok(model.embed_ids(&tiny::tokens(model.config(), seed, batch.tokens()))?)
 }
 
-fn cached_is_uncached(config: &Config, layout: &Batch, chunk: usize, seed: u64) -> Result {
+/// One sequence by itself.
+fn alone(batch: &Batch, sequence: usize) -> Result<Batch> {
+    let length = batch.rows(sequence).len();
+    Ok(Batch::one(length)?.with_context(0, batch.context(sequence))?)
+}
+
+fn cached_is_uncached(config: &Config, batch: &Batch, chunk: usize, seed: u64) -> Result {
     let model = tiny::transformer(config, seed)?;
-    let xs = inputs(&model, layout, seed)?;
-    let expected = model.forward(&xs, model.all_layers(), Pass::Causal(layout))?;
-    for chunk in [chunk, 1, layout.seq()] {
-        let mut cache = model.new_cache(layout.seq())?;
-        let ys = through(&model, &mut cache, &xs, chunk)?;
-        for row in 0..layout.batch() {
-            let (ys, expected) = (row_of(&ys, layout, row)?, row_of(&expected, layout, row)?);
-            assert_close(&format!("row {row}, chunks of {chunk}"), &ys, &expected, ROUNDING)?;
+    let xs = inputs(&model, batch, seed)?;
+    let expected = model.forward(&xs, model.all_layers(), Pass::Causal(batch))?;
+    for chunk in [chunk, 1, batch.tokens()] {
+        let mut caches = caches(&model, batch)?;
+        let ys = side_by_side(&model, &mut caches, (&xs, batch), chunk)?;
+        for (sequence, cache) in caches.iter_mut().enumerate() {
+            let expected = rows_of(&expected, batch, sequence)?;
+            let name = format!("sequence {sequence}, chunks of {chunk}");
+            assert_close(&name, &rows_of(&ys, batch, sequence)?, &expected, ROUNDING)?;
+            assert_eq!(cache.len(), batch.rows(sequence).len());
+            cache.reset();
+            let ys = through(&model, cache, &rows_of(&xs, batch, sequence)?, chunk)?;
+            assert_close(&format!("{name}, alone"), &ys, &expected, ROUNDING)?;
         }
     }
     Ok(())
 }
 
-fn batch_is_its_rows(config: &Config, layout: &Batch, chunk: usize, seed: u64) -> Result {
+fn batch_is_its_sequences(config: &Config, batch: &Batch, chunk: usize, seed: u64) -> Result {
     let model = tiny::transformer(config, seed)?;
-    let xs = inputs(&model, layout, seed)?;
-    let run = |xs: &Tensor, layout: &Batch| -> Result<[Tensor; 3]> {
+    let xs = inputs(&model, batch, seed)?;
+    let run = |xs: &Tensor, batch: &Batch| -> Result<[Tensor; 4]> {
         let pass = |pass: Pass<'_>| model.forward(xs, model.all_layers(), pass);
-        let mut cache = model.new_cache(layout.seq())?;
-        let (causal, both_ways) = (pass(Pass::Causal(layout))?, pass(Pass::Bidirectional(layout))?);
-        Ok([causal, both_ways, through(&model, &mut cache, xs, chunk)?])
+        let (causal, both_ways) = (pass(Pass::Causal(batch))?, pass(Pass::Bidirectional(batch))?);
+        let through = side_by_side(&model, &mut caches(&model, batch)?, (xs, batch), chunk)?;
+        let (sight, mut caches) = (Sight::Bidirectional, caches(&model, batch)?);
+        let caches = caches.iter_mut().collect();
+        let remembered = pass(Pass::Remembered { batch, sight, caches })?;
+        Ok([causal, both_ways, through, remembered])
     };
-    let together = run(&xs, layout)?;
-    for row in 0..layout.batch() {
-        let alone = run(&row_of(&xs, layout, row)?, &alone(layout, row)?)?;
+    let together = run(&xs, batch)?;
+    assert_close("remembered", &together[3], &together[1], ROUNDING)?;
+    for sequence in 0..batch.sequences() {
+        let alone = run(&rows_of(&xs, batch, sequence)?, &alone(batch, sequence)?)?;
         for (index, (together, alone)) in together.iter().zip(alone).enumerate() {
-            let together = row_of(together, layout, row)?;
-            assert_close(&format!("row {row}, pass {index}"), &together, &alone, ROUNDING)?;
+            let together = rows_of(together, batch, sequence)?;
+            let name = format!("sequence {sequence}, pass {index}");
+            assert_close(&name, &together, &alone, ROUNDING)?;
         }
     }
     Ok(())
@@ -317,23 +338,23 @@ proptest! {
 
     #[test]
     fn cached_and_chunked_is_the_full_recomputation(
-        config in tiny::configs(), layout in layouts(1..4, 20), chunk in 1usize..10, seed: u64,
+        config in tiny::configs(), batch in batches(1..4, 20), chunk in 1usize..10, seed: u64,
     ) {
-        holds(cached_is_uncached(&config, &layout, chunk, seed))?;
+        holds(cached_is_uncached(&config, &batch, chunk, seed))?;
     }
 
     #[test]
-    fn a_ragged_batch_is_its_rows_one_by_one(
-        config in tiny::configs(), layout in layouts(2..4, 20), chunk in 1usize..10, seed: u64,
+    fn a_ragged_batch_is_its_sequences_one_by_one(
+        config in tiny::configs(), batch in batches(2..4, 20), chunk in 1usize..10, seed: u64,
     ) {
-        holds(batch_is_its_rows(&config, &layout, chunk, seed))?;
+        holds(batch_is_its_sequences(&config, &batch, chunk, seed))?;
     }
 }
 
-// ---- padding ----
+// ---- packing ----
 
 /// A tiny model whose last layers run in thought passes only, as `thoughts` blocks of its own.
-fn with_thought_layers(config: &Config, thoughts: usize, seed: u64) -> Result<Transformer> {
+fn with_thought_layers(config: &Config, thoughts: usize, seed: u64) -> Result<ThoughtModel> {
     let all = config.num_hidden_layers;
     let longer = Config { num_hidden_layers: all + thoughts, ..config.clone() };
     let mut weights = tiny::weights(&longer, seed)?;
@@ -346,88 +367,89 @@ fn with_thought_layers(config: &Config, thoughts: usize, seed: u64) -> Result<Tr
             weights.insert(name.replace(&from, &format!("thought.layers.{layer}.")), weight);
         }
     }
-    Ok(Transformer::new(config, &mut weights)?)
+    Ok(ThoughtModel::new(config, &mut weights)?)
 }
 
-/// Row `row` of `layout` by itself.
-fn alone(layout: &Batch, row: usize) -> Result<Batch> {
-    let start = layout.starts()[row];
-    let segments: Vec<_> =
-        layout.context(row).iter().map(|run| run.start - start..run.end - start).collect();
-    Ok(Batch::one(layout.seq() - start)?.with_context(0, &segments)?)
-}
-
-/// Rows of these lengths with context segments, their order and emptiness as they come.
+/// Sequences of these lengths with context segments, their order and emptiness as they come.
 fn with_segments(lengths: &[usize], seed: u64) -> Result<Batch> {
-    let mut layout = Batch::ragged(lengths)?;
-    for (row, &length) in lengths.iter().enumerate() {
-        layout =
-            layout.with_context(row, &tiny::segments(seed.wrapping_add(row as u64), length))?;
+    let mut batch = Batch::ragged(lengths)?;
+    for (sequence, &length) in lengths.iter().enumerate() {
+        let segments = tiny::segments(seed.wrapping_add(sequence as u64), length);
+        batch = batch.with_context(sequence, &segments)?;
     }
-    Ok(layout)
+    Ok(batch)
 }
 
 /// What leaves `layers` and the thought layers after them, and the gradient of a sum of it that
 /// weighs every element by `weights`.
 fn with_gradient(
-    model: &Transformer,
+    model: &ThoughtModel,
     xs: &Tensor,
     layers: Range<usize>,
-    (layout, sight): (&Batch, Sight),
+    (batch, sight): (&Batch, Sight),
     weights: &Tensor,
 ) -> Result<[Tensor; 2]> {
     let xs = Var::from_tensor(xs)?;
-    let h = model.forward(xs.as_tensor(), layers, uncached(layout, sight))?;
-    let ys = model.forward_thought_layers(&h, layout, sight)?;
+    let h = model.decoder().forward(xs.as_tensor(), layers, Pass::uncached(batch, sight))?;
+    let ys = model.forward_thought_layers(&h, batch, sight)?;
     let gradients = (&ys * weights)?.sum_all()?.backward()?;
     Ok([ys.detach(), gradients.get(&xs).ok_or("no gradient")?.clone()])
 }
 
-/// Values and gradients of every row are those of that row alone, whatever stands in the padding;
-/// and of a loss that leaves the padding out, none reaches it.
-fn padding_is_left_out(
+/// Values and gradients of every sequence are those of that sequence alone, whatever stands in its
+/// neighbours; and of a loss that leaves a sequence out, nothing reaches it.
+fn neighbours_take_no_part(
     config: &Config,
-    layout: &Batch,
+    batch: &Batch,
     span: Range<usize>,
     thoughts: usize,
     seed: u64,
 ) -> Result {
     let model = with_thought_layers(config, thoughts, seed)?;
-    let (batch, seq, hidden) = (layout.batch(), layout.seq(), config.hidden_size);
-    let xs = inputs(&model, layout, seed)?;
-    let real = Tensor::new(layout.real(), &Device::Cpu)?.unsqueeze(2)?; // (batch, seq, 1)
-    let weights = tiny::noise(seed, &[batch, seq, hidden], 1.0)?.broadcast_mul(&real)?;
+    let (tokens, hidden) = (batch.tokens(), config.hidden_size);
+    let xs = inputs(model.decoder(), batch, seed)?;
+    let weights = tiny::noise(seed, &[tokens, hidden], 1.0)?;
+    let filled = || (0..batch.sequences()).filter(|it| !batch.rows(*it).is_empty());
     for sight in [Sight::Causal, Sight::Bidirectional] {
-        let run = |xs: &Tensor, layers: Range<usize>, layout: &Batch, weights: &Tensor| {
-            with_gradient(&model, xs, layers, (layout, sight), weights)
+        let run = |xs: &Tensor, batch: &Batch, weights: &Tensor| {
+            with_gradient(&model, xs, span.clone(), (batch, sight), weights)
         };
-        let [ys, gradient] = run(&xs, span.clone(), layout, &weights)?;
-        for row in 0..batch {
-            let start = layout.starts()[row];
-            let padding = |of: &Tensor| of.i((row..row + 1, ..start));
-            assert_identical("padding", &padding(&ys)?, &padding(&xs)?)?;
-            assert_identical(
-                "of padding",
-                &padding(&gradient)?.abs()?,
-                &padding(&xs.zeros_like()?)?,
-            )?;
-            if start == seq {
-                continue; // an empty row
-            }
-            let (xs, weights) = (row_of(&xs, layout, row)?, row_of(&weights, layout, row)?);
-            let [expected, slope] = run(&xs, span.clone(), &alone(layout, row)?, &weights)?;
-            let name = format!("{sight:?}, row {row}");
-            assert_close(&name, &row_of(&ys, layout, row)?, &expected, ROUNDING)?;
+        let untracked = |xs: &Tensor| -> Result<Tensor> {
+            let h = model.decoder().forward(xs, span.clone(), Pass::uncached(batch, sight))?;
+            Ok(model.forward_thought_layers(&h, batch, sight)?)
+        };
+        let [ys, gradient] = run(&xs, batch, &weights)?;
+        for sequence in filled() {
+            let of = |xs: &Tensor| rows_of(xs, batch, sequence);
+            let [expected, slope] = run(&of(&xs)?, &alone(batch, sequence)?, &of(&weights)?)?;
+            let name = format!("{sight:?}, sequence {sequence}");
+            assert_close(&name, &of(&ys)?, &expected, ROUNDING)?;
             let name = format!("gradient, {name}");
-            assert_close(&name, &row_of(&gradient, layout, row)?, &slope, 10.0 * ROUNDING)?;
+            assert_close(&name, &of(&gradient)?, &slope, 10.0 * ROUNDING)?;
         }
-        // Where there is padding, nothing: not even what is no number.
-        let holes = Tensor::full(f32::NAN, xs.shape(), &Device::Cpu)?;
-        let holes = real.broadcast_as(xs.shape())?.gt(0f32)?.where_cond(&xs, &holes)?;
-        let [with_holes, _] = run(&holes, span.clone(), layout, &weights)?;
-        for row in (0..batch).filter(|row| layout.starts()[*row] < seq) {
-            let (got, expected) = (row_of(&with_holes, layout, row)?, row_of(&ys, layout, row)?);
-            assert_identical("beside padding that is no number", &got, &expected)?;
+        // Every second sequence is left out of the loss, then filled with what is no number.
+        for odd in [0, 1] {
+            let kept = |sequence: usize| sequence % 2 == odd;
+            let kept_rows = batch.all_rows().enumerate().flat_map(|(sequence, rows)| {
+                std::iter::repeat_n(f32::from(u8::from(kept(sequence))), rows.len())
+            });
+            let kept_rows = Tensor::from_iter(kept_rows, &Device::Cpu)?.reshape((tokens, 1))?;
+            let [_, of_some] = run(&xs, batch, &weights.broadcast_mul(&kept_rows)?)?;
+            let holes = Tensor::full(f32::NAN, xs.shape(), &Device::Cpu)?;
+            let holes = kept_rows.broadcast_as(xs.shape())?.gt(0f32)?.where_cond(&xs, &holes)?;
+            let [with_holes, _] = run(&holes, batch, &weights)?;
+            let (plain, plain_with_holes) = (untracked(&xs)?, untracked(&holes)?);
+            for sequence in filled() {
+                let of = |xs: &Tensor| rows_of(xs, batch, sequence);
+                if !kept(sequence) {
+                    let none = xs.zeros_like()?;
+                    assert_identical("left out", &of(&of_some)?.abs()?, &of(&none)?)?;
+                    continue;
+                }
+                let name = "beside what is no number";
+                assert_identical(name, &of(&with_holes)?, &of(&ys)?)?;
+                assert_identical(name, &of(&plain_with_holes)?, &of(&plain)?)?;
+            }
         }
     }
     Ok(())
@@ -437,25 +459,25 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn padding_takes_no_part(
+    fn a_sequence_takes_no_part_in_its_neighbours(
         (config, span) in configs_with_span(), lengths in prop::collection::vec(0usize..24, 1..5),
         longest in 1usize..24, thoughts in 0usize..3, seed: u64,
     ) {
         let lengths = [lengths, vec![longest]].concat();
-        let layout = with_segments(&lengths, seed).map_err(|e| TestCaseError::fail(e.to_string()))?;
-        holds(padding_is_left_out(&config, &layout, span, thoughts, seed))?;
+        let batch = with_segments(&lengths, seed).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        holds(neighbours_take_no_part(&config, &batch, span, thoughts, seed))?;
     }
 }
 
-/// Longer than what any part of attention takes at a time, beside rows that are much shorter.
+/// Longer than what any part of attention takes at a time, beside sequences that are much shorter.
 #[test]
-fn long_and_short_rows_are_packed_alike() -> Result {
+fn long_and_short_sequences_are_packed_alike() -> Result {
     for sliding_window in [None, Some(70)] {
         let config = Config { sliding_window, ..tiny::config() };
-        let layout = with_segments(&[1, 700, 0, 64, 701, 3], 5)?;
-        padding_is_left_out(&config, &layout, 0..3, 1, 5)?;
-        let layout = Batch::ragged(&[400, 900, 1])?;
-        padding_is_left_out(&config, &layout, 1..3, 0, 6)?;
+        let batch = with_segments(&[1, 700, 0, 64, 701, 3], 5)?;
+        neighbours_take_no_part(&config, &batch, 0..3, 1, 5)?;
+        let batch = Batch::ragged(&[400, 900, 1])?;
+        neighbours_take_no_part(&config, &batch, 1..3, 0, 6)?;
     }
     Ok(())
 }
@@ -465,19 +487,38 @@ fn long_and_short_rows_are_packed_alike() -> Result {
 /// Tokens that the blocks take up at a time: the room of a rolling cache beyond its window.
 const CHUNK: usize = 512;
 
-fn rolling(window: usize, seq: usize, chunk: usize, pad: usize, seed: u64) -> Result {
+/// Positions that there is memory for in every layer: whole blocks, as many as hold what is there.
+fn held(cache: &KvCache, config: &Config) -> usize {
+    let Config { num_hidden_layers, num_key_value_heads, head_dim, .. } = config;
+    let position = 2 * num_key_value_heads * head_dim * cache.dtype().size_in_bytes();
+    assert_eq!(cache.oldest() % KvPool::BLOCK, 0);
+    let held = cache.bytes() / num_hidden_layers / position;
+    assert_eq!(held, cache.len().next_multiple_of(KvPool::BLOCK) - cache.oldest());
+    held
+}
+
+fn rolling(window: usize, seq: usize, chunk: usize, less: usize, seed: u64) -> Result {
     let config = Config { sliding_window: Some(window), num_hidden_layers: 2, ..tiny::config() };
     let model = tiny::transformer(&config, seed)?;
-    let layout = Batch::ragged(&[seq, seq - pad])?;
-    let xs = inputs(&model, &layout, seed)?;
-    let expected = model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?;
-    let mut cache = model.new_cache(seq)?;
-    assert!(cache.slots() < window + CHUNK && cache.slots() < seq, "{} slots", cache.slots());
-    let ys = through(&model, &mut cache, &xs, chunk)?;
-    assert!(cache.slots() < window + CHUNK, "{} slots", cache.slots());
-    for row in 0..2 {
-        let (ys, expected) = (row_of(&ys, &layout, row)?, row_of(&expected, &layout, row)?);
-        assert_close(&format!("row {row}"), &ys, &expected, ROUNDING)?;
+    let batch = Batch::ragged(&[seq, seq - less])?;
+    let xs = inputs(&model, &batch, seed)?;
+    let expected = model.forward(&xs, model.all_layers(), Pass::Causal(&batch))?;
+    // A block is begun before the window, and one is not full.
+    let most = window + CHUNK + 2 * KvPool::BLOCK;
+
+    let mut caches = caches(&model, &batch)?;
+    assert!(caches.iter().all(|cache| held(cache, &config) == 0));
+    let together = side_by_side(&model, &mut caches, (&xs, &batch), chunk)?;
+    for (sequence, cache) in caches.iter_mut().enumerate() {
+        let expected = rows_of(&expected, &batch, sequence)?;
+        assert!(held(cache, &config) < most && cache.oldest() > 0, "{}", cache.oldest());
+        let ys = rows_of(&together, &batch, sequence)?;
+        assert_close(&format!("sequence {sequence}"), &ys, &expected, ROUNDING)?;
+        cache.reset();
+        assert_eq!((cache.bytes(), cache.pool().used_bytes()), (0, 0));
+        let ys = through(&model, cache, &rows_of(&xs, &batch, sequence)?, chunk)?;
+        assert!(held(cache, &config) < most && cache.oldest() > 0, "{}", cache.oldest());
+        assert_close(&format!("sequence {sequence}, alone"), &ys, &expected, ROUNDING)?;
     }
     Ok(())
 }
@@ -486,22 +527,22 @@ fn rolling(window: usize, seq: usize, chunk: usize, pad: usize, seed: u64) -> Re
 fn layers_apart(window: usize, chunks: [usize; 2], seed: u64) -> Result {
     let config = Config { sliding_window: Some(window), ..tiny::config() };
     let model = tiny::transformer(&config, seed)?;
-    let layout = Batch::one(950)?;
-    let xs = inputs(&model, &layout, seed)?;
-    let expected = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
+    let batch = Batch::one(950)?;
+    let xs = inputs(&model, &batch, seed)?;
+    let expected = model.forward(&xs, 0..3, Pass::Causal(&batch))?;
     let mut cache = model.new_cache(950)?;
-    let past = xs.narrow(1, 0, 900)?;
+    let past = xs.narrow(0, 0, 900)?;
     let mut in_chunks = |xs: &Tensor, layers: Range<usize>, chunk: usize| -> Result<Tensor> {
         let chunks = (0..900).step_by(chunk).map(|start| {
-            let xs = xs.narrow(1, start, chunk.min(900 - start))?;
+            let xs = xs.narrow(0, start, chunk.min(900 - start))?;
             Ok(model.forward(&xs, layers.clone(), Pass::Cached(&mut cache))?)
         });
-        Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 1)?)
+        Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 0)?)
     };
     let z = in_chunks(&past, 0..1, chunks[0])?;
     in_chunks(&z, 1..3, chunks[1])?;
-    let ys = through(&model, &mut cache, &xs.narrow(1, 900, 50)?, 7)?;
-    assert_close("after layers apart", &ys, &expected.narrow(1, 900, 50)?, ROUNDING)
+    let ys = through(&model, &mut cache, &xs.narrow(0, 900, 50)?, 7)?;
+    assert_close("after layers apart", &ys, &expected.narrow(0, 900, 50)?, ROUNDING)
 }
 
 /// Goes back to `length` after `seq` tokens and on with others.
@@ -509,9 +550,8 @@ fn truncated(window: Option<usize>, seq: usize, length: usize, seed: u64) -> Res
     let config = Config { sliding_window: window, num_hidden_layers: 2, ..tiny::config() };
     let model = tiny::transformer(&config, seed)?;
     let (old, new) = (tiny::tokens(&config, seed, seq), tiny::tokens(&config, !seed, 5));
-    let layout = Batch::one(1)?;
     let mut cache = model.new_cache(seq + new.len())?;
-    through(&model, &mut cache, &tiny::embed(&model, &old)?, seq)?;
+    through(&model, &mut cache, &model.embed_ids(&old)?, seq)?;
     let kept = match cache.truncate(length) {
         Ok(()) => length.min(seq),
         Err(Error::CacheRolled { length: asked, oldest }) => {
@@ -522,12 +562,12 @@ fn truncated(window: Option<usize>, seq: usize, length: usize, seed: u64) -> Res
         Err(other) => return Err(other.into()),
     };
     assert_eq!(cache.len(), kept);
-    let ys = through(&model, &mut cache, &tiny::embed(&model, &new)?, 2)?;
+    let ys = through(&model, &mut cache, &model.embed_ids(&new)?, 2)?;
 
     let all = [&old[..kept], new.as_slice()].concat();
-    let xs = tiny::embed(&model, &all)?;
+    let xs = model.embed_ids(&all)?;
     let fresh = model.forward(&xs, model.all_layers(), Pass::Causal(&Batch::one(all.len())?))?;
-    assert_close("after truncate", &ys, &fresh.narrow(1, kept, new.len())?, ROUNDING)?;
+    assert_close("after truncate", &ys, &fresh.narrow(0, kept, new.len())?, ROUNDING)?;
 
     cache.reset();
     assert!(cache.is_empty());
@@ -540,10 +580,10 @@ proptest! {
 
     #[test]
     fn a_rolling_cache_is_the_uncached_window(
-        window in 1usize..40, seq in 600usize..1500, chunk in 1usize..700, pad in 0usize..30,
+        window in 1usize..40, seq in 630usize..1500, chunk in 1usize..700, less in 0usize..30,
         seed: u64,
     ) {
-        holds(rolling(window, seq, chunk, pad, seed))?;
+        holds(rolling(window, seq, chunk, less, seed))?;
     }
 
     #[test]
@@ -568,10 +608,11 @@ fn a_rolled_cache_says_what_it_has_let_go_of() -> Result {
     let config = Config { sliding_window: Some(4), ..tiny::config() };
     let model = tiny::transformer(&config, 1)?;
     let mut cache = model.new_cache(1024)?;
-    through(&model, &mut cache, &tiny::embed(&model, &tiny::tokens(&config, 1, 600))?, 600)?;
-    // The second chunk let go of all but 3 of the first 512.
-    let rolled = cache.truncate(511);
-    assert!(matches!(rolled, Err(Error::CacheRolled { length: 511, oldest: 509 })), "{rolled:?}");
+    through(&model, &mut cache, &model.embed_ids(&tiny::tokens(&config, 1, 600))?, 600)?;
+    // The second chunk needs position 509, and let go of the five blocks before it.
+    assert_eq!((cache.oldest(), 5 * KvPool::BLOCK), (480, 480));
+    let rolled = cache.truncate(482);
+    assert!(matches!(rolled, Err(Error::CacheRolled { length: 482, oldest: 480 })), "{rolled:?}");
     cache.truncate(usize::MAX)?;
     assert_eq!(cache.len(), 600);
     cache.truncate(512)?;
@@ -588,26 +629,29 @@ fn a_rolled_cache_says_what_it_has_let_go_of() -> Result {
 fn a_full_cache_is_an_error_that_changes_nothing() -> Result {
     let config = tiny::config();
     let model = tiny::transformer(&config, 1)?;
-    let xs = tiny::embed(&model, &tiny::tokens(&config, 1, 700))?;
+    let xs = model.embed_ids(&tiny::tokens(&config, 1, 700))?;
     let mut cache = model.new_cache(650)?;
     let mut add = |xs: &Tensor| model.forward(xs, model.all_layers(), Pass::Cached(&mut cache));
 
-    let full = add(&xs);
-    assert!(matches!(full, Err(Error::ContextFull { capacity: 650, requested: 700 })), "{full:?}");
+    let refused = |result: std::result::Result<(), Error>, what, room, asked| {
+        assert!(
+            matches!(result, Err(Error::ContextFull { of, capacity, requested })
+                if of == what && capacity == room && requested == asked),
+            "{result:?}"
+        );
+    };
+    refused(add(&xs).map(|_| ()), "the cache", 650, 700);
     // Nothing of the refused tokens stays: there is room for exactly 650.
-    add(&xs.narrow(1, 0, 650)?)?;
-    let full = add(&xs.narrow(1, 650, 1)?);
-    assert!(matches!(full, Err(Error::ContextFull { capacity: 650, requested: 651 })), "{full:?}");
+    add(&xs.narrow(0, 0, 650)?)?;
+    refused(add(&xs.narrow(0, 650, 1)?).map(|_| ()), "the cache", 650, 651);
     assert_eq!(cache.len(), 650);
 
-    let long = Batch::one(config.max_position_embeddings + 1)?;
-    let capacity = config.max_position_embeddings;
-    let beyond = model.new_cache(capacity + 1).map(|_| ());
-    assert!(
-        matches!(beyond, Err(Error::ContextFull { capacity: c, requested: r })
-            if c == capacity && r == capacity + 1),
-        "{beyond:?}"
-    );
+    let most = config.max_position_embeddings;
+    refused(model.new_cache(most + 1).map(|_| ()), "the model", most, most + 1);
+    let long = Batch::one(most + 1)?;
+    let xs = model.embed_ids(&vec![0; most + 1])?;
+    let beyond = model.forward(&xs, model.all_layers(), Pass::Causal(&long));
+    refused(beyond.map(|_| ()), "the model", most, most + 1);
     Ok(())
 }
 
@@ -637,18 +681,25 @@ fn weights_are_shared_between_threads() -> Result {
     Ok(())
 }
 
-/// Longer than what any part of a block takes at a time, at once and through a cache.
+/// Longer than what any part of a block takes at a time, at once and through caches.
 #[test]
 fn a_long_text_at_once_is_the_same_in_chunks() -> Result {
     let model = tiny::transformer(&tiny::config(), 14)?;
-    let layout = Batch::ragged(&[1300, 900])?;
-    let xs = tiny::text(&model, &layout, 14)?.embeddings().clone();
-    let whole = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
-    let mut cache = model.new_cache(1300)?;
-    let chunks = model.forward(&xs, 0..3, Pass::Cached(&mut cache))?;
-    for (row, length) in [(0, 1300), (1, 900)] {
-        let text = |xs: &Tensor| xs.narrow(0, row, 1)?.narrow(1, 1300 - length, length);
-        assert_close("row", &text(&whole)?, &text(&chunks)?, ROUNDING)?;
+    let batch = Batch::ragged(&[1300, 900])?;
+    let xs = tiny::text(&model, &batch, 14)?.embeddings().clone();
+    let whole = model.forward(&xs, 0..3, Pass::Causal(&batch))?;
+    let mut caches = caches(&model, &batch)?;
+    let (sight, remembering) = (Sight::Causal, caches.iter_mut().collect());
+    let pass = Pass::Remembered { batch: &batch, sight, caches: remembering };
+    let chunks = model.forward(&xs, 0..3, pass)?;
+    assert_eq!(caches.iter().map(KvCache::len).collect::<Vec<_>>(), [1300, 900]);
+    for (sequence, cache) in caches.iter_mut().enumerate() {
+        let expected = rows_of(&whole, &batch, sequence)?;
+        assert_close("side by side", &rows_of(&chunks, &batch, sequence)?, &expected, ROUNDING)?;
+        cache.reset();
+        let xs = rows_of(&xs, &batch, sequence)?;
+        let ys = model.forward(&xs, 0..3, Pass::Cached(cache))?;
+        assert_close("alone", &ys, &expected, ROUNDING)?;
     }
     Ok(())
 }

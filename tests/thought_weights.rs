@@ -9,9 +9,9 @@ use std::ops::Range;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts};
+use hybrid_attention::thought::{EncodedBatch, HandOff, ThoughtModel, Thoughts};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 
 use common::reference::{Reference, Stream, ThoughtLoop};
@@ -64,13 +64,13 @@ fn with_gate(mut weights: Weights, seed: u64) -> Result<Weights> {
     Ok(weights)
 }
 
-fn transformer(weights: &Weights) -> Result<Transformer> {
+fn thought_model(weights: &Weights) -> Result<ThoughtModel> {
     let mut weights: HashMap<_, _> = weights.clone().into_iter().collect();
-    Ok(Transformer::new(&config(), &mut weights)?)
+    Ok(ThoughtModel::new(&config(), &mut weights)?)
 }
 
 fn hybrid(weights: &Weights) -> Result<HybridModel> {
-    Ok(HybridModel::new(transformer(weights)?, None)?)
+    Ok(HybridModel::new(thought_model(weights)?, None)?)
 }
 
 /// Writes a folder as Hugging Face has it and loads it.
@@ -87,11 +87,11 @@ fn refusal(weights: &Weights) -> Result<Error> {
     Ok(loaded.err().ok_or("it was loaded")?)
 }
 
-fn layout() -> Result<Batch> {
+fn batch() -> Result<Batch> {
     Ok(Batch::ragged(&[9, 6])?.with_context(0, &[0..4, 5..8])?.with_context(1, &[1..3, 3..6])?)
 }
 
-fn think(model: &Transformer, thinking: &Thinking, text: &Text) -> Result<Thoughts> {
+fn think(model: &ThoughtModel, thinking: &Thinking, text: &EncodedBatch) -> Result<Thoughts> {
     let mind = thinking.on(model)?;
     let z = mind.encode(text, Pass::Causal(text.batch()))?;
     Ok(mind.think(text, z, |_, _| ())?)
@@ -102,21 +102,21 @@ const SPANS: [Range<usize>; 3] = [0..3, 1..2, 2..3];
 #[test]
 fn a_folder_with_thought_weights_loads() -> Result {
     let bare = load(&plain_weights(1)?)?;
-    assert_eq!(bare.transformer().thought_layers(), 0);
-    assert!(bare.transformer().thought_gate().is_none());
+    assert_eq!(bare.thought_model().thought_layers(), 0);
+    assert!(bare.thought_model().thought_gate().is_none());
 
     let model = load(&with_gate(with_layers(1)?, 1)?)?;
-    assert_eq!(model.transformer().thought_layers(), 2);
-    let loaded = model.transformer().thought_gate().ok_or("no gate")?;
+    assert_eq!(model.thought_model().thought_layers(), 2);
+    let loaded = model.thought_model().thought_gate().ok_or("no gate")?;
     assert_identical(GATE, loaded, &gate(1)?)?;
     assert_eq!(model.transformer().all_layers(), 0..3);
 
     let mut one = with_layers(1)?;
     one.retain(|name, _| !name.starts_with("thought.layers.1."));
-    assert_eq!(load(&one)?.transformer().thought_layers(), 1);
+    assert_eq!(load(&one)?.thought_model().thought_layers(), 1);
     let only = load(&with_gate(plain_weights(1)?, 1)?)?;
-    assert_eq!(only.transformer().thought_layers(), 0);
-    assert!(only.transformer().thought_gate().is_some());
+    assert_eq!(only.thought_model().thought_layers(), 0);
+    assert!(only.thought_model().thought_gate().is_some());
     Ok(())
 }
 
@@ -124,47 +124,44 @@ fn a_folder_with_thought_weights_loads() -> Result {
 #[test]
 fn a_pass_goes_on_through_the_thought_layers() -> Result {
     let model = load(&with_layers(2)?)?;
-    let model = model.transformer();
+    let model = model.thought_model();
     let longer = tiny::transformer(&five(), 2)?;
-    let layout = layout()?;
-    let text = tiny::text(model, &layout, 2)?;
-    let z = tiny::noise(2, &[2, 9, 16], 1.0)?;
+    let batch = batch()?;
+    let text = tiny::text(model.decoder(), &batch, 2)?;
+    let z = tiny::noise(2, &[15, 16], 1.0)?;
     for sight in [Sight::Bidirectional, Sight::Causal] {
-        let pass = || match sight {
-            Sight::Bidirectional => Pass::Bidirectional(&layout),
-            Sight::Causal => Pass::Causal(&layout),
-        };
+        let pass = || Pass::uncached(&batch, sight);
         for span in SPANS {
             let thinking = Thinking::passes(1).span(span.clone()).sight(sight);
-            let h = thinking.on(model)?.think_once(&z, &layout)?;
+            let h = thinking.on(model)?.think_once(&z, &batch)?;
             let of_span = longer.forward(&z, span, pass())?;
             let expected = longer.forward(&of_span, 3..5, pass())?;
             assert_identical("a pass", &h, &expected)?;
-            let direct = model.forward_thought_layers(&of_span, &layout, sight)?;
+            let direct = model.forward_thought_layers(&of_span, &batch, sight)?;
             assert_identical("the layers alone", &direct, &expected)?;
         }
     }
     // What is read causally for the decoder, and to see what it would say, is the model's own.
     let thoughts = think(model, &Thinking::passes(2), &text)?;
     let thinking = Thinking::passes(2);
-    let h = thinking.on(model)?.hand_off(&text, &thoughts, Pass::Causal(&layout))?;
-    assert_identical("hand-off", &h, &longer.forward(&thoughts.z, 0..3, Pass::Causal(&layout))?)
+    let h = thinking.on(model)?.hand_off(&text, &thoughts, Pass::Causal(&batch))?;
+    assert_identical("hand-off", &h, &longer.forward(&thoughts.z, 0..3, Pass::Causal(&batch))?)
 }
 
 #[test]
 fn thinking_with_them_is_what_loops_make_of_it() -> Result {
     let (ids, segments) = (tiny::tokens(&config(), 3, 9), [0..4, 5..8]);
-    let layout = Batch::one(9)?.with_context(0, &segments)?;
+    let batch = Batch::one(9)?.with_context(0, &segments)?;
     for (weights, thought_layers, gated) in [
         (with_layers(3)?, 2, false),
         (with_gate(with_layers(3)?, 3)?, 2, true),
         (with_gate(plain_weights(3)?, 3)?, 0, true),
     ] {
         let model = load(&weights)?;
-        let model = model.transformer();
+        let model = model.thought_model();
         let all: HashMap<_, _> = weights.into_iter().collect();
         let reference = Reference::new(&config(), &all)?;
-        let text = EncodedBatch::new(model, &ids, layout.clone())?;
+        let text = EncodedBatch::new(model.decoder(), &ids, batch.clone())?;
         for span in SPANS {
             // Without a gate: damped, over three passes.
             let share = match gated {
@@ -187,7 +184,7 @@ fn thinking_with_them_is_what_loops_make_of_it() -> Result {
             let expected = Tensor::new(expected, &Device::Cpu)?.to_dtype(DType::F32)?;
             let z = think(model, &Thinking::passes(3).span(span.clone()), &text)?.z;
             let name = format!("{thought_layers} layers, gated {gated}, {span:?}");
-            assert_close(&name, &z.squeeze(0)?, &expected, 1e-5)?;
+            assert_close(&name, &z, &expected, 1e-5)?;
         }
     }
     Ok(())
@@ -204,13 +201,13 @@ fn layers_of_zero_output_change_nothing() -> Result {
         }
     }
     let (model, bare) = (load(&weights)?, load(&plain_weights(4)?)?);
-    assert_eq!(model.transformer().thought_layers(), 2);
-    let text = tiny::text(model.transformer(), &layout()?, 4)?;
+    assert_eq!(model.thought_model().thought_layers(), 2);
+    let text = tiny::text(model.transformer(), &batch()?, 4)?;
     let prompt = tiny::tokens(&config(), 4, 12);
     for span in SPANS {
         let thinking = Thinking::passes(3).span(span.clone());
-        let got = think(model.transformer(), &thinking, &text)?;
-        let expected = think(bare.transformer(), &thinking, &text)?;
+        let got = think(model.thought_model(), &thinking, &text)?;
+        let expected = think(bare.thought_model(), &thinking, &text)?;
         assert_identical("thoughts", &got.z, &expected.z)?;
         assert_eq!(got.trace.drift(), expected.trace.drift());
         let how = GenerationConfig::default().thinking(thinking).max_tokens(5);
@@ -250,14 +247,14 @@ fn every_kind_of_checkpoint_holds_them() -> Result {
     write_consolidated(folder.path(), &config(), &weights)?;
     let file = folder.path().join("model.gguf");
     write_gguf(&file, &config(), &weights, GgmlDType::F32)?;
-    let text = tiny::text(&transformer(&weights)?, &layout()?, 6)?;
-    let expected = think(&transformer(&weights)?, &Thinking::passes(2).span(1..3), &text)?;
+    let text = tiny::text(thought_model(&weights)?.decoder(), &batch()?, 6)?;
+    let expected = think(&thought_model(&weights)?, &Thinking::passes(2).span(1..3), &text)?;
     for model in [
         HybridModel::from_folder(folder.path(), None, &Device::Cpu)?,
         HybridModel::from_gguf(&file, None, &Device::Cpu)?,
     ] {
-        assert_eq!(model.transformer().thought_layers(), 2);
-        let got = think(model.transformer(), &Thinking::passes(2).span(1..3), &text)?;
+        assert_eq!(model.thought_model().thought_layers(), 2);
+        let got = think(model.thought_model(), &Thinking::passes(2).span(1..3), &text)?;
         assert_identical("thoughts", &got.z, &expected.z)?;
     }
     Ok(())
@@ -277,21 +274,21 @@ fn they_may_be_stored_in_any_type() -> Result {
     }
     weights.insert(GATE.to_string(), tiny::noise(7, &[32], 2.0)?);
     let folder = tempfile::tempdir()?;
-    let text = tiny::text(&tiny::transformer(&sizes, 7)?, &layout()?, 7)?;
+    let text = tiny::text(&tiny::transformer(&sizes, 7)?, &batch()?, 7)?;
     let thinking = Thinking::passes(2);
     let mut thoughts = Vec::new();
     let halved = weights.iter().map(|(name, it)| Ok((name.clone(), it.to_dtype(DType::BF16)?)));
     write_hugging_face(folder.path(), &sizes, &halved.collect::<Result<_>>()?)?;
     for dtype in [None, Some(DType::F32), Some(DType::F16)] {
         let model = HybridModel::from_folder(folder.path(), dtype, &Device::Cpu)?;
-        thoughts.push(think(model.transformer(), &thinking, &text)?.z);
+        thoughts.push(think(model.thought_model(), &thinking, &text)?.z);
     }
     let file = folder.path().join("model.gguf");
     write_gguf(&file, &sizes, &weights, GgmlDType::Q8_0)?;
     let model = HybridModel::from_gguf(&file, None, &Device::Cpu)?;
-    thoughts.push(think(model.transformer(), &thinking, &text)?.z);
+    thoughts.push(think(model.thought_model(), &thinking, &text)?.z);
     let mut memory: HashMap<_, _> = weights.into_iter().collect();
-    let expected = think(&Transformer::new(&sizes, &mut memory)?, &thinking, &text)?.z;
+    let expected = think(&ThoughtModel::new(&sizes, &mut memory)?, &thinking, &text)?.z;
     for z in thoughts {
         assert_close("thoughts", &z, &expected, 0.05)?;
     }
@@ -324,8 +321,8 @@ fn progress_reaches_the_end() -> Result {
 #[test]
 fn the_gate_is_taken_unless_something_else_is_asked_for() -> Result {
     let (gated, bare) =
-        (transformer(&with_gate(plain_weights(9)?, 9)?)?, transformer(&plain_weights(9)?)?);
-    let text = tiny::text(&gated, &layout()?, 9)?;
+        (thought_model(&with_gate(plain_weights(9)?, 9)?)?, thought_model(&plain_weights(9)?)?);
+    let text = tiny::text(gated.decoder(), &batch()?, 9)?;
     let default = think(&gated, &Thinking::passes(3), &text)?.z;
     let asked = think(&gated, &Thinking::passes(3).refine(Interpolate::gated()), &text)?.z;
     assert_identical("the default", &default, &asked)?;
@@ -465,8 +462,8 @@ fn a_pass_never_runs_the_head() -> Result {
     let head = weights.get("lm_head.weight").ok_or("no head")?;
     let nan = Tensor::full(f32::NAN, head.shape(), &Device::Cpu)?;
     weights.insert("lm_head.weight".to_string(), nan);
-    let model = transformer(&weights)?;
-    let text = tiny::text(&model, &layout()?, 14)?;
+    let model = thought_model(&weights)?;
+    let text = tiny::text(model.decoder(), &batch()?, 14)?;
     for hand_off in [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.5 }] {
         for span in SPANS {
             let thinking = Thinking::passes(3).span(span).hand_off(hand_off);
@@ -478,7 +475,7 @@ fn a_pass_never_runs_the_head() -> Result {
                 let sum = xs.abs()?.sum_all()?.to_scalar::<f32>()?;
                 assert!(sum.is_finite() && sum > 0.0, "{hand_off:?}: {sum}");
             }
-            assert!(model.logits(&h)?.sum_all()?.to_scalar::<f32>()?.is_nan());
+            assert!(model.decoder().logits(&h)?.sum_all()?.to_scalar::<f32>()?.is_nan());
         }
     }
     Ok(())

@@ -289,8 +289,8 @@ fn nothing_but_the_weights_is_rounded() -> Result {
             let model = weights()?;
             let ids = Tensor::arange(0, config.vocab_size as u32, &Device::Cpu)?.unsqueeze(0)?;
             let xs = model.embed(&ids.narrow(1, 0, 24)?)?;
-            let layout = Batch::one(24)?;
-            let out = model.forward(&xs, model.all_layers(), Pass::Causal(&layout))?;
+            let batch = Batch::one(24)?;
+            let out = model.forward(&xs, model.all_layers(), Pass::Causal(&batch))?;
             Ok(model.norm(&out)?)
         };
         let load = |kept: WeightType| -> Result<Tensor> {

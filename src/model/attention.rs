@@ -9,7 +9,7 @@ use super::mask::Mask;
 use super::rope::Rotation;
 use super::weights::{Weights, projection};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::{self, Fresh, Input, KeyValues};
 
 /// The attention of one block.
@@ -116,9 +116,12 @@ impl Remembered {
 /// ```
 ///
 /// # Errors
-/// [`Error::Parameter`](crate::Error::Parameter) where the shapes do not fit each other or the mask; when
-/// a device fails.
+/// [`Error::Parameter`] where there are no heads, or the shapes do not fit each other or the mask; when a
+/// device fails.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Tensor> {
+    if q.dims().first() == Some(&0) {
+        return Err(Error::parameter("q", "at least one head", "none"));
+    }
     let scale = 1.0 / (q.dims().last().copied().unwrap_or(1) as f64).sqrt();
     let held = KeyValues::Packed { keys: k, values: v };
     Ok(kernels::attend(q, &held, mask.spans(), scale)?.into_tensor())

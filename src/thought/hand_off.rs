@@ -57,7 +57,8 @@ impl ThoughtLoop {
     ///
     /// # Errors
     /// As [`Transformer::forward`](crate::model::Transformer::forward); [`Error::Parameter`] for a cache
-    /// that is not empty in the layers of the span. Then these layers of the caches are empty.
+    /// that is not empty in the layers of the span, or thoughts without a row for each token of the text.
+    /// Where it fails later, these layers of the caches are empty.
     pub fn enter(
         &self,
         text: &EncodedBatch,
@@ -65,6 +66,9 @@ impl ThoughtLoop {
         caches: Option<&mut [&mut KvCache]>,
     ) -> Result<Entry> {
         let (span, n) = (self.span(), self.model.decoder().all_layers().end);
+        for thoughts in [&thoughts.first, &thoughts.z] {
+            text.batch().check(thoughts)?;
+        }
         let weight = match self.thinking.hand_off {
             HandOff::KeyValue if !self.thinking.is_none() => 1.0,
             HandOff::Mixed { weight } if !self.thinking.is_none() => weight,

@@ -192,6 +192,11 @@ impl LayerCache {
         Ok(())
     }
 
+    /// Whether a gradient would lead back to what computed some of what is held.
+    pub(super) fn is_in_graph(&self) -> bool {
+        self.live.is_some()
+    }
+
     /// Makes what is held a constant: no gradient will lead back to the pass that computed it.
     pub(super) fn cut_graph(&mut self) {
         self.live = None;

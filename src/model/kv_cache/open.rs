@@ -88,8 +88,8 @@ impl<'a, 'c> Open<'a, 'c> {
     /// gives those of all that `mask` says are there, these included. [`Open::reserve`] has made the
     /// room.
     ///
-    /// Where they are tracked, what is given is a copy in their own type, because blocks are written
-    /// again, and the new tokens carry their gradient.
+    /// Where these, or any that a cache holds, are tracked, what is given is a copy in their own type,
+    /// because blocks are written again, and keys and values carry their gradient.
     pub(in crate::model) fn remember(
         &mut self,
         layer: usize,
@@ -100,15 +100,16 @@ impl<'a, 'c> Open<'a, 'c> {
         let rows: Vec<_> = mask.spans().sequences.iter().map(|this| this.queries.clone()).collect();
         self.write(layer, which, (keys, values), &rows)?;
         let held = self.caches.get(which.clone()).unwrap_or(&[]);
-        let held = held.iter().filter_map(|cache| cache.layers.get(layer));
-        let tracked = keys.track_op() || values.track_op();
+        let held: Vec<_> = held.iter().filter_map(|cache| cache.layers.get(layer)).collect();
+        let in_graph = |layer: &&LayerCache| layer.is_in_graph();
+        let tracked = keys.track_op() || values.track_op() || held.iter().any(in_graph);
         if !tracked && keys.device().is_cpu() {
-            return Ok(Remembered::Blocks(held.map(LayerCache::held).collect()));
+            return Ok(Remembered::Blocks(held.into_iter().map(LayerCache::held).collect()));
         }
         let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
         // Of a sequence without tokens there is nothing to gather.
-        let sequences = held.zip(&mask.spans().sequences).filter(|(_, this)| !this.keys.is_empty());
-        for (layer, this) in sequences {
+        let sequences = held.into_iter().zip(&mask.spans().sequences);
+        for (layer, this) in sequences.filter(|(_, this)| !this.keys.is_empty()) {
             let (keys, values) = layer.gather(&this.keys, keys.dtype())?;
             all_keys.push(keys);
             all_values.push(values);

@@ -28,7 +28,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // One text, of which the story is thought about and the question is only read.
     let ids = [context.as_slice(), &asked].concat();
-    let layout = Layout::dense(1, ids.len()).with_context(0, &[0..context.len()])?;
+    let layout =
+        Layout::dense(1, ids.len()).with_context(0, std::slice::from_ref(&(0..context.len())))?;
     let text = Text::new(transformer, &ids, layout)?;
     let mut cache = transformer.new_cache(text.layout(), 64)?;
 

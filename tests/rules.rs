@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::thread::ScopedJoinHandle;
 
-use candle_core::{DType, Device, IndexOp, Tensor, Var};
+use candle_core::{Device, IndexOp, Tensor, Var};
 use hybrid_attention::model::{KvCache, Layout, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::Text;

@@ -1,8 +1,6 @@
 //! The seeds of the fuzz targets load, and no prefix of them makes the loaders panic.
 
 mod common;
-#[path = "common/hostile.rs"]
-mod hostile;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,6 +10,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use common::{Result, write_consolidated, write_gguf};
 use hybrid_attention::Config;
+use hybrid_attention_testing::hostile;
 
 fn committed() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus")

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::thread::ScopedJoinHandle;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use hybrid_attention::model::{Batch, KvCache, KvPool, Mask, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{EncodedBatch, ThoughtModel};

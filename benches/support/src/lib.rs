@@ -1,6 +1,7 @@
 //! What the tests of all members share: fixtures, random checkpoints, comparisons, and where the real
 //! model is.
 
+pub mod hostile;
 pub mod tiny;
 
 use std::collections::HashMap;

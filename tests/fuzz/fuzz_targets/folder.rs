@@ -1,7 +1,6 @@
 #![no_main]
 
-#[path = "../../common/hostile.rs"]
-mod hostile;
+use hybrid_attention_testing::hostile;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let _ = hostile::folder(data);

@@ -1,8 +1,6 @@
 //! What the fuzz targets do with their bytes: open them as a checkpoint, take every weight, and
 //! generate with what comes of it.
 
-#![allow(dead_code, reason = "each fuzz target uses a part")]
-
 use std::fs;
 use std::io::Result as IoResult;
 
@@ -12,14 +10,20 @@ use hybrid_attention::model::Weights;
 use hybrid_attention::{Error, GenerationConfig, HybridModel, Result, Thinking};
 
 /// `data` is a GGUF file.
-pub(crate) fn gguf(data: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// What the loaders, or the model, have against it.
+pub fn gguf(data: &[u8]) -> Result<()> {
     take_all(&Checkpoint::from_gguf_bytes(data)?)
 }
 
 /// `data` is a digit that chooses the layout, then the files of a folder with a zero byte after
 /// each but the last: 0 `config.json` and `model.safetensors`; 1 `params.json` and
 /// `consolidated.safetensors`; 2 `config.json`, `generation_config.json`, the index and one shard.
-pub(crate) fn folder(data: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// What the loaders, or the model, have against them.
+pub fn folder(data: &[u8]) -> Result<()> {
     let names: &[&str] = match data.first() {
         Some(b'0') => &["config.json", "model.safetensors"],
         Some(b'1') => &["params.json", "consolidated.safetensors"],

@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::log_softmax;
-use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, KvCache, Pass, Sight};
 use hybrid_attention::refine::{Anchor, CosineReweight, Interpolate, Seq, Step, seq};
-use hybrid_attention::thought::{EncodedBatch, HandOff, Thoughts, Trace};
+use hybrid_attention::thought::{EncodedBatch, HandOff, ThoughtModel, Thoughts, Trace};
 use hybrid_attention::{Config, Error, Thinking};
 
 use common::tiny;
@@ -40,9 +40,9 @@ fn weights(config: &Config, seed: u64) -> Result<Weights> {
     Ok(weights)
 }
 
-fn transformer(config: &Config, weights: &Weights) -> Result<Transformer> {
+fn model(config: &Config, weights: &Weights) -> Result<ThoughtModel> {
     let mut weights: HashMap<_, _> = weights.clone().into_iter().collect();
-    Ok(Transformer::new(config, &mut weights)?)
+    Ok(ThoughtModel::new(config, &mut weights)?)
 }
 
 /// The same weights as variables: those to ask for gradients, and those to build a model of.
@@ -56,23 +56,22 @@ fn variables(weights: &Weights) -> Result<(BTreeMap<String, Var>, Weights)> {
     Ok((vars, tensors))
 }
 
-/// Two rows of different length, each context and then plain, the longer with plain tokens between
+/// Two sequences of different length, each context and then plain, the longer with plain tokens between
 /// two segments.
-fn layout() -> Result<Batch> {
-    let layout = Batch::ragged(&[11, 8])?;
-    Ok(layout.with_context(0, &[0..3, 4..7])?.with_context(1, &[1..3, 3..4])?)
+fn batch() -> Result<Batch> {
+    let batch = Batch::ragged(&[11, 8])?;
+    Ok(batch.with_context(0, &[0..3, 4..7])?.with_context(1, &[1..3, 3..4])?)
 }
 
 /// The mean cross entropy of each plain token's successor.
-fn loss(model: &Transformer, text: &EncodedBatch, hidden: &Tensor) -> Result<Tensor> {
-    let (layout, seq) = (text.batch(), text.batch().seq());
-    let logprobs = log_softmax(&model.logits(hidden)?, D::Minus1)?;
+fn loss(model: &ThoughtModel, text: &EncodedBatch, hidden: &Tensor) -> Result<Tensor> {
+    let (batch, thinks) = (text.batch(), text.batch().thinks());
+    let logprobs = log_softmax(&model.decoder().logits(hidden)?, D::Minus1)?;
     let mut losses = Vec::new();
-    for (row, (thinks, start)) in layout.thinks().iter().zip(layout.starts()).enumerate() {
-        for (slot, &thinks) in thinks.iter().enumerate().take(seq - 1).skip(start) {
-            if thinks == 0 {
-                let next = text.ids()[row * seq + slot + 1] as usize;
-                losses.push(logprobs.get(row)?.get(slot)?.get(next)?);
+    for rows in batch.all_rows() {
+        for row in rows.start..rows.end - 1 {
+            if thinks[row] == 0 {
+                losses.push(logprobs.get(row)?.get(text.ids()[row + 1] as usize)?);
             }
         }
     }
@@ -88,47 +87,52 @@ struct Run {
 }
 
 impl Run {
-    fn text(&self, model: &Transformer) -> Result<EncodedBatch> {
-        tiny::text(model, &layout()?, 9)
+    fn text(&self, model: &ThoughtModel) -> Result<EncodedBatch> {
+        tiny::text(model.decoder(), &batch()?, 9)
+    }
+
+    /// A cache for each sequence.
+    fn caches(&self, model: &ThoughtModel) -> Result<Vec<KvCache>> {
+        (0..2).map(|_| Ok(model.decoder().new_cache(16)?)).collect()
+    }
+
+    fn pass<'a>(&self, batch: &'a Batch, caches: &'a mut [KvCache]) -> Pass<'a> {
+        match self.cached {
+            true => {
+                let caches = caches.iter_mut().collect();
+                Pass::Remembered { batch, sight: Sight::Causal, caches }
+            }
+            false => Pass::Causal(batch),
+        }
     }
 
     /// From the embeddings to the loss.
-    fn loss(&self, model: &Transformer) -> Result<Tensor> {
+    fn loss(&self, model: &ThoughtModel) -> Result<Tensor> {
         let text = self.text(model)?;
-        let mind = self.thinking.on(model)?;
-        let mut cache = model.new_cache(16)?;
-        let z = match self.cached {
-            true => mind.encode(&text, Pass::Cached(&mut cache))?,
-            false => mind.encode(&text, Pass::Causal(text.batch()))?,
-        };
-        self.loss_from(model, &text, z, &mut cache)
+        let mut caches = self.caches(model)?;
+        let z = self.thinking.on(model)?.encode(&text, self.pass(text.batch(), &mut caches))?;
+        self.loss_from(model, &text, z, &mut caches)
     }
 
     /// The same with the embeddings given.
-    fn loss_of_embeddings(&self, model: &Transformer, xs: &Tensor) -> Result<Tensor> {
+    fn loss_of_embeddings(&self, model: &ThoughtModel, xs: &Tensor) -> Result<Tensor> {
         let text = self.text(model)?;
-        let mut cache = model.new_cache(16)?;
-        let pass = match self.cached {
-            true => Pass::Cached(&mut cache),
-            false => Pass::Causal(text.batch()),
-        };
-        let z = model.forward(xs, 0..SPAN.start, pass)?;
-        self.loss_from(model, &text, z, &mut cache)
+        let mut caches = self.caches(model)?;
+        let pass = self.pass(text.batch(), &mut caches);
+        let z = model.decoder().forward(xs, 0..SPAN.start, pass)?;
+        self.loss_from(model, &text, z, &mut caches)
     }
 
     fn loss_from(
         &self,
-        model: &Transformer,
+        model: &ThoughtModel,
         text: &EncodedBatch,
         z: Tensor,
-        cache: &mut hybrid_attention::model::KvCache,
+        caches: &mut [KvCache],
     ) -> Result<Tensor> {
         let mind = self.thinking.on(model)?;
         let thoughts = mind.think(text, z, |_, _| ())?;
-        let pass = match self.cached {
-            true => Pass::Cached(cache),
-            false => Pass::Causal(text.batch()),
-        };
+        let pass = self.pass(text.batch(), caches);
         loss(model, text, &mind.hand_off(text, &thoughts, pass)?)
     }
 }
@@ -191,7 +195,7 @@ fn check_slopes(
 
 /// What the loss and the gradients of every variable are.
 fn gradients(run: &Run, tensors: &Weights) -> Result<(f64, GradStore)> {
-    let loss = run.loss(&transformer(&run.config, tensors)?)?;
+    let loss = run.loss(&model(&run.config, tensors)?)?;
     Ok((scalar(&loss)?, loss.backward()?))
 }
 
@@ -210,7 +214,7 @@ fn every_weight_learns_what_central_differences_say() -> Result {
         let weights = weights(&run.config, 21 + index as u64)?;
         let (vars, tensors) = variables(&weights)?;
         let (value, store) = gradients(&run, &tensors)?;
-        let plain = scalar(&run.loss(&transformer(&run.config, &weights)?)?)?;
+        let plain = scalar(&run.loss(&model(&run.config, &weights)?)?)?;
         assert!((value - plain).abs() < 1e-5, "{run:?}: {value} with a graph, {plain} without");
         for (name, var) in &vars {
             if !matters(&run, name) {
@@ -220,7 +224,7 @@ fn every_weight_learns_what_central_differences_say() -> Result {
             check_slopes(&name_of_run, &weights[name], &gradient(&store, name, var)?, |moved| {
                 let mut weights = weights.clone();
                 weights.insert(name.clone(), moved.clone());
-                scalar(&run.loss(&transformer(&run.config, &weights)?)?)
+                scalar(&run.loss(&model(&run.config, &weights)?)?)
             })?;
         }
     }
@@ -232,7 +236,7 @@ fn every_weight_learns_what_central_differences_say() -> Result {
 fn the_input_embeddings_learn_what_central_differences_say() -> Result {
     for (index, run) in runs().into_iter().enumerate() {
         let weights = weights(&run.config, 41 + index as u64)?;
-        let model = transformer(&run.config, &weights)?;
+        let model = model(&run.config, &weights)?;
         let xs = run.text(&model)?.embeddings().clone();
         let var = Var::from_tensor(&xs)?;
         let store = run.loss_of_embeddings(&model, var.as_tensor())?.backward()?;
@@ -249,12 +253,12 @@ fn run(thinking: Thinking) -> Run {
 }
 
 /// Each pass by hand; what thinks is cut off from what came before in all but the last `k`.
-fn loss_by_hand(run: &Run, model: &Transformer, refine: &Seq, k: usize) -> Result<Tensor> {
+fn loss_by_hand(run: &Run, model: &ThoughtModel, refine: &Seq, k: usize) -> Result<Tensor> {
     const PASSES: usize = 3;
     let text = run.text(model)?;
     let mind = run.thinking.on(model)?;
     let first = mind.encode(&text, Pass::Causal(text.batch()))?;
-    let thinks = Tensor::new(text.batch().thinks(), model.device())?.unsqueeze(2)?;
+    let thinks = Tensor::new(text.batch().thinks(), first.device())?.unsqueeze(1)?;
     let thinks = thinks.broadcast_as(first.shape())?;
     let (mut z, mut first_h) = (first.clone(), None);
     for index in 0..PASSES {
@@ -290,7 +294,7 @@ fn truncated_gradients_are_those_of_a_loop_cut_by_hand() -> Result {
             let run = run(thinking.clone().gradient_passes(k));
             let (value, got) = gradients(&run, &tensors)?;
             assert_eq!(value, whole, "a thought has changed");
-            let model = transformer(&run.config, &tensors)?;
+            let model = model(&run.config, &tensors)?;
             let expected = loss_by_hand(&run, &model, &refine, k)?.backward()?;
             for (name, var) in &vars {
                 let what = format!("{name}, last {k}, {hand_off:?}");
@@ -313,15 +317,15 @@ fn truncated_gradients_are_those_of_a_loop_cut_by_hand() -> Result {
 #[test]
 fn what_came_before_learns_through_plain_rows_only() -> Result {
     let weights = weights(&config(false, None), 62)?;
-    let learns = |layout: Batch| -> Result<Option<f64>> {
+    let learns = |batch: Batch| -> Result<Option<f64>> {
         let (vars, tensors) = variables(&weights)?;
-        let model = transformer(&config(false, None), &tensors)?;
-        let text = tiny::text(&model, &layout, 9)?;
+        let model = model(&config(false, None), &tensors)?;
+        let text = tiny::text(model.decoder(), &batch, 9)?;
         let thinking = Thinking::passes(2).span(SPAN).gradient_passes(1);
         let mind = thinking.on(&model)?;
-        let z = mind.encode(&text, Pass::Causal(&layout))?;
+        let z = mind.encode(&text, Pass::Causal(&batch))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
-        let h = mind.hand_off(&text, &thoughts, Pass::Causal(&layout))?;
+        let h = mind.hand_off(&text, &thoughts, Pass::Causal(&batch))?;
         let store = h.sqr()?.sum_all()?.backward()?;
         let name = "model.layers.0.mlp.down_proj.weight";
         store.get(&vars[name]).map(|it| scalar(&it.sqr()?)).transpose()
@@ -334,7 +338,7 @@ fn what_came_before_learns_through_plain_rows_only() -> Result {
 
 #[test]
 fn gradients_through_no_pass_are_refused() -> Result {
-    let model = transformer(&config(false, None), &weights(&config(false, None), 1)?)?;
+    let model = model(&config(false, None), &weights(&config(false, None), 1)?)?;
     let thinking = Thinking::passes(2).gradient_passes(0);
     let error = thinking.on(&model).err().ok_or("accepted")?;
     assert!(matches!(error, Error::Parameter { .. }), "{error}");
@@ -350,15 +354,17 @@ fn chunks_of_one_pass_are_one_graph() -> Result {
     for window in [None, Some(40)] {
         let config = Config { num_hidden_layers: 2, ..config(true, window) };
         let (vars, tensors) = variables(&tiny::weights(&config, 71)?.into_iter().collect())?;
-        let model = transformer(&config, &tensors)?;
-        let text = tiny::text(&model, &Batch::ragged(&[1100, 30])?, 71)?;
+        let model = model(&config, &tensors)?;
+        let text = tiny::text(model.decoder(), &Batch::ragged(&[1100, 30])?, 71)?;
         let of = |pass: Pass<'_>| -> Result<GradStore> {
+            let model = model.decoder();
             let h = model.forward(text.embeddings(), model.all_layers(), pass)?;
-            let last = h.narrow(1, 1070, 30)?; // in the last chunk, and tokens of both rows
+            let last = h.narrow(0, 1070, 60)?; // in the last chunk, and tokens of both sequences
             Ok(model.logits(&last)?.sqr()?.mean_all()?.backward()?)
         };
-        let mut cache = model.new_cache(1100)?;
-        let cached = of(Pass::Cached(&mut cache))?;
+        let (mut a, mut b) = (model.decoder().new_cache(1100)?, model.decoder().new_cache(30)?);
+        let (batch, caches) = (text.batch(), vec![&mut a, &mut b]);
+        let cached = of(Pass::Remembered { batch, sight: Sight::Causal, caches })?;
         let causal = of(Pass::Causal(text.batch()))?;
         for (name, var) in &vars {
             let (got, expected) = (gradient(&cached, name, var)?, gradient(&causal, name, var)?);
@@ -391,7 +397,7 @@ fn half_precision_weights_learn_too() -> Result {
 fn a_step_down_the_gradient_lowers_the_loss() -> Result {
     let run = run(Thinking::passes(2).refine(Interpolate::gated()));
     let (vars, tensors) = variables(&weights(&run.config, 91)?)?;
-    let model = transformer(&run.config, &tensors)?;
+    let model = model(&run.config, &tensors)?;
     let mut before = f64::INFINITY;
     for step in 0..5 {
         let loss = run.loss(&model)?;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
-use hybrid_attention::model::{Batch, Pass, Transformer};
+use hybrid_attention::model::{Batch, KvCache, Pass, Sight, Transformer};
 use hybrid_attention::thought::EncodedBatch;
 use hybrid_attention::{Config, HybridModel};
 pub(crate) use hybrid_attention_testing::tiny::*;
@@ -31,13 +31,13 @@ pub(crate) fn prompt(length: usize) -> Result<Batch> {
     Ok(Batch::one(length)?.with_context(0, std::slice::from_ref(&context))?)
 }
 
-/// Random tokens in every slot of `layout`.
-pub(crate) fn text(model: &Transformer, layout: &Batch, seed: u64) -> Result<EncodedBatch> {
-    let ids = tokens(model.config(), seed, layout.batch() * layout.seq());
-    Ok(EncodedBatch::new(model, &ids, layout.clone())?)
+/// Random tokens for every row of `batch`.
+pub(crate) fn text(model: &Transformer, batch: &Batch, seed: u64) -> Result<EncodedBatch> {
+    let ids = tokens(model.config(), seed, batch.tokens());
+    Ok(EncodedBatch::new(model, &ids, batch.clone())?)
 }
 
-/// Runs of tokens of a row of this length, apart from each other.
+/// Runs of tokens of a sequence of this length, apart from each other.
 pub(crate) fn segments(seed: u64, length: usize) -> Vec<Range<usize>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut segments = Vec::new();
@@ -53,4 +53,59 @@ pub(crate) fn segments(seed: u64, length: usize) -> Vec<Range<usize>> {
 /// All layers over `xs`, and the logits after them.
 pub(crate) fn logits(model: &Transformer, xs: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
     Ok(model.logits(&model.forward(xs, model.all_layers(), pass)?)?)
+}
+
+/// The rows of one sequence of a batch.
+pub(crate) fn rows_of(xs: &Tensor, batch: &Batch, sequence: usize) -> Result<Tensor> {
+    let rows = batch.rows(sequence);
+    Ok(xs.narrow(0, rows.start, rows.len())?)
+}
+
+/// Runs `xs`, `(tokens, hidden)`, through all layers and the cache, `chunk` tokens at a time.
+pub(crate) fn through(
+    model: &Transformer,
+    cache: &mut KvCache,
+    xs: &Tensor,
+    chunk: usize,
+) -> Result<Tensor> {
+    let chunks = steps(0..xs.dim(0)?, chunk).into_iter().map(|step| {
+        let chunk = xs.narrow(0, step.start, step.len())?;
+        Ok(model.forward(&chunk, model.all_layers(), Pass::Cached(cache))?)
+    });
+    Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+/// Positions, `chunk` at a time.
+pub(crate) fn steps(positions: Range<usize>, chunk: usize) -> Vec<Range<usize>> {
+    let step = |start: usize| start..positions.end.min(start + chunk);
+    positions.clone().step_by(chunk).map(step).collect()
+}
+
+/// Runs the sequences of `batch` through all layers and a cache each, side by side: in one pass those
+/// tokens of each that stand at the positions of a step. Where a sequence has come to its end, it goes on
+/// with no tokens. Gives what comes out in the order of `xs`, `(tokens, hidden)`.
+pub(crate) fn side_by_side(
+    model: &Transformer,
+    caches: &mut [KvCache],
+    (xs, batch): (&Tensor, &Batch),
+    steps: &[Range<usize>],
+) -> Result<Tensor> {
+    let (mut order, mut pieces) = (Vec::new(), Vec::new());
+    for step in steps {
+        let at = |of: &Range<usize>, position: usize| of.end.min(of.start + position);
+        let rows: Vec<Range<usize>> =
+            batch.all_rows().map(|of| at(&of, step.start)..at(&of, step.end)).collect();
+        let lengths: Vec<usize> = rows.iter().map(ExactSizeIterator::len).collect();
+        let rows: Vec<u32> = rows.into_iter().flatten().map(|row| row as u32).collect();
+        let xs = xs.index_select(&Tensor::new(rows.as_slice(), xs.device())?, 0)?;
+        let (piece, caches) = (Batch::ragged(&lengths)?, caches.iter_mut().collect());
+        let pass = Pass::Remembered { batch: &piece, sight: Sight::Causal, caches };
+        pieces.push(model.forward(&xs, model.all_layers(), pass)?);
+        order.extend(rows);
+    }
+    let mut place = vec![0u32; order.len()];
+    for (from, row) in (0..).zip(order) {
+        place[row as usize] = from;
+    }
+    Ok(Tensor::cat(&pieces, 0)?.index_select(&Tensor::new(place, xs.device())?, 0)?)
 }

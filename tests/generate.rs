@@ -1016,8 +1016,8 @@ fn a_prompt_can_be_broken_off_anywhere() -> Result {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
-    /// Cancelled by another thread, or by time, at any moment of reading or answering: there is the whole
-    /// answer, or word that it was cancelled, and the conversation goes on.
+    /// Cancelled by another thread, or by time, at any moment of reading or answering: the answer is whole,
+    /// or an error says that it was cancelled, and the conversation goes on.
     #[test]
     fn an_answer_is_whole_or_cancelled(
         window in prop::option::of(1usize..200),
@@ -1068,9 +1068,9 @@ proptest! {
     }
 }
 
-/// Of a thousand passes over a long prompt, those after the word do not run.
+/// A thousand passes over a long prompt are cut short by another thread, or by time.
 #[test]
-fn long_thinking_ends_soon_after_the_word() -> Result {
+fn long_thinking_ends_soon_after_it_is_cancelled() -> Result {
     let model = shared()?;
     let thinking = Thinking::passes(1024).refine(Interpolate::new(0.5));
     let config = endless().max_tokens(1).thinking(thinking);
@@ -1122,7 +1122,7 @@ fn a_cancelled_stream_gives_no_more_tokens() -> Result {
     drop(stream);
     turn(model, &mut conversation, &known, &free_run())?;
 
-    // One that was cancelled before it began never runs, and a deadline that has passed is like it.
+    // One that was cancelled before it began never runs, nor does one whose deadline has passed.
     let past = Cancel::default().by(Instant::now());
     for cancel in [cancel, past, Cancel::after(Duration::ZERO)] {
         let ended = model.stream("the cat", &free_run())?.cancel(cancel).collect_answer();
@@ -1146,7 +1146,7 @@ fn a_stream_dropped_elsewhere_leaves_the_conversation_of_use() -> Result {
             if let Some(tokens) = tokens {
                 stream.read_prompt()?;
                 assert_eq!(
-                    stream.by_ref().take(tokens).filter(|token| token.is_ok()).count(),
+                    stream.by_ref().take(tokens).filter(hybrid_attention::Result::is_ok).count(),
                     tokens
                 );
             }
@@ -1345,7 +1345,8 @@ fn thinking_alone_checks_and_reports_like_generating() -> Result {
     let config = endless().thinking(Thinking::passes(2).refine(Interpolate::new(0.5)));
     let thinking = config.chosen_thinking().ok_or("no thinking")?;
     let mind = thinking.on(model.thought_model())?;
-    let batch = Batch::one(2)?.with_context(0, &[0..1])?;
+    let first = 0..1;
+    let batch = Batch::one(2)?.with_context(0, std::slice::from_ref(&first))?;
     let text = EncodedBatch::new(model.transformer(), &[5, 6], batch)?;
     let z = mind.encode(&text, Pass::Causal(text.batch()))?;
     let mut seen = Vec::new();
@@ -1381,7 +1382,7 @@ fn what_is_said_is_remembered_when_it_was_answered() -> Result {
         drop(model.say(&mut conversation, "what?", config)?);
         model.say(&mut conversation, "what?", config)?.read_prompt()?;
         let said = model.say(&mut conversation, "what?", config)?.take(3);
-        assert_eq!(said.filter(|token| token.is_ok()).count(), 3);
+        assert_eq!(said.filter(hybrid_attention::Result::is_ok).count(), 3);
         let cancelled =
             model.say(&mut conversation, "what?", config)?.cancel(Cancel::after(Duration::ZERO));
         assert!(matches!(cancelled.collect_answer(), Err(Failure::Cancelled)));
@@ -1400,7 +1401,7 @@ fn what_is_said_is_remembered_when_it_was_answered() -> Result {
     conversation.reset();
     assert!(conversation.messages().is_empty() && conversation.cache().bytes() == 0);
 
-    // Nobody to be answered.
+    // Without a message there is nobody to answer.
     for empty in [model.chat(&[], &config), model.generate(Prompt::chat(&[]), &config)] {
         assert_eq!(error_of(empty)?, "parameter messages: expected at least one, got none");
     }

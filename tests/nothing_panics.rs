@@ -151,11 +151,13 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         ),
         (
             refusal(Batch::ragged(&[5, usize::MAX])),
-            "parameter batch: expected at most 2147483647 tokens, and as many sequences, got 5 tokens and 18446744073709551615 more",
+            "parameter batch: expected at most 2147483647 tokens, and as many sequences, \
+             got 5 tokens and 18446744073709551615 more",
         ),
         (
             refusal(Batch::dense(usize::MAX, 0)),
-            "parameter batch: expected at most 2147483647 tokens, and as many sequences, got 18446744073709551615 sequences",
+            "parameter batch: expected at most 2147483647 tokens, and as many sequences, \
+             got 18446744073709551615 sequences",
         ),
         (
             refusal(EncodedBatch::new(transformer, &[1, 2], Batch::one(3)?)),

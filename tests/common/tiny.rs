@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 use hybrid_attention::model::{Batch, KvCache, Pass, Sight, Transformer};
-use hybrid_attention::thought::EncodedBatch;
+use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{Config, HybridModel};
 pub(crate) use hybrid_attention_testing::tiny::*;
 use rand::{Rng, SeedableRng};
@@ -14,6 +14,11 @@ use super::Result;
 
 pub(crate) fn transformer(config: &Config, seed: u64) -> Result<Transformer> {
     Ok(Transformer::new(config, &mut weights(config, seed)?)?)
+}
+
+/// The same as a model that thinks, with nothing of its own for thought passes.
+pub(crate) fn thought_model(config: &Config, seed: u64) -> Result<ThoughtModel> {
+    Ok(transformer(config, seed)?.into())
 }
 
 pub(crate) fn hybrid(config: &Config, seed: u64) -> Result<HybridModel> {

@@ -1343,7 +1343,7 @@ fn thinking_alone_checks_and_reports_like_generating() -> Result {
     );
     // Step by step, with the verbs that it is made of.
     let config = endless().thinking(Thinking::passes(2).refine(Interpolate::new(0.5)));
-    let thinking = config.chosen_thinking().ok_or("no thinking")?;
+    let thinking = config.thinking.as_ref().ok_or("no thinking")?;
     let mind = thinking.on(model.thought_model())?;
     let first = 0..1;
     let batch = Batch::one(2)?.with_context(0, std::slice::from_ref(&first))?;

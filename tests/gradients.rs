@@ -6,8 +6,9 @@ mod common;
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor, Var};
-use hybrid_attention::model::{Batch, Linear, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, KvPool, Linear, Pass, Sight, Transformer};
 use hybrid_attention::refine::Interpolate;
+use hybrid_attention::thought::ThoughtModel;
 use hybrid_attention::{Config, Thinking};
 
 use common::tiny;
@@ -54,11 +55,11 @@ fn configs() -> [Config; 2] {
     [tiny::config(), windowed]
 }
 
-fn inputs(config: &Config, layout: &Batch) -> Result<Tensor> {
-    tiny::noise(5, &[layout.batch(), layout.seq(), config.hidden_size], 1.0)
+fn inputs(config: &Config, batch: &Batch) -> Result<Tensor> {
+    tiny::noise(5, &[batch.tokens(), config.hidden_size], 1.0)
 }
 
-fn layouts() -> Result<[Batch; 2]> {
+fn batchs() -> Result<[Batch; 2]> {
     Ok([Batch::one(5)?, Batch::ragged(&[6, 3])?.with_context(0, &[1..3, 4..6])?])
 }
 
@@ -66,12 +67,12 @@ fn layouts() -> Result<[Batch; 2]> {
 fn of_the_inputs() -> Result {
     for config in configs() {
         let model = tiny::transformer(&config, 11)?;
-        for layout in &layouts()? {
-            let xs = inputs(&config, layout)?;
+        for batch in &batchs()? {
+            let xs = inputs(&config, batch)?;
             let layers = model.all_layers();
-            check("causal", &xs, |xs| tiny::logits(&model, xs, Pass::Causal(layout)))?;
+            check("causal", &xs, |xs| tiny::logits(&model, xs, Pass::Causal(batch)))?;
             check("bidirectional", &xs, |xs| {
-                Ok(model.forward(xs, layers.clone(), Pass::Bidirectional(layout))?)
+                Ok(model.forward(xs, layers.clone(), Pass::Bidirectional(batch))?)
             })?;
         }
     }
@@ -83,9 +84,9 @@ fn of_the_inputs() -> Result {
 fn of_new_tokens_through_a_cache() -> Result {
     for config in configs() {
         let model = tiny::transformer(&config, 12)?;
-        let layout = Batch::one(7)?;
-        let xs = inputs(&config, &layout)?;
-        let (past, new) = (xs.narrow(1, 0, 4)?, xs.narrow(1, 4, 3)?);
+        let batch = Batch::one(7)?;
+        let xs = inputs(&config, &batch)?;
+        let (past, new) = (xs.narrow(0, 0, 4)?, xs.narrow(0, 4, 3)?);
         check("cached", &new, |new| {
             let mut cache = model.new_cache(7)?;
             model.forward(&past, model.all_layers(), Pass::Cached(&mut cache))?;
@@ -95,43 +96,70 @@ fn of_new_tokens_through_a_cache() -> Result {
     Ok(())
 }
 
+/// Two sequences of different length, side by side, with and without a past.
+#[test]
+fn of_new_tokens_through_caches_side_by_side() -> Result {
+    for config in configs() {
+        let model = tiny::transformer(&config, 16)?;
+        let (past, new) = (Batch::one(4)?, Batch::ragged(&[3, 5])?.with_context(1, &[1..4])?);
+        let (past, xs) = (inputs(&config, &past)?, inputs(&config, &new)?);
+        for sight in [Sight::Causal, Sight::Bidirectional] {
+            check(&format!("side by side, {sight:?}"), &xs, |xs| {
+                let (mut a, mut b) = (model.new_cache(7)?, model.new_cache(5)?);
+                model.forward(&past, model.all_layers(), Pass::Cached(&mut a))?;
+                let caches = vec![&mut a, &mut b];
+                tiny::logits(&model, xs, Pass::Remembered { batch: &new, sight, caches })
+            })?;
+        }
+    }
+    Ok(())
+}
+
 /// Only the queries are trained, so that the keys of the pass carry no gradient of their own; then
-/// the cache goes on to other tokens before the gradient is taken.
+/// the cache goes on to other tokens, in the same blocks or in others, before the gradient is taken. The
+/// keys of a head lie in one piece where there is no other head, and where they fill a block.
 #[test]
 fn of_a_pass_whose_cache_is_written_again() -> Result {
-    let config = tiny::config();
+    let one_head = Config { num_key_value_heads: 1, ..tiny::config() };
     let name = "model.layers.0.self_attn.q_proj.weight";
-    let layout = Batch::one(4)?;
-    let xs = inputs(&config, &layout)?;
-    let gradient = |write_again: bool| -> Result<Tensor> {
-        let mut weights = tiny::weights(&config, 15)?;
-        let weight = Var::from_tensor(&weights[name])?;
-        weights.insert(name.to_owned(), weight.as_tensor().clone());
-        let model = Transformer::new(&config, &mut weights)?;
-        let mut cache = model.new_cache(4)?;
-        let h = model.forward(&xs, model.all_layers(), Pass::Cached(&mut cache))?;
-        if write_again {
-            cache.reset();
-            model.forward(&(&xs * -2.0)?, model.all_layers(), Pass::Cached(&mut cache))?;
+    for (config, seq) in [(tiny::config(), 4), (one_head, 4), (tiny::config(), KvPool::BLOCK)] {
+        let xs = inputs(&config, &Batch::one(seq)?)?;
+        let gradient = |kept: Option<usize>| -> Result<Tensor> {
+            let mut weights = tiny::weights(&config, 15)?;
+            let weight = Var::from_tensor(&weights[name])?;
+            weights.insert(name.to_owned(), weight.as_tensor().clone());
+            let model = Transformer::new(&config, &mut weights)?;
+            let mut cache = model.new_cache(seq)?;
+            let h = model.forward(&xs, model.all_layers(), Pass::Cached(&mut cache))?;
+            if let Some(kept) = kept {
+                cache.truncate(kept)?;
+                let others = (xs.narrow(0, 0, seq - kept)? * -2.0)?;
+                model.forward(&others, model.all_layers(), Pass::Cached(&mut cache))?;
+            }
+            let gradients = h.sum_all()?.backward()?;
+            Ok(gradients.get(weight.as_tensor()).ok_or("no gradient")?.clone())
+        };
+        for kept in [0, 1] {
+            let name = format!("{seq} tokens, {kept} kept");
+            assert_identical(&name, &gradient(Some(kept))?, &gradient(None)?)?;
         }
-        let gradients = h.sum_all()?.backward()?;
-        Ok(gradients.get(weight.as_tensor()).ok_or("no gradient")?.clone())
-    };
-    assert_identical("gradient", &gradient(true)?, &gradient(false)?)
+    }
+    Ok(())
 }
 
 #[test]
 fn of_the_inputs_through_thought_and_hand_off() -> Result {
-    let model = tiny::transformer(&tiny::config(), 13)?;
-    let layout = Batch::one(6)?.with_context(0, &[0..3, 3..4])?;
-    let xs = inputs(model.config(), &layout)?;
-    let text = tiny::text(&model, &layout, 13)?;
+    let thought_model = ThoughtModel::from(tiny::transformer(&tiny::config(), 13)?);
+    let model = thought_model.decoder();
+    let batch = Batch::one(6)?.with_context(0, &[0..3, 3..4])?;
+    let xs = inputs(model.config(), &batch)?;
+    let text = tiny::text(model, &batch, 13)?;
     let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
     check("thoughts", &xs, |xs| {
-        let mind = thinking.on(&model)?;
-        let z = model.forward(xs, 0..1, Pass::Causal(&layout))?;
+        let mind = thinking.on(&thought_model)?;
+        let z = model.forward(xs, 0..1, Pass::Causal(&batch))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
-        Ok(model.logits(&mind.hand_off(&text, &thoughts, Pass::Causal(&layout))?)?)
+        Ok(model.logits(&mind.hand_off(&text, &thoughts, Pass::Causal(&batch))?)?)
     })
 }
 
@@ -142,18 +170,15 @@ fn of_every_weight() -> Result {
     for (config, seq) in configs().into_iter().zip([3, 6]).chain([(tiny::config(), 6)]) {
         let weights = tiny::weights(&config, 14)?;
         let ids = tiny::tokens(&config, 14, seq);
-        let layout = Batch::one(seq)?;
+        let batch = Batch::one(seq)?;
         for (name, weight) in &weights {
             for sight in [Sight::Causal, Sight::Bidirectional] {
                 check(name, weight, |weight| {
                     let mut weights: HashMap<_, _> = weights.clone();
                     weights.insert(name.clone(), weight.clone());
                     let model = Transformer::new(&config, &mut weights)?;
-                    let pass = match sight {
-                        Sight::Causal => Pass::Causal(&layout),
-                        Sight::Bidirectional => Pass::Bidirectional(&layout),
-                    };
-                    tiny::logits(&model, &tiny::embed(&model, &ids)?, pass)
+                    let pass = Pass::uncached(&batch, sight);
+                    tiny::logits(&model, &model.embed_ids(&ids)?, pass)
                 })?;
             }
         }

@@ -66,8 +66,8 @@ fn config() -> Config {
     }
 }
 
-/// Loads a model, answers with and without thinking, at once, streamed and in a conversation, and
-/// drops all of it.
+/// Loads a model, answers with and without thinking, at once, streamed, side by side and in a
+/// conversation, and drops all of it.
 fn use_and_drop(path: &Path, kept: WeightType) -> Result<isize> {
     let before = LIVE.load(Ordering::Relaxed);
     let model = match path.is_dir() {
@@ -84,7 +84,11 @@ fn use_and_drop(path: &Path, kept: WeightType) -> Result<isize> {
         let mut conversation = model.conversation(256)?;
         model.stream_in(&mut conversation, prompt.as_slice(), config)?.take(5).for_each(drop);
         model.stream_in(&mut conversation, prompt.as_slice(), config)?.collect_answer()?;
-        // One that is never read to its end.
+        // Side by side, and forked; the last ones are never read to their end.
+        let prompts = [&prompt[..], &prompt[..9], &prompt[..50]];
+        model.generate_many(prompts, config)?.next().ok_or("no answer")?.1?;
+        let mut other = conversation.fork();
+        model.stream_in(&mut other, prompt.as_slice(), config)?.next().ok_or("no token")??;
         model.stream(Prompt::from(prompt.clone()), config)?.next().ok_or("no token")??;
     }
     Ok(taken)

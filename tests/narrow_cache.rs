@@ -8,13 +8,13 @@ use std::ops::Range;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::{Batch, HandOver, KvCache, Pass, Sight, Transformer};
+use hybrid_attention::model::{Batch, KvCache, KvPool, Pass, Transformer};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::thought::{EncodedBatch, HandOff};
+use hybrid_attention::thought::{EncodedBatch, HandOff, ThoughtModel, Thoughts, Trace};
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Thinking};
 
 use common::reference::{ByDefinition, Reference, Stream};
-use common::tiny;
+use common::tiny::{self, rows_of, through};
 use common::{FIXTURES, Result, assert_close, assert_identical, fixture_config, fixture_weights};
 
 /// Each with the most that rounding to it moves a number, as a share of it.
@@ -27,14 +27,28 @@ fn flips(unit: f32) -> f32 {
     unit / 8.0
 }
 
-/// Runs `xs` through the cache, `chunk` tokens at a time.
-fn through(model: &Transformer, cache: &mut KvCache, xs: &Tensor, chunk: usize) -> Result<Tensor> {
-    let seq = xs.dim(1)?;
-    let chunks = (0..seq).step_by(chunk).map(|start| {
-        let chunk = xs.narrow(1, start, chunk.min(seq - start))?;
-        Ok(model.forward(&chunk, model.all_layers(), Pass::Cached(cache))?)
-    });
-    Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 1)?)
+/// A cache of a pool of its own.
+fn cache_as(model: &Transformer, dtype: DType, capacity: usize) -> Result<KvCache> {
+    Ok(model.new_pool(dtype, usize::MAX)?.new_cache(capacity)?)
+}
+
+/// Hands `z` over in all layers, `weight` of it; what leaves the last layer.
+fn hand_over(
+    model: &ThoughtModel,
+    (first, z): (&Tensor, &Tensor),
+    weight: f64,
+    batch: &Batch,
+    cache: Option<&mut KvCache>,
+) -> Result<Tensor> {
+    let text = tiny::text(model.decoder(), batch, 1)?;
+    let thoughts = Thoughts { z: z.clone(), first: first.clone(), trace: Trace::default() };
+    let mind = Thinking::passes(1).hand_off(HandOff::Mixed { weight }).on(model)?;
+    let entry = match cache {
+        Some(cache) => mind.enter(&text, &thoughts, Some(&mut [cache]))?,
+        None => mind.enter(&text, &thoughts, None)?,
+    };
+    assert!(entry.layers.is_empty());
+    Ok(entry.xs)
 }
 
 fn tensor(values: &[f64]) -> Result<Tensor> {
@@ -52,32 +66,38 @@ fn apart(a: &Tensor, b: &Tensor, share: f32) -> Result<bool> {
 
 #[test]
 fn a_cache_says_what_it_keeps_and_in_how_many_bytes() -> Result {
-    for (sliding_window, slots) in [(None, 700), (Some(8), 7 + 512)] {
+    // Of 700 tokens the second chunk begins at 512, and sees from 505 on: of 8 blocks 5 are gone.
+    for (sliding_window, of_three, of_all) in [(None, 1, 8), (Some(8), 1, 3)] {
         let config = Config { sliding_window, ..tiny::config() }; // 3 layers, 2 heads of 6
         let model = tiny::transformer(&config, 1)?;
-        let layout = Batch::ragged(&[5, 3])?;
-        let cache = model.new_cache(700)?;
-        assert_eq!((cache.dtype(), cache.slots()), (DType::F32, slots));
-        let elements = 3 * 2 * 2 * 2 * slots * 6; // layers, keys and values, rows, heads, slots, channels
-        assert_eq!(cache.bytes(), 4 * elements);
+        let block = 3 * 2 * 2 * KvPool::BLOCK * 6; // layers, keys and values, heads, positions, channels
+        assert_eq!(model.new_cache(700)?.dtype(), DType::F32);
         for (dtype, bytes) in [(DType::F32, 4), (DType::BF16, 2), (DType::F16, 2)] {
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(700)?;
-            assert_eq!((cache.dtype(), cache.slots()), (dtype, slots));
-            assert_eq!(cache.bytes(), bytes * elements, "{dtype:?}");
-            // What it holds is all within these bytes.
-            let xs = tiny::text(&model, &layout, 1)?.embeddings().clone();
-            model.forward(&xs, 0..3, Pass::Cached(&mut cache))?;
-            assert_eq!(cache.bytes(), bytes * elements, "{dtype:?}");
+            let mut cache = cache_as(&model, dtype, 700)?;
+            assert_eq!((cache.dtype(), cache.bytes(), cache.capacity()), (dtype, 0, 700));
+            let xs = model.embed_ids(&tiny::tokens(&config, 1, 700))?;
+            for (tokens, blocks) in [(3, of_three), (697, of_all)] {
+                let xs = xs.narrow(0, cache.len(), tokens)?;
+                model.forward(&xs, 0..3, Pass::Cached(&mut cache))?;
+                assert_eq!(cache.bytes(), bytes * blocks * block, "{dtype:?}");
+                assert_eq!(cache.pool().used_bytes(), cache.bytes());
+            }
+            assert_eq!((cache.len(), cache.dtype()), (700, dtype));
+            cache.reset();
+            assert_eq!((cache.bytes(), cache.pool().used_bytes()), (0, 0));
         }
     }
 
     let model = tiny::hybrid(&tiny::config(), 1)?;
     let cache = |model: &HybridModel| -> Result<(DType, usize)> {
-        let conversation = model.conversation(40)?;
+        let mut conversation = model.conversation(40)?;
+        assert_eq!(conversation.cache().bytes(), 0);
+        let how = GenerationConfig::default().max_tokens(2);
+        model.stream_in(&mut conversation, [1, 2, 3], &how)?.collect_answer()?;
         Ok((conversation.cache().dtype(), conversation.cache().bytes()))
     };
     let (dtype, bytes) = cache(&model)?;
-    assert_eq!(dtype, DType::F32);
+    assert_eq!((dtype, bytes), (DType::F32, 4 * 3 * 2 * 2 * KvPool::BLOCK * 6));
     let model = model.with_cache_dtype(DType::F16)?;
     assert_eq!(cache(&model)?, (DType::F16, bytes / 2));
     let model = model.with_cache_dtype(DType::F32)?;
@@ -87,7 +107,6 @@ fn a_cache_says_what_it_keeps_and_in_how_many_bytes() -> Result {
 
 #[test]
 fn other_types_are_refused() -> Result {
-    let layout = Batch::one(1)?;
     for (dtype, name) in [
         (DType::U8, "U8"),
         (DType::U32, "U32"),
@@ -96,7 +115,7 @@ fn other_types_are_refused() -> Result {
         (DType::F8E4M3, "F8E4M3"),
     ] {
         let model = tiny::hybrid(&tiny::config(), 1)?;
-        let by_hand = model.transformer().new_pool(dtype, usize::MAX)?.new_cache(8).map(|_| ());
+        let by_hand = model.transformer().new_pool(dtype, usize::MAX).map(|_| ());
         for refused in [by_hand, model.with_cache_dtype(dtype).map(|_| ())] {
             let Err(Error::Parameter { name: parameter, expected, got }) = refused else {
                 return Err(format!("{dtype:?}: {refused:?}").into());
@@ -113,7 +132,7 @@ fn other_types_are_refused() -> Result {
         assert!(matches!(refused, Err(Error::Parameter { name: "capacity", .. })), "{refused:?}");
     }
     let refused = model.transformer().new_pool(DType::F16, usize::MAX)?.new_cache(2049);
-    assert!(matches!(refused, Err(Error::ContextFull { capacity: 2048, requested: 2049 })));
+    assert!(matches!(refused, Err(Error::ContextFull { capacity: 2048, requested: 2049, .. })));
     Ok(())
 }
 
@@ -155,11 +174,11 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
             (Transformer::new(config, &mut weights.clone())?, config.sliding_window);
         let reference = Reference::new(config, weights)?.keeping(dtype);
         let ids = tiny::tokens(config, 33, 14);
-        let xs = tiny::embed(&model, &ids)?;
-        let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(14)?;
-        let prompt = through(&model, &mut cache, &xs.narrow(1, 0, 8)?, 8)?;
-        let answer = through(&model, &mut cache, &xs.narrow(1, 8, 6)?, 1)?;
-        let got = model.logits(&Tensor::cat(&[prompt, answer], 1)?)?.squeeze(0)?;
+        let xs = model.embed_ids(&ids)?;
+        let mut cache = cache_as(&model, dtype, 14)?;
+        let prompt = through(&model, &mut cache, &xs.narrow(0, 0, 8)?, 8)?;
+        let answer = through(&model, &mut cache, &xs.narrow(0, 8, 6)?, 1)?;
+        let got = model.logits(&Tensor::cat(&[prompt, answer], 0)?)?;
 
         let sees = |i: usize, j: usize| j <= i && window.is_none_or(|w| i < j + w);
         let layer =
@@ -171,42 +190,46 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
         let flips = larger * flips(unit);
         assert_close(&name, &got, &expected, flips)?;
 
-        let wide = tiny::logits(&model, &xs, Pass::Causal(&Batch::one(14)?))?.squeeze(0)?;
+        let wide = tiny::logits(&model, &xs, Pass::Causal(&Batch::one(14)?))?;
         assert!(apart(&got, &wide, 2.0 * flips)?, "{name}: nothing was rounded");
     }
     Ok(())
 }
 
 /// More tokens than the blocks take at a time: at once, in two pieces that are cut elsewhere, and the
-/// last of them one by one; in a batch with padding.
+/// last of them one by one; beside another sequence, and alone.
 #[test]
 fn chunks_of_a_prompt_are_the_whole() -> Result {
     let model = tiny::transformer(&tiny::config(), 22)?;
-    let layout = Batch::ragged(&[1100, 700])?;
-    let xs = tiny::text(&model, &layout, 22)?.embeddings().clone();
+    let batch = Batch::ragged(&[1100, 700])?;
+    let xs = tiny::text(&model, &batch, 22)?.embeddings().clone();
     for (dtype, unit) in NARROW {
-        let run = |pieces: &[(Range<usize>, usize)]| -> Result<Tensor> {
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(1100)?;
-            let ys = pieces.iter().map(|(piece, chunk)| {
-                through(&model, &mut cache, &xs.narrow(1, piece.start, piece.len())?, *chunk)
-            });
-            Ok(Tensor::cat(&ys.collect::<Result<Vec<_>>>()?, 1)?)
+        let run = |steps: &[Range<usize>]| -> Result<Tensor> {
+            let mut caches = [cache_as(&model, dtype, 1100)?, cache_as(&model, dtype, 700)?];
+            tiny::side_by_side(&model, &mut caches, (&xs, &batch), steps)
         };
-        let whole = run(&[(0..1100, 1100)])?;
-        for (name, pieces) in [
-            ("two pieces", vec![(0..300, 300), (300..1100, 800)]),
-            ("small pieces", vec![(0..1100, 70)]),
-            ("one by one", vec![(0..1060, 1060), (1060..1100, 1)]),
+        let whole = run(&[0..1100])?;
+        for (name, steps) in [
+            ("two pieces", vec![0..300, 300..1100]),
+            ("small pieces", tiny::steps(0..1100, 70)),
+            ("one by one", [vec![0..1060], tiny::steps(1060..1100, 1)].concat()),
         ] {
-            let ys = run(&pieces)?;
-            for (row, length) in [(0, 1100), (1, 700)] {
-                let of = |xs: &Tensor| xs.narrow(0, row, 1)?.narrow(1, 1100 - length, length);
-                let name = format!("{dtype:?}, {name}, row {row}");
+            let ys = run(&steps)?;
+            for sequence in 0..2 {
+                let of = |xs: &Tensor| rows_of(xs, &batch, sequence);
+                let name = format!("{dtype:?}, {name}, sequence {sequence}");
                 assert_close(&name, &of(&ys)?, &of(&whole)?, flips(unit))?;
             }
         }
-        let wide = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
-        assert_close("wide", &whole.narrow(0, 0, 1)?, &wide.narrow(0, 0, 1)?, 2.0 * unit)?;
+        for sequence in 0..2 {
+            let of = |xs: &Tensor| rows_of(xs, &batch, sequence);
+            let mut cache = cache_as(&model, dtype, 1100)?;
+            let alone = through(&model, &mut cache, &of(&xs)?, 1100)?;
+            assert_close("alone", &alone, &of(&whole)?, flips(unit))?;
+        }
+        let wide = model.forward(&xs, 0..3, Pass::Causal(&batch))?;
+        let of = |xs: &Tensor| rows_of(xs, &batch, 0);
+        assert_close("wide", &of(&whole)?, &of(&wide)?, 2.0 * unit)?;
     }
     Ok(())
 }
@@ -216,15 +239,16 @@ fn chunks_of_a_prompt_are_the_whole() -> Result {
 fn a_rolling_cache_is_the_uncached_window() -> Result {
     let config = Config { sliding_window: Some(30), ..tiny::config() };
     let model = tiny::transformer(&config, 23)?;
-    let layout = Batch::one(1200)?;
-    let xs = tiny::text(&model, &layout, 23)?.embeddings().clone();
-    let wide = model.forward(&xs, 0..3, Pass::Causal(&layout))?;
+    let batch = Batch::one(1200)?;
+    let xs = tiny::text(&model, &batch, 23)?.embeddings().clone();
+    let wide = model.forward(&xs, 0..3, Pass::Causal(&batch))?;
     for (dtype, unit) in NARROW {
         let run = |chunk: usize| -> Result<Tensor> {
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(1200)?;
-            assert_eq!(cache.slots(), 29 + 512);
+            let mut cache = cache_as(&model, dtype, 1200)?;
             let ys = through(&model, &mut cache, &xs, chunk)?;
             assert_eq!((cache.len(), cache.dtype()), (1200, dtype));
+            // What the last chunk saw is there: it began at most 512 tokens before the end.
+            assert!(cache.oldest() > 1200 - 512 - 30 - KvPool::BLOCK, "{}", cache.oldest());
             Ok(ys)
         };
         let ys = run(1200)?;
@@ -242,16 +266,16 @@ fn a_truncated_cache_is_a_fresh_one() -> Result {
     let model = tiny::transformer(&tiny::config(), 24)?;
     let (old, new) = (tiny::tokens(model.config(), 24, 20), tiny::tokens(model.config(), 25, 5));
     for (dtype, unit) in NARROW {
-        let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(30)?;
-        through(&model, &mut cache, &tiny::embed(&model, &old)?, 20)?;
+        let mut cache = cache_as(&model, dtype, 30)?;
+        through(&model, &mut cache, &model.embed_ids(&old)?, 20)?;
         cache.truncate(11)?;
-        let ys = through(&model, &mut cache, &tiny::embed(&model, &new)?, 5)?;
-        let mut fresh = model.new_pool(dtype, usize::MAX)?.new_cache(30)?;
-        let all = [&old[..11], new.as_slice()].concat();
-        let expected = through(&model, &mut fresh, &tiny::embed(&model, &all)?, 16)?;
-        assert_close("truncated", &ys, &expected.narrow(1, 11, 5)?, flips(unit))?;
+        let ys = through(&model, &mut cache, &model.embed_ids(&new)?, 5)?;
+        let mut fresh = cache_as(&model, dtype, 30)?;
+        let all = model.embed_ids(&[&old[..11], new.as_slice()].concat())?;
+        let expected = through(&model, &mut fresh, &all, 16)?;
+        assert_close("truncated", &ys, &expected.narrow(0, 11, 5)?, flips(unit))?;
         cache.reset();
-        let ys = through(&model, &mut cache, &tiny::embed(&model, &all)?, 16)?;
+        let ys = through(&model, &mut cache, &all, 16)?;
         assert_identical("reset", &ys, &expected)?;
     }
     Ok(())
@@ -267,29 +291,28 @@ fn key_value_is_its_definition_with_rounded_keys_and_values() -> Result {
         NARROW.iter().flat_map(|it| [(*it, None), (*it, Some(4))])
     {
         let config = Config { sliding_window, ..tiny::config() };
-        let model = tiny::transformer(&config, 31)?;
+        let model = ThoughtModel::from(tiny::transformer(&config, 31)?);
+        let decoder = model.decoder();
         let reference = Reference::new(&config, &tiny::weights(&config, 31)?)?.keeping(dtype);
         let (ids, answer) = (tiny::tokens(&config, 31, 10), tiny::tokens(&config, 32, 3));
-        let text = EncodedBatch::new(&model, &ids, Batch::one(10)?.with_context(0, &SEGMENTS)?)?;
+        let text = EncodedBatch::new(decoder, &ids, Batch::one(10)?.with_context(0, &SEGMENTS)?)?;
         for span in [0..3, 1..2] {
             let thinking = Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.4));
             let thinking = thinking.hand_off(HandOff::KeyValue);
             let mind = thinking.on(&model)?;
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(13)?;
+            let mut cache = cache_as(decoder, dtype, 13)?;
             let z = mind.encode(&text, Pass::Cached(&mut cache))?;
             let thoughts = mind.think(&text, z, |_, _| ())?;
             let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
-            let mut got = vec![model.logits(&h.narrow(1, 9, 1)?)?];
+            let mut got = vec![decoder.logits(&h.narrow(0, 9, 1)?)?];
             for &id in &answer {
-                let xs = tiny::embed(&model, &[id])?;
-                got.push(tiny::logits(&model, &xs, Pass::Cached(&mut cache))?);
+                let xs = decoder.embed_ids(&[id])?;
+                got.push(tiny::logits(decoder, &xs, Pass::Cached(&mut cache))?);
             }
 
             let definition =
                 ByDefinition { decoder: &reference, thinker: &reference, segments: &SEGMENTS };
-            let rows = |xs: &Tensor| -> Result<Stream> {
-                Ok(xs.to_dtype(DType::F64)?.squeeze(0)?.to_vec2()?)
-            };
+            let rows = |xs: &Tensor| -> Result<Stream> { Ok(xs.to_dtype(DType::F64)?.to_vec2()?) };
             let streams = (&rows(&thoughts.z)?, &rows(&thoughts.first)?);
             let expected = definition.logits(3, span.clone(), 1.0, (&ids, &answer), streams);
             for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
@@ -309,29 +332,26 @@ fn plain_tokens_read_what_is_remembered() -> Result {
         NARROW.iter().flat_map(|it| [(*it, None), (*it, Some(4))])
     {
         let config = Config { sliding_window, ..tiny::config() };
-        let model = tiny::transformer(&config, 33)?;
-        let (plain, z) = (tiny::noise(33, &[1, 9, 16], 1.0)?, tiny::noise(34, &[1, 9, 16], 1.0)?);
+        let model = ThoughtModel::from(tiny::transformer(&config, 33)?);
+        let (plain, z) = (tiny::noise(33, &[9, 16], 1.0)?, tiny::noise(34, &[9, 16], 1.0)?);
         // Plain tokens enter with what they were, as they do after thinking.
-        let z = Tensor::cat(&[&z.narrow(1, 0, 7)?, &plain.narrow(1, 7, 2)?], 1)?;
-        let hand_over = |length: usize, weight: f64| -> Result<(Tensor, KvCache)> {
-            let layout = Batch::one(length)?.with_context(0, &[0..3, 3..7])?;
-            let (plain, z) = (plain.narrow(1, 0, length)?, z.narrow(1, 0, length)?);
-            let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(9)?;
-            let h = model.hand_over(&what, 0..3, &layout, Some(&mut cache))?;
+        let z = Tensor::cat(&[&z.narrow(0, 0, 7)?, &plain.narrow(0, 7, 2)?], 0)?;
+        let batch = |length| Batch::one(length)?.with_context(0, &[0..3, 3..7]);
+        let handed = |length: usize, weight: f64| -> Result<(Tensor, KvCache)> {
+            let streams = (&plain.narrow(0, 0, length)?, &z.narrow(0, 0, length)?);
+            let mut cache = cache_as(model.decoder(), dtype, 9)?;
+            let h = hand_over(&model, streams, weight, &batch(length)?, Some(&mut cache))?;
             assert_eq!((cache.len(), cache.dtype()), (length, dtype));
             Ok((h, cache))
         };
         for weight in [0.0, 0.3, 1.0] {
-            let (h, _) = hand_over(9, weight)?;
-            let (_, mut cache) = hand_over(7, weight)?;
-            let after = through(&model, &mut cache, &plain.narrow(1, 7, 2)?, 1)?;
+            let (h, _) = handed(9, weight)?;
+            let (_, mut cache) = handed(7, weight)?;
+            let after = through(model.decoder(), &mut cache, &plain.narrow(0, 7, 2)?, 1)?;
             let name = format!("{dtype:?} {sliding_window:?} {weight}");
-            assert_close(&name, &after, &h.narrow(1, 7, 2)?, flips(unit))?;
+            assert_close(&name, &after, &h.narrow(0, 7, 2)?, flips(unit))?;
 
-            let layout = Batch::one(9)?.with_context(0, &[0..3, 3..7])?;
-            let what = HandOver { plain: &plain, z: &z, weight, sight: Sight::Bidirectional };
-            let wide = model.hand_over(&what, 0..3, &layout, None)?;
+            let wide = hand_over(&model, (&plain, &z), weight, &batch(9)?, None)?;
             assert!(apart(&h, &wide, flips(unit))?, "{name}: nothing was rounded");
         }
     }
@@ -361,17 +381,17 @@ fn answers_read_narrow_caches() -> Result {
             let answer = model.generate(ids.as_slice(), &how)?;
 
             let text = EncodedBatch::new(transformer, &ids, tiny::prompt(9)?)?;
-            let mind = thinking.on(transformer)?;
-            let mut cache = transformer.new_pool(dtype, usize::MAX)?.new_cache(17)?;
+            let mind = thinking.on(model.thought_model())?;
+            let mut cache = cache_as(transformer, dtype, 17)?;
             let z = mind.encode(&text, Pass::Cached(&mut cache))?;
             let thoughts = mind.think(&text, z, |_, _| ())?;
             let h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
-            let mut logits = transformer.logits(&h.narrow(1, 8, 1)?)?.flatten_all()?;
+            let mut logits = transformer.logits(&h.narrow(0, 8, 1)?)?.flatten_all()?;
             for (at, (id, logprob)) in answer.ids.iter().zip(&answer.logprobs).enumerate() {
                 let logprobs = candle_nn::ops::log_softmax(&logits, 0)?;
                 let expected = logprobs.get(*id as usize)?.to_scalar::<f32>()?;
                 assert!((logprob - expected).abs() < 1e-4, "{dtype:?} {thinking:?}, token {at}");
-                let xs = tiny::embed(transformer, &[*id])?;
+                let xs = transformer.embed_ids(&[*id])?;
                 logits = tiny::logits(transformer, &xs, Pass::Cached(&mut cache))?.flatten_all()?;
             }
 
@@ -409,7 +429,8 @@ fn a_narrow_conversation_goes_on() -> Result {
         let mut conversation = model.conversation(64)?;
         let first = model.stream_in(&mut conversation, [1, 2, 3, 4], &how)?.collect_answer()?;
         let longer = [&[1, 2, 3, 4], first.ids.as_slice(), &[5, 6]].concat();
-        let stream = model.stream_in(&mut conversation, longer.as_slice(), &how)?;
+        let mut stream = model.stream_in(&mut conversation, longer.as_slice(), &how)?;
+        stream.read_prompt()?;
         assert_eq!(stream.kept(), 7);
         let (on, fresh) = (stream.collect_answer()?, model.generate(longer.as_slice(), &how)?);
         assert_eq!(on.ids, fresh.ids, "{dtype:?}");
@@ -438,11 +459,11 @@ fn gradients_are_not_cut_where_keys_and_values_are_rounded() -> Result {
         let untracked = Transformer::new(&config, &mut plain.clone())?;
         let ids = tiny::tokens(&config, 51, 620);
         let run = |model: &Transformer, dtype: DType| -> Result<Tensor> {
-            let xs = tiny::embed(model, &ids)?;
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(620)?;
-            model.forward(&xs.narrow(1, 0, 20)?, 0..2, Pass::Cached(&mut cache))?;
-            let h = model.forward(&xs.narrow(1, 20, 600)?, 0..2, Pass::Cached(&mut cache))?;
-            Ok(model.logits(&h.narrow(1, 530, 70)?)?) // in the last chunk
+            let xs = model.embed_ids(&ids)?;
+            let mut cache = cache_as(model, dtype, 620)?;
+            model.forward(&xs.narrow(0, 0, 20)?, 0..2, Pass::Cached(&mut cache))?;
+            let h = model.forward(&xs.narrow(0, 20, 600)?, 0..2, Pass::Cached(&mut cache))?;
+            Ok(model.logits(&h.narrow(0, 530, 70)?)?) // in the last chunk
         };
         let got = run(&model, dtype)?;
         let name = format!("{dtype:?} {window:?}");
@@ -477,18 +498,17 @@ fn gradients_are_not_cut_where_keys_and_values_are_rounded() -> Result {
 /// Through a hand-over as well, and with the same numbers as without a gradient.
 #[test]
 fn gradients_come_through_a_hand_over_to_a_narrow_cache() -> Result {
-    let model = tiny::transformer(&tiny::config(), 52)?;
-    let layout = Batch::one(9)?.with_context(0, &[0..3, 3..7])?;
-    let (plain, z) = (tiny::noise(52, &[1, 9, 16], 1.0)?, tiny::noise(53, &[1, 9, 16], 1.0)?);
+    let model = ThoughtModel::from(tiny::transformer(&tiny::config(), 52)?);
+    let batch = Batch::one(9)?.with_context(0, &[0..3, 3..7])?;
+    let (plain, z) = (tiny::noise(52, &[9, 16], 1.0)?, tiny::noise(53, &[9, 16], 1.0)?);
     for ((dtype, unit), weight) in NARROW.iter().flat_map(|it| [(*it, 0.3), (*it, 1.0)]) {
         let run = |z: &Tensor, dtype: DType| -> Result<Tensor> {
-            let mut cache = model.new_pool(dtype, usize::MAX)?.new_cache(9)?;
-            let what = HandOver { plain: &plain, z, weight, sight: Sight::Bidirectional };
-            Ok(model.hand_over(&what, 0..3, &layout, Some(&mut cache))?)
+            let mut cache = cache_as(model.decoder(), dtype, 9)?;
+            hand_over(&model, (&plain, z), weight, &batch, Some(&mut cache))
         };
         let var = Var::from_tensor(&z)?;
         let gradient = |h: &Tensor| -> Result<Tensor> {
-            let gradients = h.narrow(1, 8, 1)?.sqr()?.sum_all()?.backward()?;
+            let gradients = h.narrow(0, 8, 1)?.sqr()?.sum_all()?.backward()?;
             Ok(gradients.get(&var).ok_or("no gradient")?.clone())
         };
         let got = run(var.as_tensor(), dtype)?;
@@ -497,7 +517,7 @@ fn gradients_come_through_a_hand_over_to_a_narrow_cache() -> Result {
         let wide = run(var.as_tensor(), DType::F32)?;
         let (got, expected) = (gradient(&got)?, gradient(&wide)?);
         // It reaches the context by its keys and values alone.
-        assert!(expected.narrow(1, 0, 7)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
+        assert!(expected.narrow(0, 0, 7)?.abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
         assert_close(&name, &got, &expected, 2.0 * unit)?;
     }
     Ok(())

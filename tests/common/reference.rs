@@ -21,6 +21,29 @@ pub(crate) struct Reference {
     kept_as: Option<DType>,
 }
 
+/// What attention makes of one token.
+#[derive(Default)]
+pub(crate) struct Attended {
+    /// Per head, rotated.
+    pub(crate) queries: Vec<Vec<f64>>,
+    /// Per head, of every key; minus infinity for one that is not seen.
+    pub(crate) scores: Vec<Vec<f64>>,
+    /// Per head, of every key.
+    pub(crate) weights: Vec<Vec<f64>>,
+    /// What was gathered from the values, heads side by side.
+    pub(crate) context: Vec<f64>,
+}
+
+impl Attended {
+    /// Of every key, mean over the heads.
+    pub(crate) fn mean_weights(&self) -> Vec<f64> {
+        let keys = self.weights.first().map_or(0, Vec::len);
+        let mean_over_heads =
+            |key: usize| mean(&self.weights.iter().map(|head| head[key]).collect::<Vec<_>>());
+        (0..keys).map(mean_over_heads).collect()
+    }
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -105,6 +128,58 @@ impl Reference {
         pair
     }
 
+    /// What the attention of `layer` makes of one token `x` at `position`, over the keys and values of
+    /// `sees`.
+    pub(crate) fn attend(
+        &self,
+        layer: &str,
+        x: &[f64],
+        position: usize,
+        (keys, values): (&Heads, &Heads),
+        sees: impl Fn(usize) -> bool,
+    ) -> Attended {
+        let normed = self.norm(&format!("{layer}.input_layernorm.weight"), x);
+        let q = times(self.matrix(&format!("{layer}.self_attn.q_proj.weight")), &normed);
+        let queries = self.heads(&q, Some(position));
+        let group = self.config.num_attention_heads / self.config.num_key_value_heads;
+        let mut all = Attended { queries, ..Attended::default() };
+        for (head, q) in all.queries.iter().enumerate() {
+            let score = |key: usize| match sees(key) {
+                true => dot(q, &keys[key][head / group]) / (self.config.head_dim as f64).sqrt(),
+                false => f64::NEG_INFINITY,
+            };
+            let scores: Vec<f64> = (0..keys.len()).map(score).collect();
+            let weights = softmax(&scores);
+            let mut context = vec![0.0; self.config.head_dim];
+            for (weight, values) in weights.iter().zip(values) {
+                for (sum, value) in context.iter_mut().zip(&values[head / group]) {
+                    *sum += weight * value;
+                }
+            }
+            all.scores.push(scores);
+            all.weights.push(weights);
+            all.context.extend(context);
+        }
+        all
+    }
+
+    /// The residual stream `x` behind the attention of `layer`, which has gathered `context`.
+    pub(crate) fn after_attention(&self, layer: &str, x: &[f64], context: &[f64]) -> Vec<f64> {
+        plus(x, &times(self.matrix(&format!("{layer}.self_attn.o_proj.weight")), context))
+    }
+
+    /// The residual stream `x` behind the MLP of `layer`, which reads `[x ; side]`: where there is a `side`,
+    /// its first two projections are as much wider.
+    pub(crate) fn after_mlp(&self, layer: &str, x: &[f64], side: &[f64]) -> Vec<f64> {
+        let mut input = self.norm(&format!("{layer}.post_attention_layernorm.weight"), x);
+        input.extend_from_slice(side);
+        let gate = times(self.matrix(&format!("{layer}.mlp.gate_proj.weight")), &input);
+        let up = times(self.matrix(&format!("{layer}.mlp.up_proj.weight")), &input);
+        let inner: Vec<f64> =
+            gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect();
+        plus(x, &times(self.matrix(&format!("{layer}.mlp.down_proj.weight")), &inner))
+    }
+
     /// One token `x` at `position` through `layer`, over the keys and values of `sees`; and the share
     /// of attention that each key gets, mean over the heads.
     pub(crate) fn token(
@@ -112,40 +187,12 @@ impl Reference {
         layer: &str,
         x: &[f64],
         position: usize,
-        (keys, values): (&Heads, &Heads),
+        keys_and_values: (&Heads, &Heads),
         sees: impl Fn(usize) -> bool,
     ) -> (Vec<f64>, Vec<f64>) {
-        let normed = self.norm(&format!("{layer}.input_layernorm.weight"), x);
-        let q = times(self.matrix(&format!("{layer}.self_attn.q_proj.weight")), &normed);
-        let q = self.heads(&q, Some(position));
-        let group = self.config.num_attention_heads / self.config.num_key_value_heads;
-        let mut mixed = Vec::new();
-        let mut shares = vec![0.0; keys.len()];
-        for (head, q) in q.iter().enumerate() {
-            let score = |key: usize| {
-                dot(q, &keys[key][head / group]) / (self.config.head_dim as f64).sqrt()
-            };
-            let seen: Vec<usize> = (0..keys.len()).filter(|&key| sees(key)).collect();
-            let max = seen.iter().map(|&key| score(key)).fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = seen.iter().map(|&key| (score(key) - max).exp()).sum();
-            let mut y = vec![0.0; self.config.head_dim];
-            for &key in &seen {
-                let share = (score(key) - max).exp() / sum;
-                shares[key] += share / self.config.num_attention_heads as f64;
-                for (y, v) in y.iter_mut().zip(&values[key][head / group]) {
-                    *y += share * v;
-                }
-            }
-            mixed.extend(y);
-        }
-        let x = plus(x, &times(self.matrix(&format!("{layer}.self_attn.o_proj.weight")), &mixed));
-        let normed = self.norm(&format!("{layer}.post_attention_layernorm.weight"), &x);
-        let gate = times(self.matrix(&format!("{layer}.mlp.gate_proj.weight")), &normed);
-        let up = times(self.matrix(&format!("{layer}.mlp.up_proj.weight")), &normed);
-        let inner: Vec<f64> =
-            gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect();
-        let y = times(self.matrix(&format!("{layer}.mlp.down_proj.weight")), &inner);
-        (plus(&x, &y), shares)
+        let attended = self.attend(layer, x, position, keys_and_values, sees);
+        let x = self.after_attention(layer, x, &attended.context);
+        (self.after_mlp(layer, &x, &[]), attended.mean_weights())
     }
 
     /// All tokens through `layer`, each seeing the others as `sees(query, key)` says.

@@ -207,7 +207,7 @@ impl KvCache {
         let mut caches = [self];
         let mut open = Open::begin(&mut caches, &layers)?;
         open.reserve(&(0..1), &[tokens])?;
-        open.write(layer, &(0..1), (keys, values), &[0..tokens])?;
+        open.write(layer, &(0..1), (keys, values), std::slice::from_ref(&(0..tokens)))?;
         open.commit();
         Ok(())
     }

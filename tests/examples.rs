@@ -100,7 +100,7 @@ fn the_others_do_what_they_say() -> Result {
     let refined = succeed("refine_op", &[], "")?;
     assert!(refined.starts_with("Max, after drifts of ["), "{refined}");
     let by_hand = succeed("by_hand", &[], "")?; // it compares itself with `generate`
-    assert!(by_hand.ends_with("pass 4 of 4\njar\n"), "{by_hand}");
+    assert!(by_hand.starts_with("by hand:  [") && by_hand.contains("\ngenerate: ["), "{by_hand}");
     Ok(())
 }
 

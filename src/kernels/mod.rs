@@ -32,6 +32,6 @@ pub(crate) use door::{
     Input, attend, fits_kernels, log_softmax, rms_norm, softmax, split_heads, swiglu,
 };
 pub(crate) use fresh::Fresh;
-pub(crate) use quantized::{reads_blocks, rows as quantized_rows};
+pub(crate) use quantized::reads_blocks;
 pub(crate) use storage::{f32s, gradient_for, keep_freed_memory, values};
 pub(crate) use weight::Weight;

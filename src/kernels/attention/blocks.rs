@@ -175,7 +175,13 @@ pub(crate) fn gather(held: &[HeldBlocks], spans: &Spans, dtype: DType) -> Result
             position += count;
         }
     }
-    let packed =
-        |parts: &[Tensor]| -> Result<Tensor> { Ok(Tensor::cat(parts, 1)?.to_dtype(dtype)?) };
+    let packed = |parts: &[Tensor]| -> Result<Tensor> {
+        let copy = match parts {
+            // A copy in any case: the block may be written again before a gradient comes back.
+            [only] => only.force_contiguous()?,
+            parts => Tensor::cat(parts, 1)?,
+        };
+        Ok(copy.to_dtype(dtype)?)
+    };
     Ok((packed(&keys)?, packed(&values)?))
 }

@@ -221,7 +221,7 @@ fn every_cache_is_as_alone() -> Result {
 fn a_bad_prompt_is_its_own_error() -> Result {
     let model = HybridModel::tiny(&Device::Cpu)?;
     let bad: Vec<Prompt> = vec![
-        Prompt::from([].as_slice()),
+        Prompt::from(<[u32; 0]>::default()),
         Prompt::from([11, 183]),
         Prompt::from([11, 5, u32::MAX, 200].as_slice()),
         Prompt::from(vec![11; 513].as_slice()),

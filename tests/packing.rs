@@ -505,6 +505,10 @@ fn a_long_packed_pass_is_its_sequences() -> Result {
     Ok(())
 }
 
+fn over<'a>(batch: &'a Batch, caches: &'a mut [KvCache]) -> Pass<'a> {
+    Pass::Remembered { batch, sight: Sight::Causal, caches: caches.iter_mut().collect() }
+}
+
 /// Encoding, thinking and handing off, with plain tokens before, between and behind what thinks.
 #[test]
 fn packed_thoughts_are_those_of_each_text() -> Result {
@@ -528,9 +532,8 @@ fn packed_thoughts_are_those_of_each_text() -> Result {
             let h = mind.hand_off(&text, &thoughts, Pass::Causal(&batch))?;
             // Over caches, in which the prompts then are.
             let mut together = caches(decoder, DType::F32, &lengths.map(|_| (0, 0)))?;
-            let pass = |caches| Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
-            mind.encode(&text, pass(together.iter_mut().collect()))?;
-            let cached = mind.hand_off(&text, &thoughts, pass(together.iter_mut().collect()))?;
+            mind.encode(&text, over(&batch, &mut together))?;
+            let cached = mind.hand_off(&text, &thoughts, over(&batch, &mut together))?;
             assert_close("cached", &cached, &h, ROUNDING)?;
 
             for (index, length) in lengths.into_iter().enumerate() {

@@ -220,6 +220,34 @@ impl Batch {
         (front, kept)
     }
 
+    /// Its rows in pieces of at most `most`, all of about one length. Where it can be avoided, no piece ends
+    /// with, or begins with, a single row of a longer sequence: attention of one query is rounded otherwise
+    /// than that of several, as products of few rows are, and how a pass was cut should not show.
+    ///
+    /// ```text
+    /// lengths [5, 3], at most 6  ->  rows 0..3, 3..8: 0..4 would leave one row of the first
+    /// ```
+    pub(crate) fn cuts(&self, most: usize) -> Vec<Range<usize>> {
+        let (most, tokens) = (most.max(1), self.tokens());
+        let (mut cuts, mut start) = (Vec::new(), 0);
+        while start < tokens {
+            let left = tokens - start;
+            let mut end = start + left.div_ceil(left.div_ceil(most));
+            while end > start + 1 && self.leaves_one(start, end) {
+                end -= 1;
+            }
+            cuts.push(start..end);
+            start = end;
+        }
+        cuts
+    }
+
+    /// Whether the rows `start..end` leave a single row of a longer sequence on one side of `end`.
+    fn leaves_one(&self, start: usize, end: usize) -> bool {
+        let cut = self.all_rows().find(|rows| rows.start < end && end < rows.end);
+        cut.is_some_and(|rows| end - rows.start.max(start) == 1 || rows.end - end == 1)
+    }
+
     /// A piece of it: the sequences that `rows` are of and any without tokens between them, cut to these
     /// rows, and which of all they are. Nothing of the piece is context.
     ///

@@ -367,6 +367,8 @@ impl Tree<'_> {
         let held = self.lines[index].text.ids.len();
         match *op {
             Op::Take(count) => {
+                // A full cache could not be asked what it says next.
+                let count = count + usize::from(held + count == Self::CAPACITY);
                 self.step(index, Step::Take(tiny::tokens(self.model.config(), seed, count)))?;
             }
             Op::Fork if self.lines.len() < Self::MOST => {
@@ -404,7 +406,6 @@ proptest! {
             let model = tiny::transformer(&config(window, tied), seed)?;
             let pool = model.new_pool(dtype, usize::MAX)?;
             let blocks = vec![Blocks::default(); model.all_layers().end];
-            // Room for one more than any line takes up, which is for what it is asked with.
             let cache = pool.new_cache(Tree::CAPACITY)?;
             let line = Line { cache, text: Text::default(), steps: vec![], blocks, says: vec![] };
             let mut tree = Tree { model: &model, pool, lines: vec![line], asked: 0 };
@@ -682,8 +683,6 @@ fn a_full_pool_changes_nothing() -> Result {
             // A block less than what is needed, one block more than there is, and nothing more.
             for budget in [needed - 1, before + block, before] {
                 let name = format!("{scene:?}, {budget} of {needed} bytes");
-                // All else of the pool is held by somebody who gives it back.
-                let filled = budget % block == 0;
                 let pool = model.new_pool(dtype, budget)?;
                 let (mut caches, _others) = scene.caches(&model, &pool)?;
                 let was = states(&caches);
@@ -696,7 +695,6 @@ fn a_full_pool_changes_nothing() -> Result {
                 assert_eq!(used, was.1, "{name}");
                 assert_eq!(tap.seen, 0, "{name}: something was computed");
                 assert_eq!(states(&caches), was, "{name}");
-                assert!(filled || budget == needed - 1);
             }
 
             // Exactly enough, once somebody else has let go of a block.
@@ -751,7 +749,8 @@ fn a_window_runs_through_a_small_pool() -> Result {
         assert_identical("small pool", &take(&model, &mut cache, &ids)?, &expected)?;
         assert!(pool.used_bytes() <= most * block);
 
-        let tight = model.new_pool(dtype, 5 * block)?;
+        // What a pass lets go of is held until it has ended, so that it can be undone: five blocks here.
+        let tight = model.new_pool(dtype, 7 * block)?;
         let mut cache = tight.new_cache(2000)?;
         take(&model, &mut cache, &ids[..400])?; // fits
         let was = (state(&cache), tight.used_bytes());

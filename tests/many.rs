@@ -224,7 +224,7 @@ fn a_bad_prompt_is_its_own_error() -> Result {
         Prompt::from(<[u32; 0]>::default()),
         Prompt::from([11, 183]),
         Prompt::from([11, 5, u32::MAX, 200].as_slice()),
-        Prompt::from(vec![11; 513].as_slice()),
+        Prompt::from(vec![11u32; 513]),
         Prompt::chat(&[Message::user("Where is the coin?")]),
         Prompt::chat(&[]),
         Prompt::from(""),
@@ -272,7 +272,7 @@ fn numbers_that_overflow_are_those_of_one_answer() -> Result {
         let said = sound.generate(prompts[index].clone(), &how)?.ids[2];
         let table = "model.embed_tokens.weight";
         let mut rows: Vec<Vec<f32>> = weights[table].to_vec2()?;
-        rows[said as usize].fill(f32::MAX);
+        rows[said as usize].fill(f32::INFINITY);
         let mut weights = weights.clone();
         weights.insert(table.into(), Tensor::new(rows, &Device::Cpu)?);
         let model = HybridModel::new(Transformer::new(&config, &mut weights)?, None)?;
@@ -313,7 +313,7 @@ fn a_tight_budget_changes_no_answer() -> Result {
         ("output nudge", plain.thinking(Thinking::none().output_nudge(OutputNudge::new(2)))),
     ] {
         let expected = alone(&ample, &prompts, &how);
-        assert!(expected.iter().all(|it| it.is_ok()));
+        assert!(expected.iter().all(Outcome::is_ok));
         // Room for one whole answer, for a little more, for several.
         for blocks in [2, 3, 4, 7] {
             let model = ample.with_cache_budget(blocks * block)?;
@@ -328,7 +328,7 @@ fn a_tight_budget_changes_no_answer() -> Result {
         }
         // Too little for those that grow beyond a block, which is an error in their place, and no other.
         let model = ample.with_cache_budget(block)?;
-        let fit: Vec<_> = alone(&model, &prompts, &how).iter().map(|it| it.is_ok()).collect();
+        let fit: Vec<_> = alone(&model, &prompts, &how).iter().map(Outcome::is_ok).collect();
         assert!(fit.contains(&true) && fit.contains(&false), "{name}: {fit:?}");
         for width in [1, 5] {
             let answers = model.generate_many(prompts.clone(), &how)?.side_by_side(width);

@@ -108,7 +108,10 @@ fn rows(xs: &Tensor, of: &Range<usize>) -> Result<Tensor> {
 fn assert_same(name: &str, got: &Tensor, alone: &Tensor, exactly: bool) -> Result {
     match exactly {
         true => assert_identical(name, got, alone),
-        false if got.elem_count() == 0 => Ok(assert_eq!(got.dims(), alone.dims(), "{name}")),
+        false if got.elem_count() == 0 => {
+            assert_eq!(got.dims(), alone.dims(), "{name}");
+            Ok(())
+        }
         false => assert_close(name, got, alone, ROUNDING),
     }
 }
@@ -240,7 +243,7 @@ proptest! {
             let held: Vec<_> = (0..oldest.len())
                 .map(|i| sequences.firsts[i] + sequences.lengths[i] - oldest[i])
                 .collect();
-            let keys = held.iter().sum();
+            let keys: usize = held.iter().sum();
             let q = tiny::noise(1, &[kv_heads * group, batch.tokens(), dim], 1.0)?;
             let k = tiny::noise(2, &[kv_heads, keys, dim], 1.0)?.to_dtype(dtype)?;
             let v = tiny::noise(3, &[kv_heads, keys, dim], 1.0)?.to_dtype(dtype)?;
@@ -366,11 +369,11 @@ fn remembered(
         same(&name, &rows(&all, &of)?, &h, exactly)?;
         // And so has it been remembered.
         let (got, alone) = (&mut together[index], &mut apart[index]);
-        assert_eq!(
-            (got.len(), got.oldest(), got.bytes()),
-            (alone.len(), alone.oldest(), alone.bytes()),
-            "{name}"
-        );
+        assert_eq!(got.len(), alone.len(), "{name}");
+        // How long what no window sees is kept depends on where a pass was cut.
+        if model.config().sliding_window.is_none() || tokens <= 512 {
+            assert_eq!((got.oldest(), got.bytes()), (alone.oldest(), alone.bytes()), "{name}");
+        }
         let next = model.embed_ids(&[7])?;
         let after = tiny::logits(model, &next, Pass::Cached(got))?;
         same(&name, &after, &tiny::logits(model, &next, Pass::Cached(alone))?, exactly)?;
@@ -511,6 +514,7 @@ fn over<'a>(batch: &'a Batch, caches: &'a mut [KvCache]) -> Pass<'a> {
 
 /// Encoding, thinking and handing off, with plain tokens before, between and behind what thinks.
 #[test]
+#[allow(clippy::single_range_in_vec_init, reason = "a text with one run of context")]
 fn packed_thoughts_are_those_of_each_text() -> Result {
     let lengths = [40, 25, 60, 1, 90];
     let context: [&[Range<usize>]; 5] =

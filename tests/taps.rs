@@ -98,9 +98,15 @@ impl Tap for Recorder {
             if count > 0 {
                 mean = attended.mean_weights(sequence)?.detach().to_vec2()?;
             }
-            let (keys, values) = attended.keys_and_values(sequence)?;
             let keys_at = mask.keys(sequence);
-            let (keys, values) = (keys.detach(), values.detach());
+            // Of a sequence without any there is nothing to show.
+            let (keys, values) = match keys_at.is_empty() {
+                true => (attended.context().detach(), attended.context().detach()),
+                false => {
+                    let (keys, values) = attended.keys_and_values(sequence)?;
+                    (keys.detach(), values.detach())
+                }
+            };
             last.sequences.push(Shown { keys_at, sees, scores, weights, mean, keys, values });
         }
         Ok(())
@@ -312,6 +318,7 @@ impl Both {
                     kept[there.clone()].clone_from_slice(&shown);
                 }
             }
+            let shown_values = heads(&it.values)?;
             for (query, x) in held[first_query - base..].iter().enumerate() {
                 let position = first_query + query;
                 let sees = |key: usize| {
@@ -340,22 +347,16 @@ impl Both {
                         assert!(seen || *score == f32::NEG_INFINITY && *weight == 0.0);
                     }
                     for channel in 0..self.config.head_dim {
-                        let of_head =
-                            kept_values[there.clone()].iter().map(|it| it[head / group][channel]);
-                        context.push(
-                            of_head
-                                .zip(weights)
-                                .map(|(value, weight)| value * f64::from(*weight))
-                                .sum(),
-                        );
+                        let of_head = shown_values.iter().map(|it| it[head / group][channel]);
+                        let weighed =
+                            of_head.zip(weights).map(|(value, weight)| value * f64::from(*weight));
+                        context.push(weighed.sum::<f64>());
                     }
                 }
                 let mean = expected.mean_weights()[there.clone()].to_vec();
                 worst[5].add(it.mean[query].iter().copied(), &mean);
                 worst[6].add(contexts[row].iter().copied(), &expected.context);
-                if self.kept_as == DType::F32 {
-                    by_weights.add(contexts[row].iter().copied(), &context);
-                }
+                by_weights.add(contexts[row].iter().copied(), &context);
                 let x = self.reference.after_attention(&name, x, &expected.context);
                 worst[7].add(after[row].iter().copied(), &x);
                 worst[7]
@@ -647,11 +648,9 @@ fn an_error_of_a_tap_ends_the_pass() -> Result {
                     false => Pass::uncached(&batch, sight),
                 };
                 let ended = model.forward(&xs, 0..3, ForwardContext::from(pass).tap(&mut tap));
-                let patience = Err(Error::NotFinite { what: "patience", position: 7 });
-                assert_eq!(
-                    format!("{ended:?}"),
-                    format!("{:?}", patience as hybrid_attention::Result<()>)
-                );
+                let patience: hybrid_attention::Result<()> =
+                    Err(Error::NotFinite { what: "patience", position: 7 });
+                assert_eq!(format!("{:?}", ended.map(drop)), format!("{patience:?}"));
                 assert_eq!(tap.seen.iter().filter(|at| **at == enough).count(), 1);
                 assert_eq!(tap.seen.last(), Some(&enough));
                 assert!(cache.is_empty() && cache.bytes() == 0);

@@ -161,12 +161,14 @@ impl Answers {
                 let written: Vec<_> = lanes.map(|(lane, logits)| lane.write(&logits)).collect();
                 written.into_iter().for_each(|(lane, written)| self.take_back(lane, written));
             }
-            Err(error) => self.give_way(together, error),
+            Err(error) => self.give_way(together, alone.len(), error),
         }
-        for mut lane in alone {
-            let logits = lane.step_alone();
-            match logits {
-                Err(error @ Error::PoolFull { .. }) => self.give_way(vec![lane], error),
+        let mut alone = VecDeque::from(alone);
+        while let Some(mut lane) = alone.pop_front() {
+            match lane.step_alone() {
+                Err(error @ Error::PoolFull { .. }) => {
+                    self.give_way(vec![lane], alone.len(), error);
+                }
                 Err(error) => self.end(lane.index, Err(error)),
                 Ok(logits) => {
                     let (lane, written) = lane.write(&logits);
@@ -218,9 +220,9 @@ impl Answers {
         self.ended.push_back((index, answer));
     }
 
-    /// What becomes of lanes whose step failed before anything was computed.
-    fn give_way(&mut self, mut lanes: Vec<Lane>, error: Error) {
-        let under_way = self.lanes.len() + lanes.len();
+    /// What becomes of lanes whose step failed, while so many others have yet to step.
+    fn give_way(&mut self, mut lanes: Vec<Lane>, others: usize, error: Error) {
+        let under_way = self.lanes.len() + lanes.len() + others;
         let full = matches!(error, Error::PoolFull { .. });
         if full && under_way > 1 {
             if let Some(Lane { index, prompt, .. }) = lanes.pop() {

@@ -50,6 +50,11 @@ impl Block {
         self.self_attn.projections_mut().into_iter().chain(self.mlp.projections_mut())
     }
 
+    /// Refuses a side signal of a width that its MLP does not read.
+    pub(super) fn check_side(&self, width: usize) -> Result<()> {
+        self.mlp.side_columns(width).map(|_| ())
+    }
+
     pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {
         self.mlp.set_side(side)
     }

@@ -162,6 +162,21 @@ impl SideSignal {
     pub fn get(&self, layer: usize) -> Option<&Tensor> {
         self.layers.get(&layer)
     }
+
+    /// The width of what it has for a layer.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a signal that has not a row for each of so many tokens.
+    pub(super) fn width(&self, layer: usize, tokens: usize) -> Result<usize> {
+        match self.get(layer).map(Tensor::dims) {
+            None => Ok(0),
+            Some(&[rows, width]) if rows == tokens => Ok(width),
+            Some(got) => {
+                let expected = format!("(tokens, width), a row for each of {tokens}");
+                Err(Error::parameter("side signal", expected, format!("{got:?}")))
+            }
+        }
+    }
 }
 
 /// What a block is handed: all that it shares with the other blocks of a pass.
@@ -189,16 +204,10 @@ impl BlockContext<'_, '_, '_> {
 
     /// What comes beside the residual stream in this layer, `(tokens, width)`.
     pub(super) fn side(&self) -> Result<Option<Tensor>> {
-        let Some(signal) = self.side.and_then(|side| side.get(self.layer)) else { return Ok(None) };
-        let all = signal.dims();
-        if all.len() != 2 || all[0] < self.rows.end {
-            let expected = format!("(tokens, width), a row for each of {} or more", self.rows.end);
-            return Err(Error::parameter("side signal", expected, format!("{all:?}")));
-        }
-        if all[1] == 0 {
-            return Ok(None);
-        }
-        Ok(Some(signal.narrow(0, self.rows.start, self.rows.len())?))
+        let signal = self.side.and_then(|side| side.get(self.layer));
+        let rows = |signal: &Tensor| signal.narrow(0, self.rows.start, self.rows.len());
+        let signal = signal.filter(|signal| signal.elem_count() > 0);
+        Ok(signal.map(rows).transpose()?)
     }
 
     /// Shows the residual stream to who looks on.

@@ -92,7 +92,7 @@ impl Mlp {
             rayon::join(|| self.gate_proj.times(&input), || self.up_proj.times(&input));
         let (mut gate, mut up) = (gate?, up?); // (tokens, intermediate)
         if let Some(side) = side {
-            let columns = self.side_columns(side)?;
+            let columns = self.side_columns(side.dim(1)?)?;
             let input = Input::new(side, &[&columns.gate, &columns.up].map(Linear::weight))?;
             gate = (gate + columns.gate.times(&input)?)?;
             up = (up + columns.up.times(&input)?)?;
@@ -100,18 +100,13 @@ impl Mlp {
         self.down_proj.product(kernels::swiglu(gate, up.tensor())?.tensor())
     }
 
-    fn side_columns(&self, signal: &Tensor) -> Result<&SideProjection> {
-        let width = signal.dim(1)?;
-        match &self.side {
-            Some(columns) if columns.gate.shape().1 == width => Ok(columns),
-            Some(columns) => {
-                let expected = format!("a width of {}", columns.gate.shape().1);
-                Err(Error::parameter("side signal", expected, width))
-            }
-            None => {
-                let expected = "none for a layer without a side projection";
-                Err(Error::parameter("side signal", expected, format!("a width of {width}")))
-            }
-        }
+    /// The columns that read a signal of this width.
+    pub(super) fn side_columns(&self, width: usize) -> Result<&SideProjection> {
+        let expected = match &self.side {
+            Some(columns) if columns.gate.shape().1 == width => return Ok(columns),
+            Some(columns) => format!("a width of {}", columns.gate.shape().1),
+            None => "none for a layer without a side projection".to_string(),
+        };
+        Err(Error::parameter("side signal", expected, format!("a width of {width}")))
     }
 }

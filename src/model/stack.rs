@@ -108,6 +108,14 @@ impl Stack {
         if layers.is_empty() {
             return Ok(xs.clone());
         }
+        if let Some(side) = side {
+            for (layer, block) in layers.clone().zip(&self.blocks[layers.clone()]) {
+                match side.width(layer, tokens)? {
+                    0 => (),
+                    width => block.check_side(width)?,
+                }
+            }
+        }
         let mut running = Running { layers, sight: Sight::Causal, side, cancel };
         let flat = flat(xs)?; // (tokens, hidden)
         let ys = match pass {
@@ -174,18 +182,18 @@ impl Stack {
             self.check_context(first.saturating_add(new))?;
             batch = batch.starting_at(sequence, first)?;
         }
-        let mut open = Open::begin(caches, &running.layers)?;
-        let step = match running.sight {
-            Sight::Causal => CHUNK,
-            Sight::Bidirectional => batch.tokens(),
+        let piece = |rows: Range<usize>| (rows.clone(), batch.piece(&rows));
+        let pieces: Vec<_> = match running.sight {
+            Sight::Causal if batch.tokens() > CHUNK => {
+                batch.cuts(CHUNK).into_iter().map(piece).collect()
+            }
+            _ => vec![(0..batch.tokens(), (batch.clone(), 0..batch.sequences()))],
         };
+        let needed = pieces.iter().map(|(_, (piece, which))| (which.clone(), piece.lengths()));
+        let needed: Vec<_> = needed.collect();
+        let mut open = Open::begin(caches, &running.layers, &needed)?;
         let mut chunks = Vec::new();
-        for start in (0..batch.tokens()).step_by(step.max(1)) {
-            let rows = start..batch.tokens().min(start + step);
-            let (piece, which) = match rows == (0..batch.tokens()) {
-                true => (batch.clone(), 0..batch.sequences()),
-                false => batch.piece(&rows),
-            };
+        for (rows, (piece, which)) in pieces {
             open.reserve(&which, &piece.lengths())?;
             let oldest = open.oldest(&which);
             let context = BlockContext {
@@ -197,7 +205,7 @@ impl Stack {
                 tap: tap.as_mut().map(|tap| &mut **tap as &mut dyn Tap),
                 layer: 0,
             };
-            chunks.push(self.blocks(&xs.narrow(0, start, rows.len())?, context, running)?);
+            chunks.push(self.blocks(&xs.narrow(0, rows.start, rows.len())?, context, running)?);
         }
         open.commit();
         match chunks.as_slice() {

@@ -416,7 +416,7 @@ fn generate_answers_each_line_of_a_file_as_it_would_alone() -> Result {
     let stderr = fail("generate", folder.path(), &[&file, "--prompt=the"])?;
     assert!(stderr.contains("cannot be used with"), "{stderr}");
 
-    // What was answered before a problem stays.
+    // A problem with one prompt takes its line and leaves those of the others.
     let long = folder.path().join("long.txt");
     fs::write(&long, format!("the cat\n\n{}\n", "the cat sat ".repeat(200)))?;
     let long = format!("--prompts={}", long.display());
@@ -426,7 +426,13 @@ fn generate_answers_each_line_of_a_file_as_it_would_alone() -> Result {
         !output.status.success() && stderr.starts_with("error: --prompts: line 3: "),
         "{stderr}"
     );
-    assert_eq!(String::from_utf8(output.stdout)?.lines().count(), 1);
+    let lines = String::from_utf8(output.stdout)?;
+    let lines: Vec<serde_json::Value> =
+        lines.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?;
+    let [answered, refused] = lines.as_slice() else { return Err(format!("{lines:?}").into()) };
+    assert!(answered["text"].is_string(), "{answered}");
+    let problem = refused["error"].as_str().ok_or("no error")?;
+    assert_eq!(stderr, format!("error: --prompts: line 3: {problem}\n"));
     Ok(())
 }
 
@@ -588,7 +594,7 @@ fn chat_needs_a_tokenizer_and_room() -> Result {
     );
     assert_eq!(
         fail("chat", with.path(), &["--context", "257"])?,
-        "error: context full: room for 256 positions, 257 requested\n"
+        "error: context full: the model has room for 256 positions, 257 requested\n"
     );
     Ok(())
 }

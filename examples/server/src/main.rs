@@ -15,6 +15,7 @@ use hybrid_attention::candle_core::Device;
 use hybrid_attention::{Cancel, HybridModel};
 use serde::Deserialize;
 use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 #[derive(Deserialize)]
@@ -23,6 +24,16 @@ struct Request {
     /// How often to think about it; as the checkpoint says, if it is left out.
     passes: Option<usize>,
     max_tokens: Option<usize>,
+}
+
+/// Who waits for an answer. One that goes away cancels it, also in the middle of thinking and of reading
+/// the prompt.
+struct Client(Cancel);
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
 }
 
 /// The model is a handle: every handler has its own, and all share the weights.
@@ -42,11 +53,7 @@ async fn generate(
     let (sender, receiver) = mpsc::channel(16);
     let cancel = Cancel::default();
     let stream = stream.cancel(cancel.clone());
-    let gone = sender.clone();
-    tokio::spawn(async move {
-        gone.closed().await; // also in the middle of thinking and of reading the prompt
-        cancel.cancel();
-    });
+    let client = Client(cancel);
     tokio::task::spawn_blocking(move || {
         for token in stream {
             let line = match token {
@@ -58,7 +65,11 @@ async fn generate(
             }
         }
     });
-    Body::from_stream(ReceiverStream::new(receiver)).into_response()
+    let lines = ReceiverStream::new(receiver).map(move |line| {
+        let _here = &client; // dropped with the body
+        line
+    });
+    Body::from_stream(lines).into_response()
 }
 
 fn app(model: HybridModel) -> Router {

@@ -45,6 +45,8 @@ pub(super) struct Saved {
     blocks: usize,
     /// Those of them that the pass has let go of.
     dropped: Vec<Arc<Block>>,
+    /// The last of them, if the pass writes into a copy of it.
+    copied: Option<Arc<Block>>,
     live: Option<Live>,
 }
 
@@ -85,37 +87,60 @@ impl LayerCache {
 
     pub(super) fn save(&self) -> Saved {
         let Self { blocks, first, len, live } = self;
-        let (blocks, dropped) = (blocks.len(), Vec::new());
-        Saved { first: *first, len: *len, blocks, dropped, live: live.clone() }
+        let (blocks, dropped, copied) = (blocks.len(), Vec::new(), None);
+        Saved { first: *first, len: *len, blocks, dropped, copied, live: live.clone() }
     }
 
     pub(super) fn restore(&mut self, saved: Saved) {
         // What is left of the blocks that were there, behind those that were let go of.
         self.blocks.truncate(saved.blocks - saved.dropped.len());
         saved.dropped.into_iter().rev().for_each(|block| self.blocks.push_front(block));
+        if let (Some(last), Some(shared)) = (self.blocks.back_mut(), saved.copied) {
+            *last = shared;
+        }
         (self.first, self.len, self.live) = (saved.first, saved.len, saved.live);
     }
 
-    /// Lets go of the blocks that no token from here on sees.
-    pub(super) fn roll(&mut self, window: usize, saved: &mut Saved) {
+    /// Lets go of the blocks that no token from here on sees. Those that this pass has made can be used
+    /// again.
+    pub(super) fn roll(&mut self, window: usize, saved: &mut Saved, spare: &mut Vec<Block>) {
         let needed = (self.len + 1).saturating_sub(window);
         while self.first + KV_BLOCK <= needed {
             let Some(block) = self.blocks.pop_front() else { break };
             if saved.dropped.len() < saved.blocks {
                 saved.dropped.push(block);
+            } else if let Ok(block) = Arc::try_unwrap(block) {
+                spare.push(block);
             }
             self.first += KV_BLOCK;
         }
     }
 
-    /// How many blocks must be made before `new` more positions can be written: those that are missing,
-    /// and a copy of the last one if somebody else holds it.
-    pub(super) fn lacking(&self, new: usize) -> usize {
-        if new == 0 {
-            return 0;
+    /// How many blocks a pass needs that takes up tokens in pieces of these lengths: as many as it makes
+    /// less those that it lets go of in between, and a copy of the last one if somebody else holds it.
+    ///
+    /// ```text
+    /// blocks of 4, window 3, positions 0..6 in blocks 0 and 1, pieces of 4, 4 and 4
+    /// 6..10    holds blocks 1 2      has made 2
+    /// 10..14   holds blocks 2 3      has made 2 and 3
+    /// 14..18   holds blocks 3 4      4 is what was 2: the pass needs 2 blocks
+    /// ```
+    pub(super) fn lacking(&self, pieces: &[usize], window: Option<usize>) -> usize {
+        // Blocks are numbered by their positions: block n begins at position n * KV_BLOCK.
+        let (mut first, mut len) = (self.first / KV_BLOCK, self.len);
+        let own = first + self.blocks.len(); // blocks from here on are made by the pass
+        let writes = pieces.iter().any(|new| *new > 0);
+        let copy = usize::from(writes && self.shares_its_last());
+        let mut most = copy;
+        for new in pieces {
+            if let Some(window) = window {
+                let needed = (len + 1).saturating_sub(window) / KV_BLOCK;
+                first = first.max(needed.min(len.div_ceil(KV_BLOCK)));
+            }
+            len += new;
+            most = most.max(copy + len.div_ceil(KV_BLOCK).saturating_sub(first.max(own)));
         }
-        let missing = (self.len + new).div_ceil(KV_BLOCK) - self.first / KV_BLOCK;
-        missing.saturating_sub(self.blocks.len()) + usize::from(self.shares_its_last())
+        most
     }
 
     /// Whether the next position goes into a block that somebody else holds, too.
@@ -124,22 +149,27 @@ impl LayerCache {
         inside.is_some_and(|block| Arc::strong_count(block) > 1)
     }
 
-    /// Takes the [lacking](Self::lacking) blocks from those that were made.
+    /// Takes what `new` more positions need from the spare blocks of the pass.
     pub(super) fn supply(
         &mut self,
         new: usize,
-        made: &mut impl Iterator<Item = Block>,
+        saved: &mut Saved,
+        spare: &mut Vec<Block>,
     ) -> Result<()> {
-        let mut lacking = self.lacking(new);
-        if new > 0 && self.shares_its_last() {
-            let last = self.blocks.get_mut(self.len / KV_BLOCK - self.first / KV_BLOCK);
-            if let (Some(last), Some(copy)) = (last, made.next()) {
-                copy.tensor.slice_set(&last.tensor, 0, 0)?;
-                *last = Arc::new(copy);
-            }
-            lacking -= 1;
+        if new == 0 {
+            return Ok(());
         }
-        self.blocks.extend(made.take(lacking).map(Arc::new));
+        if self.shares_its_last()
+            && let Some(last) = self.blocks.back_mut()
+            && let Some(copy) = spare.pop()
+        {
+            copy.tensor.slice_set(&last.tensor, 0, 0)?;
+            saved.copied = Some(std::mem::replace(last, Arc::new(copy)));
+        }
+        while self.first + self.blocks.len() * KV_BLOCK < self.len + new {
+            let Some(block) = spare.pop() else { break };
+            self.blocks.push_back(Arc::new(block));
+        }
         Ok(())
     }
 

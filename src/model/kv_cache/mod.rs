@@ -203,9 +203,8 @@ impl KvCache {
                 return Err(Error::parameter("keys and values", expected, got));
             }
         };
-        self.check_room(&layers, tokens)?;
         let mut caches = [self];
-        let mut open = Open::begin(&mut caches, &layers)?;
+        let mut open = Open::begin(&mut caches, &layers, &[(0..1, vec![tokens])])?;
         open.reserve(&(0..1), &[tokens])?;
         open.write(layer, &(0..1), (keys, values), std::slice::from_ref(&(0..tokens)))?;
         open.commit();
@@ -273,6 +272,11 @@ impl KvCache {
             return Err(Error::ContextFull { of: "the cache", capacity: self.capacity, requested });
         }
         Ok(())
+    }
+
+    /// The window that it lets go of blocks by.
+    fn rolls_at(&self) -> Option<usize> {
+        self.pool.shape().window.filter(|_| !self.keeps_all)
     }
 
     fn layers_mut(&mut self, layers: &Range<usize>) -> &mut [LayerCache] {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::layer::Saved;
+use super::pool::Block;
 use super::{KvCache, LayerCache};
 use crate::error::{Error, Result};
 use crate::kernels::HeldBlocks;
@@ -17,6 +18,8 @@ pub(in crate::model) struct Open<'a, 'c> {
     layers: Range<usize>,
     /// For each cache, for each of the layers.
     saved: Vec<Vec<Saved>>,
+    /// For each cache, blocks that hold nothing yet, or no longer.
+    spare: Vec<Vec<Block>>,
 }
 
 /// What the queries of a pass attend to.
@@ -29,15 +32,24 @@ pub(in crate::model) enum Remembered {
 }
 
 impl<'a, 'c> Open<'a, 'c> {
-    /// Begins a pass of `layers`, all of which go on from one position.
+    /// Begins a pass of `layers`, all of which go on from one position. It runs in `pieces`, each of some
+    /// of the caches, with so many new tokens for each of these: all the memory that they will need is
+    /// taken now, for all of them, or for none.
     pub(in crate::model) fn begin(
         caches: &'a mut [&'c mut KvCache],
         layers: &Range<usize>,
+        pieces: &[(Range<usize>, Vec<usize>)],
     ) -> Result<Self> {
-        for cache in caches.iter() {
-            cache.position(layers)?;
+        let mut new = vec![Vec::new(); caches.len()];
+        for (which, lengths) in pieces {
+            let new = new.get_mut(which.clone()).unwrap_or(&mut []);
+            new.iter_mut().zip(lengths).for_each(|(new, length)| new.push(*length));
         }
-        let mut open = Self { caches, layers: layers.clone(), saved: Vec::new() };
+        for (cache, new) in caches.iter().zip(&new) {
+            cache.check_room(layers, new.iter().sum())?;
+        }
+        let spare = take(caches, layers, &new)?;
+        let mut open = Self { caches, layers: layers.clone(), saved: Vec::new(), spare };
         for cache in open.caches.iter_mut() {
             open.saved.push(cache.layers_mut(layers).iter().map(LayerCache::save).collect());
         }
@@ -55,30 +67,19 @@ impl<'a, 'c> Open<'a, 'c> {
         caches.iter().map(oldest).collect()
     }
 
-    /// Makes room in each of the caches, letting go of what no window will see: in all of them, or in
-    /// none.
+    /// Makes room for the next piece in each of its caches, letting go of what no window will see.
     pub(in crate::model) fn reserve(&mut self, which: &Range<usize>, new: &[usize]) -> Result<()> {
-        let Self { caches, layers, saved } = self;
+        let Self { caches, layers, saved, spare } = self;
         let caches = caches.get_mut(which.clone()).unwrap_or(&mut []);
         let saved = saved.get_mut(which.clone()).unwrap_or(&mut []);
-        // What they lack is taken from all pools before any of it is handed out.
-        let mut made = Vec::with_capacity(caches.len());
-        for ((cache, saved), new) in caches.iter_mut().zip(saved).zip(new) {
-            cache.check_room(layers, *new)?;
-            let window = cache.pool.shape().window.filter(|_| !cache.keeps_all);
-            let mut lacking = 0;
+        let spare = spare.get_mut(which.clone()).unwrap_or(&mut []);
+        for (((cache, saved), spare), new) in caches.iter_mut().zip(saved).zip(spare).zip(new) {
+            let window = cache.rolls_at();
             for (layer, saved) in cache.layers_mut(layers).iter_mut().zip(saved) {
                 if let Some(window) = window {
-                    layer.roll(window, saved);
+                    layer.roll(window, saved, spare);
                 }
-                lacking += layer.lacking(*new);
-            }
-            made.push(cache.pool.take(lacking)?);
-        }
-        for ((cache, made), new) in caches.iter_mut().zip(made).zip(new) {
-            let mut made = made.into_iter();
-            for layer in cache.layers_mut(layers) {
-                layer.supply(*new, &mut made)?;
+                layer.supply(*new, saved, spare)?;
             }
         }
         Ok(())
@@ -149,9 +150,35 @@ impl<'a, 'c> Open<'a, 'c> {
     }
 }
 
+/// The blocks that each of the caches lacks for its new tokens, from the pools that they are of.
+fn take(
+    caches: &[&mut KvCache],
+    layers: &Range<usize>,
+    new: &[Vec<usize>],
+) -> Result<Vec<Vec<Block>>> {
+    let lacking = |(cache, new): (&&mut KvCache, &Vec<usize>)| -> usize {
+        let layers = cache.layers.get(layers.clone()).unwrap_or(&[]);
+        layers.iter().map(|layer| layer.lacking(new, cache.rolls_at())).sum()
+    };
+    let lacking: Vec<usize> = caches.iter().zip(new).map(lacking).collect();
+    let mut spare: Vec<Vec<Block>> = caches.iter().map(|_| Vec::new()).collect();
+    for (index, cache) in caches.iter().enumerate() {
+        let of_pool = |other: &usize| caches[*other].pool.is(&cache.pool);
+        if (0..index).any(|other| of_pool(&other)) {
+            continue;
+        }
+        let of_pool: Vec<usize> = (index..caches.len()).filter(of_pool).collect();
+        let mut blocks = cache.pool.take(of_pool.iter().map(|other| lacking[*other]).sum())?;
+        for other in of_pool {
+            spare[other] = blocks.split_off(blocks.len() - lacking[other]);
+        }
+    }
+    Ok(spare)
+}
+
 impl Drop for Open<'_, '_> {
     fn drop(&mut self) {
-        let Self { caches, layers, saved } = self;
+        let Self { caches, layers, saved, .. } = self;
         for (cache, saved) in caches.iter_mut().zip(saved.drain(..)) {
             for (layer, saved) in cache.layers_mut(layers).iter_mut().zip(saved) {
                 layer.restore(saved);

@@ -129,6 +129,11 @@ impl KvPool {
         self.shape.dtype
     }
 
+    /// Whether the two share a budget.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.budget, &other.budget)
+    }
+
     pub(super) fn shape(&self) -> &Shape {
         &self.shape
     }

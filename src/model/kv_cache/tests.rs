@@ -50,7 +50,7 @@ fn pass(cache: &mut KvCache, q: &Tensor, new: (&Tensor, &Tensor)) -> Result<(Rem
     let (window, count, which) = (cache.pool.shape().window, new.0.dim(1)?, 0..1);
     let batch = Batch::one(count)?.starting_at(0, cache.len())?;
     let mut caches = [cache];
-    let mut open = Open::begin(&mut caches, &(0..1))?;
+    let mut open = Open::begin(&mut caches, &(0..1), &[(which.clone(), vec![count])])?;
     open.reserve(&which, &[count])?;
     let mask = Mask::with_past(&batch, Sight::Causal, window, &open.oldest(&which))?;
     let remembered = open.remember(0, &which, new, &mask)?;

@@ -427,7 +427,7 @@ fn generate_answers_each_line_of_a_file_as_it_would_alone() -> Result {
         "{stderr}"
     );
     let lines = String::from_utf8(output.stdout)?;
-    let lines: Vec<serde_json::Value> =
+    let lines: Vec<Value> =
         lines.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?;
     let [answered, refused] = lines.as_slice() else { return Err(format!("{lines:?}").into()) };
     assert!(answered["text"].is_string(), "{answered}");

@@ -66,8 +66,8 @@ fn apart(a: &Tensor, b: &Tensor, share: f32) -> Result<bool> {
 
 #[test]
 fn a_cache_says_what_it_keeps_and_in_how_many_bytes() -> Result {
-    // Of 700 tokens the second chunk begins at 512, and sees from 505 on: of 8 blocks 5 are gone.
-    for (sliding_window, of_three, of_all) in [(None, 1, 8), (Some(8), 1, 3)] {
+    // The last 348 of 700 tokens are a chunk, and see positions from 345 on: of 8 blocks 3 are gone.
+    for (sliding_window, of_three, of_all) in [(None, 1, 8), (Some(8), 1, 5)] {
         let config = Config { sliding_window, ..tiny::config() }; // 3 layers, 2 heads of 6
         let model = tiny::transformer(&config, 1)?;
         let block = 3 * 2 * 2 * KvPool::BLOCK * 6; // layers, keys and values, heads, positions, channels

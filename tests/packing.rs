@@ -7,22 +7,19 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::{
-    Batch, KvCache, Linear, Mask, Pass, Sight, Transformer, Weights, attend,
-};
+use hybrid_attention::model::{Batch, KvCache, Linear, Mask, Pass, Sight, Transformer, attend};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{Config, HandOff, HybridModel, Thinking, WeightType};
 use proptest::prelude::*;
 
-use common::tiny;
 use common::{Result, assert_close, assert_identical};
+use common::{kept, tiny};
 
 /// Up to so many rows are multiplied in one way, more in another.
 const FEW: usize = 16;
@@ -53,42 +50,6 @@ fn config(sliding_window: Option<usize>, tied: bool) -> Config {
     }
 }
 
-/// Random weights, kept as a loader would keep them.
-struct Kept {
-    tensors: HashMap<String, Tensor>,
-    kept: WeightType,
-}
-
-impl Weights for Kept {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> hybrid_attention::Result<Tensor> {
-        self.tensors.tensor(name, shape)
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.tensors.contains(name)
-    }
-
-    fn linear(&mut self, name: &str, out: usize, input: usize) -> hybrid_attention::Result<Linear> {
-        let weight = self.tensors.tensor(name, &[out, input])?;
-        match self.kept {
-            WeightType::Dense(dtype) => Linear::dense(&weight.to_dtype(dtype)?),
-            WeightType::Quantized(blocks) => {
-                Linear::quantized(Arc::new(QTensor::quantize(&weight, blocks)?))
-            }
-            WeightType::Stored => Linear::dense(&weight),
-        }
-    }
-
-    fn embedding(
-        &mut self,
-        name: &str,
-        vocab: usize,
-        hidden: usize,
-    ) -> hybrid_attention::Result<Linear> {
-        self.linear(name, vocab, hidden)
-    }
-}
-
 /// Two layers, and one that only thought passes run.
 fn thought_model(config: &Config, kept: WeightType, seed: u64) -> Result<ThoughtModel> {
     let layers = config.num_hidden_layers;
@@ -96,7 +57,7 @@ fn thought_model(config: &Config, kept: WeightType, seed: u64) -> Result<Thought
     let (last, thought) = (format!("model.layers.{layers}."), "thought.layers.0.");
     let renamed = |(name, tensor): (String, Tensor)| (name.replace(&last, thought), tensor);
     let tensors = tiny::weights(&with_one_more, seed)?.into_iter().map(renamed).collect();
-    Ok(ThoughtModel::new(config, &mut Kept { tensors, kept })?)
+    Ok(ThoughtModel::new(config, &mut kept::Kept { tensors, kept })?)
 }
 
 /// Rows of a stream: `(tokens, hidden)`.

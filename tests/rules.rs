@@ -609,10 +609,10 @@ fn a_rolled_cache_says_what_it_has_let_go_of() -> Result {
     let model = tiny::transformer(&config, 1)?;
     let mut cache = model.new_cache(1024)?;
     through(&model, &mut cache, &model.embed_ids(&tiny::tokens(&config, 1, 600))?, 600)?;
-    // The second chunk needs position 509, and let go of the five blocks before it.
-    assert_eq!((cache.oldest(), 5 * KvPool::BLOCK), (480, 480));
-    let rolled = cache.truncate(482);
-    assert!(matches!(rolled, Err(Error::CacheRolled { length: 482, oldest: 480 })), "{rolled:?}");
+    // The second half needs position 297, and let go of the three blocks before it.
+    assert_eq!((cache.oldest(), 3 * KvPool::BLOCK), (288, 288));
+    let rolled = cache.truncate(290);
+    assert!(matches!(rolled, Err(Error::CacheRolled { length: 290, oldest: 288 })), "{rolled:?}");
     cache.truncate(usize::MAX)?;
     assert_eq!(cache.len(), 600);
     cache.truncate(512)?;

@@ -4,20 +4,18 @@
 mod common;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::model::{
     Batch, ForwardContext, KvCache, Linear, Pass, SideProjection, SideSignal, Sight, Transformer,
-    Weights,
 };
 use hybrid_attention::{Config, Error, WeightType};
 use proptest::prelude::*;
 
 use common::reference::{Reference, Stream};
-use common::tiny;
 use common::{Result, assert_close, assert_identical};
+use common::{kept, tiny};
 
 const SIGHTS: [Sight; 2] = [Sight::Causal, Sight::Bidirectional];
 
@@ -31,34 +29,6 @@ const KEPT: [WeightType; 3] = [
 fn config(sliding_window: Option<usize>) -> Config {
     let sizes = Config { hidden_size: 32, intermediate_size: 64, head_dim: 8, ..tiny::config() };
     Config { sliding_window, ..sizes }
-}
-
-/// Random weights, kept as a loader would keep them.
-struct Kept {
-    tensors: HashMap<String, Tensor>,
-    kept: WeightType,
-}
-
-impl Weights for Kept {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> hybrid_attention::Result<Tensor> {
-        self.tensors.tensor(name, shape)
-    }
-
-    fn linear(&mut self, name: &str, out: usize, input: usize) -> hybrid_attention::Result<Linear> {
-        let weight = self.tensors.tensor(name, &[out, input])?;
-        match self.kept {
-            WeightType::Dense(dtype) => Linear::dense(&weight.to_dtype(dtype)?),
-            WeightType::Quantized(blocks) => {
-                Linear::quantized(Arc::new(QTensor::quantize(&weight, blocks)?))
-            }
-            WeightType::Stored => Linear::dense(&weight),
-        }
-    }
-}
-
-fn transformer(config: &Config, kept: WeightType, seed: u64) -> Result<Transformer> {
-    let tensors = tiny::weights(config, seed)?;
-    Ok(Transformer::new(config, &mut Kept { tensors, kept })?)
 }
 
 /// Columns for a signal of this width, as two dense weights `(intermediate, width)`.
@@ -144,7 +114,7 @@ fn run(
 fn what_brings_nothing_changes_nothing() -> Result {
     for (kept, window) in KEPT.into_iter().zip([None, Some(40), Some(7)]) {
         let config = config(window);
-        let model = transformer(&config, kept, 1)?;
+        let model = kept::transformer(&config, kept, 1)?;
         let width = 6;
         let zero = Tensor::zeros((config.intermediate_size, width), DType::F32, &Device::Cpu)?;
         let (mut reading, mut deaf) = (model.with_side(0, None)?, model.with_side(0, None)?);
@@ -291,7 +261,8 @@ fn pieces_read_their_own_rows() -> Result {
     for (kept, window) in KEPT.into_iter().zip([None, Some(40), Some(300)]) {
         let config = config(window);
         let columns = columns(&config, 6, 4)?;
-        let model = transformer(&config, kept, 4)?.with_side(1, Some(projection(&columns)?))?;
+        let model =
+            kept::transformer(&config, kept, 4)?.with_side(1, Some(projection(&columns)?))?;
         let (tokens, layers) = (1100, model.all_layers());
         let (xs, signal) = (tiny::noise(5, &[tokens, 32], 1.0)?, signal(tokens, 6, 6)?);
         let side = SideSignal::new().layer(1, signal.clone());
@@ -359,7 +330,7 @@ fn check(name: &str, x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Resul
 fn gradients_reach_the_columns_and_the_signal() -> Result {
     for kept in KEPT {
         let config = config(Some(9));
-        let model = transformer(&config, kept, 8)?;
+        let model = kept::transformer(&config, kept, 8)?;
         for (kind, tokens) in
             KINDS.into_iter().flat_map(|kind| [6, 30].map(|tokens| (kind, tokens)))
         {
@@ -384,7 +355,7 @@ fn gradients_reach_the_columns_and_the_signal() -> Result {
 #[test]
 fn gradients_reach_every_piece_of_a_long_text() -> Result {
     let config = Config { num_hidden_layers: 2, ..config(Some(20)) };
-    let model = transformer(&config, KEPT[0], 12)?;
+    let model = kept::transformer(&config, KEPT[0], 12)?;
     let tokens = 1100;
     let (xs, signal) = (tiny::noise(13, &[tokens, 32], 1.0)?, signal(tokens, 5, 14)?);
     let [gate, up] = columns(&config, 5, 15)?;
@@ -418,7 +389,7 @@ fn refused<T: std::fmt::Debug>(got: hybrid_attention::Result<T>, parameter: &str
 #[test]
 fn projections_that_do_not_fit_are_refused() -> Result {
     let config = config(None);
-    let model = transformer(&config, KEPT[0], 16)?;
+    let model = kept::transformer(&config, KEPT[0], 16)?;
     let fit = columns(&config, 5, 17)?;
     for layer in [3, usize::MAX] {
         refused(model.with_side(layer, Some(projection(&fit)?)), "layer")?;
@@ -446,7 +417,7 @@ fn projections_that_do_not_fit_are_refused() -> Result {
 fn signals_that_do_not_fit_are_refused() -> Result {
     let config = config(None);
     let fit = columns(&config, 5, 19)?;
-    let model = transformer(&config, KEPT[0], 19)?.with_side(1, Some(projection(&fit)?))?;
+    let model = kept::transformer(&config, KEPT[0], 19)?.with_side(1, Some(projection(&fit)?))?;
     let with = |layer: usize, signal: Tensor| SideSignal::new().layer(layer, signal);
     for tokens in [4, 600] {
         let xs = tiny::noise(20, &[tokens, config.hidden_size], 1.0)?;

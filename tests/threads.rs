@@ -3,12 +3,11 @@
 mod common;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor, Var};
-use hybrid_attention::model::{Batch, Linear, Pass, Sight, Transformer, Weights};
+use hybrid_attention::model::{Batch, Pass, Sight, Transformer};
 use hybrid_attention::refine::{Interpolate, OutputNudge};
 use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{
@@ -17,7 +16,7 @@ use hybrid_attention::{
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use common::Result;
-use common::tiny;
+use common::{kept, tiny};
 
 /// As many as divide nothing evenly, and more than there may be processors.
 const THREADS: [usize; 4] = [1, 2, 3, 7];
@@ -43,34 +42,6 @@ fn config(sliding_window: Option<usize>) -> Config {
         sliding_window,
         ..tiny::config()
     }
-}
-
-/// Random weights, kept as a loader would keep them.
-struct Kept {
-    tensors: HashMap<String, Tensor>,
-    kept: WeightType,
-}
-
-impl Weights for Kept {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> hybrid_attention::Result<Tensor> {
-        self.tensors.tensor(name, shape)
-    }
-
-    fn linear(&mut self, name: &str, out: usize, input: usize) -> hybrid_attention::Result<Linear> {
-        let weight = self.tensors.tensor(name, &[out, input])?;
-        match self.kept {
-            WeightType::Dense(dtype) => Linear::dense(&weight.to_dtype(dtype)?),
-            WeightType::Quantized(blocks) => {
-                Linear::quantized(Arc::new(QTensor::quantize(&weight, blocks)?))
-            }
-            WeightType::Stored => Linear::dense(&weight),
-        }
-    }
-}
-
-fn transformer(config: &Config, kept: WeightType, seed: u64) -> Result<Transformer> {
-    let tensors = tiny::weights(config, seed)?;
-    Ok(Transformer::new(config, &mut Kept { tensors, kept })?)
 }
 
 /// Numbers of a result, bit by bit, by what they are.
@@ -127,7 +98,7 @@ fn check(name: &str, work: impl Fn() -> Result<Bits> + Sync) -> Result {
 #[test]
 fn passes_and_logits() -> Result {
     for (kept, window) in KEPT.into_iter().zip([None, Some(50), None, Some(130), None]) {
-        let model = transformer(&config(window), kept, 1)?;
+        let model = kept::transformer(&config(window), kept, 1)?;
         // One token, few, about as many as the threads cut, and many of several texts.
         for lengths in [vec![1], vec![3], vec![9, 1, 5], vec![17], vec![131], vec![40, 333, 1, 70]]
         {
@@ -154,7 +125,7 @@ fn caches_and_decoding() -> Result {
     for (kept, dtype) in
         KEPT.into_iter().zip([DType::F32, DType::BF16, DType::F16, DType::F32, DType::F32])
     {
-        let model = transformer(&config(Some(200)), kept, 3)?;
+        let model = kept::transformer(&config(Some(200)), kept, 3)?;
         let lengths = [600, 30, 1];
         let batch = Batch::ragged(&lengths)?;
         let ids = tiny::tokens(model.config(), 4, batch.tokens());
@@ -189,7 +160,7 @@ fn caches_and_decoding() -> Result {
 #[test]
 fn thoughts_and_hand_offs() -> Result {
     for kept in KEPT {
-        let model: ThoughtModel = transformer(&config(None), kept, 5)?.into();
+        let model: ThoughtModel = kept::transformer(&config(None), kept, 5)?.into();
         let decoder = model.decoder();
         let batch = Batch::ragged(&[150, 40])?.with_context(0, &[0..60, 60..149])?;
         let ids = tiny::tokens(decoder.config(), 6, batch.tokens());
@@ -333,7 +304,7 @@ fn gradients() -> Result {
 #[test]
 fn gradients_over_constant_weights() -> Result {
     for kept in KEPT {
-        let model = transformer(&config(Some(40)), kept, 10)?;
+        let model = kept::transformer(&config(Some(40)), kept, 10)?;
         for lengths in [vec![5], vec![70, 3, 100]] {
             let batch = Batch::ragged(&lengths)?;
             let xs = tiny::noise(11, &[batch.tokens(), 96], 1.0)?;

@@ -1,6 +1,8 @@
 //! All that `HybridModel::generate` does with the model, driven by hand with the same verbs: encode, think,
 //! hand off, decode, and think again every few tokens. The tokens are those of `generate`.
 
+#![allow(clippy::print_stdout, reason = "a program")]
+
 use hybrid_attention::candle_core::{Device, Tensor};
 use hybrid_attention::model::{Batch, Pass};
 use hybrid_attention::thought::{EncodedBatch, Entry};

@@ -1,6 +1,8 @@
 //! Many prompts, a few threads: each thread has a handle of its own, and all share the weights. For answers
 //! side by side in one pass, which is faster on most machines, see `HybridModel::generate_many`.
 
+#![allow(clippy::print_stdout, reason = "a program")]
+
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 

@@ -296,7 +296,7 @@ impl Tree<'_> {
     fn ask(&mut self, index: usize) -> Result<Tensor> {
         self.asked += 1;
         let (model, window) = (self.model, self.window());
-        let by_fork = self.asked % 2 == 0 || self.lines[index].text.behind.is_some();
+        let by_fork = self.asked.is_multiple_of(2) || self.lines[index].text.behind.is_some();
         let probe = self.probe(&self.lines[index].text);
         let line = &mut self.lines[index];
         let ids = [probe];
@@ -352,7 +352,7 @@ impl Tree<'_> {
             let lens = blocks.iter().map(|layer| layer.len).min();
             let oldest = blocks.iter().map(|layer| layer.first).max();
             assert_eq!((Some(cache.len()), Some(cache.oldest())), (lens, oldest));
-            assert_eq!(cache.is_empty(), cache.len() == 0);
+            assert_eq!(cache.is_empty(), matches!(cache.len(), 0));
             assert!(cache.len() <= text.ids.len());
         }
         let all = self.lines.iter().flat_map(|line| &line.blocks).flat_map(|layer| &layer.held);

@@ -69,8 +69,8 @@ fn loss(model: &ThoughtModel, text: &EncodedBatch, hidden: &Tensor) -> Result<Te
     let logprobs = log_softmax(&model.decoder().logits(hidden)?, D::Minus1)?;
     let mut losses = Vec::new();
     for rows in batch.all_rows() {
-        for row in rows.start..rows.end - 1 {
-            if thinks[row] == 0 {
+        for (row, thinks) in rows.clone().zip(&thinks[rows.clone()]).take(rows.len() - 1) {
+            if *thinks == 0 {
                 losses.push(logprobs.get(row)?.get(text.ids()[row + 1] as usize)?);
             }
         }

@@ -87,7 +87,7 @@ fn line(title: &str, here: Vec<f64>, plain: Vec<f64>) {
 
 /// One thought pass of `span` over `count` tokens, and the same share of a prefill's layers.
 fn pass(model: &ThoughtModel, count: usize, span: Range<usize>, pairs: usize) -> Result<()> {
-    let thinking = Thinking::passes(1).span(span.clone());
+    let thinking = Thinking::new(1).span(span.clone());
     let (mind, transformer) = (thinking.on(model)?, model.decoder());
     let batch = Batch::one(count)?.with_context(0, std::slice::from_ref(&(0..count - 1)))?;
     let text = EncodedBatch::new(transformer, &ids(count), batch)?;
@@ -158,7 +158,7 @@ fn gradient(model: &ThoughtModel, count: usize) -> Result<()> {
         }
         Ok(xs.clone())
     });
-    let thinking = Thinking::passes(1).span(0..1).refine(time);
+    let thinking = Thinking::new(1).span(0..1).refine(time);
     thinking.on(model)?.think(&text, text.embeddings().clone(), |_, _| ())?;
     let taken =
         |times: &Mutex<Vec<f64>>| times.lock().map(|times| times.clone()).unwrap_or_default();
@@ -213,7 +213,7 @@ fn peak_of(how: &str) -> Result<f64> {
 
 /// Answers a long prompt with one token, and prints the peak memory.
 fn memory_of(how: &str) -> Result<()> {
-    let thinking = Thinking::passes(1);
+    let thinking = Thinking::new(1);
     let thinking = match how {
         "plain" => Thinking::none(),
         "key_value" => thinking.hand_off(HandOff::KeyValue),

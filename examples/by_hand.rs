@@ -26,7 +26,7 @@ fn next(model: &HybridModel, h: &Tensor) -> Result<u32> {
 
 fn main() -> Result<()> {
     let model = HybridModel::tiny(&Device::Cpu)?;
-    let thinking = Thinking::passes(3).span(1..3).rethink_every(RETHINK_EVERY);
+    let thinking = Thinking::new(3).span(1..3).rethink_every(RETHINK_EVERY);
     let mind = thinking.on(model.thought_model())?;
     let decoder = model.transformer();
 

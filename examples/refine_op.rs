@@ -46,7 +46,7 @@ fn main() -> Result<()> {
         let length = |xs: &Tensor| xs.sqr()?.sum_keepdim(D::Minus1)?.sqrt();
         Ok(xs.broadcast_mul(&(length(step.z)? / length(xs)?)?)?)
     });
-    let thinking = Thinking::passes(3).span(1..3).refine(refine);
+    let thinking = Thinking::new(3).span(1..3).refine(refine);
     let config = GenerationConfig::default().thinking(thinking).max_tokens(1);
     let answer = model.generate(prompt, &config)?;
     println!("{}, after drifts of {:.3?}", answer.text.trim(), answer.drift());

@@ -60,7 +60,7 @@ fn ask(
     passes: usize,
 ) -> hybrid_attention::Result<Answer> {
     let prompt = Prompt::default().context(story.text()).plain(story.ask(question));
-    let thinking = model.thinking().clone().with_passes(passes);
+    let thinking = model.thinking().clone().passes(passes);
     let config = GenerationConfig::default().max_tokens(8).thinking(thinking);
     model.generate(prompt, &config)
 }

@@ -18,7 +18,7 @@
 //!
 //! let plain = losses(&model, &passages, Passage::prompt, &Thinking::none(), || ())?;
 //! let twice = losses(&model, &passages, Passage::repeated, &Thinking::none(), || ())?; // a control
-//! let thought = losses(&model, &passages, Passage::prompt, &Thinking::passes(2), || ())?;
+//! let thought = losses(&model, &passages, Passage::prompt, &Thinking::new(2), || ())?;
 //! println!("thinking: {}", Estimate::of_difference(&thought, &plain).signed()); // +0.031 ± 0.004
 //! # assert_eq!((plain.len(), twice.len()), (2, 2));
 //! # Ok::<_, hybrid_attention::Error>(())

@@ -19,7 +19,7 @@
 //! use hybrid_attention::{GenerationConfig, HybridModel};
 //! # fn main() -> hybrid_attention::Result<()> {
 //! let model = HybridModel::tiny(&Device::Cpu)?;
-//! let thinking = Thinking::passes(2).span(1..3);
+//! let thinking = Thinking::new(2).span(1..3);
 //! let mind = thinking.on(model.thought_model())?;
 //! let decoder = model.transformer();
 //!

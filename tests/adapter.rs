@@ -579,7 +579,7 @@ fn an_adapter_for_one_mind_leaves_the_other_bit_for_bit() -> Result {
     let text = tiny::text(base.decoder(), &batch()?, 9)?;
     let z = tiny::noise(9, &[10, 16], 1.0)?;
     for sight in [Sight::Bidirectional, Sight::Causal] {
-        let thinking = Thinking::passes(2).sight(sight);
+        let thinking = Thinking::new(2).sight(sight);
         let pass = |model: &ThoughtModel| -> Result<Tensor> {
             Ok(thinking.on(model)?.think_once(&z, text.batch())?)
         };
@@ -643,7 +643,7 @@ fn two_minds_are_two_models(
     let (ids, answer) = (tiny::tokens(config, seed, 10), tiny::tokens(config, seed + 1, 3));
     let text = EncodedBatch::new(reader, &ids, batch()?)?;
     let thinking =
-        Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.4)).hand_off(hand_off);
+        Thinking::new(2).span(span.clone()).refine(Interpolate::new(0.4)).hand_off(hand_off);
     let thinking = thinking.detail(Detail::Maps);
     let mind = thinking.on(&model)?;
     let mut cache = reader.new_cache(13)?;
@@ -733,7 +733,7 @@ fn a_mind_of_its_own_that_is_the_same_changes_nothing() -> Result {
     for hand_off in HAND_OFFS.into_iter().chain([0.0, 1.0].map(|weight| HandOff::Mixed { weight }))
     {
         for span in [0..3, 1..2] {
-            let thinking = Thinking::passes(2).span(span.clone()).hand_off(hand_off);
+            let thinking = Thinking::new(2).span(span.clone()).hand_off(hand_off);
             let read = |model: &ThoughtModel| -> Result<Tensor> {
                 let (mind, decoder) = (thinking.on(model)?, model.decoder());
                 let mut caches = [decoder.new_cache(10)?, decoder.new_cache(10)?];
@@ -771,7 +771,7 @@ fn answers_are_those_of_their_minds() -> Result {
 
     // Thinking again on the way is thinking from scratch, and thoughts are the thinker's.
     for hand_off in HAND_OFFS {
-        let thinking = Thinking::passes(2).span(1..3).hand_off(hand_off);
+        let thinking = Thinking::new(2).span(1..3).hand_off(hand_off);
         let how = GenerationConfig::default().thinking(thinking.clone());
         for mind in [AdapterScope::Thinking, AdapterScope::Decoding] {
             let model = with(mind)?;
@@ -788,7 +788,7 @@ fn answers_are_those_of_their_minds() -> Result {
             assert_close("logprobs", &tensor(&answer.logprobs)?, &tensor(&expected)?, 1e-4)?;
         }
         let z = |model: &HybridModel| -> Result<Tensor> {
-            let from_0 = GenerationConfig::default().thinking(Thinking::passes(2).span(0..2));
+            let from_0 = GenerationConfig::default().thinking(Thinking::new(2).span(0..2));
             Ok(model.think(ids.as_slice(), &from_0)?.z)
         };
         assert_identical("thoughts", &z(&with(AdapterScope::Thinking)?)?, &z(&both)?)?;
@@ -830,7 +830,7 @@ fn embeddings_are_those_of_the_mind_that_reads() -> Result {
     }
     assert!(apart(&embed(&base, Sight::Causal, &none)?, &embed(&both, Sight::Causal, &none)?)?);
     // From layer 0 on nothing is encoded, so all of it is the thinker's.
-    let thinking = Thinking::passes(2).span(0..2).hand_off(HandOff::KeyValue);
+    let thinking = Thinking::new(2).span(0..2).hand_off(HandOff::KeyValue);
     let found = embed(&thinks, Sight::Bidirectional, &thinking)?;
     assert_close("thought", &found, &embed(&both, Sight::Bidirectional, &thinking)?, 1e-5)
 }
@@ -853,7 +853,7 @@ fn gradients_reach_the_adapter_and_nothing_else() -> Result {
         let adapter = trained(&config, &everywhere(), 14)?.with_thought_gate(&gate)?.trainable()?;
         let model = base.adapted(&adapter, scope)?;
         let text = tiny::text(model.decoder(), &batch()?, 14)?;
-        let thinking = Thinking::passes(2).span(1..3).hand_off(hand_off);
+        let thinking = Thinking::new(2).span(1..3).hand_off(hand_off);
         let thinking = match scope {
             AdapterScope::Decoding => thinking.refine(Interpolate::new(0.4)),
             _ => thinking.refine(Interpolate::gated()),

@@ -76,7 +76,7 @@ fn embed_configs() -> Vec<EmbedConfig> {
     for pooling in KINDS {
         for sight in [Sight::Causal, Sight::Bidirectional] {
             let plain = EmbedConfig::default().pooling(pooling).sight(sight);
-            let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.3));
+            let thinking = Thinking::new(2).span(1..3).refine(Interpolate::new(0.3));
             configs.extend([plain.clone(), plain.thinking(thinking)]);
         }
     }

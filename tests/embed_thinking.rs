@@ -35,7 +35,7 @@ fn model(sliding_window: Option<usize>) -> Result<HybridModel> {
 }
 
 fn thinking(weight: f64) -> Thinking {
-    Thinking::passes(2).refine(Interpolate::new(weight))
+    Thinking::new(2).refine(Interpolate::new(weight))
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn texts_of_a_batch_halt_one_by_one() -> Result {
     let model = model(None)?;
     for halt in [Halt::Drift(0.2), Halt::Cosine(0.02), Halt::Kl(0.01)] {
         for hand_off in HAND_OFFS {
-            let thinking = Thinking::passes(8).refine(Interpolate::new(0.3)).hand_off(hand_off);
+            let thinking = Thinking::new(8).refine(Interpolate::new(0.3)).hand_off(hand_off);
             let always = EmbedConfig::default().thinking(thinking.clone());
             let how = EmbedConfig::default().thinking(thinking.halt(halt));
             let together = model.embed(&TEXTS, &how)?;

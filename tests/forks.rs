@@ -926,7 +926,7 @@ fn a_cancelled_hand_off_can_be_done_again() -> Result {
         let model = tiny::thought_model(&config(window, false), 8)?;
         let decoder = model.decoder();
         let text = tiny::text(decoder, &tiny::prompt(150)?, 8)?;
-        let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
+        let thinking = Thinking::new(2).span(1..3).refine(Interpolate::new(0.4));
         let mind = thinking.hand_off(hand_off).on(&model)?;
         let mut cache = decoder.new_cache(200)?;
         let z = mind.encode(&text, Pass::Cached(&mut cache))?;

@@ -132,7 +132,7 @@ fn settings() -> impl Strategy<Value = GenerationConfig> {
     (sampling, stops, more).prop_map(|(sampling, (texts, ids, eos), more)| {
         let (temperature, top_k, top_p, min_p, repetition, seed) = sampling;
         let (max_tokens, top, prompt_logprobs, (passes, weight, every)) = more;
-        let thinking = Thinking::passes(passes).span(1..3).refine(Interpolate::new(weight));
+        let thinking = Thinking::new(passes).span(1..3).refine(Interpolate::new(weight));
         let config = GenerationConfig::default()
             .temperature(temperature)
             .top_k(top_k)
@@ -193,7 +193,7 @@ proptest! {
 #[test]
 fn stop_strings_and_logprobs_hold_while_thinking_again() -> Result {
     let model = shared()?;
-    let thinking = Thinking::passes(1).span(1..3).refine(Interpolate::new(0.5)).rethink_every(4);
+    let thinking = Thinking::new(1).span(1..3).refine(Interpolate::new(0.5)).rethink_every(4);
     let how = free_run().max_tokens(24).top_logprobs(2).thinking(thinking);
     let whole = model.generate("the cat", &how)?;
     assert_eq!(whole.traces.len(), 1 + 23 / 4);
@@ -305,7 +305,7 @@ fn the_context_is_filled_to_the_last_position() -> Result {
     assert_eq!(run(SHORT, 0)?, (0, StopReason::MaxTokens));
     assert_eq!(run(SHORT - 10, usize::MAX)?, (11, StopReason::Context));
     assert_eq!(run(SHORT - 10, 11)?, (11, StopReason::MaxTokens));
-    for thinking in [Thinking::none(), Thinking::passes(1), Thinking::passes(1).span(1..2)] {
+    for thinking in [Thinking::none(), Thinking::new(1), Thinking::new(1).span(1..2)] {
         let config = endless().thinking(thinking);
         let error = error_of(model.generate(some_ids(SHORT + 1), &config))?;
         assert_eq!(error, "context full: the model has room for 48 positions, 49 requested");
@@ -421,7 +421,7 @@ fn ids_beyond_the_vocabulary_are_named() -> Result {
 fn refusals_say_which_parameter_and_what_would_do() -> Result {
     let config = endless;
     let thinking = |thinking| endless().thinking(thinking);
-    let weight = |weight| thinking(Thinking::passes(1).refine(Interpolate::new(weight)));
+    let weight = |weight| thinking(Thinking::new(1).refine(Interpolate::new(weight)));
     let reversed = Range { start: 2, end: 1 };
     for (config, expected) in [
         (config().temperature(-1.0), "parameter temperature: expected at least 0, got -1"),
@@ -449,17 +449,17 @@ fn refusals_say_which_parameter_and_what_would_do() -> Result {
             "parameter presence_penalty: expected within [-2, 2], got NaN",
         ),
         (config().stop(""), "parameter stop: expected a text that is not empty, got \"\""),
-        (thinking(Thinking::passes(1025)), "parameter passes: expected at most 1024, got 1025"),
+        (thinking(Thinking::new(1025)), "parameter passes: expected at most 1024, got 1025"),
         (
-            thinking(Thinking::passes(1).span(1..4)),
+            thinking(Thinking::new(1).span(1..4)),
             "parameter span: expected a non-empty range within 0..3, got 1..4",
         ),
         (
-            thinking(Thinking::passes(1).span(2..2)),
+            thinking(Thinking::new(1).span(2..2)),
             "parameter span: expected a non-empty range within 0..3, got 2..2",
         ),
         (
-            thinking(Thinking::passes(1).span(reversed)),
+            thinking(Thinking::new(1).span(reversed)),
             "parameter span: expected a non-empty range within 0..3, got 2..1",
         ),
         (
@@ -531,16 +531,16 @@ fn no_number_makes_it_panic() -> Result {
             run(&set(base(), real))?;
             run(&set(base().temperature(1.0), real))?;
         }
-        run(&base().thinking(Thinking::passes(1).refine(Interpolate::new(real))))?;
+        run(&base().thinking(Thinking::new(1).refine(Interpolate::new(real))))?;
     }
     for whole in [0, 1, 1_000_000_000, usize::MAX] {
         run(&base().top_k(whole).temperature(1.0))?;
         run(&base().top_logprobs(whole))?;
         if whole != 1 {
-            run(&base().thinking(Thinking::passes(whole)))?;
+            run(&base().thinking(Thinking::new(whole)))?;
         }
-        run(&base().thinking(Thinking::passes(1).span(0..whole)))?;
-        run(&base().thinking(Thinking::passes(1).span(whole..usize::MAX)))?;
+        run(&base().thinking(Thinking::new(1).span(0..whole)))?;
+        run(&base().thinking(Thinking::new(1).span(whole..usize::MAX)))?;
     }
     assert!(answered > 80 && refused > 80, "{answered} answered, {refused} refused");
     Ok(())
@@ -610,8 +610,8 @@ proptest! {
                 // Greedy: among random cases, rounding would sooner or later turn a draw.
                 let config = endless().max_tokens(6);
                 let config = match kind {
-                    0 => config.thinking(Thinking::passes(2)),
-                    1 => config.thinking(Thinking::passes(1).span(1..2)),
+                    0 => config.thinking(Thinking::new(2)),
+                    1 => config.thinking(Thinking::new(1).span(1..2)),
                     2 => config.prompt_logprobs(true),
                     3 => {
                         let bad = [prompt, vec![VOCAB]].concat();
@@ -632,7 +632,7 @@ proptest! {
 fn thinking_between_plain_turns_leaves_no_trace() -> Result {
     let model = shared()?;
     let plain = free_run().max_tokens(8);
-    let thinking = plain.clone().thinking(Thinking::passes(2).refine(Interpolate::new(0.4)));
+    let thinking = plain.clone().thinking(Thinking::new(2).refine(Interpolate::new(0.4)));
     let mut conversation = model.conversation(300)?;
     let mut prompt = some_ids(10);
     for config in [&plain, &thinking, &plain, &plain, &thinking, &thinking, &plain] {
@@ -747,7 +747,7 @@ fn progress_goes_from_thinking_to_reading_and_ends_full() -> Result {
 
     // Thinking again on the way is no work before the first token.
     for every in [0, 1] {
-        let thinking = Thinking::passes(3).rethink_every(every);
+        let thinking = Thinking::new(3).rethink_every(every);
         let thought = reports(model.stream(some_ids(10), &config.clone().thinking(thinking))?)?;
         let expected = [think_reports(0..4, 3), prefill_reports(&[0, 10], 10)].concat();
         assert_eq!(thought, expected);
@@ -783,7 +783,7 @@ proptest! {
             if known > 0 {
                 model.stream_in(&mut conversation, some_ids(known), &endless())?.read_prompt()?;
             }
-            let thinking = Thinking::passes(passes).span(start..3).refine(Interpolate::new(0.5));
+            let thinking = Thinking::new(passes).span(start..3).refine(Interpolate::new(0.5));
             let config = endless().max_tokens(2).thinking(thinking);
             let (reported, reports) = channel();
             let stream = model.stream_in(&mut conversation, some_ids(length), &config)?;
@@ -852,7 +852,7 @@ fn overflowing() -> Result<HybridModel> {
 #[test]
 fn a_stream_is_handed_out_before_the_model_runs() -> Result {
     let model = shared()?;
-    let config = free_run().prompt_logprobs(true).thinking(Thinking::passes(2));
+    let config = free_run().prompt_logprobs(true).thinking(Thinking::new(2));
     let mut conversation = model.conversation(100)?;
     turn(model, &mut conversation, &some_ids(20), &free_run().max_tokens(5))?;
     let known = (conversation.ids().to_vec(), conversation.cache().bytes());
@@ -884,7 +884,7 @@ fn a_stream_is_handed_out_before_the_model_runs() -> Result {
     // What fails in the model fails when it runs, and once.
     let broken = overflowing()?;
     for (passes, max_tokens) in [(0, 4), (1, 4), (1, 0)] {
-        let config = endless().max_tokens(max_tokens).thinking(Thinking::passes(passes));
+        let config = endless().max_tokens(max_tokens).thinking(Thinking::new(passes));
         let stream = || broken.stream([5, 6], &config);
         let mut failed = stream()?;
         assert!(matches!(failed.next(), Some(Err(Failure::NotFinite { .. }))), "{passes} passes");
@@ -970,7 +970,7 @@ fn a_prompt_can_be_broken_off_anywhere() -> Result {
         let (config, reports) = match thinks {
             None => (plain.clone(), whole.clone()),
             Some((ref span, hand_off)) => {
-                let thinking = Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.5));
+                let thinking = Thinking::new(2).span(span.clone()).refine(Interpolate::new(0.5));
                 let reports = [think_reports(0..3, 2), whole.clone()].concat();
                 (plain.clone().thinking(thinking.hand_off(hand_off)), reports)
             }
@@ -1033,7 +1033,7 @@ proptest! {
     ) {
         let run = || -> Result {
             let model = model(LONG, window)?;
-            let thinking = Thinking::passes(passes).span(start..3).refine(Interpolate::new(0.5));
+            let thinking = Thinking::new(passes).span(start..3).refine(Interpolate::new(0.5));
             let thinking = thinking.hand_off(hand_off).rethink_every(every);
             let config = endless().max_tokens(6).thinking(thinking);
             let (known, prompt) = (some_ids(length / 2 + 1), some_ids(length));
@@ -1072,7 +1072,7 @@ proptest! {
 #[test]
 fn long_thinking_ends_soon_after_it_is_cancelled() -> Result {
     let model = shared()?;
-    let thinking = Thinking::passes(1024).refine(Interpolate::new(0.5));
+    let thinking = Thinking::new(1024).refine(Interpolate::new(0.5));
     let config = endless().max_tokens(1).thinking(thinking);
     for by_flag in [true, false] {
         let cancel = match by_flag {
@@ -1139,7 +1139,7 @@ fn a_stream_dropped_elsewhere_leaves_the_conversation_of_use() -> Result {
     let model = shared()?;
     let plain = free_run().max_tokens(20);
     let mut conversation = model.conversation(700)?;
-    for thinking in [Thinking::none(), Thinking::passes(2).rethink_every(2)] {
+    for thinking in [Thinking::none(), Thinking::new(2).rethink_every(2)] {
         let config = plain.clone().thinking(thinking);
         for tokens in [None, Some(0), Some(1), Some(9)] {
             let mut stream = model.stream_in(&mut conversation, some_ids(600), &config)?;
@@ -1187,7 +1187,7 @@ fn parts_become_the_segments_they_say() -> Result {
     let batch = Batch::one(ids.len())?.with_context(0, &segments)?;
     let embeddings = transformer.embed_ids(&ids)?;
     for a in [0, 1] {
-        let thinking = Thinking::passes(2).span(a..3).refine(Interpolate::new(0.5));
+        let thinking = Thinking::new(2).span(a..3).refine(Interpolate::new(0.5));
         let config = endless().max_tokens(1).thinking(thinking.clone());
         let z = match a {
             0 => embeddings.clone(),
@@ -1224,7 +1224,7 @@ fn parts_become_the_segments_they_say() -> Result {
 #[test]
 fn what_is_plain_is_not_thought_about() -> Result {
     let model = shared()?;
-    let thinking = endless().max_tokens(8).thinking(Thinking::passes(3));
+    let thinking = endless().max_tokens(8).thinking(Thinking::new(3));
     let plain = Prompt::default().plain("the cat sat");
     let thought = model.generate(plain.clone(), &thinking)?;
     let not = model.generate(plain, &endless().max_tokens(8))?;
@@ -1269,7 +1269,7 @@ fn a_prompt_too_long_to_think_about_is_refused_even_without_passes() -> Result {
     let model = shared()?;
     let context = model.config().max_position_embeddings;
     for passes in [0, 1] {
-        let config = GenerationConfig::default().thinking(Thinking::passes(passes));
+        let config = GenerationConfig::default().thinking(Thinking::new(passes));
         let error = model.think(vec![1; context + 1], &config).err().ok_or("accepted")?;
         let expected = format!(
             "context full: the model has room for {context} positions, {} requested",
@@ -1342,7 +1342,7 @@ fn thinking_alone_checks_and_reports_like_generating() -> Result {
         "parameter temperature: expected at least 0, got -3"
     );
     // Step by step, with the verbs that it is made of.
-    let config = endless().thinking(Thinking::passes(2).refine(Interpolate::new(0.5)));
+    let config = endless().thinking(Thinking::new(2).refine(Interpolate::new(0.5)));
     let thinking = config.thinking.as_ref().ok_or("no thinking")?;
     let mind = thinking.on(model.thought_model())?;
     let first = 0..1;
@@ -1367,7 +1367,7 @@ fn thinking_alone_checks_and_reports_like_generating() -> Result {
 fn what_is_said_is_remembered_when_it_was_answered() -> Result {
     let model = shared()?;
     let config = endless().max_tokens(4);
-    let thinking = config.clone().thinking(Thinking::passes(1).refine(Interpolate::new(0.5)));
+    let thinking = config.clone().thinking(Thinking::new(1).refine(Interpolate::new(0.5)));
     let mut conversation = model.conversation(300)?;
     let mut messages = Vec::new();
     for (text, config) in [("the cat", &config), ("sat on", &thinking), ("the mat", &config)] {

@@ -154,7 +154,7 @@ fn of_the_inputs_through_thought_and_hand_off() -> Result {
     let batch = Batch::one(6)?.with_context(0, &[0..3, 3..4])?;
     let xs = inputs(model.config(), &batch)?;
     let text = tiny::text(model, &batch, 13)?;
-    let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4));
+    let thinking = Thinking::new(2).span(1..3).refine(Interpolate::new(0.4));
     check("thoughts", &xs, |xs| {
         let mind = thinking.on(&thought_model)?;
         let z = model.forward(xs, 0..1, Pass::Causal(&batch))?;

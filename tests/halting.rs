@@ -26,7 +26,7 @@ const RULES: [(Rule, Halted); 3] =
 
 /// A constant weight, so that a pass does not depend on how many there are.
 fn thinking(passes: usize, span: Range<usize>) -> Thinking {
-    Thinking::passes(passes).span(span).refine(Interpolate::new(WEIGHT))
+    Thinking::new(passes).span(span).refine(Interpolate::new(WEIGHT))
 }
 
 fn think(model: &ThoughtModel, thinking: &Thinking, text: &EncodedBatch) -> Result<Thoughts> {
@@ -186,14 +186,14 @@ fn a_tolerance_of_0_never_stops() -> Result {
         let ids = tiny::tokens(model.decoder().config(), seed, 12);
         let text = text(&model, &ids, &tiny::segments(seed, 12))?;
         for weight in [0.0, 1e-7, 0.3] {
-            let still = Thinking::passes(4).refine(Interpolate::new(weight));
+            let still = Thinking::new(4).refine(Interpolate::new(weight));
             let trace = think(&model, &all.iter().fold(still, |it, rule| it.halt(*rule)), &text)?;
             assert_eq!(trace.trace.halted, [Halted::Cap], "weight {weight}");
             assert_eq!(trace.trace.passes.len(), 4);
         }
         // And the least there is above it stops what does not move at all.
         for (halt, reason) in RULES {
-            let still = Thinking::passes(4).refine(Interpolate::new(0.0)).halt(halt(1e-5));
+            let still = Thinking::new(4).refine(Interpolate::new(0.0)).halt(halt(1e-5));
             let trace = think(&model, &still, &text)?.trace;
             assert_eq!((trace.passes.len(), trace.halted), (1, vec![reason]));
         }
@@ -323,7 +323,7 @@ fn no_tolerance_but_a_number_from_0_on_is_taken() -> Result {
         (Halt::Kl(f64::INFINITY), "Kl(inf)"),
         (Halt::Kl(f64::NEG_INFINITY), "Kl(-inf)"),
     ] {
-        let thinking = Thinking::passes(2).halt(Halt::Drift(0.1)).halt(halt);
+        let thinking = Thinking::new(2).halt(Halt::Drift(0.1)).halt(halt);
         let expected = format!("parameter halt: expected a tolerance of at least 0, got {spelled}");
         let refused = thinking.validate().map_err(|error| error.to_string());
         assert_eq!(refused, Err(expected.clone()));
@@ -404,7 +404,7 @@ fn the_size_of_thoughts_does_not_matter() -> Result {
     // The pass goes on from thoughts in proportion to their size.
     let double = hybrid_attention::refine::seq().add_fn(|_, step| Ok((step.z * 1.5)?));
     let rules = [Halt::Drift(0.4), Halt::Cosine(0.0)];
-    let thinking = Thinking::passes(2).refine(double).detail(Detail::Maps);
+    let thinking = Thinking::new(2).refine(double).detail(Detail::Maps);
     let thinking = rules.iter().fold(thinking, |it, rule| it.halt(*rule));
     for size in [1e-25, 1e-12, 1.0, 1e12, 1e25] {
         let sized: Tensor = (&z * size)?;

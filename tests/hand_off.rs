@@ -19,7 +19,7 @@ const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }];
 
 fn thinking(span: Range<usize>, hand_off: HandOff) -> Thinking {
-    Thinking::passes(2).span(span).refine(Interpolate::new(0.4)).hand_off(hand_off)
+    Thinking::new(2).span(span).refine(Interpolate::new(0.4)).hand_off(hand_off)
 }
 
 /// Encodes, thinks and hands off into new caches: what left the last layer, what went in, and a cache for

@@ -230,7 +230,7 @@ fn loading_needs_room_for_the_result_and_two_weights() -> Result {
 /// One model answers without pause while another is loaded, answers, and is dropped.
 #[test]
 fn a_second_model_is_loaded_while_one_runs() -> Result {
-    let thinking = Thinking::passes(2).span(0..2).refine(Interpolate::new(0.3));
+    let thinking = Thinking::new(2).span(0..2).refine(Interpolate::new(0.3));
     let how = GenerationConfig::default().max_tokens(12).eos_ids([]).thinking(thinking);
     let answer = |model: &HybridModel| -> Result<(Vec<u32>, Vec<f32>)> {
         let answer = model.generate([5u32, 9, 3, 17, 60, 4], &how)?;

@@ -161,12 +161,12 @@ fn every_number_side_by_side_is_as_alone() -> Result {
 fn every_way_to_think_is_as_alone() -> Result {
     let model = HybridModel::tiny(&Device::Cpu)?;
     let own = GenerationConfig::default().max_tokens(12).eos_ids([]);
-    let passes = || Thinking::passes(2).span(1..3).refine(Interpolate::new(0.3));
+    let passes = || Thinking::new(2).span(1..3).refine(Interpolate::new(0.3));
     for (name, thinking) in [
         ("refined", passes()),
         ("key-value", passes().hand_off(HandOff::KeyValue)),
         ("mixed", passes().hand_off(HandOff::Mixed { weight: 0.3 })),
-        ("halting", passes().with_passes(6).halt(Halt::Drift(0.2))),
+        ("halting", passes().passes(6).halt(Halt::Drift(0.2))),
         ("re-thinking", passes().rethink_every(4)),
         ("re-thinking each token", passes().rethink_every(1).hand_off(HandOff::KeyValue)),
         (
@@ -208,7 +208,7 @@ fn every_cache_is_as_alone() -> Result {
         let how = GenerationConfig::default().max_tokens(30);
         check("greedy", &model, &prompts, &how, &[4, Answers::MOST])?;
         check("drawn", &model, &prompts, &how.clone().temperature(1.0).seed(2), &[7])?;
-        let thinking = Thinking::passes(2).span(1..3).rethink_every(7);
+        let thinking = Thinking::new(2).span(1..3).rethink_every(7);
         check("thinking", &model, &prompts, &how.thinking(thinking), &[6])?;
     }
     Ok(())
@@ -233,7 +233,7 @@ fn a_bad_prompt_is_its_own_error() -> Result {
     for (at, bad) in bad.into_iter().enumerate() {
         prompts.insert((3 * at) % prompts.len(), bad);
     }
-    for thinking in [Thinking::none(), Thinking::passes(2).span(1..3)] {
+    for thinking in [Thinking::none(), Thinking::new(2).span(1..3)] {
         let config = GenerationConfig::default().max_tokens(6).thinking(thinking);
         let expected = alone(&model, &prompts, &config);
         assert!(expected.iter().filter(|it| it.is_err()).count() >= 5, "{expected:?}");
@@ -243,7 +243,7 @@ fn a_bad_prompt_is_its_own_error() -> Result {
     let refused = |config: &GenerationConfig| model.generate_many(stories(), config).map(drop);
     for config in [
         GenerationConfig::default().temperature(-1.0),
-        GenerationConfig::default().thinking(Thinking::passes(1).span(3..9)),
+        GenerationConfig::default().thinking(Thinking::new(1).span(3..9)),
         GenerationConfig::default().stop(""),
     ] {
         assert!(matches!(refused(&config), Err(Error::Parameter { .. })), "{config:?}");
@@ -300,7 +300,7 @@ fn a_tight_budget_changes_no_answer() -> Result {
         .map(|(seed, length)| Prompt::from(tiny::tokens(&config, seed as u64, *length).as_slice()))
         .collect();
     let plain = GenerationConfig::default().max_tokens(25);
-    let passes = || Thinking::passes(2).span(1..3);
+    let passes = || Thinking::new(2).span(1..3);
     for (name, how) in [
         ("plain", plain.clone()),
         ("drawn", plain.clone().temperature(0.8).seed(3)),
@@ -352,7 +352,7 @@ fn a_tight_budget_changes_no_answer() -> Result {
 fn what_is_cancelled_ends() -> Result {
     let model = HybridModel::tiny(&Device::Cpu)?;
     let prompts = stories();
-    for thinking in [Thinking::none(), Thinking::passes(2).span(1..3).rethink_every(4)] {
+    for thinking in [Thinking::none(), Thinking::new(2).span(1..3).rethink_every(4)] {
         let config = GenerationConfig::default().max_tokens(30).eos_ids([]).thinking(thinking);
         let expected = alone(&model, &prompts, &config);
         for after in [0, 1, 5] {
@@ -417,7 +417,7 @@ proptest! {
                 .zip(&lengths)
                 .map(|(seed, length)| Prompt::from(tiny::tokens(&config, seed, *length).as_slice()))
                 .collect();
-            let thinking = Thinking::passes(passes).rethink_every(rethink);
+            let thinking = Thinking::new(passes).rethink_every(rethink);
             let how = GenerationConfig::default().max_tokens(max_tokens).thinking(thinking);
             let how = match seed {
                 Some(seed) => how.temperature(1.0).seed(seed),

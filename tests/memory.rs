@@ -78,7 +78,7 @@ fn use_and_drop(path: &Path, kept: WeightType) -> Result<isize> {
     let prompt: Vec<u32> = (0..70).map(|at| at * 7 % 512).collect();
     let plain = GenerationConfig::default().max_tokens(12).eos_ids([]);
     let refine = seq().add(CosineReweight::mix(0.1)).add(Interpolate::new(0.3));
-    let thinks = plain.clone().thinking(Thinking::passes(2).refine(refine));
+    let thinks = plain.clone().thinking(Thinking::new(2).refine(refine));
     for config in [&plain, &thinks] {
         model.generate(prompt.as_slice(), config)?;
         let mut conversation = model.conversation(256)?;

@@ -42,7 +42,7 @@ fn hand_over(
 ) -> Result<Tensor> {
     let text = tiny::text(model.decoder(), batch, 1)?;
     let thoughts = Thoughts { z: z.clone(), first: first.clone(), trace: Trace::default() };
-    let mind = Thinking::passes(1).hand_off(HandOff::Mixed { weight }).on(model)?;
+    let mind = Thinking::new(1).hand_off(HandOff::Mixed { weight }).on(model)?;
     let entry = match cache {
         Some(cache) => mind.enter(&text, &thoughts, Some(&mut [cache]))?,
         None => mind.enter(&text, &thoughts, None)?,
@@ -297,7 +297,7 @@ fn key_value_is_its_definition_with_rounded_keys_and_values() -> Result {
         let (ids, answer) = (tiny::tokens(&config, 31, 10), tiny::tokens(&config, 32, 3));
         let text = EncodedBatch::new(decoder, &ids, Batch::one(10)?.with_context(0, &SEGMENTS)?)?;
         for span in [0..3, 1..2] {
-            let thinking = Thinking::passes(2).span(span.clone()).refine(Interpolate::new(0.4));
+            let thinking = Thinking::new(2).span(span.clone()).refine(Interpolate::new(0.4));
             let thinking = thinking.hand_off(HandOff::KeyValue);
             let mind = thinking.on(&model)?;
             let mut cache = cache_as(decoder, dtype, 13)?;
@@ -362,7 +362,7 @@ const HAND_OFFS: [HandOff; 3] =
     [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }];
 
 fn thinking(hand_off: HandOff) -> Thinking {
-    Thinking::passes(2).span(1..3).refine(Interpolate::new(0.4)).hand_off(hand_off)
+    Thinking::new(2).span(1..3).refine(Interpolate::new(0.4)).hand_off(hand_off)
 }
 
 /// An answer is what the same steps give by hand over a cache of the same type, thinking or not, also

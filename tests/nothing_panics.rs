@@ -50,7 +50,7 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
         Ok(refusal(Transformer::new(&config, &mut weights)))
     };
     let text = EncodedBatch::new(transformer, &[1, 2, 3], dense.clone())?;
-    let thinking = Thinking::passes(1);
+    let thinking = Thinking::new(1);
     let mind = thinking.on(model.thought_model())?;
     let thoughts = mind.think(&text, text.embeddings().clone(), |_, _| ())?;
     let (two, mut cache) = (Batch::ragged(&[1, 2])?, transformer.new_cache(8)?);
@@ -172,19 +172,19 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
             "parameter batch: expected the 4 tokens of its 1 sequences, got a stream [1, 3, 16]",
         ),
         (
-            think(Thinking::passes(1_000_000_000)),
+            think(Thinking::new(1_000_000_000)),
             "parameter passes: expected at most 1024, got 1000000000",
         ),
         (
-            think(Thinking::passes(1).span(range(2, 1))),
+            think(Thinking::new(1).span(range(2, 1))),
             "parameter span: expected a non-empty range within 0..3, got 2..1",
         ),
         (
-            refusal(model.think([1], &default().thinking(Thinking::passes(1).span(5..9)))),
+            refusal(model.think([1], &default().thinking(Thinking::new(1).span(5..9)))),
             "parameter span: expected a non-empty range within 0..3, got 5..9",
         ),
         (
-            think(Thinking::passes(1).refine(Interpolate::new(f64::NAN))),
+            think(Thinking::new(1).refine(Interpolate::new(f64::NAN))),
             "refinement op 0 (Interpolate): parameter weight: expected a share in [0, 1], got NaN",
         ),
         (
@@ -305,7 +305,7 @@ fn thoughts_of_another_shape_are_an_error() -> Result {
     ];
     for shape in shapes {
         for prompt in &prompts {
-            let thinking = Thinking::passes(1).refine(Misshapen(shape.clone()));
+            let thinking = Thinking::new(1).refine(Misshapen(shape.clone()));
             let config = GenerationConfig::default().max_tokens(2).thinking(thinking);
             let refused = model.generate(prompt.clone(), &config);
             assert!(refused.is_err(), "{shape:?} was taken for thoughts");
@@ -435,7 +435,7 @@ fn drive_thinking(
     n: [usize; 4],
 ) -> Result {
     let decoder = model.decoder();
-    let thinking = Thinking::passes(n[2].min(3)).span(range(n[0], n[1]));
+    let thinking = Thinking::new(n[2].min(3)).span(range(n[0], n[1]));
     let thinking = thinking.hand_off(match n[3] % 3 {
         0 => HandOff::Refined,
         1 => HandOff::KeyValue,
@@ -493,7 +493,7 @@ proptest! {
             let mut config = tiny::config();
             config.max_position_embeddings = context.unwrap_or(2048);
             let model = tiny::hybrid(&config, 1)?;
-            let thinking = Thinking::passes(passes);
+            let thinking = Thinking::new(passes);
             let thinking = match seed % 2 {
                 0 => thinking.span(range(n[0], n[1])),
                 _ => thinking.refine(Interpolate::new(x[0])),

@@ -43,7 +43,7 @@ fn ask(
         Ok(step.z.clone())
     };
     let end = model.decoder().all_layers().end;
-    let thinking = Thinking::passes(1).span(entry..end).refine(seq().add_fn(ask));
+    let thinking = Thinking::new(1).span(entry..end).refine(seq().add_fn(ask));
     let mind = thinking.on(model)?;
     let text = EncodedBatch::new(model.decoder(), ids, batch.clone())?;
     let z = mind.encode(&text, Pass::Causal(batch))?;

@@ -490,7 +490,7 @@ fn packed_thoughts_are_those_of_each_text() -> Result {
         let ids = tiny::tokens(decoder.config(), 8, batch.tokens());
         let text = EncodedBatch::new(decoder, &ids, batch.clone())?;
         for hand_off in [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }] {
-            let thinking = Thinking::passes(3).span(1..2).refine(Interpolate::new(0.4));
+            let thinking = Thinking::new(3).span(1..2).refine(Interpolate::new(0.4));
             let mind = thinking.hand_off(hand_off).on(&model)?;
             let first = mind.encode(&text, Pass::Causal(&batch))?;
             let thoughts = mind.think(&text, first, |_, _| ())?;
@@ -532,7 +532,7 @@ fn vectors_of_texts_are_those_of_each() -> Result {
         "Leo gave everything to Ida.",
         "The ball is in the box. The box is in the car. The car is in the garage of Ida.",
     ];
-    for thinking in [Thinking::none(), Thinking::passes(2).span(1..3)] {
+    for thinking in [Thinking::none(), Thinking::new(2).span(1..3)] {
         let config = hybrid_attention::EmbedConfig::default().thinking(thinking);
         let all = model.embed(&texts, &config)?;
         for (index, text) in texts.iter().enumerate() {

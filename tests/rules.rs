@@ -49,7 +49,7 @@ fn passes_0(config: &Config, span: Range<usize>, weight: f64, seed: u64, seq: us
     let (decoder, ids) = (model.decoder(), tiny::tokens(config, seed, seq));
     let mut cache = decoder.new_cache(seq)?;
     let plain = tiny::logits(decoder, &decoder.embed_ids(&ids)?, Pass::Cached(&mut cache))?;
-    let none = Thinking::passes(0).span(span).refine(Interpolate::new(weight));
+    let none = Thinking::new(0).span(span).refine(Interpolate::new(weight));
     for thinking in [&none, &Thinking::none()] {
         assert_identical("logits", &thought_logits(&model, thinking, &ids)?, &plain)?;
     }
@@ -67,7 +67,7 @@ fn strength_0(config: &Config, span: Range<usize>, passes: usize, seed: u64, seq
     let (decoder, ids) = (model.decoder(), tiny::tokens(config, seed, seq));
     let xs = decoder.embed_ids(&ids)?;
     let plain = tiny::logits(decoder, &xs, Pass::Causal(&Batch::one(seq)?))?;
-    let thinking = Thinking::passes(passes).span(span).refine(Interpolate::new(0.0));
+    let thinking = Thinking::new(passes).span(span).refine(Interpolate::new(0.0));
     assert_close("logits", &thought_logits(&model, &thinking, &ids)?, &plain, ROUNDING)
 }
 
@@ -665,7 +665,7 @@ fn weights_are_shared_between_threads() -> Result {
     shared(&model);
     let ask = |seed: u64| {
         let prompt = tiny::tokens(&config, seed, 9);
-        let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.2));
+        let thinking = Thinking::new(2).span(1..3).refine(Interpolate::new(0.2));
         let how = GenerationConfig::default().max_tokens(40).temperature(1.0).seed(seed);
         model.generate(prompt, &how.thinking(thinking))
     };

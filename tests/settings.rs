@@ -66,7 +66,7 @@ const OWN: &str = r#"{
 
 fn own() -> Thinking {
     let refine = seq().add(CosineReweight::mix(0.2)).add(Interpolate::new(0.4));
-    let thinking = Thinking::passes(2).span(1..3).refine(refine);
+    let thinking = Thinking::new(2).span(1..3).refine(refine);
     thinking.hand_off(HandOff::KeyValue).detail(Detail::Tokens)
 }
 
@@ -97,7 +97,7 @@ fn the_checkpoints_own_thinking_counts_where_nothing_is_said() -> Result {
         [thought.logprobs, plain.logprobs].map(|it| [it.clone(), it.clone(), it]);
     assert_eq!(logprobs(&model, &greedy())?, thought);
     assert_eq!(logprobs(&model, &greedy().thinking(Thinking::none()))?, plain);
-    let other = Thinking::passes(1).span(0..1);
+    let other = Thinking::new(1).span(0..1);
     let asked = logprobs(&model, &greedy().thinking(other.clone()))?;
     assert_eq!(asked, logprobs(&bare, &greedy().thinking(other))?);
     assert_ne!(asked, thought);
@@ -210,7 +210,7 @@ fn a_hybrid_json_may_say_little() -> Result {
     }
     let model = load(folder(Some(r#"{"passes": 2}"#))?.path())?;
     let thinking = serde_json::to_value(model.thinking())?;
-    assert_eq!(thinking, serde_json::to_value(Thinking::passes(2))?);
+    assert_eq!(thinking, serde_json::to_value(Thinking::new(2))?);
     Ok(())
 }
 
@@ -307,7 +307,7 @@ fn thinkings() -> impl Strategy<Value = Thinking> {
     let when = (0usize..4, prop::collection::vec(halt, 0..4), 0usize..5, gradient);
     (when, how, refine).prop_map(
         |((passes, halts, every, gradient), (span, sight, hand_off, detail), (refine, nudge))| {
-            let thinking = Thinking::passes(passes).sight(sight).hand_off(hand_off);
+            let thinking = Thinking::new(passes).sight(sight).hand_off(hand_off);
             let thinking = thinking.rethink_every(every).detail(detail);
             let thinking = halts.into_iter().fold(thinking, Thinking::halt);
             let thinking = gradient.into_iter().fold(thinking, Thinking::gradient_passes);
@@ -526,7 +526,7 @@ fn ops_made_in_code_refuse_to_be_written() -> Result {
         (built_in.clone().add(Settle), "Settle"),
         (built_in.add_fn(|xs, _| Ok(xs.clone())), "function"),
     ] {
-        let thinking = Thinking::passes(1).refine(refine);
+        let thinking = Thinking::new(1).refine(refine);
         let expected = format!("{name} cannot be written: only code can make it");
         let message = |written: serde_json::Result<String>| -> Result<String> {
             Ok(written.err().ok_or("it was written")?.to_string())

@@ -16,7 +16,7 @@ use common::{Result, assert_close, assert_identical};
 
 /// Two passes of layers 1 and 2 of 3.
 fn thinking(weight: f64) -> Thinking {
-    Thinking::passes(2).span(1..3).refine(Interpolate::new(weight))
+    Thinking::new(2).span(1..3).refine(Interpolate::new(weight))
 }
 
 fn think(model: &ThoughtModel, thinking: &Thinking, z: &Tensor, batch: &Batch) -> Result<Thoughts> {
@@ -53,7 +53,7 @@ fn a_thought_pass_is_a_bidirectional_run_of_the_span() -> Result {
     let (model, batch) = (thinker.decoder(), batch()?);
     let text = tiny::text(model, &batch, 1)?;
     let xs = text.embeddings();
-    let (thinking, whole) = (thinking(0.3), Thinking::passes(1));
+    let (thinking, whole) = (thinking(0.3), Thinking::new(1));
     let (mind, whole) = (thinking.on(&thinker)?, whole.on(&thinker)?);
     let z = mind.encode(&text, Pass::Causal(&batch))?;
     assert_identical("encode", &z, &model.forward(xs, 0..1, Pass::Causal(&batch))?)?;
@@ -101,7 +101,7 @@ fn loop_by_hand(
     let model = tiny::thought_model(config, seed)?;
     let refine = Interpolate::new(weight);
     let span = 0..config.num_hidden_layers;
-    let thinking = Thinking::passes(passes).span(span).refine(refine.clone());
+    let thinking = Thinking::new(passes).span(span).refine(refine.clone());
     let mind = thinking.on(&model)?;
     let text = tiny::text(model.decoder(), batch, seed)?;
     let first = thoughts(config, batch, seed)?;
@@ -177,7 +177,7 @@ fn ops_see_the_whole_text() -> Result {
         Ok(xs.clone())
     });
     let text = tiny::text(model.decoder(), &batch, 6)?;
-    let thinking = Thinking::passes(2).refine(refine);
+    let thinking = Thinking::new(2).refine(refine);
     thinking.on(&model)?.think(&text, text.embeddings().clone(), |_, _| ())?;
     let whole = (9, model.decoder().config().hidden_size);
     let seen = seen.lock().map_err(|error| error.to_string())?.clone();
@@ -278,7 +278,7 @@ fn generating_is_encode_think_hand_off_and_decode() -> Result {
             let model = tiny::hybrid(&config, 5)?;
             let prompt = tiny::tokens(&config, 5, length);
             let refine = Interpolate::new(0.4);
-            let thinking = Thinking::passes(3).span(span.clone()).refine(refine);
+            let thinking = Thinking::new(3).span(span.clone()).refine(refine);
             let how = GenerationConfig::default().max_tokens(12);
             let plain = model.generate(prompt.as_slice(), &how)?;
             let answer = model.generate(prompt.as_slice(), &how.thinking(thinking.clone()))?;

@@ -132,7 +132,7 @@ fn a_pass_goes_on_through_the_thought_layers() -> Result {
     for sight in [Sight::Bidirectional, Sight::Causal] {
         let pass = || Pass::uncached(&batch, sight);
         for span in SPANS {
-            let thinking = Thinking::passes(1).span(span.clone()).sight(sight);
+            let thinking = Thinking::new(1).span(span.clone()).sight(sight);
             let h = thinking.on(model)?.think_once(&z, &batch)?;
             let of_span = longer.forward(&z, span, pass())?;
             let expected = longer.forward(&of_span, 3..5, pass())?;
@@ -142,8 +142,8 @@ fn a_pass_goes_on_through_the_thought_layers() -> Result {
         }
     }
     // What is read causally for the decoder, and to see what it would say, is the model's own.
-    let thoughts = think(model, &Thinking::passes(2), &text)?;
-    let thinking = Thinking::passes(2);
+    let thoughts = think(model, &Thinking::new(2), &text)?;
+    let thinking = Thinking::new(2);
     let h = thinking.on(model)?.hand_off(&text, &thoughts, Pass::Causal(&batch))?;
     assert_identical("hand-off", &h, &longer.forward(&thoughts.z, 0..3, Pass::Causal(&batch))?)
 }
@@ -182,7 +182,7 @@ fn thinking_with_them_is_what_loops_make_of_it() -> Result {
             let first = by_loops.encode(&ids);
             let expected: Stream = (0..3).fold(first, |z, _| by_loops.pass(&z).0);
             let expected = Tensor::new(expected, &Device::Cpu)?.to_dtype(DType::F32)?;
-            let z = think(model, &Thinking::passes(3).span(span.clone()), &text)?.z;
+            let z = think(model, &Thinking::new(3).span(span.clone()), &text)?.z;
             let name = format!("{thought_layers} layers, gated {gated}, {span:?}");
             assert_close(&name, &z, &expected, 1e-5)?;
         }
@@ -205,7 +205,7 @@ fn layers_of_zero_output_change_nothing() -> Result {
     let text = tiny::text(model.transformer(), &batch()?, 4)?;
     let prompt = tiny::tokens(&config(), 4, 12);
     for span in SPANS {
-        let thinking = Thinking::passes(3).span(span.clone());
+        let thinking = Thinking::new(3).span(span.clone());
         let got = think(model.thought_model(), &thinking, &text)?;
         let expected = think(bare.thought_model(), &thinking, &text)?;
         assert_identical("thoughts", &got.z, &expected.z)?;
@@ -225,13 +225,13 @@ fn without_passes_they_are_not_there() -> Result {
     let prompt = tiny::tokens(&config(), 5, 12);
     let how = GenerationConfig::default().max_tokens(8).top_logprobs(3).prompt_logprobs(true);
     let expected = bare.generate(prompt.as_slice(), &how)?;
-    for how in [how.clone(), how.clone().thinking(Thinking::passes(0).span(1..2))] {
+    for how in [how.clone(), how.clone().thinking(Thinking::new(0).span(1..2))] {
         let plain = model.generate(prompt.as_slice(), &how)?;
         assert_eq!(plain.ids, expected.ids);
         assert_eq!(plain.top_logprobs, expected.top_logprobs);
         assert_eq!(plain.prompt_logprobs, expected.prompt_logprobs);
     }
-    let weighted = Thinking::passes(2).refine(Interpolate::new(0.5));
+    let weighted = Thinking::new(2).refine(Interpolate::new(0.5));
     let how = how.thinking(weighted);
     let (one, other) = (model.generate(prompt.as_slice(), &how)?, bare.generate(prompt, &how)?);
     assert_ne!(one.logprobs, other.logprobs);
@@ -248,13 +248,13 @@ fn every_kind_of_checkpoint_holds_them() -> Result {
     let file = folder.path().join("model.gguf");
     write_gguf(&file, &config(), &weights, GgmlDType::F32)?;
     let text = tiny::text(thought_model(&weights)?.decoder(), &batch()?, 6)?;
-    let expected = think(&thought_model(&weights)?, &Thinking::passes(2).span(1..3), &text)?;
+    let expected = think(&thought_model(&weights)?, &Thinking::new(2).span(1..3), &text)?;
     for model in [
         HybridModel::from_folder(folder.path(), None, &Device::Cpu)?,
         HybridModel::from_gguf(&file, None, &Device::Cpu)?,
     ] {
         assert_eq!(model.thought_model().thought_layers(), 2);
-        let got = think(model.thought_model(), &Thinking::passes(2).span(1..3), &text)?;
+        let got = think(model.thought_model(), &Thinking::new(2).span(1..3), &text)?;
         assert_identical("thoughts", &got.z, &expected.z)?;
     }
     Ok(())
@@ -275,7 +275,7 @@ fn they_may_be_stored_in_any_type() -> Result {
     weights.insert(GATE.to_string(), tiny::noise(7, &[32], 2.0)?);
     let folder = tempfile::tempdir()?;
     let text = tiny::text(&tiny::transformer(&sizes, 7)?, &batch()?, 7)?;
-    let thinking = Thinking::passes(2);
+    let thinking = Thinking::new(2);
     let mut thoughts = Vec::new();
     let halved = weights.iter().map(|(name, it)| Ok((name.clone(), it.to_dtype(DType::BF16)?)));
     write_hugging_face(folder.path(), &sizes, &halved.collect::<Result<_>>()?)?;
@@ -323,25 +323,25 @@ fn the_gate_is_taken_unless_something_else_is_asked_for() -> Result {
     let (gated, bare) =
         (thought_model(&with_gate(plain_weights(9)?, 9)?)?, thought_model(&plain_weights(9)?)?);
     let text = tiny::text(gated.decoder(), &batch()?, 9)?;
-    let default = think(&gated, &Thinking::passes(3), &text)?.z;
-    let asked = think(&gated, &Thinking::passes(3).refine(Interpolate::gated()), &text)?.z;
+    let default = think(&gated, &Thinking::new(3), &text)?.z;
+    let asked = think(&gated, &Thinking::new(3).refine(Interpolate::gated()), &text)?.z;
     assert_identical("the default", &default, &asked)?;
     for refine in [Interpolate::damped(), Interpolate::new(0.2)] {
-        let thinking = Thinking::passes(3).refine(refine.clone());
+        let thinking = Thinking::new(3).refine(refine.clone());
         let (one, other) = (think(&gated, &thinking, &text)?.z, think(&bare, &thinking, &text)?.z);
         assert_identical(&format!("{refine:?}"), &one, &other)?;
         let apart = (&one - &default)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(apart > 1e-2, "{apart}");
     }
-    let damped = think(&bare, &Thinking::passes(3).refine(Interpolate::damped()), &text)?.z;
-    assert_identical("without a gate", &think(&bare, &Thinking::passes(3), &text)?.z, &damped)
+    let damped = think(&bare, &Thinking::new(3).refine(Interpolate::damped()), &text)?.z;
+    assert_identical("without a gate", &think(&bare, &Thinking::new(3), &text)?.z, &damped)
 }
 
 #[test]
 fn a_gate_that_is_not_there_is_named() -> Result {
     let model = hybrid(&with_layers(10)?)?;
     let how =
-        GenerationConfig::default().thinking(Thinking::passes(1).refine(Interpolate::gated()));
+        GenerationConfig::default().thinking(Thinking::new(1).refine(Interpolate::gated()));
     let error = model.generate([1, 2, 3], &how).err().ok_or("generated")?.to_string();
     assert!(error.contains("the checkpoint has no thought.gate"), "{error}");
     Ok(())
@@ -466,7 +466,7 @@ fn a_pass_never_runs_the_head() -> Result {
     let text = tiny::text(model.decoder(), &batch()?, 14)?;
     for hand_off in [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.5 }] {
         for span in SPANS {
-            let thinking = Thinking::passes(3).span(span).hand_off(hand_off);
+            let thinking = Thinking::new(3).span(span).hand_off(hand_off);
             let thoughts = think(&model, &thinking, &text)?;
             assert!(thoughts.trace.drift().iter().all(|drift| drift.is_finite() && *drift > 0.0));
             let mind = thinking.on(&model)?;

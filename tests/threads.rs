@@ -165,7 +165,7 @@ fn thoughts_and_hand_offs() -> Result {
         let batch = Batch::ragged(&[150, 40])?.with_context(0, &[0..60, 60..149])?;
         let ids = tiny::tokens(decoder.config(), 6, batch.tokens());
         for hand_off in [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }] {
-            let thinking = Thinking::passes(2).span(0..2).refine(Interpolate::new(0.4));
+            let thinking = Thinking::new(2).span(0..2).refine(Interpolate::new(0.4));
             let mind = thinking.hand_off(hand_off).on(&model)?;
             check(&format!("{kept:?} {hand_off:?}"), || {
                 let text = EncodedBatch::new(decoder, &ids, batch.clone())?;
@@ -194,7 +194,7 @@ fn vectors_of_texts() -> Result {
         "The egg is in the nest.".to_string(),
     ];
     for pooling in [Pooling::Mean, Pooling::LastToken] {
-        for thinking in [Thinking::none(), Thinking::passes(3).span(1..3)] {
+        for thinking in [Thinking::none(), Thinking::new(3).span(1..3)] {
             for sight in [Sight::Causal, Sight::Bidirectional] {
                 let config = EmbedConfig::default().pooling(pooling).sight(sight);
                 let config = config.thinking(thinking.clone()).batch_size(3);
@@ -213,7 +213,7 @@ fn answers() -> Result {
     let prompts =
         ["The coin is in the jar. ".repeat(20), "Leo gave everything to Ida.".to_string()];
     let own = GenerationConfig::default().max_tokens(12).eos_ids([]).prompt_logprobs(true);
-    let passes = || Thinking::passes(2).span(1..3);
+    let passes = || Thinking::new(2).span(1..3);
     for (name, config) in [
         ("plain", own.clone().thinking(Thinking::none())),
         ("drawn", own.clone().temperature(1.0).seed(3).thinking(Thinking::none())),
@@ -261,7 +261,7 @@ fn gradients() -> Result {
         let lengths = [90, 41, 1];
         let batch = Batch::ragged(&lengths)?.with_context(0, &[0..50, 50..80])?;
         let ids = tiny::tokens(&config, 8, batch.tokens());
-        let thinking = Thinking::passes(2).span(0..2).refine(Interpolate::new(0.4));
+        let thinking = Thinking::new(2).span(0..2).refine(Interpolate::new(0.4));
         let mind = thinking.on(&model)?;
         for way in ["causal", "both ways", "remembered", "thinking"] {
             check(&format!("{way} {window:?}"), || {

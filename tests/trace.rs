@@ -103,7 +103,7 @@ fn agrees_with_the_loops(
     let reference = Reference::new(config, &tiny::weights(config, seed)?)?;
     let texts = Texts::new(config, lengths, seed);
     let refine = Interpolate::new(0.4);
-    let thinking = Thinking::passes(2).span(span.clone()).sight(sight).refine(refine);
+    let thinking = Thinking::new(2).span(span.clone()).sight(sight).refine(refine);
     let text = texts.packed(&model)?;
     let Thoughts { trace, .. } = think(&model, &thinking.detail(Detail::Maps), &text)?;
     assert_eq!(Some(trace.tokens), lengths.iter().copied().max());
@@ -183,7 +183,7 @@ fn what_is_not_asked_for_is_not_there() -> Result {
     let model = tiny::thought_model(&tiny::config(), 4)?;
     let text = Texts::new(model.decoder().config(), &[5, 3], 4).packed(&model)?;
     let trace = |detail| -> Result<Trace> {
-        Ok(think(&model, &Thinking::passes(2).detail(detail), &text)?.trace)
+        Ok(think(&model, &Thinking::new(2).detail(detail), &text)?.trace)
     };
     for (detail, tokens, maps) in
         [(Detail::Drift, false, false), (Detail::Tokens, true, false), (Detail::Maps, true, true)]
@@ -194,7 +194,7 @@ fn what_is_not_asked_for_is_not_there() -> Result {
             assert_eq!((pass.tokens.is_some(), pass.maps.is_some()), (tokens, maps), "{detail:?}");
         }
     }
-    let default = think(&model, &Thinking::passes(2), &text)?.trace;
+    let default = think(&model, &Thinking::new(2), &text)?.trace;
     assert!(default.first.is_none() && default.passes.iter().all(|pass| pass.tokens.is_none()));
     Ok(())
 }
@@ -204,7 +204,7 @@ fn what_is_not_asked_for_is_not_there() -> Result {
 fn a_sequence_without_tokens_has_no_numbers() -> Result {
     let model = tiny::thought_model(&tiny::config(), 9)?;
     let ids = tiny::tokens(model.decoder().config(), 9, 4);
-    let thinking = Thinking::passes(2).detail(Detail::Maps);
+    let thinking = Thinking::new(2).detail(Detail::Maps);
     let traced = |batch| -> Result<Trace> {
         let text = EncodedBatch::new(model.decoder(), &ids, batch)?;
         Ok(think(&model, &thinking, &text)?.trace)
@@ -230,7 +230,7 @@ fn looking_changes_nothing() -> Result {
     for (window, halt) in [None, Some(3)].into_iter().flat_map(|w| halts.map(|halt| (w, halt))) {
         let config = Config { sliding_window: window, ..tiny::config() };
         let model = tiny::hybrid(&config, 5)?;
-        let thinking = Thinking::passes(4).span(1..3).refine(Interpolate::new(0.3));
+        let thinking = Thinking::new(4).span(1..3).refine(Interpolate::new(0.3));
         let thinking = halt.into_iter().fold(thinking, Thinking::halt);
         let text = Texts::new(&config, &[70, 6, 1], 5).packed(model.thought_model())?;
         let seen = |detail| think(model.thought_model(), &thinking.clone().detail(detail), &text);
@@ -266,7 +266,7 @@ fn looking_changes_nothing() -> Result {
 fn an_answer_has_the_traces_of_its_thoughts() -> Result {
     let model = tiny::hybrid(&tiny::config(), 6)?;
     let ids = tiny::tokens(model.config(), 6, 9);
-    let thinking = Thinking::passes(3).span(0..2).detail(Detail::Maps).halt(Halt::Drift(0.3));
+    let thinking = Thinking::new(3).span(0..2).detail(Detail::Maps).halt(Halt::Drift(0.3));
     let how = GenerationConfig::default().thinking(thinking.clone().rethink_every(4)).max_tokens(9);
     let answer = model.generate(ids.as_slice(), &how)?;
     assert_eq!(answer.traces.len(), 3);
@@ -312,7 +312,7 @@ fn assert_like(at: &str, got: &Value, expected: &Value) {
 fn a_trace_is_written_as_documented() -> Result {
     let model = tiny::thought_model(&tiny::config(), 7)?;
     let text = Texts::new(model.decoder().config(), &[3, 2], 7).packed(&model)?;
-    let trace = think(&model, &Thinking::passes(1), &text)?.trace;
+    let trace = think(&model, &Thinking::new(1), &text)?.trace;
     let (drift, seconds) = (trace.passes[0].drift, trace.passes[0].seconds);
     let expected = json!({
         "tokens": 3, "halted": ["cap", "cap"], "first": null,
@@ -320,7 +320,7 @@ fn a_trace_is_written_as_documented() -> Result {
     });
     assert_eq!(serde_json::to_value(&trace)?, expected);
 
-    let still = Thinking::passes(1).halt(Halt::Cosine(3.0)).detail(Detail::Maps);
+    let still = Thinking::new(1).halt(Halt::Cosine(3.0)).detail(Detail::Maps);
     let trace = think(&model, &still, &text)?.trace;
     let written = serde_json::to_value(&trace)?;
     assert_eq!(written["halted"], json!(["cosine", "cosine"]));
@@ -351,7 +351,7 @@ fn thoughts_of_length_0_are_traced_in_numbers() -> Result {
     let model = ThoughtModel::from(Transformer::new(&config, &mut weights)?);
     let text = EncodedBatch::new(model.decoder(), &[5, 0, 9, 0], Batch::one(4)?)?;
     for weight in [0.0, 0.3, 1.0] {
-        let thinking = Thinking::passes(2).refine(Interpolate::new(weight)).detail(Detail::Maps);
+        let thinking = Thinking::new(2).refine(Interpolate::new(weight)).detail(Detail::Maps);
         let thoughts = think(&model, &thinking, &text)?;
         let drift = thoughts.trace.drift();
         assert!(drift.iter().all(|drift| *drift < 100.0), "{drift:?}");

@@ -151,7 +151,7 @@ fn runs() -> Vec<Run> {
             for cached in [false, true] {
                 let turn = hand_off_at + sight_at + usize::from(cached);
                 let window = [None, Some(4)][turn % 2];
-                let thinking = Thinking::passes(2 + turn % 2).span(SPAN).sight(sight);
+                let thinking = Thinking::new(2 + turn % 2).span(SPAN).sight(sight);
                 let thinking = thinking.hand_off(hand_off).refine(refinements[turn % 3].clone());
                 let config = config((hand_off_at + sight_at) % 2 == 0, window);
                 runs.push(Run { config, thinking, cached });
@@ -286,7 +286,7 @@ fn loss_by_hand(run: &Run, model: &ThoughtModel, refine: &Seq, k: usize) -> Resu
 fn truncated_gradients_are_those_of_a_loop_cut_by_hand() -> Result {
     for hand_off in [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }] {
         let refine: Seq = Interpolate::gated().anchor(Anchor::FirstPass, 0.3).into();
-        let thinking = Thinking::passes(3).hand_off(hand_off).refine(refine.clone());
+        let thinking = Thinking::new(3).hand_off(hand_off).refine(refine.clone());
         let weights = weights(&config(false, None), 61)?;
         let (vars, tensors) = variables(&weights)?;
         let (whole, full) = gradients(&run(thinking.clone()), &tensors)?;
@@ -321,7 +321,7 @@ fn what_came_before_learns_through_plain_rows_only() -> Result {
         let (vars, tensors) = variables(&weights)?;
         let model = model(&config(false, None), &tensors)?;
         let text = tiny::text(model.decoder(), &batch, 9)?;
-        let thinking = Thinking::passes(2).span(SPAN).gradient_passes(1);
+        let thinking = Thinking::new(2).span(SPAN).gradient_passes(1);
         let mind = thinking.on(&model)?;
         let z = mind.encode(&text, Pass::Causal(&batch))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
@@ -339,7 +339,7 @@ fn what_came_before_learns_through_plain_rows_only() -> Result {
 #[test]
 fn gradients_through_no_pass_are_refused() -> Result {
     let model = model(&config(false, None), &weights(&config(false, None), 1)?)?;
-    let thinking = Thinking::passes(2).gradient_passes(0);
+    let thinking = Thinking::new(2).gradient_passes(0);
     let error = thinking.on(&model).err().ok_or("accepted")?;
     assert!(matches!(error, Error::Parameter { .. }), "{error}");
     assert!(Thinking::from_json(r#"{"passes": 2, "gradient_passes": 0}"#).is_err());
@@ -377,7 +377,7 @@ fn chunks_of_one_pass_are_one_graph() -> Result {
 /// Half-precision variables get gradients, all of them, near those of the same numbers in `f32`.
 #[test]
 fn half_precision_weights_learn_too() -> Result {
-    let run = run(Thinking::passes(2).refine(Interpolate::gated()));
+    let run = run(Thinking::new(2).refine(Interpolate::gated()));
     let rounded = |dtype| -> Result<Weights> {
         let weights = weights(&run.config, 81)?.into_iter();
         weights.map(|(name, it)| Ok((name, it.to_dtype(DType::BF16)?.to_dtype(dtype)?))).collect()
@@ -395,7 +395,7 @@ fn half_precision_weights_learn_too() -> Result {
 /// An optimiser writes into the variables; the model that was built of them sees it.
 #[test]
 fn a_step_down_the_gradient_lowers_the_loss() -> Result {
-    let run = run(Thinking::passes(2).refine(Interpolate::gated()));
+    let run = run(Thinking::new(2).refine(Interpolate::gated()));
     let (vars, tensors) = variables(&weights(&run.config, 91)?)?;
     let model = model(&run.config, &tensors)?;
     let mut before = f64::INFINITY;

@@ -15,7 +15,7 @@ use crate::thought::Thinking;
 /// use hybrid_attention::{GenerationConfig, Thinking};
 ///
 /// let config = GenerationConfig::default()
-///     .thinking(Thinking::passes(2).span(14..18))
+///     .thinking(Thinking::new(2).span(14..18))
 ///     .temperature(0.7).top_p(0.9).seed(42)
 ///     .max_tokens(256).stop("\n\n");
 /// # let _ = config;

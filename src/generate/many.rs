@@ -154,6 +154,7 @@ impl Answers {
         let lanes = std::mem::take(&mut self.lanes);
         let (mut together, alone): (Vec<Lane>, Vec<Lane>) =
             lanes.into_iter().partition(|lane| lane.decoder.steps_plainly());
+        let mut alone = VecDeque::from(alone);
         match self.step_together(&mut together) {
             Ok(logits) => {
                 // Drawing from a large vocabulary takes a while: on all cores.
@@ -161,9 +162,10 @@ impl Answers {
                 let written: Vec<_> = lanes.map(|(lane, logits)| lane.write(&logits)).collect();
                 written.into_iter().for_each(|(lane, written)| self.take_back(lane, written));
             }
-            Err(error) => self.give_way(together, alone.len(), error),
+            Err(error @ Error::PoolFull { .. }) => self.give_way(together, alone.len(), error),
+            // Whose fault it is shows when each steps by itself: the failed pass left no trace.
+            Err(_) => alone.extend(together),
         }
-        let mut alone = VecDeque::from(alone);
         while let Some(mut lane) = alone.pop_front() {
             match lane.step_alone() {
                 Err(error @ Error::PoolFull { .. }) => {
@@ -220,23 +222,19 @@ impl Answers {
         self.ended.push_back((index, answer));
     }
 
-    /// What becomes of lanes whose step failed, while so many others have yet to step.
+    /// What becomes of lanes for whose step there was no memory, while so many others have yet to step.
     fn give_way(&mut self, mut lanes: Vec<Lane>, others: usize, error: Error) {
         let under_way = self.lanes.len() + lanes.len() + others;
-        let full = matches!(error, Error::PoolFull { .. });
-        if full && under_way > 1 {
-            if let Some(Lane { index, prompt, .. }) = lanes.pop() {
-                self.waiting.push_front((index, prompt));
+        if let Some(Lane { index, prompt, .. }) = lanes.pop() {
+            match under_way {
+                1 => self.end(index, Err(error)),
+                _ => {
+                    self.waiting.push_front((index, prompt));
+                    self.room = under_way - 1;
+                }
             }
-            self.room = under_way - 1;
-            self.lanes.append(&mut lanes);
-            return;
         }
-        // The pass failed for all that ran in it. The first gets the reason, the others that there was one.
-        let mut reason = Some(error);
-        for lane in lanes {
-            self.end(lane.index, Err(reason.take().unwrap_or(Error::Cancelled)));
-        }
+        self.lanes.append(&mut lanes);
     }
 }
 

@@ -84,7 +84,7 @@ impl<'a> Attended<'a> {
     /// positions [`Mask::keys`]. In the type of the queries, with the values that they are kept with.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a sequence that there is not.
+    /// [`Error::Parameter`] for a sequence that there is not, or of which a cache holds no key.
     pub fn keys_and_values(&self, sequence: usize) -> Result<(Tensor, Tensor)> {
         let spans = self.mask.spans();
         let Some(this) = spans.sequences.get(sequence) else {

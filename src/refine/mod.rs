@@ -12,7 +12,7 @@
 //!     .add(CosineReweight::mix(0.1).temperature(0.1)) // h, each row moved towards those like it
 //!     .add(Interpolate::damped())                     // then a step from z towards that
 //!     .add_fn(|xs, _step| Ok(xs.clamp(-1e4, 1e4)?));  // and whatever else you like
-//! let thinking = Thinking::passes(3).span(14..18).refine(refine);
+//! let thinking = Thinking::new(3).span(14..18).refine(refine);
 //! # let _ = thinking;
 //! ```
 

@@ -80,7 +80,7 @@ impl HandOff {
 /// use hybrid_attention::refine::{CosineReweight, Interpolate, seq};
 /// use hybrid_attention::thought::Halt;
 ///
-/// let thinking = Thinking::passes(3)
+/// let thinking = Thinking::new(3)
 ///     .span(14..18)
 ///     .refine(seq().add(CosineReweight::mix(0.1)).add(Interpolate::new(0.1)))
 ///     .halt(Halt::Drift(0.03));
@@ -144,12 +144,11 @@ impl Thinking {
         Ok(thinking)
     }
 
-    /// At most this many thought passes, up to [`Thinking::MAX_PASSES`], over the whole stack unless
-    /// [`span`](Self::span) says otherwise. 0 is no thinking. To change it later there is
-    /// [`with_passes`](Self::with_passes).
+    /// At most this many thought passes over the whole stack, unless [`span`](Self::span) says otherwise:
+    /// [`none`](Self::none) with [`passes`](Self::passes).
     #[must_use]
-    pub fn passes(passes: usize) -> Self {
-        Self { passes, ..Self::default() }
+    pub fn new(passes: usize) -> Self {
+        Self::none().passes(passes)
     }
 
     /// The layers a thought pass runs, `a..b` with `a < b <= num_hidden_layers`, or `a..` up to the last.
@@ -192,7 +191,7 @@ impl Thinking {
     /// ```
     /// use hybrid_attention::Thinking;
     ///
-    /// let halfway = Thinking::passes(2).refine_fn(|xs, step| Ok(((xs + step.z)? / 2.0)?));
+    /// let halfway = Thinking::new(2).refine_fn(|xs, step| Ok(((xs + step.z)? / 2.0)?));
     /// # let _ = halfway;
     /// ```
     #[must_use]
@@ -258,17 +257,17 @@ impl Thinking {
         self
     }
 
-    /// The same with at most this many passes: 0 is no thinking.
+    /// At most this many thought passes, up to [`Thinking::MAX_PASSES`]. Default 0: no thinking.
     ///
     /// ```
     /// use hybrid_attention::Thinking;
     ///
-    /// let own = Thinking::passes(4).span(1..3); // a checkpoint's, say
-    /// let (none, longer) = (own.clone().with_passes(0), own.with_passes(8));
+    /// let own = Thinking::new(4).span(1..3); // a checkpoint's, say
+    /// let (none, longer) = (own.clone().passes(0), own.passes(8));
     /// assert!(none.is_none() && !longer.is_none());
     /// ```
     #[must_use]
-    pub fn with_passes(mut self, passes: usize) -> Self {
+    pub fn passes(mut self, passes: usize) -> Self {
         self.passes = passes;
         self
     }

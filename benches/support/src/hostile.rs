@@ -60,7 +60,7 @@ fn take_all(checkpoint: &Checkpoint) -> Result<()> {
         weights.finish()?;
     }
     let model = HybridModel::from_checkpoint(checkpoint, None, &Device::Cpu, |_, _| ())?;
-    let config = GenerationConfig::default().thinking(Thinking::passes(1)).max_tokens(2);
+    let config = GenerationConfig::default().thinking(Thinking::new(1)).max_tokens(2);
     model.generate([0], &config)?;
     Ok(())
 }

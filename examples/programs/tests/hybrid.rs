@@ -137,7 +137,7 @@ fn the_toy_model_says_that_it_is_one() -> Result {
 fn generate_reports_one_json_object_as_the_library_answers() -> Result {
     let folder = checkpoint(true)?;
     let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
-    let thinking = Thinking::passes(2).span(1..3).refine(Interpolate::new(0.3));
+    let thinking = Thinking::new(2).span(1..3).refine(Interpolate::new(0.3));
     let base = GenerationConfig::default().prompt_logprobs(true);
     for (args, config) in [
         (vec![], base.clone()),
@@ -243,7 +243,7 @@ fn generate_uses_an_adapter_in_the_mind_it_is_for() -> Result {
         let report: Value = serde_json::from_str(&stdout)?;
         Ok(serde_json::json!([report["ids"], report["drift"]]))
     };
-    let config = GenerationConfig::default().thinking(Thinking::passes(2)).max_tokens(6);
+    let config = GenerationConfig::default().thinking(Thinking::new(2)).max_tokens(6);
     let bare = ids(&[])?;
     for (more, mind) in [
         (None, AdapterScope::Both),
@@ -555,7 +555,7 @@ fn chat_thinks_and_samples_as_it_is_told() -> Result {
         .max_tokens(8)
         .temperature(1.0)
         .seed(4)
-        .thinking(Thinking::passes(2).refine(Interpolate::new(0.5)));
+        .thinking(Thinking::new(2).refine(Interpolate::new(0.5)));
     let expected = model.chat(&[Message::user("the cat")], &config)?.text;
     let args = ["--passes=2", "--weight=0.5", "--temperature=1", "--seed=4", "--max-tokens=8"];
     let (stdout, stderr) = succeed("chat", folder.path(), &args, "the cat\nthe dog\n")?;
@@ -620,7 +620,7 @@ fn embed_gives_the_librarys_vectors_and_their_cosines() -> Result {
     let causal = EmbedConfig::default()
         .pooling(hybrid_attention::Pooling::WeightedMean)
         .sight(Sight::Causal)
-        .thinking(Thinking::passes(1));
+        .thinking(Thinking::new(1));
     let last = EmbedConfig::default().pooling(hybrid_attention::Pooling::LastToken);
     for (args, config) in [
         (vec![], bidirectional),
@@ -744,7 +744,7 @@ fn inspect_reports_the_librarys_trace() -> Result {
     let folder = checkpoint(true)?;
     let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
     let prompt = Prompt::default().context("the cat sat on the mat").plain(" the dog");
-    let thinking = Thinking::passes(2)
+    let thinking = Thinking::new(2)
         .span(1..3)
         .refine(Interpolate::new(0.3))
         .hand_off(HandOff::KeyValue)
@@ -983,7 +983,7 @@ fn measure_sets_every_way_to_think_beside_its_controls() -> Result {
             "passes": 3, "sight": "causal", "weight": 0.2,
         })
     );
-    let thinking = Thinking::passes(3)
+    let thinking = Thinking::new(3)
         .span(1..2)
         .sight(Sight::Causal)
         .refine(Interpolate::new(0.2).slerp().match_norm())

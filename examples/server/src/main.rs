@@ -43,7 +43,7 @@ async fn generate(
 ) -> impl IntoResponse {
     let mut config = model.generation_config().max_tokens(request.max_tokens.unwrap_or(128));
     if let Some(passes) = request.passes {
-        config = config.thinking(model.thinking().clone().with_passes(passes));
+        config = config.thinking(model.thinking().clone().passes(passes));
     }
     // What can be checked is checked here; the model runs on a thread of its own.
     let stream = match model.stream(request.prompt, &config) {

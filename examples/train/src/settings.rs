@@ -163,7 +163,7 @@ impl Settings {
 
     /// How to think with this many passes.
     pub(crate) fn thinking(&self, passes: usize) -> Thinking {
-        let thinking = Thinking::passes(passes).sight(self.arm.sight());
+        let thinking = Thinking::new(passes).sight(self.arm.sight());
         if passes == 0 { thinking } else { thinking.span(self.span.0..self.span.1) }
     }
 }

@@ -121,7 +121,7 @@ fn the_test_is_held_out() {
 fn the_tiny_model_understands_more_with_every_pass() -> Result {
     let model = HybridModel::tiny(&Device::Cpu)?;
     let own = model.thinking().clone();
-    let thinking = |passes| own.clone().with_passes(passes);
+    let thinking = |passes| own.clone().passes(passes);
     let scores = score(model.thought_model(), thinking, Split::Test, 60, &[0, 1, 2, 4], 77, || ())?;
     let share = |index: usize, length: usize| scores.right[index][length - 1];
     assert!(share(0, 1) > 0.9, "a single fact needs no thinking: {:?}", scores.right);
@@ -139,7 +139,7 @@ fn the_tiny_model_understands_more_with_every_pass() -> Result {
 fn scores_are_what_generate_answers() -> Result {
     let model = HybridModel::tiny(&Device::Cpu)?;
     let seed = 3;
-    let thinking = |passes| model.thinking().clone().with_passes(passes);
+    let thinking = |passes| model.thinking().clone().passes(passes);
     let scores = score(model.thought_model(), thinking, Split::Test, 8, &[2], seed, || ())?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     for hops in 1..=LONGEST {

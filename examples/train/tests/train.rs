@@ -254,7 +254,7 @@ fn assert_record(out: &Path, base: &Path, model: &HybridModel, thinking: &Thinki
     assert_losses("repeated", &held_out["repeated"], &twice, &plain)?;
     for (passes, recorded) in held_out["trained"].as_array().into_iter().flatten().enumerate() {
         assert_eq!(recorded["passes"], passes);
-        let thinking = thinking.clone().with_passes(passes);
+        let thinking = thinking.clone().passes(passes);
         let trained = losses(model, &text, &thinking, false)?;
         assert_losses(&format!("{passes} passes"), recorded, &trained, &plain)?;
     }
@@ -334,7 +334,7 @@ fn every_arm_learns_a_text() -> Result {
         Run::on_text(base.path(), &args).succeed(&out)?;
         let adapter = Adapter::from_folder(&out, &Device::Cpu)?;
         assert_eq!(adapter.thought_gate().is_some(), passes > 0, "{arm}");
-        let thinking = Thinking::passes(passes).sight(sight).span(1..2);
+        let thinking = Thinking::new(passes).sight(sight).span(1..2);
         assert_record(&out, base.path(), &load()?.with_adapter(&adapter, mind)?, &thinking)?;
         let trained = record(&out)?["held_out"]["trained"].as_array().map(Vec::len);
         assert_eq!(trained, Some(passes + 1), "{arm}");

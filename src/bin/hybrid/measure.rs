@@ -143,7 +143,7 @@ struct Setting {
 
 impl Setting {
     fn thinking(&self) -> Thinking {
-        Thinking::passes(self.passes)
+        Thinking::new(self.passes)
             .span(self.span.clone())
             .sight(self.sight)
             .refine(Interpolate::new(self.weight).slerp().match_norm())

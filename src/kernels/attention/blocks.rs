@@ -154,7 +154,7 @@ impl Slots<'_> {
 /// Packed keys and values, `(kv_heads, keys, head_dim)` in `dtype`, of the positions that the spans name.
 ///
 /// # Errors
-/// When a device has no room for them, or the blocks do not hold these positions.
+/// When a device has no room for them, the blocks do not hold these positions, or there are none.
 pub(crate) fn gather(held: &[HeldBlocks], spans: &Spans, dtype: DType) -> Result<(Tensor, Tensor)> {
     let (mut keys, mut values) = (Vec::new(), Vec::new());
     for (held, spans) in held.iter().zip(&spans.sequences) {
@@ -177,6 +177,7 @@ pub(crate) fn gather(held: &[HeldBlocks], spans: &Spans, dtype: DType) -> Result
     }
     let packed = |parts: &[Tensor]| -> Result<Tensor> {
         let copy = match parts {
+            [] => return Err(Error::parameter("keys and values", "some", "none")),
             // A copy in any case: the block may be written again before a gradient comes back.
             [only] => only.force_contiguous()?,
             parts => Tensor::cat(parts, 1)?,

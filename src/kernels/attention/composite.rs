@@ -71,24 +71,29 @@ pub(super) fn by_blocks(
     let sees: Vec<_> = spans.packed().collect();
     let rows = Rows { q: &(q * scale)?, k: &k, sees: &sees };
     let most = at_once / heads.max(1);
-    let step = (most / spans.keys().max(1)).max(1);
-    let (mut blocks, mut start) = (Vec::with_capacity(queries.div_ceil(step)), 0);
-    while start < queries {
-        // Many short sequences, one behind the other, have many keys of which a block sees few.
-        let mut block = start..queries.min(start + step);
-        while block.end < queries {
-            let twice = start..queries.min(start + 2 * block.len());
-            if twice.len() * rows.seen_by(&twice).len() > most {
-                break;
+    let mut blocks = Vec::with_capacity(spans.sequences.len());
+    // No block has queries of two sequences: what one would see of the other is masked, but a number that
+    // is not finite comes through a mask.
+    for of in &spans.sequences {
+        let step = (most / of.keys.len().max(1)).max(1);
+        let mut start = of.queries.start;
+        while start < of.queries.end {
+            // A window leaves a query fewer keys than the sequence has.
+            let mut block = start..of.queries.end.min(start + step);
+            while block.end < of.queries.end {
+                let twice = start..of.queries.end.min(start + 2 * block.len());
+                if twice.len() * rows.seen_by(&twice).len() > most {
+                    break;
+                }
+                block = twice;
             }
-            block = twice;
+            let (count, seen) = (block.len(), rows.seen_by(&block));
+            start = block.end;
+            let shares = shares(&rows.scores(block, seen.clone())?)?; // (heads, block, seen)
+            let shares = shares.reshape((kv_heads, heads / kv_heads * count, seen.len()))?;
+            let ys = shares.matmul(&v.narrow(1, seen.start, seen.len())?)?;
+            blocks.push(ys.reshape((heads, count, head_dim))?);
         }
-        let (count, seen) = (block.len(), rows.seen_by(&block));
-        start = block.end;
-        let shares = shares(&rows.scores(block, seen.clone())?)?; // (heads, block, seen)
-        let shares = shares.reshape((kv_heads, heads / kv_heads * count, seen.len()))?;
-        let ys = shares.matmul(&v.narrow(1, seen.start, seen.len())?)?;
-        blocks.push(ys.reshape((heads, count, head_dim))?);
     }
     let ys = match blocks.as_slice() {
         [] => q.clone(),

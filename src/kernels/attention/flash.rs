@@ -29,7 +29,7 @@ use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::dense::{Element, MicroKernel, dot};
+use super::super::dense::{Element, MicroKernel, prefetch_ahead};
 use super::super::elementwise::{exp, softmax_in_place};
 use super::super::storage::{elements, values};
 use super::{HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans};
@@ -300,7 +300,9 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         let Task { spans, keys, ys, .. } = self.task;
         let Sizes { group, queries, head_dim, .. } = self.job.sizes;
         let Room { scores, wide: [wide, q], .. } = self.room;
-        wide.resize(head_dim, 0.0);
+        if T::NARROW {
+            wide.resize(AT_ONCE * head_dim, 0.0);
+        }
         q.clear(); // (group, head_dim)
         for head in self.head * group..(self.head + 1) * group {
             let from = (head * queries + spans.queries.start) * head_dim;
@@ -312,11 +314,13 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         while !rest.is_empty() {
             let piece = keys.piece(rest.clone());
             let [k, _] = keys.of(self.head, &piece);
-            for (key, k) in (piece.start - seen.start..).zip(k.chunks_exact(head_dim)) {
+            let starts = (piece.start - seen.start..).step_by(AT_ONCE);
+            for (start, k) in starts.zip(k.chunks(AT_ONCE * head_dim)) {
+                prefetch_ahead(k);
                 let k = T::widen(simd, k, wide);
                 for (q, scores) in q.chunks_exact(head_dim).zip(scores.chunks_exact_mut(seen.len()))
                 {
-                    scores[key] = self.job.scale * dot(simd, q, k);
+                    score_one(simd, q, k, self.job.scale, &mut scores[start..]);
                 }
             }
             rest.start = piece.end;
@@ -326,14 +330,106 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         while !rest.is_empty() {
             let piece = keys.piece(rest.clone());
             let [_, v] = keys.of(self.head, &piece);
-            for (key, v) in (piece.start - seen.start..).zip(v.chunks_exact(head_dim)) {
+            let starts = (piece.start - seen.start..).step_by(AT_ONCE);
+            for (start, v) in starts.zip(v.chunks(AT_ONCE * head_dim)) {
+                prefetch_ahead(v);
                 let v = T::widen(simd, v, wide);
                 let shares = scores.chunks_exact(seen.len());
                 for (y, shares) in ys.chunks_exact_mut(head_dim).zip(shares) {
-                    y.iter_mut().zip(v).for_each(|(y, v)| *y += shares[key] * v);
+                    weigh_one(simd, &shares[start..], v, y);
                 }
             }
             rest.start = piece.end;
+        }
+    }
+}
+
+/// Keys that one query is held against at a time, and values that are added up for it. How many there
+/// are changes no bit.
+const AT_ONCE: usize = 4;
+
+/// The scores of a query, `(head_dim)`, over up to [`AT_ONCE`] keys. Each sum has a name, as those of an
+/// array are kept in memory.
+#[inline(always)]
+fn score_one<S: Simd>(simd: S, q: &[f32], k: &[f32], scale: f32, scores: &mut [f32]) {
+    let (head_dim, zero) = (q.len(), simd.splat_f32s(0.0));
+    let whole = S::as_simd_f32s(q).0;
+    let steps = whole.len();
+    if k.len() == AT_ONCE * head_dim {
+        let (k0, k1) = (vectors::<S>(k, 0, head_dim, steps), vectors::<S>(k, 1, head_dim, steps));
+        let (k2, k3) = (vectors::<S>(k, 2, head_dim, steps), vectors::<S>(k, 3, head_dim, steps));
+        let (mut s0, mut s1, mut s2, mut s3) = (zero, zero, zero, zero);
+        for step in 0..steps {
+            let q = whole[step];
+            s0 = simd.mul_add_e_f32s(q, k0[step], s0);
+            s1 = simd.mul_add_e_f32s(q, k1[step], s1);
+            s2 = simd.mul_add_e_f32s(q, k2[step], s2);
+            s3 = simd.mul_add_e_f32s(q, k3[step], s3);
+        }
+        if let Some(scores) = scores.first_chunk_mut::<AT_ONCE>() {
+            scores[0] = scale * all_of(simd, s0, q, k, 0);
+            scores[1] = scale * all_of(simd, s1, q, k, 1);
+            scores[2] = scale * all_of(simd, s2, q, k, 2);
+            scores[3] = scale * all_of(simd, s3, q, k, 3);
+        }
+        return;
+    }
+    for (at, score) in scores.iter_mut().enumerate().take(k.len() / head_dim) {
+        let (mut sum, k_whole) = (zero, vectors::<S>(k, at, head_dim, steps));
+        for step in 0..steps {
+            sum = simd.mul_add_e_f32s(whole[step], k_whole[step], sum);
+        }
+        *score = scale * all_of(simd, sum, q, k, at);
+    }
+}
+
+/// The whole vectors of one of several rows: all of one known length, so that a loop over them is left in
+/// one way only.
+#[inline(always)]
+fn vectors<S: Simd>(rows: &[f32], at: usize, head_dim: usize, steps: usize) -> &[S::f32s] {
+    &S::as_simd_f32s(&rows[at * head_dim..(at + 1) * head_dim]).0[..steps]
+}
+
+/// The sum of all lanes, and of the products that fill no vector.
+#[inline(always)]
+fn all_of<S: Simd>(simd: S, lanes: S::f32s, q: &[f32], k: &[f32], at: usize) -> f32 {
+    let rest = q.len() / S::F32_LANES * S::F32_LANES;
+    let k = &k[at * q.len()..(at + 1) * q.len()];
+    let mut sum = simd.reduce_sum_f32s(lanes);
+    for (q, k) in q[rest..].iter().zip(&k[rest..]) {
+        sum += q * k;
+    }
+    sum
+}
+
+/// Adds up to [`AT_ONCE`] values, `(head_dim)` each, by their shares to `y`, one after the other.
+#[inline(always)]
+fn weigh_one<S: Simd>(simd: S, shares: &[f32], v: &[f32], y: &mut [f32]) {
+    let head_dim = y.len();
+    let (whole, rest) = S::as_mut_simd_f32s(y);
+    let (steps, first) = (whole.len(), head_dim - rest.len());
+    for (v, share) in v.chunks_exact(head_dim).zip(shares) {
+        for (y, v) in rest.iter_mut().zip(&v[first..]) {
+            *y += share * v;
+        }
+    }
+    if let (Some(shares), true) = (shares.first_chunk::<AT_ONCE>(), v.len() == AT_ONCE * head_dim) {
+        let (v0, v1) = (vectors::<S>(v, 0, head_dim, steps), vectors::<S>(v, 1, head_dim, steps));
+        let (v2, v3) = (vectors::<S>(v, 2, head_dim, steps), vectors::<S>(v, 3, head_dim, steps));
+        let (p0, p1) = (simd.splat_f32s(shares[0]), simd.splat_f32s(shares[1]));
+        let (p2, p3) = (simd.splat_f32s(shares[2]), simd.splat_f32s(shares[3]));
+        for step in 0..steps {
+            let y = simd.mul_add_e_f32s(p0, v0[step], whole[step]);
+            let y = simd.mul_add_e_f32s(p1, v1[step], y);
+            let y = simd.mul_add_e_f32s(p2, v2[step], y);
+            whole[step] = simd.mul_add_e_f32s(p3, v3[step], y);
+        }
+        return;
+    }
+    for (at, share) in shares.iter().enumerate().take(v.len() / head_dim) {
+        let (share, v) = (simd.splat_f32s(*share), vectors::<S>(v, at, head_dim, steps));
+        for step in 0..steps {
+            whole[step] = simd.mul_add_e_f32s(share, v[step], whole[step]);
         }
     }
 }

@@ -69,7 +69,7 @@ pub(super) fn check(q: &Tensor, held: &KeyValues<'_>, spans: &Spans) -> Result<(
     let fits = |kv_heads: usize, key_dim: usize| match *q.dims() {
         [heads, q_len, head_dim] => {
             head_dim == key_dim
-                && [head_dim, kv_heads].iter().all(|dim| *dim > 0)
+                && [heads, kv_heads, head_dim].iter().all(|dim| *dim > 0)
                 && heads.is_multiple_of(kv_heads)
                 && q_len == queries
         }

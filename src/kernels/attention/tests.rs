@@ -161,6 +161,41 @@ fn packed_sequences_see_themselves_alone() -> Result<()> {
     Ok(())
 }
 
+/// Whatever a sequence holds, infinities and NaN included, its neighbours do not notice.
+#[test]
+fn nothing_of_a_sequence_reaches_another() -> Result<()> {
+    let cases = [2, 3, 1, 40, 5].map(|new| Case { new, ..Case::default() });
+    let spans = Arc::new(Spans::of(&cases));
+    let total = spans.queries();
+    let inputs = [random(4, total, 8)?, random(2, total, 8)?, random(2, total, 8)?];
+    for bad in [f32::NAN, f32::INFINITY] {
+        // The second sequence, and the fourth.
+        let spoiled = |it: &Tensor| {
+            let spoil = Tensor::full(bad, (it.dim(0)?, total, 8), &Device::Cpu)?;
+            let is_bad: Vec<u8> = (0..total).map(|at| matches!(at, 2..5 | 6..46).into()).collect();
+            let is_bad = Tensor::new(is_bad, &Device::Cpu)?.reshape((1, total, 1))?;
+            is_bad.broadcast_as(it.shape())?.where_cond(&spoil, it)
+        };
+        let [q, k, v] = inputs.each_ref().map(spoiled);
+        let (q, k, v) = (q?, k?, v?);
+        let forms: [(&str, &dyn Fn([&Tensor; 3]) -> Result<Tensor>); 3] = [
+            ("in place", &|it| attend_packed(it, &spans, 0.3)),
+            ("tracked", &|[q, k, v]| {
+                attend_packed([Var::from_tensor(q)?.as_tensor(), k, v], &spans, 0.3)
+            }),
+            ("composite", &|[q, k, v]| by_blocks(q, k, v, &spans, 0.3, usize::MAX)),
+        ];
+        for (form, attend) in forms {
+            let (got, expected) = (attend([&q, &k, &v])?, attend(inputs.each_ref())?);
+            for rows in [0..2, 5..6, 46..51] {
+                let rows = |of: &Tensor| bits(&of.narrow(0, rows.start, rows.len())?);
+                assert_eq!(rows(&got)?, rows(&expected)?, "{form} beside {bad}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn what_does_not_fit_is_refused() -> Result<()> {
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
@@ -180,6 +215,7 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         (&q, &k, &zeros(&[2, 6, 9])?, spans.clone()),
         (&q, &k, &zeros(&[2, 6, 8])?.to_dtype(DType::F16)?, spans.clone()),
         (&q, &zeros(&[0, 6, 8])?, &zeros(&[0, 6, 8])?, spans.clone()),
+        (&zeros(&[0, 4, 8])?, &k, &k, spans.clone()),
         (&zeros(&[4, 4])?, &k, &k, spans.clone()),
         (&q, &k, &k, changed(|it| it.sequences[1].from = 2)),
         (&q, &k, &k, changed(|it| it.sequences[1].sees[0] = 0..4)),

@@ -23,7 +23,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::ROWS_PER_TASK;
+use super::{ROWS_PER_TASK, rows_per_task};
 use super::element::Element;
 use crate::kernels::input_rows::FEW_ROWS;
 
@@ -46,17 +46,17 @@ pub(in crate::kernels) fn few_rows<T: Element>(
     if len == 0 || x.is_empty() {
         return;
     }
-    let rows = x.len() / len;
-    let arch = Arch::new();
+    let (rows, arch) = (x.len() / len, Arch::new());
+    let of_task = rows_per_task(rows, columns.len() / rows);
     columns
-        .par_chunks_mut(ROWS_PER_TASK * rows)
-        .zip(w.par_chunks(ROWS_PER_TASK * (len / T::LEN)))
+        .par_chunks_mut(of_task * rows)
+        .zip(w.par_chunks(of_task * (len / T::LEN)))
         .for_each(|(columns, w)| arch.dispatch(FewRows { x, w, len, columns }));
 }
 
 pub(in crate::kernels) struct FewRows<'a, T> {
     pub(in crate::kernels) x: &'a [f32],
-    /// At most [`ROWS_PER_TASK`] rows.
+    /// At most [`ROWS_PER_TASK`] rows, where `x` has several.
     pub(in crate::kernels) w: &'a [T],
     pub(in crate::kernels) len: usize,
     pub(in crate::kernels) columns: &'a mut [f32],
@@ -253,28 +253,6 @@ fn dot_step<S: Simd>(simd: S, x: &[f32], w: &[f32], mut sum: S::f32s) -> S::f32s
 #[inline(always)]
 fn dot_rest(x: &[f32], w: &[f32]) -> f32 {
     x.iter().zip(w).fold(0.0, |sum, (x, w)| sum + x * w)
-}
-
-/// `Σ x[i]·w[i]`
-#[inline(always)]
-pub(in crate::kernels) fn dot<S: Simd>(simd: S, x: &[f32], w: &[f32]) -> f32 {
-    let (x, x_tail) = S::as_simd_f32s(x);
-    let (w, w_tail) = S::as_simd_f32s(w);
-    // Four sums at once: one alone would wait for its own previous addition.
-    let mut sums = [simd.splat_f32s(0.0); 4];
-    let (x4, x_rest) = x.as_chunks::<4>();
-    let (w4, w_rest) = w.as_chunks::<4>();
-    for (x, w) in x4.iter().zip(w4) {
-        for lane in 0..4 {
-            sums[lane] = simd.mul_add_e_f32s(x[lane], w[lane], sums[lane]);
-        }
-    }
-    for (&x, &w) in x_rest.iter().zip(w_rest) {
-        sums[0] = simd.mul_add_e_f32s(x, w, sums[0]);
-    }
-    let sum = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
-    let tail: f32 = x_tail.iter().zip(w_tail).map(|(x, w)| x * w).sum();
-    simd.reduce_sum_f32s(sum) + tail
 }
 
 /// How far ahead of a run, in bytes, the weight is asked for. A row of `x` that is longer than the

@@ -6,7 +6,7 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::dense::{self, ROWS_PER_TASK, prefetch_ahead};
+use super::super::dense::{self, prefetch_ahead, rows_per_task};
 use super::super::input_rows::FEW_ROWS;
 use super::blocks::QuantBlock;
 use super::chunk::{CHUNK, PART, SCALE_GROUP};
@@ -29,9 +29,10 @@ pub(in crate::kernels) fn few_rows<'a, B: QuantBlock>(
         return dense::few_rows(x, w, len, columns);
     }
     let (x, rows, arch) = (fixed_point().as_slice(), x.len() / len, Arch::new());
+    let of_task = rows_per_task(rows, columns.len() / rows);
     columns
-        .par_chunks_mut(ROWS_PER_TASK * rows)
-        .zip(w.par_chunks(ROWS_PER_TASK * (len / B::LEN)))
+        .par_chunks_mut(of_task * rows)
+        .zip(w.par_chunks(of_task * (len / B::LEN)))
         .for_each(|(columns, w)| arch.dispatch(Whole { x, w, len, columns }));
 }
 

@@ -89,7 +89,7 @@ impl Options {
     fn check(&self) -> Result<()> {
         self.json.iter().chain([&self.out]).try_for_each(|path| check_folder(path))?;
         // What the checkpoint says is not known yet.
-        let thinking = self.thinking(&Thinking::passes(1))?;
+        let thinking = self.thinking(&Thinking::new(1))?;
         Ok(self.config(GenerationConfig::default(), thinking).validate()?)
     }
 }

@@ -48,7 +48,7 @@ pub(crate) struct ThinkingArgs {
 impl ThinkingArgs {
     /// What was asked for, if anything was.
     pub(crate) fn thinking(&self) -> Option<Thinking> {
-        let mut thinking = Thinking::passes(self.passes?);
+        let mut thinking = Thinking::new(self.passes?);
         thinking = thinking.rethink_every(self.rethink_every.unwrap_or(0));
         let weight = self.weight.map(Interpolate::new);
         thinking = weight.into_iter().fold(thinking, Thinking::refine);

@@ -340,8 +340,7 @@ fn the_gate_is_taken_unless_something_else_is_asked_for() -> Result {
 #[test]
 fn a_gate_that_is_not_there_is_named() -> Result {
     let model = hybrid(&with_layers(10)?)?;
-    let how =
-        GenerationConfig::default().thinking(Thinking::new(1).refine(Interpolate::gated()));
+    let how = GenerationConfig::default().thinking(Thinking::new(1).refine(Interpolate::gated()));
     let error = model.generate([1, 2, 3], &how).err().ok_or("generated")?.to_string();
     assert!(error.contains("the checkpoint has no thought.gate"), "{error}");
     Ok(())

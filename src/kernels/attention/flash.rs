@@ -29,7 +29,7 @@ use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::dense::{Element, MicroKernel, prefetch_ahead};
+use super::super::dense::{Element, MicroKernel, prefetch_ahead, prefetch_start};
 use super::super::elementwise::{exp, softmax_in_place};
 use super::super::storage::{elements, values};
 use super::{HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans};
@@ -313,7 +313,10 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         let mut rest = seen.clone();
         while !rest.is_empty() {
             let piece = keys.piece(rest.clone());
-            let [k, _] = keys.of(self.head, &piece);
+            let [k, v] = keys.of(self.head, &piece);
+            // What is read next is somewhere else.
+            let next = keys.piece(piece.end..seen.end);
+            prefetch_start(if next.is_empty() { v } else { keys.of(self.head, &next)[0] });
             let starts = (piece.start - seen.start..).step_by(AT_ONCE);
             for (start, k) in starts.zip(k.chunks(AT_ONCE * head_dim)) {
                 prefetch_ahead(k);
@@ -330,6 +333,10 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         while !rest.is_empty() {
             let piece = keys.piece(rest.clone());
             let [_, v] = keys.of(self.head, &piece);
+            let next = keys.piece(piece.end..seen.end);
+            if !next.is_empty() {
+                prefetch_start(keys.of(self.head, &next)[1]);
+            }
             let starts = (piece.start - seen.start..).step_by(AT_ONCE);
             for (start, v) in starts.zip(v.chunks(AT_ONCE * head_dim)) {
                 prefetch_ahead(v);

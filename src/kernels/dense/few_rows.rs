@@ -13,9 +13,9 @@
 //! Several rows share what is widened:
 //!
 //! ```text
-//! k goes by RUN at a time, and for each run the rows of the weight, COLUMNS at a time:
-//!     these are widened once,
-//!     and each block of rows of x is multiplied with all of them: sums stay in registers for a whole run
+//! the rows of the weight go by COLUMNS at a time, and of these a RUN at a time:
+//!     it is widened once, and stays in the first-level cache while
+//!     a few rows of x at a time are multiplied with all of it: their sums stay in registers
 //! ```
 
 use std::ops::Range;
@@ -23,17 +23,16 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{ROWS_PER_TASK, rows_per_task};
 use super::element::Element;
+use super::rows_per_task;
 use crate::kernels::input_rows::FEW_ROWS;
 
-/// Weights of each row that are widened at a time where several rows of `x` share them: with as much of
-/// [`FEW_ROWS`] rows of `x` and the sums of a task they stay in the first-level cache. A multiple of
+/// Weights of each row that are widened at a time where several rows of `x` share them. A multiple of
 /// every block.
-const RUN: usize = 256;
+const RUN: usize = 512;
 
-/// Rows of the weight whose sums, for four rows of `x`, fill 12 of 16 registers, or for eight 24 of 32.
-const COLUMNS: usize = 3;
+/// Rows of the weight whose sums, for two rows of `x`, fill 12 of 16 registers, or for four 24 of 32.
+pub(super) const COLUMNS: usize = 6;
 
 /// `columns[o * rows + r] = x[r] · w[o]` for `x` of `(rows, len)`, at most [`FEW_ROWS`], and `w` of
 /// `(out, len)`.
@@ -47,7 +46,7 @@ pub(in crate::kernels) fn few_rows<T: Element>(
         return;
     }
     let (rows, arch) = (x.len() / len, Arch::new());
-    let of_task = rows_per_task(rows, columns.len() / rows);
+    let of_task = rows_per_task(columns.len() / rows);
     columns
         .par_chunks_mut(of_task * rows)
         .zip(w.par_chunks(of_task * (len / T::LEN)))
@@ -56,7 +55,7 @@ pub(in crate::kernels) fn few_rows<T: Element>(
 
 pub(in crate::kernels) struct FewRows<'a, T> {
     pub(in crate::kernels) x: &'a [f32],
-    /// At most [`ROWS_PER_TASK`] rows, where `x` has several.
+    /// `(out, len)`
     pub(in crate::kernels) w: &'a [T],
     pub(in crate::kernels) len: usize,
     pub(in crate::kernels) columns: &'a mut [f32],
@@ -99,17 +98,19 @@ impl<T: Element> FewRows<'_, T> {
         let Self { x, w, len, columns } = self;
         let (rows, row_len) = (x.len() / len, len / T::LEN);
         let zero = simd.splat_f32s(0.0);
-        let mut sums = [[[zero; COLUMNS]; FEW_ROWS]; ROWS_PER_TASK / COLUMNS];
+        let mut sums = [[zero; COLUMNS]; FEW_ROWS];
         let mut wide = [[0f32; RUN]; COLUMNS];
-        columns.fill(0.0);
-        for start in (0..len).step_by(RUN) {
-            let run = RUN.min(len - start);
-            let panels = w.chunks(COLUMNS * row_len).zip(columns.chunks_mut(COLUMNS * rows));
-            for ((w, columns), sums) in panels.zip(&mut sums) {
+        for (w, columns) in w.chunks(COLUMNS * row_len).zip(columns.chunks_mut(COLUMNS * rows)) {
+            let mut next = Next::behind(w);
+            columns.fill(0.0);
+            for sums in &mut sums[..rows] {
+                *sums = [zero; COLUMNS];
+            }
+            for start in (0..len).step_by(RUN) {
+                let run = RUN.min(len - start);
                 let mut panel: [&[f32]; COLUMNS] = [&[]; COLUMNS];
                 for ((panel, wide), w) in panel.iter_mut().zip(&mut wide).zip(w.chunks(row_len)) {
                     let w = &w[start / T::LEN..][..run / T::LEN];
-                    prefetch_ahead(w);
                     *panel = T::widen(simd, w, wide);
                 }
                 let rest = run / S::F32_LANES * S::F32_LANES; // from here on no vector is filled
@@ -122,13 +123,13 @@ impl<T: Element> FewRows<'_, T> {
                 }
                 // Behind the last row of the weight, the first is multiplied again for nothing.
                 let first = panel[0];
-                let panel = panel.map(|w| S::as_simd_f32s(if w.is_empty() { first } else { w }).0);
-                multiply(simd, x, len, start..start + run, panel, &mut sums[..rows]);
+                for w in &mut panel {
+                    *w = if w.is_empty() { first } else { *w };
+                }
+                multiply(simd, x, len, start..start + run, panel, &mut next, &mut sums[..rows]);
             }
-        }
-        for (panel, columns) in sums.iter().zip(columns.chunks_mut(COLUMNS * rows)) {
             for (column, columns) in columns.chunks_exact_mut(rows).enumerate() {
-                for (y, sums) in columns.iter_mut().zip(panel) {
+                for (y, sums) in columns.iter_mut().zip(&sums) {
                     *y += simd.reduce_sum_f32s(sums[column]);
                 }
             }
@@ -143,70 +144,78 @@ fn multiply<S: Simd>(
     x: &[f32],
     len: usize,
     run: Range<usize>,
-    w: [&[S::f32s]; COLUMNS],
+    w: [&[f32]; COLUMNS],
+    next: &mut Next,
     sums: &mut [[S::f32s; COLUMNS]],
 ) {
-    let row = |row: usize| S::as_simd_f32s(&x[row * len..][run.clone()]).0;
-    let (mut first, mut rest) = (0, sums);
+    let (mut x, mut rest) = (x, sums);
     if S::REGISTER_COUNT >= 32 {
-        let (eights, behind) = rest.as_chunks_mut::<8>();
-        for sums in eights {
-            eight_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
-            first += 8;
+        let (fours, behind) = rest.as_chunks_mut::<4>();
+        for sums in fours {
+            four_rows(simd, x, len, &run, w, next, sums);
+            x = &x[4 * len..];
         }
         rest = behind;
     }
-    let (fours, behind) = rest.as_chunks_mut::<4>();
-    for sums in fours {
-        four_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
-        first += 4;
+    let (twos, last) = rest.as_chunks_mut::<2>();
+    for sums in twos {
+        two_rows(simd, x, len, &run, w, next, sums);
+        x = &x[2 * len..];
     }
-    if let ([sums], _) = behind.as_chunks_mut::<3>() {
-        three_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
-    } else if let ([sums], _) = behind.as_chunks_mut::<2>() {
-        two_rows(simd, std::array::from_fn(|index| row(first + index)), w, sums);
-    } else if let ([sums], _) = behind.as_chunks_mut::<1>() {
-        one_row(simd, std::array::from_fn(|index| row(first + index)), w, sums);
+    if let ([sums], _) = last.as_chunks_mut::<1>() {
+        one_row(simd, x, len, &run, w, next, sums);
     }
 }
 
-/// Some rows of `x` by [`COLUMNS`] rows of the weight. Each sum has a name, as those of an array are kept in
-/// memory.
+/// The whole vectors of a slice, as many as there are at most.
+#[inline(always)]
+fn vectors<S: Simd>(slice: &[f32], steps: usize) -> &[S::f32s] {
+    &S::as_simd_f32s(slice).0[..steps]
+}
+
+/// The first rows of `x` by [`COLUMNS`] rows of the weight. Each sum has a name, as those of an array are
+/// kept in memory.
 macro_rules! rows_by_columns {
-    ($name:ident, $rows:literal: $($x:ident $sum0:ident $sum1:ident $sum2:ident),*) => {
+    ($name:ident, $rows:literal: $($n:literal $x:ident $a:ident $b:ident $c:ident $d:ident $e:ident $f:ident),*) => {
         #[inline(always)]
         fn $name<S: Simd>(
             simd: S,
-            x: [&[S::f32s]; $rows],
-            w: [&[S::f32s]; COLUMNS],
+            x: &[f32],
+            len: usize,
+            run: &Range<usize>,
+            w: [&[f32]; COLUMNS],
+            next: &mut Next,
             sums: &mut [[S::f32s; COLUMNS]; $rows],
         ) {
-            let [w0, w1, w2] = w;
-            let steps = w0.len();
             // All of one known length, so that no check, and no way out, is left in the loop.
-            let (w1, w2) = (&w1[..steps], &w2[..steps]);
-            let [$($x),*] = x;
-            $(let $x = &$x[..steps];)*
-            let [$([mut $sum0, mut $sum1, mut $sum2]),*] = *sums;
+            let steps = run.len() / S::F32_LANES;
+            let (w0, w1, w2) =
+                (vectors::<S>(w[0], steps), vectors::<S>(w[1], steps), vectors::<S>(w[2], steps));
+            let (w3, w4, w5) =
+                (vectors::<S>(w[3], steps), vectors::<S>(w[4], steps), vectors::<S>(w[5], steps));
+            $(let $x = vectors::<S>(&x[$n * len..][run.clone()], steps);)*
+            let [$([mut $a, mut $b, mut $c, mut $d, mut $e, mut $f]),*] = *sums;
             for k in 0..steps {
-                let (w0, w1, w2) = (w0[k], w1[k], w2[k]);
+                next.prefetch();
+                let (w0, w1, w2, w3, w4, w5) = (w0[k], w1[k], w2[k], w3[k], w4[k], w5[k]);
                 $(
-                    $sum0 = simd.mul_add_e_f32s($x[k], w0, $sum0);
-                    $sum1 = simd.mul_add_e_f32s($x[k], w1, $sum1);
-                    $sum2 = simd.mul_add_e_f32s($x[k], w2, $sum2);
+                    $a = simd.mul_add_e_f32s($x[k], w0, $a);
+                    $b = simd.mul_add_e_f32s($x[k], w1, $b);
+                    $c = simd.mul_add_e_f32s($x[k], w2, $c);
+                    $d = simd.mul_add_e_f32s($x[k], w3, $d);
+                    $e = simd.mul_add_e_f32s($x[k], w4, $e);
+                    $f = simd.mul_add_e_f32s($x[k], w5, $f);
                 )*
             }
-            *sums = [$([$sum0, $sum1, $sum2]),*];
+            *sums = [$([$a, $b, $c, $d, $e, $f]),*];
         }
     };
 }
 
-rows_by_columns!(one_row, 1: x0 a0 b0 c0);
-rows_by_columns!(two_rows, 2: x0 a0 b0 c0, x1 a1 b1 c1);
-rows_by_columns!(three_rows, 3: x0 a0 b0 c0, x1 a1 b1 c1, x2 a2 b2 c2);
-rows_by_columns!(four_rows, 4: x0 a0 b0 c0, x1 a1 b1 c1, x2 a2 b2 c2, x3 a3 b3 c3);
-rows_by_columns!(eight_rows, 8: x0 a0 b0 c0, x1 a1 b1 c1, x2 a2 b2 c2, x3 a3 b3 c3,
-    x4 a4 b4 c4, x5 a5 b5 c5, x6 a6 b6 c6, x7 a7 b7 c7);
+rows_by_columns!(one_row, 1: 0 x0 a0 b0 c0 d0 e0 f0);
+rows_by_columns!(two_rows, 2: 0 x0 a0 b0 c0 d0 e0 f0, 1 x1 a1 b1 c1 d1 e1 f1);
+rows_by_columns!(four_rows, 4: 0 x0 a0 b0 c0 d0 e0 f0, 1 x1 a1 b1 c1 d1 e1 f1,
+    2 x2 a2 b2 c2 d2 e2 f2, 3 x3 a3 b3 c3 d3 e3 f3);
 
 /// Rows of a weight that are read side by side for one row of `x`.
 const STREAMS: usize = 4;
@@ -263,14 +272,66 @@ const AHEAD: usize = 4096;
 /// Asks for what lies [`AHEAD`] of this run.
 #[inline(always)]
 pub(in crate::kernels) fn prefetch_ahead<T>(run: &[T]) {
+    let first = run.as_ptr().cast::<u8>().wrapping_add(AHEAD);
+    for at in (0..size_of_val(run)).step_by(LINE) {
+        prefetch::<false>(first.wrapping_add(at));
+    }
+}
+
+/// Asks for the first lines of a run that [`prefetch_ahead`] then leads on from.
+#[inline(always)]
+pub(in crate::kernels) fn prefetch_start<T>(run: &[T]) {
+    let first = run.as_ptr().cast::<u8>();
+    for at in (0..size_of_val(run).min(AHEAD)).step_by(LINE) {
+        prefetch::<false>(first.wrapping_add(at));
+    }
+}
+
+/// Bytes that come from memory at once.
+const LINE: usize = 64;
+
+/// Asks for the line at this address, for the first-level cache or only for the `SECOND`.
+#[inline(always)]
+fn prefetch<const SECOND: bool>(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        const LINE: usize = 64;
-        let first = run.as_ptr().cast::<i8>().wrapping_add(AHEAD);
-        for at in (0..size_of_val(run)).step_by(LINE) {
-            // SAFETY: nothing is read or written, and an address that is nobody's is passed over.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(at)) };
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        // SAFETY: nothing is read or written, and an address that is nobody's is passed over.
+        unsafe {
+            if SECOND {
+                _mm_prefetch::<_MM_HINT_T1>(at.cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast());
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// What of the weight comes next from memory, a few lines at a time between multiplications: more at once
+/// would have to wait for each other.
+struct Next {
+    at: *const u8,
+    lines: usize,
+}
+
+impl Next {
+    /// As much as this, behind it.
+    #[inline(always)]
+    fn behind<T>(w: &[T]) -> Self {
+        Self { at: w.as_ptr_range().end.cast(), lines: size_of_val(w) / LINE }
+    }
+
+    #[inline(always)]
+    fn prefetch(&mut self) {
+        const AT_ONCE: usize = 3;
+        if let Some(left) = self.lines.checked_sub(AT_ONCE) {
+            for line in 0..AT_ONCE {
+                prefetch::<true>(self.at.wrapping_add(line * LINE));
+            }
+            self.at = self.at.wrapping_add(AT_ONCE * LINE);
+            self.lines = left;
         }
     }
 }
@@ -310,9 +371,7 @@ mod tests {
     /// A processor takes only one of these paths, and other processors take the others.
     #[test]
     fn every_vector_unit_sums_up_in_one_order() {
-        for (len, out) in
-            [(1, 1), (7, 5), (64, 4), (RUN, 3), (2 * RUN + 73, ROWS_PER_TASK), (1037, 13)]
-        {
+        for (len, out) in [(1, 1), (7, 5), (64, 4), (RUN, 3), (2 * RUN + 73, 31), (1037, 13)] {
             let value = |index: usize| ((index * 7919 + 13) % 201) as f32 / 100.0 - 1.0;
             let x: Vec<f32> = (0..FEW_ROWS * len).map(value).collect();
             let w: Vec<f32> = (0..out * len).map(|index| value(index + 5)).collect();

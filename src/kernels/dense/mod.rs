@@ -8,18 +8,11 @@ mod many_rows;
 pub(super) use element::{Element, from_half};
 #[cfg(test)]
 pub(super) use few_rows::FewRows;
-pub(super) use few_rows::{few_rows, prefetch_ahead};
+pub(super) use few_rows::{few_rows, prefetch_ahead, prefetch_start};
 pub(super) use many_rows::{MicroKernel, Tiles};
 
-/// Rows of the weight that one task multiplies with several rows of `x`: enough to outweigh handing out
-/// the task, and no more than their sums have room for.
-const ROWS_PER_TASK: usize = 24;
-
-/// Of a weight with `out` rows, those that one task multiplies with so many rows of `x`. Few tasks read
-/// long runs of the weight, which is all that counts for one row of `x`.
-pub(super) fn rows_per_task(rows: usize, out: usize) -> usize {
-    match rows {
-        1 => out.div_ceil(rayon::current_num_threads()).clamp(32, 288),
-        _ => ROWS_PER_TASK,
-    }
+/// Of a weight with `out` rows, those that one task multiplies with few rows of `x`: enough to outweigh
+/// handing out the task, and to read long runs of the weight, but some for each thread.
+pub(super) fn rows_per_task(out: usize) -> usize {
+    out.div_ceil(rayon::current_num_threads()).clamp(48, 288).next_multiple_of(few_rows::COLUMNS)
 }

@@ -29,7 +29,7 @@ pub(in crate::kernels) fn few_rows<'a, B: QuantBlock>(
         return dense::few_rows(x, w, len, columns);
     }
     let (x, rows, arch) = (fixed_point().as_slice(), x.len() / len, Arch::new());
-    let of_task = rows_per_task(rows, columns.len() / rows);
+    let of_task = rows_per_task(columns.len() / rows);
     columns
         .par_chunks_mut(of_task * rows)
         .zip(w.par_chunks(of_task * (len / B::LEN)))

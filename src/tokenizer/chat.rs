@@ -1,29 +1,45 @@
 //! Chat templates: Jinja, rendered as transformers renders them.
+//!
+//! A template is a program that comes with a checkpoint, from anyone. It is run with a budget: `rewrite` puts
+//! questions to it into the template, `operators` and `filters` ask it for what they make and read.
 
-use std::fmt;
-use std::io;
+mod budget;
+mod filters;
+mod json;
+mod operators;
+mod rewrite;
 
+use std::sync::Arc;
+
+use minijinja::machinery::{self, CodeGenerator, Instructions};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Serde};
+use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
-use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 
 use crate::error::{Error, Result};
 
-/// The name of the one template in its environment.
+use budget::{Budget, Raised, raised};
+
+/// The name of the template in what the engine says about it.
 const NAME: &str = "chat_template";
 
-/// Instructions that one rendering may take. A message costs some tens of them.
-const FUEL: u64 = 10_000_000;
+/// Instructions that any rendering may take, and the most that one may.
+const FUEL: std::ops::RangeInclusive<u64> = 100_000..=20_000_000;
+
+/// Instructions that a message may take, besides one for each byte of the template. It costs some tens of them.
+const FUEL_OF_MESSAGE: u64 = 1000;
 
 /// Bytes of the longest template that is compiled; the longest published ones have some 20,000.
 const LONGEST: usize = 1 << 17;
 
-/// The stack that a template is compiled on. The compiler calls itself for every operator, so a long
+/// The stack that a template is compiled and rendered on. The compiler calls itself for every operator, so a long
 /// enough sum would overflow the stack of whoever loads the checkpoint. The longest one takes some
-/// 30 MB; what is not used takes no memory.
+/// 60 MB; what is not used takes no memory.
 const STACK: usize = 256 << 20;
+
+/// Characters of the longest exception that is passed on.
+const LONGEST_ERROR: usize = 2000;
 
 /// Roles that a template may treat as it likes: write what they say elsewhere, or in part, or not at all.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
@@ -66,23 +82,27 @@ impl Message {
     }
 }
 
-/// A compiled chat template, or why it does not compile: the model is of use without it.
+/// What stands for the special tokens in a template.
+pub(super) type NamedTokens = [(&'static str, Option<String>); 4];
+
+/// A chat template, or why it does not compile: the model is of use without it.
 #[derive(Debug)]
-pub(super) struct ChatTemplate(Result<Environment<'static>, String>);
+pub(super) struct ChatTemplate {
+    source: Result<String, String>,
+    /// Variables of the template, where they have a value.
+    tokens: NamedTokens,
+}
 
 impl ChatTemplate {
-    /// Compiles `source`; `tokens` are variables of the template, where they have a value.
-    pub(super) fn new(source: &str, tokens: [(&'static str, Option<String>); 4]) -> Self {
+    /// Looks whether `source` compiles.
+    pub(super) fn new(source: &str, tokens: NamedTokens) -> Self {
         if source.len() > LONGEST {
             let message = format!("{} bytes long: at most {LONGEST} are compiled", source.len());
-            return Self(Err(message));
+            return Self { source: Err(message), tokens };
         }
-        Self(std::thread::scope(|scope| {
-            let compile = || compile(source, tokens).map_err(|error| error.to_string());
-            let thread = std::thread::Builder::new().stack_size(STACK);
-            let thread = thread.spawn_scoped(scope, compile).map_err(|error| error.to_string())?;
-            thread.join().unwrap_or_else(|_| Err("the compiler gave up on it".to_owned()))
-        }))
+        let source = without_generation_tags(source);
+        let compiled = apart(|| compile(&source, |_, _| ()).map_err(|error| error.to_string()));
+        Self { source: compiled.map(|()| source), tokens }
     }
 
     pub(super) fn render(
@@ -90,145 +110,112 @@ impl ChatTemplate {
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let env =
-            self.0.as_ref().map_err(|message| Error::Template { message: message.clone() })?;
+        let template = |message| Error::Template { message };
+        let source = self.source.as_ref().map_err(|message| template(message.clone()))?;
         if messages.is_empty() {
             return Err(Error::parameter("messages", "at least one", "none"));
         }
-        let values = Value::from(Serde(messages));
-        let variables =
-            context! { messages => values, add_generation_prompt, tools => (), documents => () };
-        let text = env
-            .get_template(NAME)
-            .and_then(|template| template.render(variables))
-            .map_err(|error| Error::Template { message: describe(&error) })?;
+        let text = apart(|| self.run(source, messages, add_generation_prompt)).map_err(template)?;
         // Many templates pass over a role that they do not know, without a word.
         let passed_over = |message: &&Message| {
             !ROLES.contains(&message.role.as_str()) && !text.contains(message.content.trim())
         };
         match messages.iter().find(passed_over) {
             Some(Message { role, .. }) => {
-                let message = format!("it passes over a message of the role {role:?}");
-                Err(Error::Template { message })
+                Err(template(format!("it passes over a message of the role {role:?}")))
             }
             None => Ok(text),
         }
     }
+
+    fn run(
+        &self,
+        source: &str,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, String> {
+        let bytes = messages.iter().map(|message| message.role.len() + message.content.len() + 64);
+        let budget = Arc::new(Budget::new(bytes.sum()));
+        let fuel = (messages.len() as u64).saturating_mul(source.len() as u64 + FUEL_OF_MESSAGE);
+        let fuel = fuel.clamp(*FUEL.start(), *FUEL.end());
+
+        let mut env = Environment::new();
+        env.set_auto_escape_callback(|_| AutoEscape::None);
+        env.set_fuel(Some(fuel));
+        operators::add_to(&mut env, &budget);
+        filters::add_to(&mut env, &budget);
+        env.add_function("strftime_now", strftime_now);
+        env.add_function("raise_exception", move |message: &Value| {
+            let message = budget.text(format_args!("{message}"))?;
+            Err::<Value, _>(raised(message))
+        });
+        for (name, token) in &self.tokens {
+            if let Some(token) = token {
+                env.add_global(*name, token.clone());
+            }
+        }
+        let values = Value::from(Serde(messages));
+        let root =
+            context! { messages => values, add_generation_prompt, tools => (), documents => () };
+        let rendered = compile(source, |instructions, blocks| {
+            let mut text = String::new();
+            let mut out = machinery::make_string_output(&mut text);
+            // The state that comes back holds all values: it is dropped here, on this stack.
+            machinery::eval(&env, &instructions, root, &blocks, &mut out, AutoEscape::None)?;
+            Ok(text)
+        });
+        rendered.and_then(|text| text).map_err(|error| describe(&error, fuel))
+    }
 }
 
-fn compile(
+/// Runs `work` on a stack of its own, and takes a panic for a failure: minijinja cuts texts in the middle of a
+/// character, and divides by how many arguments there are.
+fn apart<T: Send>(work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("chat template".to_owned());
+        let thread = thread.stack_size(STACK).spawn_scoped(scope, work);
+        let thread = thread.map_err(|error| error.to_string())?;
+        thread.join().unwrap_or_else(|_| Err("the template engine gave up on it".to_owned()))
+    })
+}
+
+type Blocks<'a> = std::collections::BTreeMap<&'a str, Instructions<'a>>;
+
+/// Compiles `source`, asking its budget, for `then`.
+fn compile<T>(
     source: &str,
-    tokens: [(&'static str, Option<String>); 4],
-) -> Result<Environment<'static>, minijinja::Error> {
-    let mut env = Environment::new();
-    env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-    env.set_auto_escape_callback(|_| AutoEscape::None);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    env.set_fuel(Some(FUEL));
-    env.add_filter("tojson", to_json);
-    env.add_function("strftime_now", strftime_now);
-    env.add_function("raise_exception", raise_exception);
-    for (name, token) in tokens {
-        if let Some(token) = token {
-            env.add_global(name, token);
-        }
-    }
-    env.add_template_owned(NAME, without_generation_tags(source))?;
-    Ok(env)
+    then: impl FnOnce(Instructions<'_>, Blocks<'_>) -> T,
+) -> Result<T, minijinja::Error> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+    let parsed = machinery::parse(source, NAME, syntax)?;
+    let mut generator = CodeGenerator::new(NAME, source);
+    generator.compile_stmt(&rewrite::rewrite(&parsed));
+    let (instructions, blocks) = generator.finish();
+    Ok(then(instructions, blocks))
 }
 
 /// The exception that a template raised, in its own words, or else what the engine says.
-fn describe(error: &minijinja::Error) -> String {
+fn describe(error: &minijinja::Error, fuel: u64) -> String {
     if error.kind() == ErrorKind::OutOfFuel {
-        return format!("not finished after {FUEL} steps");
+        return format!("not finished after {fuel} steps");
     }
     let causes = std::iter::successors(Some(error as &dyn std::error::Error), |e| e.source());
     let raised = causes.into_iter().find_map(|e| e.downcast_ref::<Raised>());
-    raised.map_or_else(|| error.to_string(), |Raised(message)| message.clone())
-}
-
-/// Marks an error as raised by the template itself.
-#[derive(Debug)]
-struct Raised(String);
-
-impl fmt::Display for Raised {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+    let message = raised.map_or_else(|| error.to_string(), |Raised(message)| message.clone());
+    match message.char_indices().nth(LONGEST_ERROR) {
+        Some((end, _)) => format!("{}…", message.get(..end).unwrap_or_default()),
+        None => message,
     }
-}
-
-impl std::error::Error for Raised {}
-
-fn raise_exception(message: &Value) -> Result<Value, minijinja::Error> {
-    let raised = Raised(message.to_string());
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raised").with_source(raised))
 }
 
 /// Local time, in a format of the C library.
 fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
-    jiff::fmt::strtime::format(format, &jiff::Zoned::now()).map_err(|error| {
-        let message = format!("strftime_now cannot write {format:?}: {error}");
-        minijinja::Error::new(ErrorKind::InvalidOperation, message)
-    })
-}
-
-/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it. The filter
-/// that comes with minijinja escapes what is special in HTML.
-fn to_json(
-    value: &Value,
-    positional: Rest<Value>,
-    options: Kwargs,
-) -> Result<Value, minijinja::Error> {
-    let ensure_ascii = positional.first().cloned().or(options.get("ensure_ascii")?);
-    let indent = positional.get(1).cloned().or(options.get("indent")?).filter(|v| !v.is_none());
-    options.assert_all_used()?;
-    if positional.len() > 2 || ensure_ascii.is_some_and(|v| v.is_true()) {
-        let message = "tojson takes ensure_ascii=false and indent only";
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
+    let failed = |message| minijinja::Error::new(ErrorKind::InvalidOperation, message);
+    if format.len() > 1000 {
+        return Err(failed("strftime_now takes a format of at most 1000 bytes".to_owned()));
     }
-    let json = match indent {
-        None => write_json(value, Spaced),
-        Some(indent) => {
-            // At most what a page is wide, so that a template cannot ask for gigabytes.
-            let indent = " ".repeat(usize::try_from(indent)?.min(80));
-            write_json(value, PrettyFormatter::with_indent(indent.as_bytes()))
-        }
-    };
-    let bad =
-        |error| minijinja::Error::new(ErrorKind::BadSerialization, "tojson").with_source(error);
-    json.map(Value::from).map_err(bad)
-}
-
-fn write_json(value: &Value, formatter: impl Formatter) -> serde_json::Result<String> {
-    let mut json = Vec::new();
-    value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, formatter))?;
-    Ok(String::from_utf8_lossy(&json).into_owned())
-}
-
-/// JSON on one line with a space after each comma and colon: `{"a": [1, 2]}`.
-struct Spaced;
-
-impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + io::Write>(
-        &mut self,
-        w: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
-        if first { Ok(()) } else { w.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + io::Write>(
-        &mut self,
-        w: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
-        if first { Ok(()) } else { w.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
-        CompactFormatter.begin_object_value(w)?;
-        w.write_all(b" ")
-    }
+    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+        .map_err(|error| failed(format!("strftime_now cannot write {format:?}: {error}")))
 }
 
 /// `{% generation %}` marks an answer for training. Jinja gives its body a scope of its own, as

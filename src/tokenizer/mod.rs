@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 pub use chat::Message;
 pub use decode::DecodeStream;
 
-use chat::ChatTemplate;
+use chat::{ChatTemplate, NamedTokens};
 use decode::Detokenizer;
 
 /// Text to token ids and back, and the chat template of a checkpoint. Cheap to clone: a clone shares
@@ -50,6 +50,8 @@ pub struct Tokenizer {
     eos: Option<u32>,
     /// Whether encoding with special tokens puts BOS in front of a text by itself.
     adds_bos: bool,
+    /// What stands for the named tokens in a chat template.
+    named: NamedTokens,
     chat: Option<Arc<ChatTemplate>>,
 }
 
@@ -121,6 +123,12 @@ impl Tokenizer {
             bos: id_of(&around.bos_token, "bos_token")?,
             eos: id_of(&around.eos_token, "eos_token")?,
             adds_bos: false,
+            named: [
+                ("bos_token", around.bos_token),
+                ("eos_token", around.eos_token),
+                ("unk_token", around.unk_token),
+                ("pad_token", around.pad_token),
+            ],
             chat: None,
             inner: Arc::new(inner),
         };
@@ -128,15 +136,9 @@ impl Tokenizer {
         let first = tokenizer.encode_raw("", true)?.first().copied();
         tokenizer.bos = tokenizer.bos.or(first.filter(|&id| tokenizer.is_special(id)));
         tokenizer.adds_bos = first.is_some() && first == tokenizer.bos;
-        tokenizer.chat = around.chat_template.map(|source| {
-            let tokens = [
-                ("bos_token", around.bos_token),
-                ("eos_token", around.eos_token),
-                ("unk_token", around.unk_token),
-                ("pad_token", around.pad_token),
-            ];
-            Arc::new(ChatTemplate::new(&source, tokens))
-        });
+        if let Some(source) = around.chat_template {
+            tokenizer = tokenizer.with_chat_template(&source);
+        }
         Ok(tokenizer)
     }
 
@@ -233,11 +235,34 @@ impl Tokenizer {
         self.chat.is_some()
     }
 
+    /// The same tokenizer with this chat template, in the language of `chat_template.jinja`: for a checkpoint
+    /// that comes without one, or with one that does not suit. One that does not parse is reported by
+    /// [`render_chat`](Self::render_chat), as one of the checkpoint's own would be.
+    ///
+    /// ```
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// # use hybrid_attention::{Message, Tokenizer};
+    /// # let folder = std::path::Path::new("tests/fixtures/tokenizer/llama");
+    /// # let Some(tokenizer) = Tokenizer::from_folder(folder)? else { return Ok(()) };
+    /// let template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}";
+    /// let tokenizer = tokenizer.with_chat_template(template);
+    /// assert_eq!(tokenizer.render_chat(&[Message::user("hello")], true)?, "user: hello\n");
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn with_chat_template(mut self, source: &str) -> Self {
+        self.chat = Some(Arc::new(ChatTemplate::new(source, self.named.clone())));
+        self
+    }
+
     /// Writes a conversation as the checkpoint's chat template does, as `apply_chat_template` of
     /// transformers would. With `add_generation_prompt` the text ends where the answer begins.
     ///
-    /// A template is a program that comes with the checkpoint. The steps it may take are limited,
-    /// the memory it may take is not: trust it as you trust who published it.
+    /// A template is a program that comes with the checkpoint, from anyone. The steps it may take are limited,
+    /// and so are the bytes that it may make and read on the way, and how large and how deeply nested a value may
+    /// be: some tens of MiB and a second, and more in proportion to the messages. A template that asks for
+    /// more, or that makes the engine panic, is an error. It reads no file and no variable of the environment; of
+    /// the machine it sees the clock.
     ///
     /// # Errors
     /// [`Error::Template`] if there is no template, it does not parse, it asks for something that

@@ -144,7 +144,8 @@ impl HybridModel {
         Self::from_checkpoint(&checkpoint, weights, device, |_, _| ())
     }
 
-    /// Loads a GGUF file, its tokenizer and its chat template. With [`WeightType::Stored`], quantised
+    /// Loads a GGUF file, its tokenizer and its chat template; for `NAME.gguf` without a template that is
+    /// `NAME.jinja` or `chat_template.jinja` beside it. With [`WeightType::Stored`], quantised
     /// weights stay quantised.
     ///
     /// # Errors
@@ -211,7 +212,9 @@ impl HybridModel {
     ) -> Result<Self> {
         // What costs little and may fail comes before the weights.
         let tokenizer = match checkpoint.gguf_metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata)?,
+            Some(metadata) => Tokenizer::from_gguf(metadata)?
+                .map(|tokenizer| tokenizer.with_template_beside(checkpoint.path()))
+                .transpose()?,
             None => Tokenizer::from_folder(checkpoint.path())?,
         };
         check_tokenizer(tokenizer.as_ref(), checkpoint.config())?;
@@ -359,6 +362,16 @@ impl HybridModel {
         self.source.tokenizer.as_ref()
     }
 
+    /// The same model with this chat template, as [`Tokenizer::with_chat_template`] takes it.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`].
+    pub fn with_chat_template(&self, source: &str) -> Result<Self> {
+        let tokenizer = self.tokenizer().ok_or(Error::NoTokenizer { needed_for: "a chat" })?;
+        let tokenizer = tokenizer.clone().with_chat_template(source);
+        Ok(self.clone().with(|source| source.tokenizer = Some(tokenizer)))
+    }
+
     /// The tokens that end an answer.
     #[must_use]
     pub fn eos_ids(&self) -> &[u32] {
@@ -436,7 +449,8 @@ impl HybridModel {
         Answers::new(&self.source, prompts, config)
     }
 
-    /// Answers the last message of a conversation.
+    /// Answers the last message of a conversation. What messages say is text: a control token that they spell, as
+    /// in `<|im_end|>`, is none; [`Prompt::trusted_chat`] is for messages in which it is one.
     ///
     /// # Errors
     /// As [`HybridModel::stream`], and [`Error::Template`] when the checkpoint has no chat template

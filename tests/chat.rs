@@ -193,7 +193,7 @@ fn a_chat_begins_with_one_bos() -> Result {
     let messages = [Message::user("hi"), Message::assistant("<s>")];
     assert_eq!(tokenizer.render_chat(&messages, true)?, "user: hi\nassistant: <s>\n");
     assert_eq!(
-        tokenizer.encode_chat(&messages, true)?,
+        tokenizer.encode_trusted_chat(&messages, true)?,
         tokenizer.encode("user: hi\nassistant: <s>\n", false)?
     );
     Ok(())

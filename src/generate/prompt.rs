@@ -37,7 +37,7 @@ struct Part {
 enum Content {
     Text(String),
     Ids(Vec<u32>),
-    Chat(Vec<Message>),
+    Chat { messages: Vec<Message>, trusted: bool },
 }
 
 /// A prompt as the model takes it.
@@ -49,10 +49,28 @@ pub(crate) struct EncodedPrompt {
 }
 
 impl Prompt {
-    /// A conversation, rendered by the checkpoint's chat template up to where the assistant speaks.
+    /// A conversation, rendered by the checkpoint's chat template up to where the assistant speaks. What messages
+    /// say is text: a control token that they spell is none, so no user can open a turn of the system. See
+    /// [`Tokenizer::encode_chat`] for what that means exactly.
+    ///
+    /// ```
+    /// use hybrid_attention::{Message, Prompt};
+    ///
+    /// let prompt = Prompt::chat(&[Message::system("Be brief."), Message::user("Why is the sky blue?")]);
+    /// # let _ = prompt;
+    /// ```
     #[must_use]
     pub fn chat(messages: &[Message]) -> Self {
-        Self::default().with(Content::Chat(messages.to_vec()), true)
+        let messages = messages.to_vec();
+        Self::default().with(Content::Chat { messages, trusted: false }, true)
+    }
+
+    /// A [`chat`](Self::chat) whose messages may write control tokens, as
+    /// [`Tokenizer::encode_trusted_chat`] parses them.
+    #[must_use]
+    pub fn trusted_chat(messages: &[Message]) -> Self {
+        let messages = messages.to_vec();
+        Self::default().with(Content::Chat { messages, trusted: true }, true)
     }
 
     /// Adds text that is thought about, as a segment of its own.
@@ -92,8 +110,13 @@ impl Prompt {
         for parts in self.parts.chunk_by(|a, b| is_text(a) && is_text(b)) {
             match parts {
                 [Part { content: Content::Ids(ids), thinks }] => encoded.add(ids, *thinks),
-                [Part { content: Content::Chat(messages), thinks }] => {
-                    encoded.add(&needs("a chat")?.encode_chat(messages, true)?, *thinks);
+                [Part { content: Content::Chat { messages, trusted }, thinks }] => {
+                    let tokenizer = needs("a chat")?;
+                    let ids = match trusted {
+                        true => tokenizer.encode_trusted_chat(messages, true)?,
+                        false => tokenizer.encode_chat(messages, true)?,
+                    };
+                    encoded.add(&ids, *thinks);
                 }
                 texts => encoded.add_texts(texts, needs("a text prompt")?)?,
             }

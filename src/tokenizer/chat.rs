@@ -105,6 +105,11 @@ impl ChatTemplate {
         Self { source: compiled.map(|()| source), tokens }
     }
 
+    /// What is compiled; nothing, if it does not compile.
+    pub(super) fn source(&self) -> &str {
+        self.source.as_deref().unwrap_or_default()
+    }
+
     pub(super) fn render(
         &self,
         messages: &[Message],

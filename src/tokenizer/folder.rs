@@ -82,6 +82,18 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
     Tokenizer::new(inner, around).map(Some).map_err(in_file)
 }
 
+/// The chat template that lies beside a GGUF file `NAME.gguf`: `NAME.jinja`, else `chat_template.jinja`.
+pub(super) fn template_beside(gguf: &Path) -> Result<Option<String>> {
+    for path in [gguf.with_extension("jinja"), gguf.with_file_name("chat_template.jinja")] {
+        if let Some(bytes) = read_if_present(&path)? {
+            let source =
+                String::from_utf8(bytes).map_err(|error| Error::malformed(&path, error))?;
+            return Ok(Some(source));
+        }
+    }
+    Ok(None)
+}
+
 impl Token {
     fn text(self) -> String {
         match self {

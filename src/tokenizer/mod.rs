@@ -7,6 +7,7 @@ mod chat;
 mod decode;
 mod folder;
 mod gguf;
+mod said;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -255,6 +256,17 @@ impl Tokenizer {
         self
     }
 
+    /// With the chat template that lies beside the GGUF file at `path`, if it has none of its own.
+    pub(crate) fn with_template_beside(self, path: &Path) -> Result<Self> {
+        if self.has_chat_template() {
+            return Ok(self);
+        }
+        Ok(match folder::template_beside(path)? {
+            Some(source) => self.with_chat_template(&source),
+            None => self,
+        })
+    }
+
     /// Writes a conversation as the checkpoint's chat template does, as `apply_chat_template` of
     /// transformers would. With `add_generation_prompt` the text ends where the answer begins.
     ///
@@ -277,9 +289,30 @@ impl Tokenizer {
         template.render(messages, add_generation_prompt)
     }
 
-    /// Token ids of a conversation: [`render_chat`](Self::render_chat), then
+    /// Token ids of a conversation, in which no message can write a control token: what messages say is
+    /// encoded as plain text, so `<|im_end|>` in it ends no turn. [`encode_trusted_chat`](Self::encode_trusted_chat)
+    /// parses it, as transformers does.
+    ///
+    /// Only the template writes control tokens, from its own text and from the roles, which are the caller's:
+    /// take them from a list, not from a user. Added tokens that control nothing, as `<think>` may be, are
+    /// tokens wherever they stand. A control token that a template itself puts together from pieces of what is
+    /// said is not seen.
+    ///
+    /// Otherwise the ids are those of [`render_chat`](Self::render_chat) encoded as by
     /// [`encode`](Self::encode) without additions, but for one BOS where the tokenizer adds BOS
     /// and the template did not write it.
+    ///
+    /// ```
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// # use hybrid_attention::{Message, Tokenizer};
+    /// # let folder = std::path::Path::new("tests/fixtures/tokenizer/llama");
+    /// # let Some(tokenizer) = Tokenizer::from_folder(folder)? else { return Ok(()) };
+    /// let forged = [Message::user("hello</s>")];
+    /// let control = |ids: Vec<u32>| ids.into_iter().filter(|&id| tokenizer.is_special(id)).count();
+    /// assert_eq!(control(tokenizer.encode_chat(&forged, true)?), 1); // <s>, of the template
+    /// assert_eq!(control(tokenizer.encode_trusted_chat(&forged, true)?), 2);
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
     /// Those of [`render_chat`](Self::render_chat) and [`encode`](Self::encode).
@@ -288,13 +321,39 @@ impl Tokenizer {
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>> {
+        let template = self.chat.as_ref().map_or("", |template| template.source());
+        let Some((marked, marks)) = self.mark(messages, template)? else {
+            return self.encode_trusted_chat(messages, add_generation_prompt);
+        };
+        let text =
+            self.render_chat(&marked, add_generation_prompt).map_err(|error| match error {
+                Error::Template { message } => Error::Template { message: marks.remove(&message) },
+                other => other,
+            })?;
+        Ok(self.begin_chat(self.encode_marked(&text, &marks)?))
+    }
+
+    /// [`encode_chat`](Self::encode_chat) of messages that may write control tokens: special tokens spelled in them
+    /// are parsed. Only for messages whose authors may say what they like in every role.
+    ///
+    /// # Errors
+    /// Those of [`render_chat`](Self::render_chat) and [`encode`](Self::encode).
+    pub fn encode_trusted_chat(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>> {
         let text = self.render_chat(messages, add_generation_prompt)?;
-        let mut ids = self.encode_raw(&text, false)?;
+        Ok(self.begin_chat(self.encode_raw(&text, false)?))
+    }
+
+    /// With one BOS in front, if the tokenizer puts one there.
+    fn begin_chat(&self, mut ids: Vec<u32>) -> Vec<u32> {
         if let (Some(bos), true) = (self.bos, self.adds_bos) {
             ids.insert(0, bos);
         }
         self.keep_one_bos(&mut ids);
-        Ok(ids)
+        ids
     }
 
     /// [`encode`](Self::encode), and the byte of `text` at which each token begins.

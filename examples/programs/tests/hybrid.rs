@@ -587,7 +587,10 @@ fn chat_forgets_the_oldest_turns_when_the_context_is_full() -> Result {
 #[test]
 fn chat_needs_a_tokenizer_and_room() -> Result {
     let (with, without) = (checkpoint(true)?, checkpoint(false)?);
-    assert_eq!(fail("chat", without.path(), &[])?, "error: the checkpoint has no chat template\n");
+    assert_eq!(
+        fail("chat", without.path(), &[])?,
+        "error: the checkpoint has no chat template: give one with --chat-template\n"
+    );
     assert_eq!(
         fail("chat", with.path(), &["--context", "0"])?,
         "error: parameter capacity: expected at least one position, got 0\n"

@@ -1,14 +1,16 @@
 //! `hybrid chat`: a chat in the terminal. What was read once stays in the cache, so that each turn runs
-//! only what is new; with thinking, which looks at everything anew, the whole chat is read each time.
+//! only what is new; with thinking, which looks at everything anew, the whole chat is read each time. What is said is
+//! text: a control token that it spells is none.
 
 use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
+use std::path::PathBuf;
 
 use clap::Args;
 use hybrid_attention::{
     Conversation, GenerationConfig, HybridModel, Message, StopReason, Tokenizer,
 };
 
-use crate::options::{CacheArgs, ModelArgs, SamplingArgs, ThinkingArgs, kept};
+use crate::options::{CacheArgs, ModelArgs, SamplingArgs, ThinkingArgs, kept, with_chat_template};
 use crate::terminal::{self, Result, say};
 
 #[derive(Args, Debug)]
@@ -37,6 +39,10 @@ struct ChatArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
 
+    /// A chat template to use instead of the model's own: a file in Jinja
+    #[arg(long, value_name = "F", hide_short_help = true)]
+    chat_template: Option<PathBuf>,
+
     /// The most tokens of one answer
     #[arg(long, default_value_t = 512, value_name = "N")]
     max_tokens: usize,
@@ -52,6 +58,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     options.thinking.warn();
     let (model, load) = options.model.load()?;
     let model = options.cache.apply(model)?;
+    let model = with_chat_template(model, options.chat.chat_template.as_deref())?;
     let mut chat = Chat::new(options, &model)?;
     let kept = kept(&model);
     say(&format!("[loaded in {load:.1} s as {kept}; /reset begins anew, /quit leaves]"));
@@ -95,7 +102,8 @@ struct Chat<'a> {
 impl<'a> Chat<'a> {
     fn new(options: &Options, model: &'a HybridModel) -> Result<Self> {
         let tokenizer = model.tokenizer().filter(|tokenizer| tokenizer.has_chat_template());
-        let tokenizer = tokenizer.ok_or("the checkpoint has no chat template")?;
+        let tokenizer = tokenizer
+            .ok_or("the checkpoint has no chat template: give one with --chat-template")?;
         let config = model.generation_config().max_tokens(options.chat.max_tokens);
         let context =
             options.chat.context.unwrap_or(model.config().max_position_embeddings.min(4096));

@@ -93,7 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     options.config(GenerationConfig::default()).validate()?; // before the wait for the weights
     options.thinking.warn();
     let (model, load) = options.model.load()?;
-    let model = options.cache.apply(model)?;
+    let model = options.input.apply(options.cache.apply(model)?)?;
     let config = options.config(model.generation_config());
     match asked {
         Asked::One(prompt) if options.answer.json => report_one(&model, prompt, &config, load),

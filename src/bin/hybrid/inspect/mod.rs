@@ -118,6 +118,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let (prompt, context_bytes) = (options.prompt()?, options.context_bytes()?);
     options.check()?; // before the wait for the weights
     let (model, _) = options.model.load()?;
+    let model = options.input.apply(model)?;
 
     let answer = |thinking| -> Result<Answer> {
         let config = options.config(model.generation_config(), thinking);

@@ -1,9 +1,9 @@
 //! What is asked.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args};
-use hybrid_attention::{Message, Prompt};
+use hybrid_attention::{HybridModel, Message, Prompt};
 
 use crate::files::read_text;
 use crate::terminal::Result;
@@ -33,9 +33,26 @@ pub(crate) struct PromptArgs {
     /// A system message in front of it
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub(crate) system: Option<String>,
+
+    /// A chat template to use instead of the model's own: a file in Jinja
+    #[arg(long, value_name = "F", requires = "chat", hide_short_help = true)]
+    pub(crate) chat_template: Option<PathBuf>,
+}
+
+/// `model` with the chat template in this file.
+pub(crate) fn with_chat_template(model: HybridModel, file: Option<&Path>) -> Result<HybridModel> {
+    match file {
+        Some(file) => Ok(model.with_chat_template(&read_text(file)?)?),
+        None => Ok(model),
+    }
 }
 
 impl PromptArgs {
+    /// `model` with the chat template that was given.
+    pub(crate) fn apply(&self, model: HybridModel) -> Result<HybridModel> {
+        with_chat_template(model, self.chat_template.as_deref())
+    }
+
     /// The prompt, all of it thought about if there is thinking.
     pub(crate) fn prompt(&self) -> Result<Prompt> {
         if let Some(ids) = &self.ids {

@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::{Checkpoint, CheckpointWeights, WeightType};
 use hybrid_attention::model::{Linear, Transformer, Weights};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::{Config, GenerationConfig, HybridModel, Thinking};
+use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Message, Thinking};
 use serde_json::json;
 
 use common::{Result, fixture, tiny, write_gguf, write_hugging_face};
@@ -274,4 +274,35 @@ fn a_second_model_is_loaded_while_one_runs() -> Result {
         assert!(answers > 1, "{answers} answers beside 24 models");
         loaded
     })
+}
+
+/// A GGUF file may come without a chat template, and a file beside it with one.
+#[test]
+fn a_chat_template_beside_a_gguf_file_is_used() -> Result {
+    let source = fixture("no_template.gguf");
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.gguf");
+    fs::copy(source, &path)?;
+    let load = || HybridModel::from_gguf(&path, WeightType::Stored, &Device::Cpu);
+    let rendered = |model: &HybridModel| -> Result<String> {
+        let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+        Ok(tokenizer.render_chat(&[Message::user("hi")], true)?)
+    };
+    let bare = load()?;
+    let error = rendered(&bare).err().ok_or("rendered")?.to_string();
+    assert_eq!(error, "chat template: the checkpoint has none");
+    assert_eq!(rendered(&bare.with_chat_template("own")?)?, "own");
+    assert!(rendered(&bare).is_err(), "this one stays as it is");
+    fs::write(folder.path().join("chat_template.jinja"), "of the folder")?;
+    assert_eq!(rendered(&load()?)?, "of the folder");
+    fs::write(folder.path().join("model.jinja"), "of the file")?;
+    assert_eq!(rendered(&load()?)?, "of the file");
+    fs::write(folder.path().join("model.jinja"), b"\xff")?;
+    let error = load().err().ok_or("loaded")?.to_string();
+    assert!(error.contains("model.jinja: invalid utf-8"), "{error}");
+
+    let mute = HybridModel::new(bare.transformer().clone(), None)?;
+    let error = mute.with_chat_template("own").err().ok_or("accepted")?;
+    assert!(matches!(error, Error::NoTokenizer { .. }), "{error}");
+    Ok(())
 }

@@ -148,10 +148,11 @@ impl Tokenizer {
     }
 }
 
-/// The character of a spelled token to mark: a sign if there is one, as templates change letters and cut blanks.
+/// The character of a spelled token to mark: a sign if there is one, as templates change letters and cut blanks, and
+/// the last one, as they ask how a message begins.
 fn vital(text: &str, (start, end): (usize, usize)) -> Option<(usize, char)> {
     let spelled = text.get(start..end)?;
-    let mut signs = spelled.char_indices().filter(|(_, c)| !c.is_whitespace());
+    let mut signs = spelled.char_indices().rev().filter(|(_, c)| !c.is_whitespace());
     let sign = signs.clone().find(|(_, c)| !c.is_alphanumeric());
     let (at, c) = sign.or_else(|| signs.next()).or_else(|| spelled.char_indices().next())?;
     Some((start + at, c))

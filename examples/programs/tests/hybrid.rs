@@ -72,9 +72,9 @@ fn help_lists_every_option() -> Result {
         ["--passes", "--span", "--weight", "--halt-drift", "--hand-off", "--rethink-every"];
     let shared = [&model[..], &thinking].concat();
     let sampling = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed"];
-    let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system"];
+    let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system", "--chat-template"];
     let generate = ["--json", "--prompt-logprobs", "--kv-cache", "--prompts", "--stop"];
-    let chat = ["--system", "--context", "--kv-cache"];
+    let chat = ["--system", "--chat-template", "--context", "--kv-cache"];
     let embed = ["--file", "--pooling", "--causal", "--json", "weighted-mean"];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
     let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
@@ -581,6 +581,26 @@ fn chat_forgets_the_oldest_turns_when_the_context_is_full() -> Result {
     assert!(stderr.contains("leaves no room for an answer in 60 tokens: ignored]"), "{stderr}");
     let [(0, first), (second, _)] = known(&stderr)[..] else { return Err(stderr.into()) };
     assert!(second >= first, "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn a_chat_template_can_be_given() -> Result {
+    let folder = checkpoint(true)?;
+    let file = folder.path().join("own.jinja");
+    fs::write(&file, "the dog {{ messages[0].content }}")?;
+    let path = file.to_string_lossy().into_owned();
+    let model = HybridModel::from_folder(folder.path(), DType::F32, &Device::Cpu)?;
+    let model = model.with_chat_template("the dog {{ messages[0].content }}")?;
+    let config = model.generation_config().max_tokens(8);
+    let expected = model.chat(&[Message::user("the cat")], &config)?.text;
+    let args = ["--chat", "--prompt=the cat", "--max-tokens=8", "--chat-template", &path];
+    assert_eq!(succeed("generate", folder.path(), &args, "")?.0, format!("{expected}\n"));
+    let args = ["--max-tokens=8", "--chat-template", &path];
+    let (said, _) = succeed("chat", folder.path(), &args, "the cat\n")?;
+    assert_eq!(said, format!("{}\n", expected.trim_start()));
+    let error = fail("chat", folder.path(), &["--chat-template", "/nowhere.jinja"])?;
+    assert!(error.contains("/nowhere.jinja"), "{error}");
     Ok(())
 }
 

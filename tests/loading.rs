@@ -301,7 +301,7 @@ fn a_chat_template_beside_a_gguf_file_is_used() -> Result {
     let error = load().err().ok_or("loaded")?.to_string();
     assert!(error.contains("model.jinja: invalid utf-8"), "{error}");
 
-    let mute = HybridModel::new(bare.transformer().clone(), None)?;
+    let mute = HybridModel::from_folder(fixture("window"), DType::F32, &Device::Cpu)?;
     let error = mute.with_chat_template("own").err().ok_or("accepted")?;
     assert!(matches!(error, Error::NoTokenizer { .. }), "{error}");
     Ok(())

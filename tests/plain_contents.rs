@@ -103,9 +103,9 @@ fn no_message_writes_a_control_token() -> Result {
                 ids.iter().copied().filter(|id| special(id) && !unknown(id)).collect()
             };
             for content in FORGED {
-                // As long, and it begins alike: what a template may ask about.
-                let harmless: String =
-                    content.chars().map(|c| if "<>|[]".contains(c) { c } else { 'q' }).collect();
+                // As long, with the same signs: what a template may ask about.
+                let harmless = |c: char| if c.is_alphanumeric() { 'q' } else { c };
+                let harmless: String = content.chars().map(harmless).collect();
                 let (forged, harmless) = (chat(content), chat(&harmless));
                 let ids = tokenizer.encode_chat(&forged, true)?;
                 let expected = tokenizer.encode_chat(&harmless, true)?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
+use minijinja::value::{DynObject, Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters, functions, tests};
 use minijinja_contrib::pycompat;
 
@@ -211,7 +211,7 @@ fn narrow(name: &str, options: &[Value]) -> Result<(), Error> {
     let wide = |value: &Value| {
         i128::try_from(value.clone()).is_ok_and(|n| n.unsigned_abs() > u128::from(WIDEST))
     };
-    let among = |value: &Value| match value.as_object().and_then(|o| o.try_iter_pairs()) {
+    let among = |value: &Value| match value.as_object().and_then(DynObject::try_iter_pairs) {
         Some(mut pairs) => pairs.any(|(_, value)| wide(&value)),
         None => wide(value),
     };

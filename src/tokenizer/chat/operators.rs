@@ -23,7 +23,7 @@ pub(super) fn add_to(env: &mut Environment<'_>, budget: &Arc<Budget>) {
         budget.elements(value.len().unwrap_or(0))?;
         Ok(value)
     });
-    one(SETTLE, |budget, value| settle(budget, value));
+    one(SETTLE, settle);
 
     let mut two = |name: &'static str, run: fn(&Budget, &Value, &Value) -> Result<Value, Error>| {
         let budget = budget.clone();

@@ -163,6 +163,8 @@ fn expr<'a>(e: &Expr<'a>) -> Expr<'a> {
             wrap(SETTLE, Expr::Slice(same(s, slice)))
         }
         Expr::UnaryOp(s) => {
+            // It is neither Copy nor Clone.
+            #[allow(clippy::needless_match)]
             let op = match s.op {
                 ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
                 ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,

@@ -39,7 +39,6 @@ fn outcome(template: &str) -> Result<(std::result::Result<String, String>, Durat
 /// The error of a template that must not end well, in time.
 fn refusal(name: &str, template: &str) -> Result<String> {
     let (outcome, took) = outcome(template)?;
-    println!("{name}: {took:?} {outcome:?}");
     assert!(took < SOON, "{name} took {took:?}");
     let error = outcome.err().ok_or_else(|| format!("{name} rendered"))?;
     for beside_the_point in ["keyword", "unknown method", "unknown filter", "argument"] {
@@ -300,9 +299,7 @@ fn long_chats_are_rendered() -> Result {
             _ => Message::assistant(words.clone()),
         };
         let messages: Vec<Message> = (0..count).map(turn).collect();
-        let start = Instant::now();
         let text = tokenizer.render_chat(&messages, true)?;
-        println!("{count} x {length}: {:?}", start.elapsed());
         assert!(text.ends_with(&format!("</s>end{count}")), "{count} {length}");
         assert_eq!(text.matches(words.trim()).count(), count);
     }

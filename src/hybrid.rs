@@ -425,8 +425,9 @@ impl HybridModel {
     /// Answers many prompts, several of them side by side: each answer as soon as it ends, and the same
     /// to the last bit as alone. See [`Answers`].
     ///
-    /// # Errors [`Error::Parameter`] for a setting outside its range. If something is wrong with one
-    /// prompt, its answer is an error.
+    /// # Errors
+    /// [`Error::Parameter`] for a setting outside its range. If something is wrong with one prompt, its
+    /// answer is an error.
     pub fn generate_many(
         &self,
         prompts: impl IntoIterator<Item = impl Into<Prompt>>,

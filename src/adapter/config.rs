@@ -184,10 +184,11 @@ impl AdapterConfig {
 
     /// Reads what PEFT has written.
     ///
-    /// # Errors [`Error::Malformed`] for text that is not a JSON object, [`Error::Config`] for a field
-    /// of another type or outside its range, and [`Error::Unsupported`] naming a field that changes the
-    /// computation in a way that this crate does not support (DoRA, biases, `modules_to_save`, another
-    /// `peft_type`), or that it does not know.
+    /// # Errors
+    /// [`Error::Malformed`] for text that is not a JSON object, [`Error::Config`] for a field of another
+    /// type or outside its range, and [`Error::Unsupported`] naming a field that changes the computation
+    /// in a way that this crate does not support (DoRA, biases, `modules_to_save`, another `peft_type`),
+    /// or that it does not know.
     pub fn from_json(text: &str) -> Result<Self> {
         const FILE: &str = "adapter_config.json";
         let fields = Fields::parse(text, FILE)?;

@@ -19,8 +19,9 @@ impl Config {
     /// counts as an end of text. `tie_word_embeddings` is false: the metadata does not say, and
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
     ///
-    /// # Errors [`Error::Config`] and [`Error::Unsupported`] as for [`Config::from_json`], with the
-    /// names of this file.
+    /// # Errors
+    /// [`Error::Config`] and [`Error::Unsupported`] as for [`Config::from_json`], with the names of this
+    /// file.
     pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
         let metadata = Metadata::new(metadata)?;
         metadata.refuse_variants()?;

@@ -13,7 +13,8 @@ impl Config {
     /// `mistral-inference`. `max_position_embeddings` or `max_seq_len` is 32768, embeddings are
     /// untied; text begins with token 1 and ends with 2.
     ///
-    /// # Errors As for [`Config::from_json`], with the names of this file.
+    /// # Errors
+    /// As for [`Config::from_json`], with the names of this file.
     pub fn from_params_json(text: &str) -> Result<Self> {
         let fields = Fields::parse(text, "params.json")?;
         for field in ["moe", "num_experts", "yarn", "quantization", "vision_encoder", "lora"] {

@@ -187,7 +187,8 @@ impl<'c> TokenStream<'c> {
 
     /// Runs to the end and returns the whole answer, including tokens already taken from the stream.
     ///
-    /// # Errors The first error of the stream; [`Error::StreamFailed`] when it was returned before.
+    /// # Errors
+    /// The first error of the stream; [`Error::StreamFailed`] when it was returned before.
     pub fn collect_answer(mut self) -> Result<Answer> {
         self.read_prompt()?;
         for token in &mut self {
@@ -199,8 +200,9 @@ impl<'c> TokenStream<'c> {
     /// Thinks about the prompt and reads it, if that has not been done: what the first call of `next`
     /// does by itself. Returns how many of the prompt's tokens were in the conversation's cache already.
     ///
-    /// # Errors As those of the stream, which then ends; [`Error::StreamFailed`] when an error has ended
-    /// it before.
+    /// # Errors
+    /// As those of the stream, which then ends; [`Error::StreamFailed`] when an error has ended it
+    /// before.
     pub fn read_prompt(&mut self) -> Result<usize> {
         match self.next {
             Next::Logits(_) | Next::Token(_) => return Ok(self.kept),

@@ -16,14 +16,16 @@ use crate::kernels::{self, SequenceSpans, Spans};
 pub trait Tap: Send {
     /// The residual stream at a place in a layer, `(tokens, hidden)`.
     ///
-    /// # Errors Any error, which ends the pass.
+    /// # Errors
+    /// Any error, which ends the pass.
     fn residual(&mut self, _layer: usize, _site: Site, _xs: &Tensor) -> Result<()> {
         Ok(())
     }
 
     /// What attention computes in a layer.
     ///
-    /// # Errors Any error, which ends the pass.
+    /// # Errors
+    /// Any error, which ends the pass.
     fn attention(&mut self, _layer: usize, _attended: &Attended<'_>) -> Result<()> {
         Ok(())
     }
@@ -143,7 +145,8 @@ impl<'a> Attended<'a> {
     /// The weights of one sequence, averaged over the heads: `(queries, keys)`. Only one head at a time
     /// is in memory.
     ///
-    /// # Errors [`Error::Parameter`] for a sequence that does not exist.
+    /// # Errors
+    /// [`Error::Parameter`] for a sequence that does not exist.
     pub fn mean_weights(&self, sequence: usize) -> Result<Tensor> {
         let count = self.mask.spans().sequences.get(sequence).map_or(0, |it| it.queries.len());
         let mut sum = self.weights(sequence, 0, 0..count)?;

@@ -33,7 +33,8 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// `xs`, which is `(.., hidden)`; [`Batch::sum`](crate::model::Batch::sum) makes one. For a [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss
     /// must be differentiable in it.
     ///
-    /// # Errors When the computation fails; the nudge ends with that error. It also ends with
+    /// # Errors
+    /// When the computation fails; the nudge ends with that error. It also ends with
     /// [`Error::NotFinite`], with the index of the sequence, for a loss or a gradient that is not
     /// finite, and with [`Error::Parameter`] for a loss of another shape or one that no gradient flows
     /// back from.

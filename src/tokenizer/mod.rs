@@ -240,10 +240,11 @@ impl Tokenizer {
     /// A template is a program that comes with the checkpoint. Its steps are limited, but its memory is
     /// not: trust it as you trust whoever published it.
     ///
-    /// # Errors [`Error::Template`] if there is no template, it does not parse, it asks for something
-    /// that does not exist, it does not finish, it omits the message of a role that it does not know, or
-    /// it raises an exception: then the message is the template's own. [`Error::Parameter`] for no
-    /// messages at all.
+    /// # Errors
+    /// [`Error::Template`] if there is no template, it does not parse, it asks for something that does
+    /// not exist, it does not finish, it omits the message of a role that it does not know, or it raises
+    /// an exception: then the message is the template's own. [`Error::Parameter`] for no messages at
+    /// all.
     pub fn render_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let template = self
             .chat

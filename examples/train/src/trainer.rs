@@ -25,7 +25,8 @@ const LONGEST_GRADIENT: f64 = 1.0;
 /// Trains as `options` say: from where an earlier run with the same settings stopped, or from the
 /// beginning.
 ///
-/// # Errors When the options do not make sense, when a file cannot be read or written, and when the loss
+/// # Errors
+/// When the options do not make sense, when a file cannot be read or written, and when the loss
 /// diverges.
 pub fn train(options: &Options) -> Result<()> {
     if let Some(model) = &options.model {

@@ -121,8 +121,8 @@ impl Wrapped {
 }
 
 impl Adapter {
-    /// An adapter that changes nothing yet, for training: as in PEFT, `A` is uniform in `±1 /
-    /// sqrt(in_features)` and `B` zero. The same seed gives the same adapter.
+    /// An adapter that changes nothing yet, for training: as in PEFT, `A` is uniform in
+    /// `±1 / sqrt(in_features)` and `B` zero. The same seed gives the same adapter.
     ///
     /// # Errors
     /// As [`AdapterConfig::validate`] and [`Config::validate`]; [`Error::Parameter`] for one of

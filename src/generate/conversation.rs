@@ -70,7 +70,7 @@ impl Conversation {
         self.cache.capacity()
     }
 
-    /// Its keys and values: what they are kept as, and how many bytes they take.
+    /// Its keys and values: the type they are kept in, and how many bytes they take.
     #[must_use]
     pub fn cache(&self) -> &KvCache {
         &self.cache

@@ -36,7 +36,7 @@ impl Source {
         Ok(Self { pool, ..self.clone() })
     }
 
-    /// What `config` says of thinking, or else the checkpoint.
+    /// The thinking that `config` asks for, or else the checkpoint's own.
     pub(crate) fn thinking<'a>(&'a self, config: &'a GenerationConfig) -> &'a Thinking {
         config.thinking.as_ref().unwrap_or(&self.thinking)
     }

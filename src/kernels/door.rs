@@ -211,7 +211,7 @@ fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
 
 /// `softmax(q kᵀ · scale + mask) v`: the attention of every pass of the crate.
 ///
-/// `q` is `(heads, queries, head_dim)`, the queries of all sequences one behind the other; the
+/// `q` is `(heads, queries, head_dim)`, the queries of all sequences one after the other; the
 /// `heads / kv_heads` query heads of a head group share their one key head. On the CPU, keys and values
 /// may be narrower than an `f32` `q`. Returns the heads side by side, `(queries, heads · head_dim)`. It
 /// is differentiable in `q` and in packed keys and values.
@@ -222,8 +222,8 @@ fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
 ///
 /// With the feature `flash-attn`, on a CUDA device, candle's flash attention computes it where all
 /// three are `f16` or all `bf16`, nothing tracks a gradient, a head has a multiple of 8 numbers, at most
-/// 512, and there is one sequence whose queries each see all keys, or so many behind and ahead of
-/// themselves. It has been compiled against candle's types, and never yet been run on a GPU.
+/// 512, and there is one sequence whose queries each see all keys, or a fixed number behind and
+/// ahead of themselves. It compiles against candle's types, but has never been run on a GPU.
 ///
 /// # Errors
 /// [`Error::Parameter`] where shapes do not fit each other or the spans; when a device fails.

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::door;
 use crate::error::Result;
 
-/// A tensor that nobody else holds, so that a result may be written over it. Only kernels make one, of
+/// A tensor that nobody else holds, so that a result may be written over it. Only kernels make one, from
 /// what they have just computed.
 ///
 /// ```text

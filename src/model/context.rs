@@ -193,8 +193,9 @@ pub(super) struct BlockContext<'p, 'a, 'c> {
 }
 
 impl BlockContext<'_, '_, '_> {
-    /// What the queries attend to, given the keys and values of the new tokens, `(kv_heads, tokens,
-    /// head_dim)` each: everything that the caches hold, these included, or only these.
+    /// What the queries attend to, given the keys and values of the new tokens,
+    /// `(kv_heads, tokens, head_dim)` each: everything that the caches hold, these included, or only
+    /// these.
     pub(super) fn remember(&mut self, keys: Tensor, values: Tensor) -> Result<Remembered> {
         match &mut self.caches {
             Some((open, which)) => open.remember(self.layer, which, (&keys, &values), &self.mask),

@@ -34,7 +34,7 @@ impl Linear {
     /// A projection by a dense `weight` of shape `(out_features, in_features)`.
     ///
     /// # Errors
-    /// When `weight` is no matrix, or a device has no room for a copy of one that is not contiguous.
+    /// When `weight` is not a matrix, or a device has no room for a copy of one that is not contiguous.
     pub fn dense(weight: &Tensor) -> Result<Self> {
         let shape = weight.dims2()?;
         check_size(shape)?;
@@ -44,7 +44,7 @@ impl Linear {
     /// A projection by a quantised `weight` of shape `(out_features, in_features)`.
     ///
     /// # Errors
-    /// When `weight` is no matrix, or candle cannot prepare that type.
+    /// When `weight` is not a matrix, or candle cannot prepare that type.
     pub fn quantized(weight: Arc<QTensor>) -> Result<Self> {
         let shape = weight.shape().dims2()?;
         Ok(Self { weight: Weight::quantized(weight)?, shape, low_rank: Vec::new() })

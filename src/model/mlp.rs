@@ -12,8 +12,8 @@ use crate::kernels::{self, Fresh, Input};
 /// Tokens that run at a time; enough that reading the weights again costs nothing.
 const TOKENS_AT_ONCE: usize = 1024;
 
-/// `down(silu(gate(x)) · up(x))`, where `x` is the normed residual stream, or with a side signal `[x ;
-/// side]`.
+/// `down(silu(gate(x)) · up(x))`, where `x` is the normed residual stream, or with a side signal
+/// `[x ; side]`.
 #[derive(Clone, Debug)]
 pub(super) struct Mlp {
     gate_proj: Linear,

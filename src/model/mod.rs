@@ -1,8 +1,8 @@
 //! A plain transformer: one set of blocks that runs causally or in both directions.
 //!
 //! [`Transformer`] holds weights and nothing else, so one copy serves any number of sequences
-//! and threads; what a sequence remembers is a [`KvCache`], handed in by `&mut`. Which tokens
-//! see which is said by the [`Pass`], a required argument: there is no default mask.
+//! and threads; what a sequence remembers is a [`KvCache`], passed by `&mut`. Which tokens
+//! see which is up to the [`Pass`], a required argument: there is no default mask.
 //!
 //! ```
 //! # use std::collections::HashMap;

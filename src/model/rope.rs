@@ -44,7 +44,7 @@ impl Rotation {
 }
 
 impl Rope {
-    /// The first tables are this long; most prompts need no longer ones.
+    /// The first tables are this long, which is enough for most prompts.
     const FIRST: usize = 1024;
 
     pub(super) fn new(config: &Config, dtype: DType, device: &Device) -> Result<Self> {

@@ -139,9 +139,9 @@ impl Interpolate {
         self
     }
 
-    /// Pulls the result back by this share, in `[0, 1]`, towards where the thoughts began: `β · g(first)
-    /// + (1 - β) · z'`, the iteration of Halpern (1967), which does not drift away over many passes.
-    /// Default 0: no anchor. 1 discards what the pass did.
+    /// Pulls the result back by this share, in `[0, 1]`, towards where the thoughts began:
+    /// `β · g(first) + (1 - β) · z'`, the iteration of Halpern (1967), which does not drift away over
+    /// many passes. Default 0: no anchor. 1 discards what the pass did.
     #[must_use]
     pub fn anchor(mut self, to: Anchor, share: f64) -> Self {
         self.anchor = (share != 0.0).then_some(Anchored { to, share });

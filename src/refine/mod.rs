@@ -44,7 +44,7 @@ pub(crate) use self::rows::{Thinks, directions};
 pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 
-/// What a refinement is told of the pass it refines.
+/// What a refinement is told about the pass that it refines.
 ///
 /// All tensors of thoughts have the same shape, `(tokens, hidden)`, or other leading dimensions with as
 /// many rows: the tokens of all sequences one after the other. Only the rows that [`Step::batch`] says

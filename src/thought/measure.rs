@@ -9,8 +9,8 @@ use crate::refine::directions;
 /// For each sequence, one number per token.
 pub(super) type PerToken = Vec<Vec<f32>>;
 
-/// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is has changed by 1, all of what
-/// it is.
+/// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is
+/// counts as changed by 1.
 pub(super) fn drift(before: &Tensor, after: &Tensor, batch: &Batch) -> Result<PerToken> {
     per_token([before, after], batch, |[old, new]| {
         let change = old.iter().zip(new).map(|(&old, &new)| f64::from(new) - f64::from(old));

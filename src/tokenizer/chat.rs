@@ -230,8 +230,8 @@ impl Formatter for Spaced {
     }
 }
 
-/// `{% generation %}` marks an answer for training. Jinja gives its body a scope of its own, as `{% with
-/// %}` does, so `with` replaces it here.
+/// `{% generation %}` marks an answer for training. Jinja gives its body a scope of its own, as
+/// `{% with %}` does, so `with` replaces it here.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

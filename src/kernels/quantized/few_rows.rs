@@ -1,7 +1,7 @@
 //! Dot products of a few input rows with every row of a weight that is kept in blocks.
 //!
-//! Factors common to all weights of a group are multiplied once: `Σ (d q - m)·x` is `Σ d (q·x) - Σ m Σ
-//! x`.
+//! Factors common to all weights of a group are multiplied once: `Σ (d q - m)·x` is
+//! `Σ d (q·x) - Σ m Σ x`.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;

@@ -127,7 +127,7 @@ impl KvCache {
         self.layers.iter().map(LayerCache::oldest).max().unwrap_or(0)
     }
 
-    /// What keys and values are kept as.
+    /// The type that keys and values are kept in.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.pool.dtype()

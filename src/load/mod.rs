@@ -9,7 +9,7 @@
 //! let shape = [checkpoint.config().vocab_size, checkpoint.config().hidden_size];
 //! let embeddings = weights.tensor("model.embed_tokens.weight", &shape)?;
 //! // ... and the rest of them, then:
-//! assert!(weights.finish().is_err()); // which makes sure that none are left
+//! assert!(weights.finish().is_err()); // which makes sure that none is left
 //! # Ok::<_, hybrid_attention::Error>(())
 //! ```
 

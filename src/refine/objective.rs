@@ -29,9 +29,10 @@ use crate::error::{Error, Result};
 /// # let _ = nudge;
 /// ```
 pub trait Objective: fmt::Debug + Send + Sync {
-    /// One number for each sequence, `(sequences)` in `f32`, that depends on no other sequence of
-    /// `xs`, which is `(.., hidden)`; [`Batch::sum`](crate::model::Batch::sum) makes one. For a [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss
-    /// must be differentiable in it.
+    /// One number for each sequence, `(sequences)` in `f32`, that depends on no other sequence of `xs`,
+    /// which is `(.., hidden)`; [`Batch::sum`](crate::model::Batch::sum) makes one. For a
+    /// [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss must be differentiable in
+    /// it.
     ///
     /// # Errors
     /// When the computation fails; the nudge ends with that error. It also ends with

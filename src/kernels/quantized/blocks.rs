@@ -113,8 +113,8 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().unwrap_or(&[0; N])
 }
 
-/// Implements [`QuantBlock`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and `$scales`
-/// sets the scales `$d` and minima `$m` of its groups.
+/// Implements [`QuantBlock`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and
+/// `$scales` sets the scales `$d` and minima `$m` of its groups.
 macro_rules! large_block {
     (
         $name:ty, |$simd:ident, $block:ident|

@@ -30,7 +30,7 @@ const FUEL: std::ops::RangeInclusive<u64> = 100_000..=20_000_000;
 /// Instructions that a message may take, besides one for each byte of the template. It costs some tens of them.
 const FUEL_OF_MESSAGE: u64 = 1000;
 
-/// Bytes of the longest template that is compiled; the longest published ones have some 20,000.
+/// Bytes of the longest template that is compiled; the longest published ones have about 20,000.
 const LONGEST: usize = 1 << 17;
 
 /// The stack that a template is compiled and rendered on. The compiler calls itself for every operator, so a long
@@ -54,8 +54,7 @@ const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks. Which roles there are is up to the template; most know `system`, `user` and
-    /// `assistant`.
+    /// Who speaks. Which roles exist is up to the template; most know `system`, `user` and `assistant`.
     pub role: String,
     /// What is said.
     pub content: String,
@@ -224,7 +223,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 }
 
 /// `{% generation %}` marks an answer for training. Jinja gives its body a scope of its own, as
-/// `{% with %}` does, so that is what stands for it here.
+/// `{% with %}` does, so `with` replaces it here.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

@@ -245,6 +245,7 @@ impl HybridModel {
             other => Error::malformed(&thinking_file, other),
         };
         let thinking = thinking.map_err(malformed)?;
+        thinking.check_as_default().map_err(malformed)?;
 
         let mut weights = checkpoint.weights(weights, device).on_progress(progress);
         let model = ThoughtModel::new(checkpoint.config(), &mut weights)?;

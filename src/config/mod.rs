@@ -14,6 +14,10 @@ use crate::error::{Error, Result};
 /// sizes fit in 64 bits.
 const MAX_SIZE: usize = i32::MAX as usize;
 
+/// The widest head. Real ones have a quarter of a thousand channels or two; a table of rotations has as
+/// many columns, which no weight has to pay for.
+const MAX_HEAD_DIM: usize = 1 << 14;
+
 /// The shape of a Mistral, under the names that Hugging Face gives its fields.
 ///
 /// Read from a checkpoint with [`Config::from_json`], [`Config::from_params_json`] or
@@ -33,7 +37,7 @@ pub struct Config {
     pub num_attention_heads: usize,
     /// Number of key and value heads; divides `num_attention_heads`.
     pub num_key_value_heads: usize,
-    /// Width of one head, even. Not always `hidden_size / num_attention_heads` (Mistral Nemo).
+    /// Width of one head, even, at most 16384. Not always `hidden_size / num_attention_heads` (Mistral Nemo).
     pub head_dim: usize,
     /// Added to the mean square inside every RMS norm; in `[0, 1)`.
     pub rms_norm_eps: f64,
@@ -54,8 +58,8 @@ pub struct Config {
 impl Config {
     /// Checks that a model of this shape can be.
     ///
-    /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs), the
-    /// two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
+    /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs) and at most
+    /// 16384, the two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
     /// and no weight is larger than memory can address.
     ///
     /// # Errors
@@ -76,6 +80,9 @@ impl Config {
             if !(1..=MAX_SIZE).contains(&size) {
                 return Err(Error::config(field, format!("1 to {MAX_SIZE}"), size));
             }
+        }
+        if self.head_dim > MAX_HEAD_DIM {
+            return Err(Error::config("head_dim", format!("1 to {MAX_HEAD_DIM}"), self.head_dim));
         }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         if !heads.is_multiple_of(kv_heads) {

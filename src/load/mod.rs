@@ -51,8 +51,11 @@ use crate::error::{Error, Result};
 /// shards), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
 /// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
 ///
-/// The files must not be changed while it lives: they are mapped into memory, and one that is cut
-/// short ends the process when the missing part is read.
+/// The files must not be changed while it lives: they are mapped into memory, and where one is cut short
+/// or cannot be read any more (a share that is gone, a download that starts anew, an editor that
+/// truncates), reading the missing part ends the process with `SIGBUS`, which no program can catch as an
+/// error. Put new files in the place of old ones by renaming, as downloaders do, or open with
+/// [`Checkpoint::read`], which copies them first.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -70,6 +73,8 @@ struct Mapped {
     bytes: Mmap,
     /// Whether `bytes` are those of a file, not a copy of them.
     of_file: bool,
+    /// Bytes that the file takes on its disk, which may be fewer than it has.
+    written: usize,
 }
 
 /// Where a tensor is, and as what.
@@ -89,10 +94,24 @@ impl Checkpoint {
     /// [`Error::Io`] if something cannot be read, [`Error::Malformed`] if it is not what its format
     /// promises or a file is missing, and what [`Config::from_json`] and its kin return.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_by(path.as_ref(), Mapped::open)
+    }
+
+    /// [`Checkpoint::open`] that reads the files instead of mapping them: what becomes of them
+    /// afterwards does not matter, and a file that is cut short meanwhile is an error. It needs memory for
+    /// the whole files beside the weights that are made of them, until the checkpoint is dropped, and
+    /// takes the time to read them at once.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`]; [`Error::Io`] also where there is no memory for a file.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_by(path.as_ref(), Mapped::read)
+    }
+
+    fn open_by(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
         let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
         if metadata.is_dir() {
-            return Self::open_folder(path);
+            return Self::open_folder(path, into_memory);
         }
         let mut magic = Vec::new();
         // anything else, a pipe say, might never end
@@ -104,7 +123,7 @@ impl Checkpoint {
             let message = "neither a folder nor a GGUF file, which starts with GGUF";
             return Err(Error::malformed(path, message));
         }
-        Self::open_gguf(Mapped::open(path)?)
+        Self::open_gguf(into_memory(path)?)
     }
 
     /// [`Checkpoint::open`] for a GGUF file in memory, which is copied; for fuzzing.
@@ -115,7 +134,7 @@ impl Checkpoint {
 
     fn open_gguf(file: Mapped) -> Result<Self> {
         let Gguf { metadata, tensors } =
-            gguf::parse(&file.bytes).map_err(|message| Error::malformed(&file.path, message))?;
+            gguf::parse(&file.bytes, file.written).map_err(|message| Error::malformed(&file.path, message))?;
         if let Some(parts) = metadata.get("split.count").and_then(integer)
             && parts > 1
         {
@@ -143,7 +162,7 @@ impl Checkpoint {
         })
     }
 
-    fn open_folder(path: &Path) -> Result<Self> {
+    fn open_folder(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
         let folder = Folder::look(path)?;
         let text = std::fs::read_to_string(&folder.config).map_err(Error::io(&folder.config))?;
         let config = if folder.is_params {
@@ -158,7 +177,7 @@ impl Checkpoint {
 
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
-            for (name, entry) in entries(path)? {
+            for (name, entry) in entries(into_memory(path)?)? {
                 if tensors.contains_key(&name) {
                     let message = format!("{name} is in another shard too");
                     return Err(Error::malformed(path, message));
@@ -239,7 +258,7 @@ pub(crate) struct TensorFile(BTreeMap<String, Entry>);
 
 impl TensorFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        entries(path).map(Self)
+        entries(Mapped::open(path)?).map(Self)
     }
 
     /// Names and shapes.
@@ -259,9 +278,9 @@ impl TensorFile {
 }
 
 /// Reads the header of a safetensors file.
-fn entries(path: &Path) -> Result<BTreeMap<String, Entry>> {
-    let file = Arc::new(Mapped::open(path)?);
-    let tensors = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(path, it))?;
+fn entries(file: Mapped) -> Result<BTreeMap<String, Entry>> {
+    let file = Arc::new(file);
+    let tensors = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(&file.path, it))?;
     let entries = tensors.into_iter().map(|(name, tensor)| {
         let (shape, range) = (tensor.shape, tensor.range);
         let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
@@ -352,7 +371,19 @@ impl Mapped {
         // `Mapped`. What no program can rule out is that somebody else writes to the file, or cuts
         // it short, meanwhile; the documentation of `Checkpoint` makes that the caller's promise.
         let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        Ok(Self { path: path.to_path_buf(), bytes, of_file: true })
+        let written = written(&file.metadata().map_err(Error::io(path))?);
+        Ok(Self { path: path.to_path_buf(), bytes, of_file: true, written })
+    }
+
+    /// A copy of a file in memory.
+    fn read(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let metadata = file.metadata().map_err(Error::io(path))?;
+        let len = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+        let mut map = MmapMut::map_anon(len).map_err(Error::io(path))?;
+        file.read_exact(&mut map).map_err(Error::io(path))?;
+        let bytes = map.make_read_only().map_err(Error::io(path))?;
+        Ok(Self { path: path.to_path_buf(), bytes, of_file: false, written: written(&metadata) })
     }
 
     /// A mapping, because it starts on a page: parsers and blocks rely on its alignment.
@@ -360,8 +391,9 @@ impl Mapped {
         let path = PathBuf::from("memory");
         let mut map = MmapMut::map_anon(bytes.len()).map_err(Error::io(&path))?;
         map.copy_from_slice(bytes);
+        let written = map.len();
         let bytes = map.make_read_only().map_err(Error::io(&path))?;
-        Ok(Self { path, bytes, of_file: false })
+        Ok(Self { path, bytes, of_file: false, written })
     }
 
     /// Tells the system that `range` will not be read soon: else the file's pages would count as
@@ -384,6 +416,17 @@ impl Mapped {
             }
         }
     }
+}
+
+/// Bytes that a file takes on its disk. Where that is not known, or as on some file systems not told, as
+/// many as it has.
+fn written(metadata: &std::fs::Metadata) -> usize {
+    #[cfg(unix)]
+    let blocks = std::os::unix::fs::MetadataExt::blocks(metadata).saturating_mul(512);
+    #[cfg(not(unix))]
+    let blocks = 0;
+    let bytes = if blocks == 0 { metadata.len() } else { blocks.min(metadata.len()) };
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// The types of safetensors that hold weights; the name of any other.

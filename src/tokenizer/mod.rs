@@ -7,6 +7,7 @@ mod chat;
 mod decode;
 mod folder;
 mod gguf;
+mod growth;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -74,7 +75,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Io`] if a file cannot be read, [`Error::Malformed`] if it is not what its name
     /// promises or names a BOS or EOS token outside the vocabulary, [`Error::Unsupported`] if the
-    /// tokenizer decodes in a way that cannot be streamed.
+    /// tokenizer decodes in a way that cannot be streamed, [`Error::Config`] if its steps (`Replace` and
+    /// the like) can make a text more than 64 times as long, or are more than 256.
     pub fn from_folder(path: &Path) -> Result<Option<Self>> {
         folder::read(path)
     }
@@ -97,7 +99,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if it does not parse, [`Error::Unsupported`] if it decodes in a way
-    /// that cannot be streamed.
+    /// that cannot be streamed, [`Error::Config`] as [`Tokenizer::from_folder`].
     pub fn from_bytes(tokenizer_json: &[u8]) -> Result<Self> {
         Self::new(parse(tokenizer_json)?, Surroundings::default())
     }
@@ -308,6 +310,7 @@ impl Tokenizer {
 
 /// Parses a `tokenizer.json`.
 fn parse(tokenizer_json: &[u8]) -> Result<tokenizers::Tokenizer> {
+    growth::check(tokenizer_json)?;
     guard(|| tokenizers::Tokenizer::from_bytes(tokenizer_json))
 }
 

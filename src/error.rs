@@ -127,6 +127,16 @@ pub enum Error {
         needed_for: &'static str,
     },
 
+    /// Scores of tokens were asked for, but the checkpoint came without a vocabulary head.
+    #[error(
+        "no vocabulary head in this checkpoint (lm_head.weight, or an embedding table that is tied to \
+         it): {needed_for} needs one; embedding texts and thinking do not"
+    )]
+    NoHead {
+        /// What needs it.
+        needed_for: &'static str,
+    },
+
     /// A parameter is outside its range.
     #[error("parameter {name}: expected {expected}, got {got}")]
     Parameter {

@@ -109,6 +109,11 @@ impl HybridModel {
     /// Loads whatever `path` is: a folder, as [`from_folder`](Self::from_folder), or a GGUF file, as
     /// [`from_gguf`](Self::from_gguf).
     ///
+    /// While they are loaded the files are mapped into memory. They must not be cut short or overwritten
+    /// meanwhile, by a download into the same place say: the process would end with `SIGBUS`, which no
+    /// program can catch as an error. Where that cannot be ruled out (a network share, files that others
+    /// write), use [`HybridModel::read`]. Once loaded, a model has nothing to do with its files any more.
+    ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
     pub fn open(
@@ -119,6 +124,20 @@ impl HybridModel {
         Self::from_checkpoint(&Checkpoint::open(path)?, weights, device, |_, _| ())
     }
 
+    /// [`HybridModel::open`] that reads the files instead of mapping them, and so turns one that is cut
+    /// short meanwhile into an error. It needs memory for the files beside the weights while it loads. See
+    /// [`Checkpoint::read`].
+    ///
+    /// # Errors
+    /// As [`HybridModel::from_folder`].
+    pub fn read(
+        path: impl AsRef<Path>,
+        weights: impl Into<WeightType>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::from_checkpoint(&Checkpoint::read(path)?, weights, device, |_, _| ())
+    }
+
     /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its
     /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
     /// `tokenizer_config.json` and `generation_config.json` where there are any.
@@ -126,6 +145,14 @@ impl HybridModel {
     /// `weights` is what they are kept as: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to quantise
     /// them to as they are loaded, or [`WeightType::Stored`]. On the CPU everything is computed in `f32`
     /// whatever they are kept as.
+    ///
+    /// The files must not be cut short or overwritten while they are loaded: see
+    /// [`open`](Self::open), and [`read`](Self::read) where that cannot be ruled out.
+    ///
+    /// A checkpoint without a vocabulary head, as of models that embed texts, loads with a warning:
+    /// [`embed`](Self::embed) works, and what generates is [`Error::NoHead`]. What nothing needs (a token
+    /// id beyond the vocabulary, a tokenizer of a kind that is not read while prompts are token ids) is
+    /// named by a warning, too.
     ///
     /// # Errors
     /// A folder that is not what it should be: see [`Checkpoint::open`],
@@ -146,6 +173,9 @@ impl HybridModel {
 
     /// Loads a GGUF file, its tokenizer and its chat template. With [`WeightType::Stored`], quantised
     /// weights stay quantised.
+    ///
+    /// The files must not be cut short or overwritten while they are loaded: see
+    /// [`open`](Self::open), and [`read`](Self::read) where that cannot be ruled out.
     ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
@@ -211,24 +241,49 @@ impl HybridModel {
     ) -> Result<Self> {
         // What costs little and may fail comes before the weights.
         let tokenizer = match checkpoint.gguf_metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata)?,
-            None => Tokenizer::from_folder(checkpoint.path())?,
+            Some(metadata) => Tokenizer::from_gguf(metadata),
+            None => Tokenizer::from_folder(checkpoint.path()),
         };
-        check_tokenizer(tokenizer.as_ref(), checkpoint.config())?;
-        let said = checkpoint.generation_defaults()?;
+        let (tokenizer, untokenized) = match tokenizer {
+            // Token ids need none, and for text it is said why there is none.
+            Err(Error::Unsupported { what, got }) => {
+                tracing::warn!(
+                    what,
+                    got,
+                    "the tokenizer is not read: only token ids can be prompts"
+                );
+                (None, Some((what, got)))
+            }
+            tokenizer => (tokenizer?, None),
+        };
+        let mut said = checkpoint.generation_defaults()?;
         let vocab_size = checkpoint.config().vocab_size;
-        if let Some(id) = said.eos_token_ids.iter().find(|&&id| id as usize >= vocab_size) {
-            let expected = format!("less than the vocabulary of {vocab_size}");
-            return Err(Error::config("eos_token_id of generation_config.json", expected, id));
-        }
+        said.eos_token_ids.retain(|&id| {
+            let known = (id as usize) < vocab_size;
+            if !known {
+                let file = "generation_config.json";
+                tracing::warn!(
+                    id,
+                    vocab_size,
+                    file,
+                    "eos_token_id is no token of the model: not used"
+                );
+            }
+            known
+        });
 
         let mut defaults = GenerationConfig::default();
         // transformers ignores the sampling values of a file that does not say `do_sample`.
         if said.do_sample == Some(true) {
+            // Of the likeliest tokens that make up nothing, one is left.
+            let (top_k, top_p) = match said.top_p {
+                Some(0.0) => (1, 1.0),
+                top_p => (said.top_k.unwrap_or(50), top_p.unwrap_or(1.0)),
+            };
             defaults = defaults
                 .temperature(said.temperature.unwrap_or(1.0))
-                .top_k(said.top_k.unwrap_or(50))
-                .top_p(said.top_p.unwrap_or(1.0))
+                .top_k(top_k)
+                .top_p(top_p)
                 .min_p(said.min_p.unwrap_or(0.0));
         }
         defaults = defaults.repetition_penalty(said.repetition_penalty.unwrap_or(1.0));
@@ -254,6 +309,7 @@ impl HybridModel {
 
         Ok(Self::new(model, tokenizer)?.with(|source| {
             source.defaults = defaults;
+            source.untokenized = untokenized;
             source.thinking = thinking;
             if !said.eos_token_ids.is_empty() {
                 source.eos_ids = said.eos_token_ids;
@@ -264,12 +320,21 @@ impl HybridModel {
     /// Puts a model together from its parts: a [`ThoughtModel`], or a [`Transformer`] that has nothing
     /// beside it for thought passes. Without a tokenizer, prompts are token ids.
     ///
+    /// A tokenizer may have more tokens than the model has embeddings, as those of many fine-tunes have one
+    /// for padding: that is said by a warning, and only a prompt that uses such a token is an error,
+    /// [`Error::TokenOutOfRange`].
+    ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the tokenizer has more tokens than the model has embeddings.
+    /// When a device fails.
     pub fn new(model: impl Into<ThoughtModel>, tokenizer: Option<Tokenizer>) -> Result<Self> {
         let model = model.into();
         let decoder = model.decoder();
-        check_tokenizer(tokenizer.as_ref(), decoder.config())?;
+        let vocab_size = decoder.config().vocab_size;
+        if let Some(tokens) = tokenizer.as_ref().map(Tokenizer::vocab_size)
+            && tokens > vocab_size
+        {
+            tracing::warn!(tokens, vocab_size, "the tokenizer has tokens that the model has not");
+        }
         let eos = tokenizer.as_ref().and_then(Tokenizer::eos_token_id);
         let eos_ids = match decoder.config().eos_token_ids.as_slice() {
             [] => eos.into_iter().collect(),
@@ -277,7 +342,8 @@ impl HybridModel {
         };
         let (defaults, thinking) = (GenerationConfig::default(), Thinking::none());
         let pool = decoder.new_pool(decoder.dtype(), usize::MAX)?;
-        let source = Source { model, tokenizer, defaults, eos_ids, thinking, pool };
+        let untokenized = None;
+        let source = Source { model, tokenizer, untokenized, defaults, eos_ids, thinking, pool };
         Ok(Self { source: Arc::new(source) })
     }
 
@@ -366,7 +432,8 @@ impl HybridModel {
         &self.source.eos_ids
     }
 
-    /// The checkpoint's own way to think, from its `hybrid.json`; not at all without one. Used
+    /// The checkpoint's own way to think, from its `hybrid.json`, which may cost no more than
+    /// [`Thinking::MOST_READS_FROM_FILE`] says; not at all without one. Used
     /// wherever a [`GenerationConfig`] says nothing about thinking.
     #[must_use]
     pub fn thinking(&self) -> &Thinking {
@@ -388,7 +455,7 @@ impl HybridModel {
     /// An empty prompt, one that is too long for the model, text without a tokenizer, or settings
     /// outside their range.
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
-        let prompt = prompt.into().encode(self.tokenizer())?;
+        let prompt = self.source.encode(&prompt.into())?;
         config.validate()?;
         self.transformer().check_context(prompt.ids.len())?;
         let text = EncodedBatch::new(self.transformer(), &prompt.ids, prompt.batch()?)?;
@@ -410,8 +477,9 @@ impl HybridModel {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`]; [`Error::ContextFull`] for a prompt longer than the model's context;
-    /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer;
-    /// [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
+    /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer,
+    /// [`Error::Unsupported`] for text where the checkpoint's is of a kind that is not read;
+    /// [`Error::NoHead`]; [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
     /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range. The stream
     /// itself may end with [`Error::NotFinite`] when the model's numbers overflow, with
     /// [`Error::PoolFull`], [`Error::Cancelled`], or when a device fails.
@@ -501,7 +569,7 @@ impl HybridModel {
             return Err(Error::parameter("batch_size", "at least 1", 0));
         }
         let encode = |text: &T| {
-            let ids = Prompt::from(text.as_ref()).encode(self.tokenizer())?.ids;
+            let ids = self.source.encode(&Prompt::from(text.as_ref()))?.ids;
             self.transformer().check_context(ids.len())?;
             Ok(ids)
         };
@@ -542,18 +610,5 @@ impl HybridModel {
         let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
         let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &batch)?;
         if config.normalize { pooling::unit_length(&vectors) } else { Ok(vectors) }
-    }
-}
-
-/// Ids that a tokenizer can give must be rows of the embedding table.
-fn check_tokenizer(tokenizer: Option<&Tokenizer>, config: &Config) -> Result<()> {
-    match tokenizer.map(Tokenizer::vocab_size) {
-        Some(tokens) if tokens > config.vocab_size => Err(Error::Tokenizer {
-            message: format!(
-                "expected at most the vocab_size of {} tokens, got {tokens}",
-                config.vocab_size
-            ),
-        }),
-        _ => Ok(()),
     }
 }

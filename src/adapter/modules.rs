@@ -176,9 +176,8 @@ fn end() -> Hir {
 
 /// `(?:.*\.)?`
 fn prefix() -> Hir {
-    let repeated = |min, max, sub| {
-        Hir::repetition(Repetition { min, max, greedy: true, sub: Box::new(sub) })
-    };
+    let repeated =
+        |min, max, sub| Hir::repetition(Repetition { min, max, greedy: true, sub: Box::new(sub) });
     let any = repeated(0, None, Hir::dot(Dot::AnyByteExceptLF));
     repeated(0, Some(1), Hir::concat(vec![any, Hir::literal(*b".")]))
 }
@@ -236,8 +235,9 @@ mod tests {
         assert_eq!(refused(&vec![("a".repeat(1000), 1); 2000]), expected);
         let expected = format!("{of} regular expressions of at most 1024 bytes, got 2000");
         assert_eq!(refused(&[("a*".repeat(1000), 1)]), expected);
-        let expected =
-            format!("{of} regular expressions that compile to at most 4194304 bytes, got larger ones");
+        let expected = format!(
+            "{of} regular expressions that compile to at most 4194304 bytes, got larger ones"
+        );
         assert_eq!(refused(&[("((a{1000}){1000}){1000}".into(), 1)]), expected);
         assert_eq!(refused(&vec![(r"\w{0,900}".into(), 1); 9000]), expected);
         assert!(start.elapsed().as_secs_f64() < 1.0, "{:?}", start.elapsed());

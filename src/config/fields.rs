@@ -1,6 +1,6 @@
 //! Typed access to the fields of a JSON object, with errors that name the field.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use crate::error::{Error, Result};
 
@@ -64,17 +64,20 @@ impl Fields {
         self.typed(field, "an object", |value| Some(Self(value.as_object()?.clone())))
     }
 
+    /// A token id. A number that no token has (-1, as some write for none) is passed over with a warning.
     pub(crate) fn token(&self, field: &str) -> Result<Option<u32>> {
-        self.typed(field, "a token id", token)
+        let id = self.typed(field, "a token id", Value::as_number)?;
+        Ok(id.and_then(|id| known(field, id)))
     }
 
-    /// One token id, or a list of them; absent is no id.
+    /// One token id, or a list of them; absent is no id. Numbers that no token has are passed over as in
+    /// [`Fields::token`].
     pub(crate) fn tokens(&self, field: &str) -> Result<Vec<u32>> {
         let ids = self.typed(field, "a token id or a list of them", |value| match value {
-            Value::Array(ids) => ids.iter().map(token).collect(),
-            id => token(id).map(|id| vec![id]),
+            Value::Array(ids) => ids.iter().map(Value::as_number).collect(),
+            id => id.as_number().map(|id| vec![id]),
         })?;
-        Ok(ids.unwrap_or_default())
+        Ok(ids.into_iter().flatten().filter_map(|id| known(field, id)).collect())
     }
 
     /// The names of the fields that hold objects.
@@ -94,8 +97,12 @@ impl Fields {
     }
 }
 
-fn token(value: &Value) -> Option<u32> {
-    value.as_u64()?.try_into().ok()
+fn known(field: &str, id: &Number) -> Option<u32> {
+    let known = id.as_u64().and_then(|id| id.try_into().ok());
+    if known.is_none() {
+        tracing::warn!(field, %id, "no token has this id: not used");
+    }
+    known
 }
 
 /// `value` in the few words that an error message has room for.

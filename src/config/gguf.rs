@@ -128,10 +128,21 @@ impl<'a> Metadata<'a> {
             Some(Value::String(kind)) => match kind.as_str() {
                 "none" => Ok(()),
                 "linear" if self.number("rope.scaling.factor")?.is_none_or(|f| f == 1.0) => Ok(()),
+                "yarn" if self.yarn_by_one()? => {
+                    tracing::warn!(key = scaling, "rope scaling by 1 changes nothing: passed over");
+                    Ok(())
+                }
                 other => Err(Error::unsupported("rope scaling", other)),
             },
             other => Err(mistyped(&scaling, "a string", other)),
         }
+    }
+
+    /// Whether a YaRN, if that is what there is, leaves every angle and every score as it is.
+    fn yarn_by_one(&self) -> Result<bool> {
+        let factor = self.number("rope.scaling.factor")?;
+        let attention = self.number("rope.scaling.attn_factor")?;
+        Ok(factor == Some(1.0) && attention.is_none_or(|factor| factor == 1.0))
     }
 
     fn key(&self, name: &str) -> String {
@@ -165,8 +176,14 @@ impl<'a> Metadata<'a> {
 
     fn token(&self, key: &str) -> Result<Option<u32>> {
         let Some(value) = self.values.get(key) else { return Ok(None) };
+        if !is_integer(value) {
+            return Err(mistyped(key, "a token id", Some(value)));
+        }
         let id = integer(value).and_then(|id| id.try_into().ok());
-        id.map(Some).ok_or_else(|| mistyped(key, "a token id", Some(value)))
+        if id.is_none() {
+            tracing::warn!(key, id = ?value, "no token has this id: not used");
+        }
+        Ok(id)
     }
 }
 
@@ -183,6 +200,12 @@ pub(crate) fn integer(value: &Value) -> Option<u64> {
         Value::I64(n) => (*n).try_into().ok(),
         _ => None,
     }
+}
+
+/// Whether a value is of any integer type.
+pub(crate) fn is_integer(value: &Value) -> bool {
+    use Value::{I8, I16, I32, I64, U8, U16, U32, U64};
+    matches!(value, U8(_) | U16(_) | U32(_) | U64(_) | I8(_) | I16(_) | I32(_) | I64(_))
 }
 
 fn mistyped(key: &str, expected: &str, got: Option<&Value>) -> Error {

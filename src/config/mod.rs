@@ -6,7 +6,7 @@ mod hugging_face;
 mod params;
 
 pub(crate) use fields::{Fields, brief};
-pub(crate) use gguf::integer;
+pub(crate) use gguf::{integer, is_integer};
 
 use crate::error::{Error, Result};
 
@@ -168,6 +168,29 @@ impl Config {
     }
 }
 
+impl Config {
+    /// Without the special tokens that are not among the model's, each named by a warning: no text has
+    /// them, and no answer ends with them.
+    fn without_foreign_tokens(mut self) -> Self {
+        let vocab_size = self.vocab_size;
+        let known = |field: &str, id: u32| {
+            let known = (id as usize) < vocab_size;
+            if !known {
+                tracing::warn!(
+                    field,
+                    id,
+                    vocab_size,
+                    "no token of the model has this id: not used"
+                );
+            }
+            known
+        };
+        self.bos_token_id = self.bos_token_id.filter(|&id| known("bos_token_id", id));
+        self.eos_token_ids.retain(|&id| known("eos_token_id", id));
+        self
+    }
+}
+
 /// `hidden / heads`, which must be whole: what `head_dim` is where a file does not say.
 fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
     match hidden.1.checked_rem(heads.1) {
@@ -183,6 +206,7 @@ fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
 /// [`Config::validate`] for a file that spells its fields differently: `names` pairs the Hugging
 /// Face name with the file's.
 fn validate_as(config: Config, names: &[(&str, &str)]) -> Result<Config> {
+    let config = config.without_foreign_tokens();
     match config.validate() {
         Ok(()) => Ok(config),
         Err(Error::Config { field, expected, got }) => {

@@ -3,7 +3,8 @@
 use candle_core::DType;
 
 use super::config::GenerationConfig;
-use crate::error::Result;
+use super::prompt::{EncodedPrompt, Prompt};
+use crate::error::{Error, Result};
 use crate::model::KvPool;
 use crate::thought::{Thinking, ThoughtModel};
 use crate::tokenizer::Tokenizer;
@@ -13,6 +14,8 @@ use crate::tokenizer::Tokenizer;
 pub(crate) struct Source {
     pub(crate) model: ThoughtModel,
     pub(crate) tokenizer: Option<Tokenizer>,
+    /// What the checkpoint's tokenizer asks for that is not computed here, and so why there is none.
+    pub(crate) untokenized: Option<(String, String)>,
     /// The checkpoint's own way to generate.
     pub(crate) defaults: GenerationConfig,
     /// Its end-of-sequence tokens.
@@ -34,6 +37,14 @@ impl Source {
     pub(crate) fn with_pool(&self, dtype: DType, budget: usize) -> Result<Self> {
         let pool = self.model.decoder().new_pool(dtype, budget)?;
         Ok(Self { pool, ..self.clone() })
+    }
+
+    /// The prompt as the model takes it.
+    pub(crate) fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt> {
+        prompt.encode(self.tokenizer.as_ref()).map_err(|error| match (error, &self.untokenized) {
+            (Error::NoTokenizer { .. }, Some((what, got))) => Error::unsupported(what, got),
+            (error, _) => error,
+        })
     }
 
     /// What `config` says of thinking, or else the checkpoint.

@@ -243,9 +243,10 @@ impl<'a> Reader<'a> {
             // tokens of real vocabularies are not all UTF-8, and some writers end them with zeros
             8 => {
                 let bytes = self.string()?;
-                // A byte that is no UTF-8 becomes one of three.
                 self.charge(bytes.len())?;
                 let text = String::from_utf8_lossy(bytes);
+                // A byte that is no UTF-8 has become three.
+                self.charge(text.len() - bytes.len())?;
                 Value::String(text.trim_end_matches('\0').to_string())
             }
             9 => self.values(depth)?,
@@ -266,7 +267,9 @@ impl<'a> Reader<'a> {
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let left = self.file.len().saturating_sub(self.position);
         if len > left {
-            return Err(format!("an array of {len} elements, but the file ends after {left} bytes"));
+            return Err(format!(
+                "an array of {len} elements, but the file ends after {left} bytes"
+            ));
         }
         self.charge(len.saturating_mul(size_of::<Value>()))?;
         let mut values = Vec::new();

@@ -44,11 +44,12 @@ pub use self::weight_type::WeightType;
 pub use self::weights::CheckpointWeights;
 use crate::config::{Config, integer};
 use crate::error::{Error, Result};
+use crate::model::is_or_is_under;
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
-/// shards), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
+/// shards, saved from the whole model or, without `model.` in its names, from the base class), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
 /// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
 ///
 /// The files must not be changed while it lives: they are mapped into memory, and where one is cut short
@@ -133,8 +134,8 @@ impl Checkpoint {
     }
 
     fn open_gguf(file: Mapped) -> Result<Self> {
-        let Gguf { metadata, tensors } =
-            gguf::parse(&file.bytes, file.written).map_err(|message| Error::malformed(&file.path, message))?;
+        let Gguf { metadata, tensors } = gguf::parse(&file.bytes, file.written)
+            .map_err(|message| Error::malformed(&file.path, message))?;
         if let Some(parts) = metadata.get("split.count").and_then(integer)
             && parts > 1
         {
@@ -186,19 +187,21 @@ impl Checkpoint {
             }
         }
         if let Some(index) = &folder.index {
-            index.check(|name| tensors.get(name).map(|entry| entry.file.path.as_path()))?;
+            index.compare(|name| tensors.get(name).map(|entry| entry.file.path.as_path()));
         }
-        if folder.is_params && !tensors.contains_key(&folder.naming.spell("lm_head.weight")) {
+        let mut naming = folder.naming;
+        // Saved from the base class (`AutoModel`), names lack the part that it has in the whole model.
+        if naming == Naming::HuggingFace
+            && tensors.contains_key(&Naming::HuggingFaceBase.spell("model.embed_tokens.weight"))
+            && !tensors.keys().any(|name| is_or_is_under(name, "model"))
+        {
+            naming = Naming::HuggingFaceBase;
+        }
+        if folder.is_params && !tensors.contains_key(&naming.spell("lm_head.weight")) {
             // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            naming: folder.naming,
-            tensors,
-            gguf_metadata: None,
-        })
+        Ok(Self { path: path.to_path_buf(), config, naming, tensors, gguf_metadata: None })
     }
 
     /// The shape of the model.

@@ -95,7 +95,8 @@ pub struct Transformer {
     embed_tokens: Linear,
     stack: Stack,
     norm: RmsNorm,
-    lm_head: Linear,
+    /// What was saved from a base class or merged to embed texts may have none.
+    lm_head: Option<Linear>,
     dtype: DType,
     device: Device,
 }
@@ -104,7 +105,9 @@ impl Transformer {
     /// Builds the blocks from `weights`, on the device and in the type they are handed over.
     ///
     /// # Errors
-    /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
+    /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape. Only
+    /// `lm_head.weight` may be missing, which is then said by a warning: see
+    /// [`has_head`](Self::has_head).
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
         config.validate()?;
         kernels::keep_freed_memory();
@@ -116,9 +119,16 @@ impl Transformer {
         let stack = Stack::new(config, "model.layers", count, stream, weights)?;
         let norm = RmsNorm::new(config, "model.norm.weight", dtype, weights)?;
         let lm_head = if config.tie_word_embeddings {
-            embed_tokens.clone()
+            Some(embed_tokens.clone())
         } else {
-            weights.linear("lm_head.weight", table.0, table.1)?
+            match weights.linear("lm_head.weight", table.0, table.1) {
+                Ok(head) => Some(head),
+                Err(Error::MissingWeight { name, place }) => {
+                    tracing::warn!(name, place, "no vocabulary head: this model cannot generate");
+                    None
+                }
+                Err(error) => return Err(error),
+            }
         };
         let config = config.clone();
         Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device })
@@ -148,8 +158,8 @@ impl Transformer {
     pub fn weight_bytes(&self) -> BTreeMap<String, usize> {
         let mut bytes = self.stack.weight_bytes();
         self.embed_tokens.count_bytes(&mut bytes);
-        if !self.config.tie_word_embeddings {
-            self.lm_head.count_bytes(&mut bytes);
+        if let Some(head) = self.lm_head.as_ref().filter(|_| !self.config.tie_word_embeddings) {
+            head.count_bytes(&mut bytes);
         }
         bytes
     }
@@ -214,7 +224,7 @@ impl Transformer {
     /// the head costs more than any layer.
     ///
     /// # Errors
-    /// As [`Transformer::norm`].
+    /// As [`Transformer::norm`]; [`Error::NoHead`] for a model that was loaded without one.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head(&self.norm(hidden)?)
     }
@@ -222,10 +232,18 @@ impl Transformer {
     /// The head by itself, over what [`Transformer::norm`] gives: `(.., hidden) -> (.., vocab)`.
     ///
     /// # Errors
-    /// As [`Transformer::norm`].
+    /// As [`Transformer::logits`].
     pub fn head(&self, normed: &Tensor) -> Result<Tensor> {
         self.stack.check_stream(normed)?;
-        in_pool(|| self.lm_head.forward(normed))
+        let head = self.lm_head.as_ref().ok_or(Error::NoHead { needed_for: "the logits" })?;
+        in_pool(|| head.forward(normed))
+    }
+
+    /// Whether it has a vocabulary head. Checkpoints that were saved to embed texts may have none: all but
+    /// [`logits`](Self::logits) and [`head`](Self::head) works for these.
+    #[must_use]
+    pub fn has_head(&self) -> bool {
+        self.lm_head.is_some()
     }
 
     /// An empty cache for one sequence of up to `capacity` positions, from a pool of its own without a
@@ -295,7 +313,7 @@ impl Transformer {
     /// The projection called `model.layers.0.self_attn.q_proj` or the like, or `lm_head`.
     pub(crate) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
         match name {
-            "lm_head" => Some(&mut self.lm_head),
+            "lm_head" => self.lm_head.as_mut(),
             _ => self.stack.projection_mut(name.strip_prefix("model.layers.")?),
         }
     }

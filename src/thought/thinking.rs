@@ -196,7 +196,11 @@ impl Thinking {
                 "at most {} readings for each new token, as the default of a checkpoint",
                 MOST / 10
             );
-            return Err(Error::parameter("rethink_every", expected, format!("{what} every {every}")));
+            return Err(Error::parameter(
+                "rethink_every",
+                expected,
+                format!("{what} every {every}"),
+            ));
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! How much longer a `tokenizer.json` may make a text.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -39,8 +41,12 @@ pub(super) fn check(tokenizer_json: &[u8]) -> Result<()> {
         }
         let growth = steps.iter().map(|step| growth(step)).fold(1, usize::saturating_mul);
         if growth > MOST {
-            let kinds = steps.iter().filter(|step| self::growth(step) > 1);
-            let kinds = kinds.filter_map(|step| kind(step)).collect::<Vec<_>>().join(", ");
+            let mut kinds = BTreeMap::<_, usize>::new();
+            for step in steps.iter().filter(|step| self::growth(step) > 1) {
+                *kinds.entry(kind(step).unwrap_or_default()).or_default() += 1;
+            }
+            let kinds = kinds.iter().map(|(kind, count)| format!("{count} {kind}"));
+            let kinds = kinds.collect::<Vec<_>>().join(", ");
             let expected = format!("steps that make a text at most {MOST} times as long");
             return Err(Error::config(field(), expected, format!("{growth} times by {kinds}")));
         }
@@ -120,15 +126,22 @@ mod tests {
         let field = "config field normalizer of tokenizer.json: expected";
         let bound = "steps that make a text at most 64 times as long";
         assert_eq!(refusal(&sequence(&vec![replace("a", "b"); 200])), "accepted");
-        assert_eq!(refusal(&sequence(&vec![replace("a", "b"); 257])), format!("{field} at most 256 steps, got 257"));
-        assert_eq!(refusal(&sequence(&[replace(" ", "▁"), replace("``", "\""), replace("ß", "ss")])), "accepted");
+        assert_eq!(
+            refusal(&sequence(&vec![replace("a", "b"); 257])),
+            format!("{field} at most 256 steps, got 257")
+        );
+        assert_eq!(
+            refusal(&sequence(&[replace(" ", "▁"), replace("``", "\""), replace("ß", "ss")])),
+            "accepted"
+        );
         let forty = refusal(&sequence(&vec![replace("a", "aa"); 40]));
-        let kinds = vec!["Replace"; 40].join(", ");
-        assert_eq!(forty, format!("{field} {bound}, got 1099511627776 times by {kinds}"));
-        let nested = sequence(&[sequence(&[replace("a", &"b".repeat(9))]), replace("b", &"c".repeat(8))]);
-        assert_eq!(refusal(&nested), format!("{field} {bound}, got 72 times by Replace, Replace"));
-        let between = json!({ "type": "Replace", "pattern": { "Regex": "x*" }, "content": "y".repeat(64) });
-        assert_eq!(refusal(&between), format!("{field} {bound}, got 65 times by Replace"));
+        assert_eq!(forty, format!("{field} {bound}, got 1099511627776 times by 40 Replace"));
+        let nested =
+            sequence(&[sequence(&[replace("a", &"b".repeat(9))]), replace("b", &"c".repeat(8))]);
+        assert_eq!(refusal(&nested), format!("{field} {bound}, got 72 times by 2 Replace"));
+        let between =
+            json!({ "type": "Replace", "pattern": { "Regex": "x*" }, "content": "y".repeat(64) });
+        assert_eq!(refusal(&between), format!("{field} {bound}, got 65 times by 1 Replace"));
         let spaces = json!({ "type": "Replace", "pattern": { "Regex": r"\s{2,}" }, "content": " ".repeat(64) });
         assert_eq!(refusal(&spaces), "accepted");
     }

@@ -263,7 +263,7 @@ fn a_default_of_a_file_has_a_budget() -> Result {
             json!({ "passes": 1024, "refine": [{ "op": "forward_nudge", "steps": 1000, "directions": 1000 }] }),
             "parameter thinking: expected at most 1000 readings of the prompt, as the default of a \
              checkpoint, got passes x (1 + refine + halt) + output_nudge = 1024 x (1 + 2001001 + 0) + 0 = \
-             2049027072",
+             2049026048",
         ),
         (
             json!({ "passes": 1024, "detail": "maps" }),

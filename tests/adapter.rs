@@ -412,7 +412,14 @@ fn settings_that_make_no_adapter_are_errors() -> Result {
         (how().target_modules(["embed_tokens"]), "got embed_tokens"),
         (how().layers_to_transform([7]), "expected at least one projection of the model, got none"),
         (how().rank_pattern("(?=q)", 2), "unsupported adapter field rank_pattern"),
-        (how().alpha_pattern("((a{99}){99}){99}", 2.0), "unsupported adapter field alpha_pattern"),
+        (
+            how().alpha_pattern("((a{99}){99}){99}", 2.0),
+            "config field alpha_pattern: expected regular expressions that compile to at most",
+        ),
+        (
+            how().rank_pattern("q_proj)|(.*", 2),
+            "unsupported adapter field rank_pattern: the regular expression q_proj)|(.*",
+        ),
     ] {
         let made = Adapter::new(&config, &how, 1, &Device::Cpu);
         let error = made.err().ok_or(expected)?.to_string();

@@ -21,12 +21,12 @@ impl Fields {
         }
     }
 
-    /// Whether the key is there at all, be it `null`.
+    /// Whether the key is there at all, even if it is `null`.
     pub(crate) fn contains(&self, field: &str) -> bool {
         self.0.contains_key(field)
     }
 
-    /// All fields, those that are `null` too.
+    /// All fields, including those that are `null`.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value))
     }
@@ -105,7 +105,7 @@ fn known(field: &str, id: &Number) -> Option<u32> {
     known
 }
 
-/// `value` in the few words that an error message has room for.
+/// `value` in few enough words for an error message.
 pub(crate) fn brief(value: &Value) -> String {
     const ROOM: usize = 60;
     let text = value.to_string();

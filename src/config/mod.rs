@@ -51,12 +51,12 @@ pub struct Config {
     pub tie_word_embeddings: bool,
     /// The token that begins a text.
     pub bos_token_id: Option<u32>,
-    /// The tokens that end one.
+    /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
 }
 
 impl Config {
-    /// Checks that a model of this shape can be.
+    /// Checks that a model of this shape is possible.
     ///
     /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs) and at most
     /// 16384, the two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
@@ -158,7 +158,7 @@ impl Config {
     }
 
     /// `(out_features, in_features)` of the projection of a block that is called `self_attn.q_proj` or
-    /// the like; none for what is no projection.
+    /// similar; zeros for a name that is not a projection's.
     pub(crate) fn projection(&self, name: &str) -> (usize, usize) {
         let shape = self.block_weights().into_iter().find(|(own, _)| *own == name);
         match shape.as_ref().map(|(_, shape)| shape.as_slice()) {
@@ -203,8 +203,8 @@ fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
     }
 }
 
-/// [`Config::validate`] for a file that spells its fields differently: `names` pairs the Hugging
-/// Face name with the file's.
+/// [`Config::validate`] for a file that names its fields differently: `names` pairs the Hugging Face
+/// name with the file's.
 fn validate_as(config: Config, names: &[(&str, &str)]) -> Result<Config> {
     let config = config.without_foreign_tokens();
     match config.validate() {

@@ -1,4 +1,4 @@
-//! What a model computes with: products, attention, and what is done element by element. CPU kernels where
+//! What a model computes with: products, attention, and elementwise operations. CPU kernels where
 //! candle's own are slow, each compiled for the processor's vector units by run-time detection
 //! ([`pulp`]) and tested against its plain twin in candle operations.
 //!
@@ -11,7 +11,7 @@
 //! matrix, storage                    small products in slices, and the slices themselves
 //! ```
 //!
-//! Nothing here knows a model.
+//! Nothing here knows about models.
 
 mod attention;
 mod dense;

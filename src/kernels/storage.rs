@@ -1,4 +1,4 @@
-//! What tensors of candle's hold on the CPU, as slices.
+//! What candle's tensors hold on the CPU, as slices.
 
 use std::ops::Deref;
 use std::sync::Once;
@@ -7,18 +7,18 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-/// Makes glibc keep the memory of one result for the next, where that is what allocates.
+/// Makes glibc keep the memory of one result for the next, where glibc is the allocator.
 ///
-/// It gives back what is free beyond twice the largest block that was ever freed, and asks for memory
-/// zeroed by the system whenever a result is larger: a tenth of a pass over 512 tokens. A block just
-/// under 32 MiB, the most that it considers, is freed here once, as any program may.
+/// It returns to the system what is free beyond twice the largest block that was ever freed, and asks
+/// for zeroed memory from the system for any larger result: a tenth of a pass over 512 tokens. A block
+/// just under 32 MiB, the most that it considers, is freed here once, as any program may.
 pub(crate) fn keep_freed_memory() {
     const JUST_UNDER: usize = (32 << 20) - (64 << 10);
     static ONCE: Once = Once::new();
     ONCE.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(JUST_UNDER))));
 }
 
-/// `tensor.to_dtype(F32)`, on all cores for the half types on the CPU.
+/// `tensor.to_dtype(F32)`; for the half types on the CPU, on all cores.
 pub(super) fn widen(tensor: &Tensor) -> Result<Tensor> {
     if !tensor.device().is_cpu() || !tensor.is_contiguous() {
         return tensor.to_dtype(DType::F32);
@@ -47,7 +47,7 @@ where
         .for_each(|(wide, narrow)| narrow.convert_to_f32_slice(wide));
 }
 
-/// The elements that a contiguous tensor shows of its storage.
+/// The elements of the storage that belong to a contiguous tensor.
 pub(super) fn elements<'a, T>(storage: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     let (start, count) = (layout.start_offset(), layout.shape().elem_count());
     match storage.get(start..start + count) {

@@ -1,7 +1,7 @@
 //! The header of a GGUF file.
 //!
-//! Why not candle's `Content::read`: it divides by `general.alignment` unchecked, lets a key or a
-//! tensor that comes twice overwrite the first, and checks where a tensor lies only on reading it.
+//! Why not candle's `Content::read`: it divides by `general.alignment` unchecked, lets a repeated key or
+//! tensor overwrite the first, and checks a tensor's place only when reading it.
 //!
 //! Source: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
@@ -217,7 +217,7 @@ impl<'a> Reader<'a> {
         self.take(usize::try_from(len).unwrap_or(usize::MAX))
     }
 
-    /// A string that something is called by.
+    /// A string that is a name.
     fn name(&mut self, what: &str) -> Result<String> {
         let position = self.position;
         let bytes = self.string()?;
@@ -240,7 +240,7 @@ impl<'a> Reader<'a> {
                 [1] => Value::Bool(true),
                 [other] => return Err(format!("expected a bool of 0 or 1, got {other}")),
             },
-            // tokens of real vocabularies are not all UTF-8, and some writers end them with zeros
+            // tokens of real vocabularies are not all UTF-8, and some writers terminate them with zeros
             8 => {
                 let bytes = self.string()?;
                 self.charge(bytes.len())?;

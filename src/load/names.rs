@@ -51,7 +51,8 @@ impl Naming {
         }
     }
 
-    /// This checkpoint's spelling of a Hugging Face `name`; `name` itself if it is not one of ours.
+    /// This checkpoint's spelling of a Hugging Face `name`; `name` itself if it is not one of the
+    /// model's.
     pub(super) fn spell(self, name: &str) -> String {
         self.translate(name).unwrap_or_else(|| name.to_string())
     }
@@ -77,7 +78,7 @@ impl Naming {
         self.split_layer(name)?.0.parse().ok()
     }
 
-    /// Whether `name`, spelled as in this checkpoint, stands where the model's own weights stand.
+    /// Whether `name`, spelled as in this checkpoint, is in the place of the model's own weights.
     pub(super) fn is_ours(self, name: &str) -> bool {
         let under = |prefix: &str| name.strip_prefix(prefix).is_some_and(|n| n.starts_with('.'));
         under(THOUGHT)
@@ -105,9 +106,9 @@ impl Naming {
 
 /// How the rows of a stored matrix relate to those of the Hugging Face one.
 ///
-/// RoPE turns pairs of a head's rows. Hugging Face keeps the first of every pair in the head's
-/// first half and the second in its second half; Mistral, and llama.cpp after it, keep the two side
-/// by side. With a `head_dim` of 6 the pairs are a, b, c and the rows of each head
+/// RoPE rotates pairs of a head's rows. Hugging Face keeps the first of every pair in the head's first
+/// half and the second in its second half; Mistral, and llama.cpp after it, keep the two side by side.
+/// With a `head_dim` of 6, the pairs are a, b, c and the rows of each head are
 ///
 /// ```text
 /// stored (interleaved)    a0 a1 b0 b1 c0 c1

@@ -1,4 +1,4 @@
-//! What a run leaves behind: a state to go on from, and at the end a checkpoint and a record.
+//! What a run leaves behind: a state to resume from, and at the end a checkpoint and a record.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub(crate) struct Run {
     settings: Settings,
 }
 
-/// Where a run is.
+/// How far a run has come.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Saved {
     settings: Settings,
@@ -45,7 +45,7 @@ pub(crate) struct Point {
     pub(crate) lesson: usize,
 }
 
-/// What is kept of a run: all that the tables and figures are made of.
+/// The record of a run: everything that the tables and figures are made from.
 #[derive(Debug, Serialize)]
 struct Record<'a, E> {
     settings: &'a Settings,
@@ -63,7 +63,7 @@ struct Record<'a, E> {
 const RUN: &str = "run";
 
 impl Saved {
-    /// Takes a step's loss into the curve.
+    /// Adds a step's loss to the curve.
     pub(crate) fn note(&mut self, loss: f32, lesson: usize, steps_per_point: usize) {
         self.since.push(loss);
         if self.since.len() == steps_per_point {
@@ -85,7 +85,7 @@ impl Run {
         self.folder.join("state.safetensors")
     }
 
-    /// The saved state, with the optimizer's part given back to it; the beginning if there is none.
+    /// The saved state, with the optimiser's part restored into it; the initial state if there is none.
     pub(crate) fn restore(&self, optimizer: &mut AdamW) -> Result<Saved> {
         let path = self.state();
         if !path.exists() {
@@ -116,7 +116,7 @@ impl Run {
         Ok(saved)
     }
 
-    /// Saves the state in one file, which takes the place of the one before only when it is whole.
+    /// Saves the state in one file, which replaces the previous one only when it is complete.
     pub(crate) fn save(&self, saved: &Saved, optimizer: &AdamW) -> Result<()> {
         let metadata = HashMap::from([(RUN.to_string(), serde_json::to_string(saved)?)]);
         let path = self.state();
@@ -125,11 +125,11 @@ impl Run {
         Ok(std::fs::rename(&whole, &path)?)
     }
 
-    /// Writes down what was trained, examines it, and writes that down.
+    /// Saves what was trained, examines it, and saves the record.
     pub(crate) fn finish<T: Task>(&self, trainee: &Trainee, task: &T, saved: &Saved) -> Result<()> {
         let settings = &self.settings;
         let file = |name: &str| self.folder.join(name);
-        // As if the names of one more step.
+        // With the names that one more step would have had.
         trainee.save(&self.folder, &mut settings.rng(settings.steps))?;
         if settings.most_passes() > 0 {
             let thinking = settings.thinking(settings.most_passes());

@@ -29,6 +29,7 @@ pub use generate::{
     TokenStream,
 };
 pub use hybrid::{EmbedConfig, HybridModel};
+pub use kernels::keep_freed_memory;
 pub use load::WeightType;
 pub use model::Sight;
 pub use pooling::Pooling;

@@ -849,6 +849,27 @@ fn overflowing() -> Result<HybridModel> {
     Ok(HybridModel::new(Transformer::new(&config, &mut weights)?, None)?)
 }
 
+/// Numbers whose squares overflow in a norm would come out of it as zeros, and every token would be as
+/// likely as any other.
+#[test]
+fn numbers_too_large_to_be_squared_are_reported() -> Result {
+    let config = config(LONG, None);
+    let model = |size: f64| -> Result<HybridModel> {
+        let mut weights = HashMap::new();
+        for (name, shape) in config.weights() {
+            let weight = Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?;
+            let large = name.contains("embed_tokens");
+            weights.insert(name, if large { (weight * size)? } else { weight });
+        }
+        Ok(HybridModel::new(Transformer::new(&config, &mut weights)?, None)?)
+    };
+    let plain = GenerationConfig::default().max_tokens(2);
+    model(1e15)?.generate([5, 6], &plain)?;
+    let failed = model(1e20)?.generate([5, 6], &plain);
+    assert!(matches!(failed, Err(Failure::NotFinite { what: "logits", .. })), "{failed:?}");
+    Ok(())
+}
+
 #[test]
 fn a_stream_is_handed_out_before_the_model_runs() -> Result {
     let model = shared()?;

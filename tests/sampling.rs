@@ -302,3 +302,24 @@ fn a_model_that_overflows_is_an_error() -> Result {
     assert!(stream.next().is_none(), "after an error it ends");
     Ok(())
 }
+
+/// A penalty may be so small that a logit divided by it is infinite: that is no fault of the model's.
+#[test]
+fn a_penalty_that_overflows_is_named() -> Result {
+    for (penalty, logit, refused) in [
+        (f64::from_bits(1), 2.0, true),
+        (f64::from_bits(1), -2.0, false),
+        (1e-300, 2.0, false),
+        (f64::MAX, -2.0, false), // minus infinity: never again
+    ] {
+        let config = GenerationConfig::default().repetition_penalty(penalty);
+        let drawn = Sampler::new(&config, &[1])?.sample(&[0.5, logit, 1.0]);
+        match drawn.map_err(|error| error.to_string()) {
+            Err(error) if refused => {
+                assert!(error.starts_with("parameter penalties: expected"), "{error}");
+            }
+            drawn => assert_eq!(drawn.ok(), Some(if logit > 0.0 { 1 } else { 2 }), "{penalty}"),
+        }
+    }
+    Ok(())
+}

@@ -99,7 +99,7 @@ fn run(c: &mut Criterion) -> Result<()> {
     let mut cache = engines.candle_cache()?;
     engines.candle.forward(&prompt, 0, &mut cache)?;
     group.bench_function(candle, |b| {
-        // Its cache cannot be cut back, so each step starts from a copy of the handles.
+        // Its cache cannot be truncated, so each step starts from a copy of the handles.
         b.iter(|| black_box(engines.candle.forward(&next, 128, &mut cache.clone())));
     });
     group.finish();

@@ -1,4 +1,4 @@
-//! What the benches share: a model of random weights in the shape of SmolLM2-135M, and figures.
+//! What the benches share: a model of random weights in the shape of SmolLM2-135M, and statistics.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,7 +9,7 @@ use hybrid_attention::model::Weights;
 use hybrid_attention::{Config, Result};
 use serde_json::json;
 
-/// SmolLM2-135M, as `config.json` says it.
+/// SmolLM2-135M's `config.json`.
 pub const SHAPE: &str = r#"{
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -25,7 +25,7 @@ pub fn random_weights(config: &Config) -> Result<HashMap<String, Tensor>> {
     config.weights().map(random).collect()
 }
 
-/// Some tokens, always the same.
+/// Some tokens, the same every time.
 pub fn ids(count: usize) -> Vec<u32> {
     (0..count).map(|i| (3 + i * 7919 % 40_000) as u32).collect()
 }
@@ -41,7 +41,7 @@ pub fn median(sorted: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-/// The peak memory of this process in MiB, as Linux counts it; zero elsewhere.
+/// The peak memory of this process in MiB, as Linux reports it; zero elsewhere.
 pub fn peak_memory() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

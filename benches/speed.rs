@@ -1,13 +1,13 @@
-//! One table of speeds: this crate and candle-transformers on the same weights, and what the machine
-//! can do at most.
+//! One table of speeds: this crate and candle-transformers on the same weights, and what the machine can
+//! do at most.
 //!
 //! ```text
 //! cargo bench --bench speed
 //! ```
 //!
-//! Without SmolLM2 (the README fetches it), weights of that shape are random, which is as fast. `-- --write FOLDER` measures
-//! nothing and writes the models that `benches/peers.sh` gives to other engines; `-- --only KIND FOLDER`
-//! prints nothing but the speeds of this crate on the model there.
+//! Without SmolLM2 (the README fetches it), random weights of that shape are used, which run just as
+//! fast. `-- --write FOLDER` measures nothing and writes the models that `benches/peers.sh` gives to
+//! other engines; `-- --only KIND FOLDER` prints only the speeds of this crate on the model there.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -35,7 +35,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const PROMPTS: [usize; 2] = [512, 2048];
 const DECODE: usize = 64;
 const SIDE_BY_SIDE: usize = 8;
-/// The best of so many counts: what disturbs a run only ever makes it slower.
+/// The best of this many runs counts: disturbances only ever make a run slower.
 const RUNS: usize = 3;
 
 const KINDS: [(&str, WeightType); 4] = [
@@ -135,7 +135,7 @@ fn print_row(engine: &str, weights: &str, figures: [f64; 3]) {
     println!("| {engine} | {weights} | {short:.0} | {long:.0} | {decode:.1} |");
 }
 
-/// Seconds of the best of some runs, after one that does not count.
+/// Seconds of the best of some runs, after one that is not counted.
 fn best(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     run()?;
     let mut best = f64::MAX;
@@ -173,7 +173,8 @@ fn ours(folder: &Path, kind: WeightType) -> Result<[f64; 3]> {
     ])
 }
 
-/// Tokens a second of `count` sequences that go on side by side after one prompt, whose keys they share.
+/// Tokens a second of `count` sequences that continue side by side from one prompt, whose keys they
+/// share.
 fn decoding(folder: &Path, kind: WeightType, count: usize) -> Result<f64> {
     let checkpoint = Checkpoint::open(folder)?;
     let model = Transformer::new(checkpoint.config(), &mut checkpoint.weights(kind, &Device::Cpu))?;
@@ -222,7 +223,7 @@ fn candle(folder: &Path) -> Result<[f64; 3]> {
     Ok([PROMPTS[0] as f64 / prompts[0], PROMPTS[1] as f64 / prompts[1], DECODE as f64 / decode])
 }
 
-/// Random weights, kept as `0` says.
+/// Random weights, kept in the type of field `0`.
 struct Random(WeightType);
 
 impl Weights for Random {
@@ -276,8 +277,8 @@ fn attention(tokens: usize, sight: Sight) -> Result<f64> {
     Ok(share * 2.0 * 2.0 * (tokens * tokens * 32 * 128) as f64 / seconds / 1e9)
 }
 
-/// GB/s of a sum over memory that no cache holds. Each thread reads several runs of it at once, which
-/// keeps more of it on its way than one run would.
+/// GB/s of a sum over memory that does not fit in a cache. Each thread reads several runs of it at once,
+/// which keeps more loads in flight than one run would.
 fn bandwidth() -> f64 {
     const COUNT: usize = 1 << 27; // 512 MiB
     const RUNS_AT_ONCE: usize = 8;
@@ -303,7 +304,7 @@ fn bandwidth() -> f64 {
     (COUNT * size_of::<f32>()) as f64 / best(run).unwrap_or(f64::MAX) / 1e9
 }
 
-/// GFLOP/s of multiplications and additions of what is in registers, on all threads.
+/// GFLOP/s of multiplications and additions in registers, on all threads.
 fn multiply_adds() -> f64 {
     const STEPS: usize = 20_000_000;
     struct Steps;

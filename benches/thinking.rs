@@ -1,4 +1,4 @@
-//! What thinking costs, beside what a plain prefill and a plain decode step cost in the same run.
+//! The cost of thinking, beside that of a plain prefill and a plain decode step in the same run.
 //!
 //! Random `f32` weights in the shape of SmolLM2-135M, on the CPU:
 //!
@@ -7,10 +7,10 @@
 //! ```
 //!
 //! Prints, as medians of pairs run in turn: the time of one thought pass over a span, refinement
-//! and all, over the span's share of a plain prefill's layers; the time of a pass over texts of
-//! different length over that of one over as many of the longest; the time of a decode step of a
-//! stream that does not think over the same step by hand; and the peak memory of thinking about 8191
-//! tokens over that of reading them.
+//! included, over the span's share of a plain prefill's layers; the time of a pass over texts of
+//! different lengths over that of one over as many of the longest; the time of a decode step of a stream
+//! that does not think over the same step by hand; and the peak memory of thinking about 8191 tokens
+//! over that of reading them.
 
 #![allow(clippy::print_stdout)]
 
@@ -111,8 +111,8 @@ fn pass(model: &ThoughtModel, count: usize, span: Range<usize>, pairs: usize) ->
     Ok(())
 }
 
-/// One pass over sequences of different length, beside one over as many of the longest: what it would
-/// cost to pad them.
+/// One pass over sequences of different lengths, beside one over as many of the longest: the cost of
+/// padding them.
 fn ragged(transformer: &Transformer, lengths: &[usize], pairs: usize) -> Result<()> {
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let text = |batch: Batch| EncodedBatch::new(transformer, &ids(batch.tokens()), batch);
@@ -202,7 +202,7 @@ fn step(transformer: &Transformer, tokens: &Tensor, cache: &mut KvCache) -> Resu
     Ok(transformer.logits(&last)?.flatten_all()?.to_vec1()?)
 }
 
-/// The peak memory of a process of its own, in MiB.
+/// The peak memory of a separate process, in MiB.
 fn peak_of(how: &str) -> Result<f64> {
     let output = Command::new(std::env::current_exe()?).args(["memory", how]).output()?;
     if !output.status.success() {

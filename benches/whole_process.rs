@@ -5,8 +5,8 @@
 //! cargo bench --bench whole_process
 //! ```
 //!
-//! The GGUF file of SmolLM2 (the README fetches it) is unpacked once into a temporary folder that both then load. Prints a table of
-//! medians over five pairs, and the ratio of each pair's figures.
+//! The GGUF file of SmolLM2 (the README fetches it) is unpacked once into a temporary folder that both
+//! then load. Prints a table of medians over five pairs, and the ratio of each pair's figures.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -101,7 +101,7 @@ fn ours(folder: &Path, prompt: Vec<u32>) -> Result<Value> {
     let start = Instant::now();
     let model = HybridModel::from_folder(folder, DType::F32, &Device::Cpu)?;
     let load = start.elapsed().as_secs_f64();
-    // The first of the tokens comes with the prefill: one more makes as many steps as below.
+    // The first of the tokens comes from the prefill: one more makes as many steps as below.
     let config = GenerationConfig::default().max_tokens(DECODE + 1).eos_ids([]);
     let answer = model.generate(prompt, &config)?;
     Ok(json!({

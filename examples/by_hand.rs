@@ -1,5 +1,6 @@
-//! All that `HybridModel::generate` does with the model, driven by hand with the same verbs: encode, think,
-//! hand off, decode, and think again every few tokens. The tokens are those of `generate`.
+//! Everything that `HybridModel::generate` does with the model, driven by hand with the same verbs:
+//! encode, think, hand off, decode, and think again every few tokens. The tokens are those of
+//! `generate`.
 
 #![allow(clippy::print_stdout, reason = "a program")]
 

@@ -1,4 +1,4 @@
-//! A chat that keeps its conversation: what was read once is not read again.
+//! A chat that keeps its conversation: what has been read is not read again.
 //!
 //! ```text
 //! cargo run --release --example chat -- Mistral-7B-Instruct-v0.3
@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = HybridModel::from_checkpoint(&checkpoint, kept, &Device::Cpu, |_, _| ())?;
     let config = model.generation_config().max_tokens(256);
 
-    // The cache of this chat, and what was said in it. Both grow by what is new in each turn.
+    // The cache of this chat, and its messages. Both grow by what is new in each turn.
     let room = model.config().max_position_embeddings.min(4096);
     let mut conversation = model.conversation(room)?;
     let mut messages = vec![Message::system("Be brief.")];

@@ -1,4 +1,4 @@
-//! Sentence vectors from bidirectional passes, and which sentence is most like the first.
+//! Sentence vectors from bidirectional passes, and which sentence is most similar to the first.
 //!
 //! ```text
 //! cargo run --release --example embed -- PATH "a cat" "a tax return" "a kitten"
@@ -17,7 +17,7 @@ fn main() -> Result<()> {
             let (checkpoint, kept) = (Checkpoint::open(path)?, WeightType::Stored);
             HybridModel::from_checkpoint(&checkpoint, kept, &Device::Cpu, |_, _| ())?
         }
-        None => HybridModel::tiny(&Device::Cpu)?, // it knows a few hundred words, all in its stories
+        None => HybridModel::tiny(&Device::Cpu)?, // it knows only the few hundred words of its stories
     };
     let mut texts: Vec<String> = args.collect();
     if texts.is_empty() {
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
 
     let config = EmbedConfig::default().pooling(Pooling::Mean);
     let vectors = model.embed(&texts, &config)?; // (texts, hidden), each of length 1
-    let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // so that products are cosines
+    let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // which makes products cosines
     for (text, cosine) in texts.iter().zip(&cosine[0]) {
         println!("{cosine:.3}  {text}");
     }

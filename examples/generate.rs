@@ -13,7 +13,7 @@ use candle_core::Device;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::{HybridModel, Prompt, Result, Thinking, WeightType};
 
-/// What the model that comes with the crate understands; no other is needed to try it.
+/// What the model that comes with the crate understands; trying the example needs no other.
 const STORY: &str = "\
     Before that, the ring had been left in the drawer. That day, the book had been left in the chest. \
     Earlier, the bag was found in the jar. That day, the ball had been left in the ring. By then, the \
@@ -41,7 +41,7 @@ fn main() -> Result<()> {
         let config = model.generation_config().thinking(thinking.clone()).max_tokens(64);
         let mut stream = model.stream(prompt.clone(), &config)?;
         for token in &mut stream {
-            print!("{}", token?.text); // each as soon as it is there; dropping the stream cancels it
+            print!("{}", token?.text); // each as soon as it is ready; dropping the stream cancels it
             std::io::stdout().flush().ok();
         }
         let passes = stream.traces().first().map_or(0, |trace| trace.passes.len());

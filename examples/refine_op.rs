@@ -1,4 +1,4 @@
-//! A refinement of one's own: an op as a type, with a parameter, and one as a closure.
+//! A custom refinement: an op as a type, with a parameter, and one as a closure.
 //!
 //! ```text
 //! cargo run --release --example refine_op
@@ -10,7 +10,7 @@ use candle_core::{D, Device, Tensor};
 use hybrid_attention::refine::{Refine, Step, seq};
 use hybrid_attention::{Error, GenerationConfig, HybridModel, Prompt, Result, Thinking};
 
-/// Moves by a share of what the pass made of the thoughts, less in every pass.
+/// Moves by a share of the way to what the pass made of the thoughts, less in every pass.
 #[derive(Debug)]
 struct Settle {
     share: f64,

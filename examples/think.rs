@@ -5,9 +5,9 @@
 //! cargo run --release --example think -- 12 7
 //! ```
 //!
-//! The arguments are the number of facts from the question to the answer, the seed of the story, and how
-//! many fresh stories are examined for each length of chain. The model is the small one that comes with
-//! the crate. Names and wordings are of the suite's test split: no training story has them.
+//! The arguments are the number of facts from the question to the answer, the seed of the story, and the
+//! number of fresh stories for each length of chain. The model is the small one that comes with the
+//! crate. Names and wordings are from the suite's test split: no training story has them.
 
 #![allow(clippy::print_stdout, reason = "a program")]
 
@@ -51,8 +51,8 @@ fn draw(hops: usize, rng: &mut ChaCha8Rng) -> Story {
     Story::draw(&Plan::examination(Split::Test, hops), rng)
 }
 
-/// Thinks about the story with that many passes, as the checkpoint does, and answers the question,
-/// which is only read.
+/// Thinks about the story with this many passes, as the checkpoint does, and answers the question, which
+/// is only read.
 fn ask(
     model: &HybridModel,
     story: &Story,
@@ -65,8 +65,8 @@ fn ask(
     model.generate(prompt, &config)
 }
 
-/// The answer after each number of passes, and what the pass has changed: how far the thoughts moved,
-/// and for which names of the same chain, from its end on, the end is now known.
+/// The answer after each number of passes, and what the last pass changed: how far the thoughts moved,
+/// and for which names of the same chain, counted from its end, the end is now known.
 fn follow(model: &HybridModel, story: &Story, chain: &[&Question]) -> hybrid_attention::Result<()> {
     println!(
         "passes  answer      probability  drift  right about the names 1, 2, … facts from the end"
@@ -121,7 +121,7 @@ fn first_word(answer: &Answer) -> &str {
     words.find(|word| !word.is_empty()).unwrap_or("")
 }
 
-/// The text in lines that are easily read.
+/// The text in lines that are easy to read.
 fn wrap(text: &str) -> String {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {

@@ -38,7 +38,7 @@ fn main() -> Result<()> {
     {
         jobs.send(job).ok();
     }
-    drop(jobs); // no more: the threads end
+    drop(jobs); // no more prompts: the threads end
 
     for (index, answer) in answers {
         println!("{index}: {:?}", answer?.text);

@@ -6,9 +6,9 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 
-/// The shape of the sequences that run together, one behind the other without padding: how long each is,
-/// the position at which it begins, and which runs of it are *context* (thought about, each run seeing
-/// the whole of itself) rather than *plain* (always causal).
+/// The sequences that run together, one after the other without padding: how long each is, the position
+/// at which it begins, and which runs of it are *context* (thought about, each run seeing all of itself)
+/// rather than *plain* (always causal).
 ///
 /// ```text
 /// lengths [2, 4]  ->  rows         0 1 2 3 4 5
@@ -16,8 +16,8 @@ use crate::error::{Error, Result};
 ///                     positions    0 1 0 1 2 3
 /// ```
 ///
-/// A stream of theirs is a tensor `(tokens, hidden)`, or of any other leading shape with as many rows:
-/// `(1, seq, hidden)` for one sequence, `(count, seq, hidden)` for several of one length.
+/// Their residual stream is a tensor `(tokens, hidden)`, or one of any other leading shape with as many
+/// rows: `(1, seq, hidden)` for one sequence, `(count, seq, hidden)` for several of one length.
 ///
 /// ```
 /// use hybrid_attention::model::Batch;
@@ -38,7 +38,7 @@ struct Sequence {
     rows: Range<usize>,
     /// The position of its first token.
     first: usize,
-    /// Context segments, counted from the first token: ascending, apart from each other, not empty.
+    /// Context segments, counted from the first token: ascending, not overlapping, not empty.
     context: Vec<Range<usize>>,
 }
 
@@ -90,11 +90,11 @@ impl Batch {
     }
 
     /// The same sequences, with only these runs of tokens of one of them as its context segments, and
-    /// everything else of it plain. Runs count from the first token of that sequence.
+    /// the rest of it plain. Runs count from the first token of that sequence.
     ///
     /// # Errors
-    /// [`Error::Parameter`] when there is no such sequence, or the runs are not ascending, apart from
-    /// each other, and within it.
+    /// [`Error::Parameter`] when there is no such sequence, or the runs are not ascending, free of
+    /// overlaps, and within it.
     pub fn with_context(mut self, sequence: usize, segments: &[Range<usize>]) -> Result<Self> {
         let this = self.sequence_mut(sequence)?;
         let (length, mut free) = (this.rows.len(), 0);
@@ -113,10 +113,11 @@ impl Batch {
     }
 
     /// The same sequences, one of which begins at position `first` instead of 0. Not for a pass that
-    /// goes on after a cache, which knows its own positions.
+    /// continues from a cache, which knows its own positions.
     ///
     /// # Errors
-    /// [`Error::Parameter`] when there is no such sequence, or its positions could not be counted.
+    /// [`Error::Parameter`] when there is no such sequence, or its positions would be too large to
+    /// count.
     pub fn starting_at(mut self, sequence: usize, first: usize) -> Result<Self> {
         let this = self.sequence_mut(sequence)?;
         if first.saturating_add(this.rows.len()) > Self::MAX_TOKENS {
@@ -146,7 +147,7 @@ impl Batch {
         self.sequences.last().map_or(0, |last| last.rows.end)
     }
 
-    /// The rows of a sequence among those of all; none for one that there is not.
+    /// The rows of a sequence among those of all; an empty range for one that does not exist.
     #[must_use]
     pub fn rows(&self, sequence: usize) -> Range<usize> {
         self.sequences.get(sequence).map_or(0..0, |this| this.rows.clone())
@@ -206,8 +207,8 @@ impl Batch {
         self.sequences.iter().all(|this| this.context == Sequence::whole(this.rows.clone()).context)
     }
 
-    /// The sequences without the plain tokens behind their last context segment, and the rows that are
-    /// left.
+    /// The sequences without the plain tokens after their last context segment, and the rows that
+    /// remain.
     pub(crate) fn fronts(&self) -> (Self, Vec<Range<usize>>) {
         let mut front = self.clone();
         let (mut kept, mut end) = (Vec::with_capacity(self.sequences.len()), 0);
@@ -220,9 +221,9 @@ impl Batch {
         (front, kept)
     }
 
-    /// Its rows in pieces of at most `most`, all of about one length. Where it can be avoided, no piece ends
-    /// with, or begins with, a single row of a longer sequence: attention of one query is rounded otherwise
-    /// than that of several, as products of few rows are, and how a pass was cut should not show.
+    /// Its rows in pieces of at most `most`, all of about the same length. Where possible, no piece ends
+    /// or begins with a single row of a longer sequence: attention of one query rounds differently from
+    /// that of several, as products of few rows do, and how a pass was cut should not show.
     ///
     /// ```text
     /// lengths [5, 3], at most 6  ->  rows 0..3, 3..8: 0..4 would leave one row of the first
@@ -248,8 +249,8 @@ impl Batch {
         cut.is_some_and(|rows| end - rows.start.max(start) == 1 || rows.end - end == 1)
     }
 
-    /// A piece of it: the sequences that `rows` are of and any without tokens between them, cut to these
-    /// rows, and which of all they are. Nothing of the piece is context.
+    /// A piece of it: the sequences that `rows` belong to and any empty ones between them, cut to these
+    /// rows, and which of all sequences they are. Nothing in the piece is context.
     ///
     /// ```text
     /// lengths [2, 4, 3], rows 1..5  ->  lengths [1, 3], sequences 0..2, the first from position 1 on
@@ -268,7 +269,7 @@ impl Batch {
         (Self { sequences: cut.collect() }, from..to)
     }
 
-    /// Refuses a stream that has not a row for each token.
+    /// Refuses a stream that does not have one row for each token.
     ///
     /// # Errors
     /// [`Error::Parameter`].
@@ -282,8 +283,8 @@ impl Batch {
         Err(Error::parameter("batch", expected, format!("a stream {:?}", xs.dims())))
     }
 
-    /// One number for each sequence, from what its rows hold: the sum over them and over all channels
-    /// of `xs`, in `f32`. Differentiable.
+    /// One number for each sequence: the sum over its rows and over all channels of `xs`, in `f32`.
+    /// Differentiable.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -305,7 +306,7 @@ impl Batch {
         Ok(Tensor::stack(&sums, 0)?)
     }
 
-    /// The value of its sequence for every row: `(tokens, 1)`.
+    /// For every row the value of its sequence: `(tokens, 1)`.
     pub(crate) fn spread(&self, values: &[f32], device: &Device) -> Result<Tensor> {
         let of_rows = |(rows, value): (Range<usize>, &f32)| std::iter::repeat_n(*value, rows.len());
         let rows: Vec<f32> = self.all_rows().zip(values).flat_map(of_rows).collect();
@@ -338,7 +339,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whatever the lengths, a piece has each row of its sequences at the position that it had.
+        /// Whatever the lengths, each row of a piece is at the position that it had.
         #[test]
         fn a_piece_is_some_rows_of_the_whole(
             sequences in prop::collection::vec((0usize..5, 0usize..9), 1..7),

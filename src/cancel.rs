@@ -1,4 +1,4 @@
-//! Stopping work that is under way.
+//! Stopping work in progress.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// A flag, or a point in time, at which work stops with [`Error::Cancelled`]: looked at before every layer
+/// A flag, or a point in time, at which work stops with [`Error::Cancelled`]: checked before every layer
 /// of every chunk of a pass. A clone is the same flag. The default never stops anything by itself.
 ///
 /// ```
@@ -24,8 +24,8 @@ pub struct Cancel {
 }
 
 impl Cancel {
-    /// One that stops by itself once `time` has passed, counted from now; a time too long to be
-    /// counted never passes.
+    /// A flag that stops by itself once `time` has passed from now; a time too long to be represented
+    /// never passes.
     #[must_use]
     pub fn after(time: Duration) -> Self {
         Self { deadline: Instant::now().checked_add(time), ..Self::default() }
@@ -38,7 +38,7 @@ impl Cancel {
         self
     }
 
-    /// Stops what looks at this flag.
+    /// Stops whatever checks this flag.
     pub fn cancel(&self) {
         self.flag.store(true, Ordering::Relaxed);
     }

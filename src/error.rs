@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong. Nothing a user hands in makes the crate panic; it ends up here.
+/// What went wrong. Nothing that a user passes in makes the crate panic; it is reported here.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -63,7 +63,7 @@ pub enum Error {
         name: String,
         /// The file it is in.
         place: String,
-        /// The shape by the configuration.
+        /// The shape according to the configuration.
         expected: Vec<usize>,
         /// The shape that is stored.
         got: Vec<usize>,
@@ -120,7 +120,7 @@ pub enum Error {
         message: String,
     },
 
-    /// Text was handed in, or asked for, but the checkpoint came without a tokenizer.
+    /// Text was passed in, or asked for, but the checkpoint came without a tokenizer.
     #[error("no tokenizer in this checkpoint: {needed_for} needs one; hand in token ids instead")]
     NoTokenizer {
         /// What needs it.
@@ -134,7 +134,7 @@ pub enum Error {
         name: &'static str,
         /// Its range.
         expected: String,
-        /// The value handed in.
+        /// The value passed in.
         got: String,
     },
 
@@ -171,19 +171,19 @@ pub enum Error {
         "key-value pool full: {requested} bytes more requested, {used} of {budget} bytes are in use"
     )]
     PoolFull {
-        /// Bytes that its caches may hold together.
+        /// Bytes that its caches may hold in total.
         budget: usize,
         /// Bytes that they hold.
         used: usize,
-        /// Bytes that were needed beside these.
+        /// Bytes that were needed in addition.
         requested: usize,
     },
 
-    /// The work was cancelled, or its time was up.
+    /// The work was cancelled, or its time ran out.
     #[error("cancelled")]
     Cancelled,
 
-    /// The cache of a sliding window was asked to return to keys it has let go of.
+    /// The cache of a sliding window was asked to return to keys that it has dropped.
     #[error(
         "cannot truncate the cache to {length}: under the sliding window nothing before position {oldest} is kept; reset it instead"
     )]
@@ -199,9 +199,10 @@ pub enum Error {
     NotFinite {
         /// What was computed, e.g. `logits`.
         what: &'static str,
-        /// For `logits`, the position in the text of the token they are about; for the `vectors` of
+        /// For `logits`, the position in the text of the token that they predict; for the `vectors` of
         /// texts, the index of the text; for `thoughts`, the index of the pass; for `losses` and
-        /// `gradients` of a nudge, the sequence of the batch, or the position where a block of them begins.
+        /// `gradients` of a nudge, the sequence in the batch, or the position where a block of them
+        /// begins.
         position: usize,
     },
 
@@ -216,7 +217,7 @@ pub enum Error {
         source: Box<Error>,
     },
 
-    /// A stream of tokens was asked for its whole answer after it had ended with an error.
+    /// A stream of tokens was asked for its whole answer after it had already ended with an error.
     #[error("the stream ended with an error before: there is no whole answer")]
     StreamFailed,
 
@@ -237,7 +238,7 @@ impl Error {
         Self::Malformed { path: path.as_ref().to_path_buf(), message: presentable(message) }
     }
 
-    /// A configuration field that cannot be.
+    /// A configuration field with an impossible value.
     pub(crate) fn config(
         field: impl Into<String>,
         expected: impl Into<String>,
@@ -261,8 +262,8 @@ impl Error {
     }
 }
 
-/// Text that may come from a file, as an error can show it: not endless, and without characters that
-/// a terminal would take as commands.
+/// Text that may come from a file, made fit for an error message: of limited length, and without
+/// characters that a terminal would take as commands.
 fn presentable(text: impl ToString) -> String {
     const LONGEST: usize = 600;
     let text = text.to_string();

@@ -1,6 +1,6 @@
-//! Does thinking about a text help to predict how it goes on? Passages in two halves: the first is
-//! thought about, the second only read, and the figure is how much the second surprises the model, in
-//! nats per token. Figures of the same passages are compared pair by pair.
+//! Does thinking about a text help to predict how it continues? Passages are cut in two halves: the
+//! first is thought about, the second only read, and the figure is how much the second surprises the
+//! model, in nats per token. Figures of the same passages are compared pair by pair.
 //!
 //! ```
 //! use candle_core::Device;
@@ -31,22 +31,22 @@ use crate::generate::{GenerationConfig, Prompt};
 use crate::hybrid::HybridModel;
 use crate::thought::Thinking;
 
-/// Two neighbouring stretches of a text.
+/// Two adjacent parts of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passage {
-    /// The tokens that are thought about, the last excepted: what follows is predicted from it.
+    /// The tokens that are thought about, except the last: what follows is predicted from it.
     pub first: Vec<u32>,
     /// The tokens that are predicted.
     pub second: Vec<u32>,
     /// Whether `first` opens with the token that begins a text.
     pub begins: bool,
-    /// How many of the first tokens are only read. Models rest their attention on the first token
+    /// How many of the first tokens are only read. Models park their attention on the first token
     /// (attention sinks, Xiao et al. 2023) and lose that when it changes.
     pub only_read: usize,
 }
 
 impl Passage {
-    /// As when `first` is a prompt and `second` its answer: the prompt's last token is only read.
+    /// As if `first` were a prompt and `second` its answer: the prompt's last token is only read.
     #[must_use]
     pub fn prompt(&self) -> Prompt {
         let (context, last) = self.first.split_at(self.first.len().saturating_sub(1));
@@ -63,8 +63,8 @@ impl Passage {
     }
 }
 
-/// The loss of each passage's second half, in nats per token; `progress` is told of every passage.
-/// `prompt` makes a prompt of a passage: [`Passage::prompt`], or a control.
+/// The loss of each passage's second half, in nats per token; `progress` is called for every passage.
+/// `prompt` makes a prompt from a passage: [`Passage::prompt`], or a control.
 ///
 /// # Errors
 /// When a second half is empty, and as [`HybridModel::generate`].
@@ -91,7 +91,7 @@ pub fn losses(
     passages.iter().map(loss).collect()
 }
 
-/// A mean over passages and its standard error; of fewer than two passages there is none.
+/// A mean over passages and its standard error; for fewer than two passages there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// The mean.

@@ -1,4 +1,4 @@
-//! The model as its user meets it: weights, tokenizer and defaults of one checkpoint together.
+//! The model as users see it: weights, tokenizer and defaults of one checkpoint together.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ pub struct HybridModel {
     source: Arc<Source>,
 }
 
-/// How [`HybridModel::embed`] makes one vector of a text.
+/// How [`HybridModel::embed`] turns a text into one vector.
 ///
 /// The default reads each text once in both directions and averages its tokens' vectors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,7 +90,7 @@ impl EmbedConfig {
     }
 
     /// How to think about a text before it is read. Default: not at all; a checkpoint's `hybrid.json`
-    /// is about answers.
+    /// applies to answers.
     #[must_use]
     pub fn thinking(mut self, thinking: Thinking) -> Self {
         self.thinking = thinking;
@@ -106,8 +106,8 @@ impl EmbedConfig {
 }
 
 impl HybridModel {
-    /// Loads whatever `path` is: a folder, as [`from_folder`](Self::from_folder), or a GGUF file, as
-    /// [`from_gguf`](Self::from_gguf).
+    /// Loads a folder, as [`from_folder`](Self::from_folder) does, or a GGUF file, as
+    /// [`from_gguf`](Self::from_gguf) does, whichever `path` is.
     ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
@@ -123,9 +123,9 @@ impl HybridModel {
     /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
     /// `tokenizer_config.json` and `generation_config.json` where there are any.
     ///
-    /// `weights` is what they are kept as: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to quantise
-    /// them to as they are loaded, or [`WeightType::Stored`]. On the CPU everything is computed in `f32`
-    /// whatever they are kept as.
+    /// `weights` is the type to keep them in: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to
+    /// quantise them to while loading, or [`WeightType::Stored`]. On the CPU everything is computed in
+    /// `f32` whatever they are kept in.
     ///
     /// # Errors
     /// A folder that is not what it should be: see [`Checkpoint::open`],
@@ -162,9 +162,9 @@ impl HybridModel {
         Self::from_checkpoint(&checkpoint, weights, device, |_, _| ())
     }
 
-    /// The small model that comes with this crate, in `f32`: a million parameters that were trained to
-    /// think both ways about the stories of the flashback suite (`examples/flashback`), and speak of
-    /// nothing else. It needs no files; `src/tiny` is where it was compiled from.
+    /// The small model that comes with this crate, in `f32`: a million parameters, trained to think both
+    /// ways about the stories of the flashback suite (`examples/flashback`) and nothing else. It needs
+    /// no files; it was compiled in from `src/tiny`.
     ///
     /// ```
     /// use candle_core::Device;
@@ -199,7 +199,8 @@ impl HybridModel {
         Ok(Self::new(model, Some(tokenizer))?.with(|source| source.thinking = thinking))
     }
 
-    /// Loads an opened checkpoint, telling `progress` how many of its bytes are read, of how many.
+    /// Loads an opened checkpoint, telling `progress` how many of its bytes have been read, and how many
+    /// there are.
     ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
@@ -209,7 +210,7 @@ impl HybridModel {
         device: &Device,
         progress: impl FnMut(u64, u64),
     ) -> Result<Self> {
-        // What costs little and may fail comes before the weights.
+        // What is cheap and may fail comes before the weights.
         let tokenizer = match checkpoint.gguf_metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata)?,
             None => Tokenizer::from_folder(checkpoint.path())?,
@@ -260,8 +261,8 @@ impl HybridModel {
         }))
     }
 
-    /// Puts a model together from its parts: a [`ThoughtModel`], or a [`Transformer`] that has nothing
-    /// beside it for thought passes. Without a tokenizer, prompts are token ids.
+    /// Assembles a model from its parts: a [`ThoughtModel`], or a [`Transformer`] that has nothing extra
+    /// for thought passes. Without a tokenizer, prompts are token ids.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer has more tokens than the model has embeddings.
@@ -287,10 +288,10 @@ impl HybridModel {
         Self { source: Arc::new(source) }
     }
 
-    /// A model of the same weights with a low-rank adapter that is active where `scope` says; more may
-    /// follow. This one stays as it is, and nothing of the weights is copied. Give
-    /// [`AdapterScope::Thinking`] what was trained to read in both directions (LLM2Vec): thought passes
-    /// and bidirectional [`embed`](Self::embed) then use it, and answers are decoded as ever.
+    /// A model of the same weights with a low-rank adapter that is active where `scope` says; more can
+    /// be added. This model does not change, and no weights are copied. Use [`AdapterScope::Thinking`]
+    /// for an adapter that was trained to read in both directions (LLM2Vec): thought passes and
+    /// bidirectional [`embed`](Self::embed) then use it, and answers are decoded as before.
     ///
     /// ```no_run
     /// # use candle_core::{DType, Device};
@@ -313,9 +314,9 @@ impl HybridModel {
         Ok(Self { source: Arc::new(self.source.with_model(model)?) })
     }
 
-    /// The same model with caches that keep keys and values as `dtype`, those of its conversations and
-    /// those of answers that stand alone. Default: the type of the residual stream, `F32` on the CPU;
-    /// there, `BF16` and `F16` need half the memory, and rounding moves what is said a little. See
+    /// The same model with caches that keep keys and values as `dtype`, both those of its conversations
+    /// and those of single answers. Default: the type of the residual stream, `F32` on the CPU; there,
+    /// `BF16` and `F16` need half the memory, and rounding changes the output slightly. See
     /// [`Transformer::new_pool`].
     ///
     /// # Errors
@@ -325,8 +326,8 @@ impl HybridModel {
         Ok(Self { source: Arc::new(self.source.with_pool(dtype, budget)?) })
     }
 
-    /// The same model whose caches take at most so many bytes together, all answers and conversations of
-    /// this handle and its clones. What needs more ends with [`Error::PoolFull`]. Default: no limit.
+    /// The same model, whose caches take at most `bytes` in total over all answers and conversations of
+    /// this handle and its clones. Whatever needs more ends with [`Error::PoolFull`]. Default: no limit.
     ///
     /// # Errors
     /// None at present.
@@ -335,7 +336,7 @@ impl HybridModel {
         Ok(Self { source: Arc::new(self.source.with_pool(dtype, bytes)?) })
     }
 
-    /// The blocks that decode, to be driven by hand.
+    /// The transformer that decodes, to be driven by hand.
     #[must_use]
     pub fn transformer(&self) -> &Transformer {
         self.source.model.decoder()
@@ -365,23 +366,22 @@ impl HybridModel {
         &self.source.eos_ids
     }
 
-    /// The checkpoint's own way to think, from its `hybrid.json`; not at all without one. Used
-    /// wherever a [`GenerationConfig`] says nothing about thinking.
+    /// The checkpoint's own thinking, from its `hybrid.json`; none without one. Used wherever a
+    /// [`GenerationConfig`] says nothing about thinking.
     #[must_use]
     pub fn thinking(&self) -> &Thinking {
         &self.source.thinking
     }
 
-    /// The checkpoint's own way to generate: [`GenerationConfig::default`] with what its
+    /// The checkpoint's own generation settings: [`GenerationConfig::default`] with what its
     /// `generation_config.json` says.
     #[must_use]
     pub fn generation_config(&self) -> GenerationConfig {
         self.source.defaults.clone()
     }
 
-    /// Thinks about a prompt as `config` says, and gives the refined thoughts,
-    /// `(tokens, hidden)`, and how far each pass moved them. Without passes these are the
-    /// embeddings.
+    /// Thinks about a prompt as `config` says, and returns the refined thoughts, `(tokens, hidden)`, and
+    /// how far each pass moved them. Without passes these are the embeddings.
     ///
     /// # Errors
     /// An empty prompt, one that is too long for the model, text without a tokenizer, or settings
@@ -404,7 +404,7 @@ impl HybridModel {
         self.stream(prompt, config)?.collect_answer()
     }
 
-    /// Answers a prompt token by token. The stream is handed out before the model runs, and owns what it
+    /// Answers a prompt token by token. The stream is returned before the model runs, and owns what it
     /// needs; see [`TokenStream`] for progress and cancelling.
     ///
     /// # Errors
@@ -426,8 +426,8 @@ impl HybridModel {
     /// to the last bit as alone. See [`Answers`].
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a setting outside its range. What is wrong with one prompt is an error in
-    /// the place of its answer.
+    /// [`Error::Parameter`] for a setting outside its range. If something is wrong with one prompt, its
+    /// answer is an error.
     pub fn generate_many(
         &self,
         prompts: impl IntoIterator<Item = impl Into<Prompt>>,
@@ -455,8 +455,8 @@ impl HybridModel {
         Conversation::new(&self.source.pool, capacity)
     }
 
-    /// Says something in a conversation and streams the answer. When it has ended, both are among the
-    /// conversation's [`messages`](Conversation::messages); a stream that fails or is dropped before
+    /// Adds a message to a conversation and streams the answer. When it has ended, both are among the
+    /// conversation's [`messages`](Conversation::messages); a stream that fails or is dropped earlier
     /// leaves them as they were.
     ///
     /// # Errors
@@ -472,9 +472,9 @@ impl HybridModel {
         Ok(self.stream_in(conversation, Prompt::chat(&messages), config)?.turn(said))
     }
 
-    /// As [`HybridModel::stream`], but in a conversation that goes on: as far as the prompt begins
-    /// like what is already there, it is not run again. Thinking looks at the whole prompt each
-    /// time, and so do prompt log-probabilities, so with them nothing can be kept.
+    /// As [`HybridModel::stream`], but in a conversation that continues: what the prompt begins with and
+    /// the conversation already holds is not run again. Thinking looks at the whole prompt each time,
+    /// and so do prompt log-probabilities, so with these nothing can be reused.
     ///
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::ContextFull`] also for a prompt longer than the
@@ -488,13 +488,12 @@ impl HybridModel {
         TokenStream::new(&self.source, &prompt.into(), config, Some(conversation))
     }
 
-    /// One vector for each text: `(texts, hidden)`, in `f32`. What is read in both directions is read
-    /// with the adapters for [`AdapterScope::Thinking`], what is read causally with those for
-    /// [`AdapterScope::Decoding`].
+    /// One vector for each text: `(texts, hidden)`, in `f32`. Bidirectional reading uses the adapters
+    /// for [`AdapterScope::Thinking`], causal reading those for [`AdapterScope::Decoding`].
     ///
     /// # Errors
     /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all, and
-    /// [`Error::NotFinite`] with the index of the text whose vector is.
+    /// [`Error::NotFinite`] with the index of the text whose vector is not finite.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
         if config.batch_size == 0 {
             return Err(Error::parameter("batch_size", "at least 1", 0));
@@ -505,7 +504,7 @@ impl HybridModel {
             Ok(ids)
         };
         let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-        // Texts of like length side by side take about the same memory batch by batch.
+        // With texts of similar length side by side, all batches take about the same memory.
         let mut order: Vec<usize> = (0..ids.len()).collect();
         order.sort_by_key(|&text| ids.get(text).map_or(0, Vec::len));
         let mut vectors = vec![Vec::new(); ids.len()];
@@ -544,7 +543,7 @@ impl HybridModel {
     }
 }
 
-/// Ids that a tokenizer can give must be rows of the embedding table.
+/// Every id that a tokenizer can give must be a row of the embedding table.
 fn check_tokenizer(tokenizer: Option<&Tokenizer>, config: &Config) -> Result<()> {
     match tokenizer.map(Tokenizer::vocab_size) {
         Some(tokens) if tokens > config.vocab_size => Err(Error::Tokenizer {

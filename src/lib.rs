@@ -17,7 +17,7 @@ pub mod refine;
 pub mod thought;
 mod tokenizer;
 
-/// The candle that this crate computes with: its `Device`, `DType` and `Tensor` are those of the API here.
+/// The candle that this crate uses: its `Device`, `DType` and `Tensor` are those of this API.
 pub use candle_core;
 
 pub use adapter::{Adapter, AdapterConfig, AdapterScope};

@@ -1,5 +1,5 @@
-//! Log-probabilities of next tokens, and what is computed of them. A whole text's never stand in memory:
-//! a vocabulary is large.
+//! Log-probabilities of next tokens, and what is computed from them. Those of a whole text are never in
+//! memory at once: a vocabulary is large.
 
 use std::ops::Range;
 
@@ -8,15 +8,16 @@ use candle_core::{D, Tensor};
 use crate::error::Result;
 use crate::kernels::log_softmax;
 
-/// Positions whose scores stand in memory at a time.
+/// Positions whose logits are in memory at a time.
 const AT_ONCE: usize = 64;
 
-/// `0..rows` in runs that are few enough for their scores to stand in memory.
+/// `0..rows` in runs that are short enough to have their logits in memory.
 pub(crate) fn runs(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(AT_ONCE).map(move |start| start..rows.min(start + AT_ONCE))
 }
 
-/// The log-probability of each row's target: scores `(rows, vocab)` to `(rows)`, in `f32`. Differentiable.
+/// The log-probability of each row's target: logits `(rows, vocab)` to `(rows)`, in `f32`.
+/// Differentiable.
 pub(crate) fn of_targets(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let targets = Tensor::new(targets, logits.device())?.unsqueeze(D::Minus1)?; // (rows, 1)
     Ok(log_softmax(logits)?.gather(&targets, D::Minus1)?.squeeze(D::Minus1)?)

@@ -27,7 +27,7 @@ impl Pooling {
     /// One vector for each sequence of `batch`: `(tokens, hidden) -> (sequences, hidden)`.
     ///
     /// # Errors
-    /// [`Error::Parameter`](crate::Error::Parameter) when there is not a row of `hidden` for each token.
+    /// [`Error::Parameter`](crate::Error::Parameter) when `hidden` does not have one row for each token.
     pub fn pool(self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
         batch.check(hidden)?;
         let hidden = flat(hidden)?;

@@ -8,9 +8,9 @@
 //! ```
 //!
 //! The thoughts `z` are the residual stream that enters layer `a`, before that layer's norm.
-//! [`Thinking`] says how, [`ThoughtLoop`] is the verbs. Generating is written with them, and so can be
-//! anything else; here an answer of one token, thought about as
-//! [`HybridModel::generate`](crate::HybridModel::generate) does, all but the last token of the prompt:
+//! [`Thinking`] holds the settings, [`ThoughtLoop`] the verbs. Generation is built from them, and so can
+//! be anything else; here an answer of one token, with all but the last token of the prompt thought
+//! about, as [`HybridModel::generate`](crate::HybridModel::generate) does:
 //!
 //! ```
 //! # use candle_core::Device;
@@ -66,8 +66,8 @@ pub use self::model::ThoughtModel;
 pub use self::thinking::{HandOff, Thinking};
 pub use self::trace::{Detail, Halted, Map, Maps, PassTrace, TokenTrace, Trace};
 
-/// Plain tokens at the ends of sequences are left out of the passes if they are at least one in this
-/// many: to cut fewer off, and to put them back, costs more than to take them along.
+/// Plain tokens at the ends of sequences are left out of the passes if they make up at least one in this
+/// many: for fewer, cutting them off and putting them back costs more than running them.
 const LEAST_TAIL: usize = 16;
 
 /// Sequences to think about.
@@ -79,7 +79,7 @@ pub struct EncodedBatch {
 }
 
 impl EncodedBatch {
-    /// The sequences of `ids`, one behind the other as `batch` says.
+    /// The sequences of `ids`, one after the other as `batch` says.
     ///
     /// # Errors
     /// [`Error::TokenOutOfRange`]; [`Error::Parameter`] when there is not one id for each token.
@@ -92,7 +92,7 @@ impl EncodedBatch {
         Ok(Self { ids: ids.to_vec(), batch, embeddings })
     }
 
-    /// The tokens, sequence behind sequence.
+    /// The tokens, sequence after sequence.
     #[must_use]
     pub fn ids(&self) -> &[u32] {
         &self.ids
@@ -111,12 +111,12 @@ impl EncodedBatch {
     }
 }
 
-/// What the thought loop leaves behind.
+/// What the thought loop produces.
 #[derive(Clone, Debug)]
 pub struct Thoughts {
     /// The refined thoughts, `(tokens, hidden)`: the residual stream that enters the span.
     pub z: Tensor,
-    /// The thoughts before the first pass. Plain tokens have kept theirs.
+    /// The thoughts before the first pass. Those of plain tokens have not changed since.
     pub first: Tensor,
     /// What each pass did.
     pub trace: Trace,
@@ -152,7 +152,7 @@ impl ThoughtLoop {
         &self.model
     }
 
-    /// The same verbs, all of which stop when this is cancelled.
+    /// The same loop, all of whose verbs stop when this is cancelled.
     #[must_use]
     pub fn cancel(mut self, cancel: Cancel) -> Self {
         self.cancel = cancel;
@@ -189,8 +189,8 @@ impl ThoughtLoop {
         self.model.run_thought_layers(&h, pass())
     }
 
-    /// All passes over the first thoughts, refined after each; `progress` is told how many are
-    /// done, from 0 on, and how many there are. Plain tokens keep the thoughts they came with, and
+    /// All passes over the first thoughts, refined after each; `progress` is called with the number of
+    /// passes done, from 0 on, and the number in all. Plain tokens keep the thoughts they came with, and
     /// a sequence that halts keeps those it has.
     ///
     /// # Errors
@@ -232,8 +232,8 @@ impl ThoughtLoop {
         Ok(Thoughts { z, first, trace })
     }
 
-    /// [`think_once`](Self::think_once) for what thinks: plain tokens behind all context of their
-    /// sequence, which no context sees, keep `z`.
+    /// [`think_once`](Self::think_once) without the plain tokens after all context of their sequence,
+    /// which no context sees: these keep `z`.
     fn think_ahead(&self, z: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (front, kept) = batch.fronts();
         let (tokens, thinking) = (batch.tokens(), front.tokens());
@@ -248,7 +248,7 @@ impl ThoughtLoop {
         let fronts =
             kept.iter().map(|of| some(&rows, of)).collect::<candle_core::Result<Vec<_>>>()?;
         let h = self.think_once(&Tensor::cat(&fronts, 0)?, &front)?;
-        // Each sequence put together again: what has thought, and the tail as it was.
+        // Each sequence put back together: what has thought, and the tail as it was.
         let mut whole = Vec::with_capacity(2 * kept.len());
         for ((all, kept), thought) in batch.all_rows().zip(&kept).zip(front.all_rows()) {
             whole.push(some(&h, &thought)?);
@@ -257,14 +257,14 @@ impl ThoughtLoop {
         Ok(Tensor::cat(&whole, 0)?.reshape(z.shape())?)
     }
 
-    /// The passes at the beginning that no gradient flows through.
+    /// How many passes at the beginning carry no gradient.
     fn without_gradient(&self) -> usize {
         let passes = self.thinking.passes;
         passes.saturating_sub(self.thinking.gradient_passes.unwrap_or(passes))
     }
 
-    /// Thoughts before pass `index`, cut off from passes that no gradient flows through. Plain rows are
-    /// as they came, whatever the passes.
+    /// The thoughts before pass `index`, detached from passes that carry no gradient. Plain rows stay as
+    /// they came, whatever the passes.
     fn truncated(&self, index: usize, z: Tensor, first: &Tensor, batch: &Batch) -> Result<Tensor> {
         match (1..=self.without_gradient()).contains(&index) {
             true => Thinks(batch).or(&z.detach(), first),
@@ -272,7 +272,7 @@ impl ThoughtLoop {
         }
     }
 
-    /// What the first pass made, as an anchor for those after it.
+    /// What the first pass made of them, as an anchor for later passes.
     fn constant(&self, h: &Tensor) -> Tensor {
         if self.without_gradient() == 0 { h.clone() } else { h.detach() }
     }

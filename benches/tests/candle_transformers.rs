@@ -44,7 +44,7 @@ fn candle_llama(config: &Config) -> llama::Config {
     }
 }
 
-/// The logits of every position, from a model that gives only the last: token by token.
+/// The logits of every position, token by token, from a model that gives only the last.
 fn one_by_one(
     ids: &[u32],
     mut step: impl FnMut(&Tensor, usize) -> candle_core::Result<Tensor>,
@@ -55,7 +55,7 @@ fn one_by_one(
     Ok(Tensor::cat(&logits.collect::<candle_core::Result<Vec<_>>>()?, 1)?)
 }
 
-/// candle keeps one key more than the window says, so it is compared without one.
+/// candle keeps one key more than the window says, so it is compared without a window.
 fn candle_agrees(config: &Config, seed: u64, seq: usize) -> Result {
     let mut config = Config { sliding_window: None, ..config.clone() };
     let ids = tiny::tokens(&config, seed, seq);
@@ -89,7 +89,7 @@ fn candle_agrees(config: &Config, seed: u64, seq: usize) -> Result {
     let expected = one_by_one(&ids, |id, position| theirs.forward(id, position))?;
     assert_close("mistral", &ours(&config)?, &expected, 1e-4)?;
 
-    // candle's Llama knows no other width of a head.
+    // candle's Llama supports no other head width.
     config.hidden_size = config.num_attention_heads * config.head_dim;
     let theirs = candle_llama(&config);
     let mut cache = llama::Cache::new(true, DType::F32, &theirs, &Device::Cpu)?;

@@ -7,15 +7,15 @@ use crate::error::{Error, Result};
 use crate::model::{Linear, LowRank, Transformer};
 
 impl Transformer {
-    /// This model with an adapter. The weights are shared, not copied, and may be quantised; adapters
-    /// add up, whatever others there are.
+    /// This model with an adapter. The weights are shared, not copied, and may be quantised; several
+    /// adapters add up.
     ///
-    /// Gradients reach a [trainable](Adapter::trainable) adapter; for the weights none is computed.
+    /// Gradients reach a [trainable](Adapter::trainable) adapter; none are computed for the weights.
     ///
     /// # Errors
-    /// [`Error::UnusedWeight`] for a projection or a layer that this model has not;
-    /// [`Error::WeightShape`]; [`Error::MissingWeight`] for a projection that has no adapter where the
-    /// configuration says that it has.
+    /// [`Error::UnusedWeight`] for a projection or a layer that this model does not have;
+    /// [`Error::WeightShape`]; [`Error::MissingWeight`] for a projection without an adapter where the
+    /// configuration says that it has one.
     pub fn adapted(&self, adapter: &Adapter) -> Result<Self> {
         let (mut adapted, dtype) = (self.variant(), self.dtype());
         adapter.apply(&mut adapted, |projection, LowRank { a, b, scale }| {
@@ -27,8 +27,8 @@ impl Transformer {
     }
 
     /// This model with an adapter multiplied out, `W + scale · B A`, computed in `f32` and rounded to
-    /// the type of the weights. It runs as fast as the bare model and shares with it the weights that
-    /// have no adapter. No gradient reaches the adapter.
+    /// the type of the weights. It runs as fast as the bare model, and shares the weights that have no
+    /// adapter with it. No gradient reaches the adapter.
     ///
     /// # Errors
     /// As [`Transformer::adapted`]; [`Error::Unsupported`] for quantised weights.
@@ -43,8 +43,8 @@ impl Transformer {
 }
 
 impl Adapter {
-    /// Hands every projection that has an adapter to `change`, with its matrices in `f32` on the
-    /// device of the model.
+    /// Calls `change` for every projection that has an adapter, with the adapter's matrices in `f32` on
+    /// the device of the model.
     fn apply(
         &self,
         transformer: &mut Transformer,
@@ -88,7 +88,7 @@ impl Adapter {
         Ok(Some(gate.to_device(model.device())?.to_dtype(model.dtype())?))
     }
 
-    /// A file that lacks a layer is more likely cut short than meant so.
+    /// A file that lacks a layer has more likely been truncated than meant that way.
     fn check_complete(&self, transformer: &Transformer) -> Result<()> {
         let rules = self.config.rules()?;
         let wanted = projections(transformer.config())

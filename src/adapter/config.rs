@@ -1,4 +1,4 @@
-//! `adapter_config.json`: which projections are adapted, by what rank and scale.
+//! `adapter_config.json`: which projections are adapted, with what rank and scale.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use crate::config::{Fields, brief};
 use crate::error::{Error, Result};
 
-/// Fields that do not change what an adapter computes once it is trained: any value will do. Which
-/// modules are left out shows in the tensors, and so does what training was initialised with.
+/// Fields that do not change what a trained adapter computes: any value is accepted. The tensors
+/// themselves show which modules are left out, and what training was initialised with.
 const ANYTHING: [&str; 15] = [
     "auto_mapping",
     "base_model_name_or_path",
@@ -50,8 +50,8 @@ const READ: [&str; 12] = [
 /// The bytes that a compiled pattern may take.
 const PATTERN_SIZE: usize = 1 << 20;
 
-/// What `adapter_config.json` says: which projections have an adapter, of what rank, and how much of
-/// it is added. The names are PEFT's.
+/// What `adapter_config.json` says: which projections have an adapter, of what rank, and how it is
+/// scaled. The names are PEFT's.
 ///
 /// ```
 /// use hybrid_attention::adapter::AdapterConfig;
@@ -75,12 +75,12 @@ pub struct AdapterConfig {
     layers_to_transform: Option<Layers>,
     rank_pattern: Ordered<usize>,
     alpha_pattern: Ordered<f64>,
-    /// What else the file says, written back as it was.
+    /// Everything else in the file, written back as it was.
     rest: Map<String, Value>,
 }
 
 impl Default for AdapterConfig {
-    /// As PEFT for a Mistral: rank 8 and alpha 8 in `q_proj` and `v_proj` of every layer.
+    /// As in PEFT for a Mistral: rank 8 and alpha 8 in `q_proj` and `v_proj` of every layer.
     fn default() -> Self {
         let names = ["q_proj", "v_proj"].map(str::to_string);
         let rest = [
@@ -110,7 +110,7 @@ impl Default for AdapterConfig {
 enum Modules {
     /// Those whose names end with one of these.
     Names(Vec<String>),
-    /// Those whose whole name this regular expression matches. `all-linear` is all but the head.
+    /// Those whose whole name this regular expression matches. `all-linear` is everything but the head.
     Pattern(String),
 }
 
@@ -122,7 +122,8 @@ enum Layers {
 }
 
 impl AdapterConfig {
-    /// Adapters of this rank, at least 1. Default 8. `alpha` becomes as large, so that the scale is 1.
+    /// Adapters of this rank, at least 1. Default 8. `alpha` is set to the same value, so that the scale
+    /// is 1.
     #[must_use]
     pub fn rank(rank: usize) -> Self {
         Self { rank, alpha: rank as f64, ..Self::default() }
@@ -135,7 +136,7 @@ impl AdapterConfig {
         self
     }
 
-    /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, Kalajdzievski 2023), which keeps
+    /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, Kalajdzievski 2023), which prevents
     /// large ranks from learning more slowly. Default no.
     #[must_use]
     pub fn use_rslora(mut self, rslora: bool) -> Self {
@@ -143,8 +144,8 @@ impl AdapterConfig {
         self
     }
 
-    /// The projections that are adapted, by the ends of their names: `q_proj` is that of every layer,
-    /// `layers.3.mlp.up_proj` one of them, `lm_head` the head. Default `q_proj` and `v_proj`.
+    /// The projections that are adapted, by the ends of their names: `q_proj` matches every layer's,
+    /// `layers.3.mlp.up_proj` a single one, `lm_head` the head. Default `q_proj` and `v_proj`.
     #[must_use]
     pub fn target_modules<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
         self.target_modules = Modules::Names(names.into_iter().map(Into::into).collect());
@@ -159,7 +160,7 @@ impl AdapterConfig {
     }
 
     /// Another rank where the end of a projection's name matches this regular expression. The first
-    /// pattern that matches counts.
+    /// pattern that matches decides.
     #[must_use]
     pub fn rank_pattern(mut self, pattern: impl Into<String>, rank: usize) -> Self {
         self.rank_pattern.0.push((pattern.into(), rank));
@@ -167,14 +168,14 @@ impl AdapterConfig {
     }
 
     /// Another alpha where the end of a projection's name matches this regular expression. The first
-    /// pattern that matches counts.
+    /// pattern that matches decides.
     #[must_use]
     pub fn alpha_pattern(mut self, pattern: impl Into<String>, alpha: f64) -> Self {
         self.alpha_pattern.0.push((pattern.into(), alpha));
         self
     }
 
-    /// What the adapter was made for, for others to read; nothing is done with it here.
+    /// The base model that the adapter was made for, for others to read; it is not used here.
     #[must_use]
     pub fn base_model(mut self, name: impl Into<String>) -> Self {
         self.rest.insert("base_model_name_or_path".into(), Value::String(name.into()));
@@ -184,10 +185,10 @@ impl AdapterConfig {
     /// Reads what PEFT has written.
     ///
     /// # Errors
-    /// [`Error::Malformed`] for text that is no JSON object, [`Error::Config`] for a field of another
-    /// type or outside its range, and [`Error::Unsupported`] naming a field that changes the
-    /// computation in a way that this crate does not follow (DoRA, biases, `modules_to_save`, another
-    /// `peft_type`), or that it does not know.
+    /// [`Error::Malformed`] for text that is not a JSON object, [`Error::Config`] for a field of another
+    /// type or outside its range, and [`Error::Unsupported`] naming a field that changes the computation
+    /// in a way that this crate does not support (DoRA, biases, `modules_to_save`, another `peft_type`),
+    /// or that it does not know.
     pub fn from_json(text: &str) -> Result<Self> {
         const FILE: &str = "adapter_config.json";
         let fields = Fields::parse(text, FILE)?;
@@ -203,7 +204,7 @@ impl AdapterConfig {
         if fields.flag("fan_in_fan_out")? == Some(true) {
             return Err(Error::unsupported("adapter field fan_in_fan_out", true));
         }
-        // The other ways to begin take something away from the base weights.
+        // The other initialisations take something away from the base weights.
         let harmless = match fields.get("init_lora_weights") {
             None | Some(Value::Bool(_)) => true,
             Some(Value::String(name)) => ["gaussian", "eva", "orthogonal"].contains(&name.as_str()),
@@ -217,7 +218,7 @@ impl AdapterConfig {
         if let Some((name, value)) = unread {
             return Err(Error::unsupported(format!("adapter field {name}"), brief(value)));
         }
-        // `fields` have lost the order of patterns, of which the first that matches counts.
+        // `fields` have lost the order of patterns, of which the first match decides.
         #[derive(Deserialize)]
         struct Patterns {
             rank_pattern: Option<Ordered<Value>>,
@@ -252,7 +253,7 @@ impl AdapterConfig {
         Ok(config)
     }
 
-    /// The content of an `adapter_config.json` that PEFT reads, and [`AdapterConfig::from_json`].
+    /// The content of an `adapter_config.json` that PEFT and [`AdapterConfig::from_json`] read.
     #[must_use]
     pub fn to_json(&self) -> String {
         #[derive(Serialize)]
@@ -269,7 +270,7 @@ impl AdapterConfig {
             alpha_pattern: Ordered<Value>,
         }
         let mut rest = self.rest.clone();
-        // What from_json takes at one value only; readers of other ages have other defaults.
+        // Fields of which from_json accepts one value only; other versions of PEFT have other defaults.
         for (field, value) in [
             ("peft_type", json!("LORA")),
             ("bias", json!("none")),
@@ -279,7 +280,7 @@ impl AdapterConfig {
         ] {
             rest.insert(field.to_string(), value);
         }
-        // PEFT writes whole numbers without a point.
+        // PEFT writes integers without a decimal point.
         let number = |alpha: f64| match alpha.fract() == 0.0 && alpha.abs() < 1e15 {
             true => json!(alpha as i64),
             false => json!(alpha),
@@ -325,7 +326,7 @@ impl AdapterConfig {
         self.rules().map(|_| ())
     }
 
-    /// The same, ready to be asked about modules.
+    /// The same, ready to be queried about modules.
     pub(super) fn rules(&self) -> Result<Rules<'_>> {
         Ok(Rules {
             config: self,
@@ -339,7 +340,7 @@ impl AdapterConfig {
         })
     }
 
-    /// The names that were asked for, where they were.
+    /// The names that were requested, if modules are given by name.
     pub(super) fn target_names(&self) -> &[String] {
         match &self.target_modules {
             Modules::Names(names) => names,
@@ -348,7 +349,7 @@ impl AdapterConfig {
     }
 }
 
-/// Whether a field that is not known here is at its default, as far as one can tell.
+/// Whether an unknown field is at its default, as far as one can tell.
 fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -380,8 +381,8 @@ fn numbers<T>(
     Ok(Ordered(each.collect::<Result<_>>()?))
 }
 
-/// What a configuration says of each module. Modules are asked for by the names that they have
-/// inside the wrapped model: `model.layers.0.self_attn.q_proj`, or without the first part.
+/// What a configuration says about each module. Modules are queried by the names that they have inside
+/// the wrapped model: `model.layers.0.self_attn.q_proj`, or without the first part.
 pub(super) struct Rules<'a> {
     config: &'a AdapterConfig,
     targets: Names<'a>,
@@ -399,7 +400,7 @@ impl Rules<'_> {
         let among_layers = match &self.config.layers_to_transform {
             Some(Layers::Some(layers)) if layers.is_empty() => true,
             None => true,
-            // PEFT looks at the layers only where modules are given by their names.
+            // PEFT looks at the layers only if modules are given by their names.
             Some(_) if matches!(self.config.target_modules, Modules::Pattern(_)) => true,
             Some(layers) => layer_of(module).is_some_and(|layer| match layers {
                 Layers::One(one) => layer == *one,
@@ -413,7 +414,7 @@ impl Rules<'_> {
         first(&self.ranks, module).unwrap_or(self.config.rank)
     }
 
-    /// How much of `B A` is added.
+    /// What `B A` is multiplied by.
     pub(super) fn scale(&self, module: &str) -> f64 {
         let rank = self.rank(module) as f64;
         let alpha = first(&self.alphas, module).unwrap_or(self.config.alpha);
@@ -450,8 +451,8 @@ impl<'a> Names<'a> {
 
     /// What Python's `re.match(rf"(.*\.)?({pattern})$", name)` finds.
     fn at_the_end(field: &str, pattern: &str) -> Result<Self> {
-        // Mostly there is one plain name for each module: no expression is needed for these. The
-        // points of a name match any character, but names differ in more than that.
+        // Usually there is one plain name for each module, which needs no regular expression. The dots
+        // in a name match any character, but names differ in more than that.
         if pattern.chars().all(|c| c.is_ascii_alphanumeric() || "_.".contains(c)) {
             return Ok(Self::EndingWith(Cow::Owned(vec![pattern.to_string()])));
         }
@@ -478,7 +479,7 @@ impl<'a> Names<'a> {
     }
 }
 
-/// A JSON object whose order counts.
+/// A JSON object whose order matters.
 #[derive(Clone, Debug, PartialEq)]
 struct Ordered<T>(Vec<(String, T)>);
 

@@ -19,19 +19,19 @@ const THOUGHT: &str = "thought.safetensors";
 const GATE: &str = "thought.gate";
 
 impl Adapter {
-    /// Reads a folder that PEFT has written, and the `thought.safetensors` beside it with
-    /// `thought.gate` (`[hidden]`), if there is one. The tensors may be `f32`, `f16`, `bf16` or `f64`
-    /// and become `f32`. The files must not be changed meanwhile.
+    /// Reads a folder that PEFT has written, and the `thought.safetensors` beside it with `thought.gate`
+    /// (`[hidden]`), if there is one. The tensors may be `f32`, `f16`, `bf16` or `f64` and become `f32`.
+    /// The files must not change meanwhile.
     ///
     /// Whether it fits a model is checked when it is applied to one.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Malformed`] for what is no such folder, lacks a file or breaks its
-    /// format; [`Error::Unsupported`] as [`AdapterConfig::from_json`], and for tensors that are no
-    /// half of an adapter of a projection (of embeddings, biases, whole modules);
-    /// [`Error::MissingWeight`] for one half without the other; [`Error::WeightShape`] for another
-    /// rank than the configuration says; [`Error::WeightDType`]; [`Error::WeightValue`] for a NaN or
-    /// an infinity; [`Error::UnusedWeight`] for a module that is none of `target_modules`.
+    /// [`Error::Io`]; [`Error::Malformed`] for anything that is not such a folder, lacks a file or
+    /// violates its format; [`Error::Unsupported`] as for [`AdapterConfig::from_json`], and for tensors
+    /// that are not half of a projection's adapter (those of embeddings, biases, whole modules);
+    /// [`Error::MissingWeight`] for one half without the other; [`Error::WeightShape`] for another rank
+    /// than the configuration says; [`Error::WeightDType`]; [`Error::WeightValue`] for a NaN or an
+    /// infinity; [`Error::UnusedWeight`] for a module that is not among `target_modules`.
     pub fn from_folder(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let folder = path.as_ref();
         if !fs::metadata(folder).map_err(Error::io(folder))?.is_dir() {
@@ -55,8 +55,8 @@ impl Adapter {
     }
 
     /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT reads them, and
-    /// `thought.safetensors` if there is a gate. The folder is made if it is not there; files of these
-    /// names in it are replaced, each as a whole, so that no half file is left whatever happens.
+    /// `thought.safetensors` if there is a gate. The folder is created if it does not exist; files of
+    /// these names in it are replaced atomically, so that no partial file is left whatever happens.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -73,7 +73,7 @@ impl Adapter {
         let path = folder.join(THOUGHT);
         match gate {
             Some(gate) => replace(&path, &gate)?,
-            // One of an adapter that was there before would be taken for this one's.
+            // A gate left by an earlier adapter would be taken for this one's.
             None => match fs::remove_file(&path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => {
                     return Err(Error::io(&path)(error));
@@ -81,7 +81,7 @@ impl Adapter {
                 _ => (),
             },
         }
-        // Last: without it a folder is no adapter.
+        // Last: without it a folder is not an adapter.
         replace(&folder.join(CONFIG), self.config.to_json().as_bytes())
     }
 }
@@ -102,7 +102,7 @@ fn part(folder: &Path, name: &str) -> Result<PathBuf> {
     Err(Error::malformed(folder, message))
 }
 
-/// Both halves of one module, each with the name it has in the file.
+/// Both halves of one module, each with its name in the file.
 #[derive(Default)]
 struct Halves<'a> {
     a: Option<(&'a str, &'a [usize])>,
@@ -151,7 +151,8 @@ fn read_pairs(
             return Err(Error::UnusedWeight { name: name_a.to_string(), place: place(), reason });
         }
         let rank = rules.rank(inner);
-        // Of a shape that is no matrix, the wanted one is as near as can be said without a model.
+        // For a shape that is not a matrix, this is the closest expected one that is known without a
+        // model.
         let input = shape_a.last().copied().unwrap_or(0);
         let out = shape_b.first().copied().unwrap_or(0);
         let a = file.tensor(name_a, &[rank, input], device)?;
@@ -161,7 +162,7 @@ fn read_pairs(
     Ok((wrapped, pairs))
 }
 
-/// What was wrapped, the module, and whether it is its `A`:
+/// What was wrapped, the module, and whether this is its `A`:
 /// `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, or with the adapter's own name
 /// before `weight`.
 fn parse(name: &str) -> Option<(Wrapped, String, bool)> {
@@ -232,13 +233,13 @@ impl View for Values {
 }
 
 fn serialize(tensors: Vec<(String, Values)>, folder: &Path) -> Result<Vec<u8>> {
-    // As PEFT writes it; transformers asks for it.
+    // As PEFT writes it; transformers requires it.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     safetensors::tensor::serialize(tensors, Some(metadata))
         .map_err(|error| Error::malformed(folder, error))
 }
 
-/// Puts a file there as a whole: under another name first.
+/// Replaces a file atomically: it is written under another name first.
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));
@@ -246,7 +247,7 @@ fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let write = || {
         let mut file = fs::File::create(&part)?;
         file.write_all(content)?;
-        file.sync_all()?; // else a crash might leave the new name with no content
+        file.sync_all()?; // otherwise a crash might leave the new name without content
         fs::rename(&part, path)
     };
     write().map_err(|error| {

@@ -44,10 +44,10 @@
 //! # }
 //! ```
 //!
-//! Thought passes, bidirectional embeddings and the last run over the thoughts that `KeyValue` and `Mixed`
-//! hand over use the thinker's adapters; all that is read causally uses the decoder's. Bases may be
-//! quantised or kept in half precision; several adapters add up. A gate that was learned with an adapter
-//! goes beside it, as `thought.gate` in `thought.safetensors`.
+//! Thought passes, bidirectional embeddings and the last run over the thoughts that `KeyValue` and
+//! `Mixed` hand off use the thinker's adapters; everything that is read causally uses the decoder's.
+//! Base weights may be quantised or kept in half precision; several adapters add up. A gate that was
+//! learned with an adapter is stored beside it, as `thought.gate` in `thought.safetensors`.
 //!
 //! DoRA, biases, `modules_to_save`, adapted embeddings and initialisations that change the base weights
 //! (PiSSA, OLoRA) are refused by name. So is an adapter of the head that carries a copy of the head, as
@@ -70,9 +70,9 @@ pub use self::scope::AdapterScope;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// Low-rank changes of a model's projections, and what belongs to them for thought passes.
+/// Low-rank changes of a model's projections, and what comes with them for thought passes.
 ///
-/// Its tensors are `f32`, whatever they were stored in.
+/// Its tensors are `f32`, whatever type they were stored in.
 #[derive(Clone, Debug)]
 pub struct Adapter {
     config: AdapterConfig,
@@ -84,7 +84,7 @@ pub struct Adapter {
     place: String,
 }
 
-/// What PEFT had wrapped; it shows in the names.
+/// What PEFT wrapped; it shows in the names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wrapped {
     /// A `MistralForCausalLM`: `base_model.model.model.layers.0…`
@@ -121,12 +121,12 @@ impl Wrapped {
 }
 
 impl Adapter {
-    /// An adapter that changes nothing yet, to be trained: as PEFT, `A` is uniform in
-    /// `±1 / sqrt(in_features)` and `B` zero. The same seed gives the same one.
+    /// An adapter that changes nothing yet, for training: as in PEFT, `A` is uniform in
+    /// `±1 / sqrt(in_features)` and `B` zero. The same seed gives the same adapter.
     ///
     /// # Errors
     /// As [`AdapterConfig::validate`] and [`Config::validate`]; [`Error::Parameter`] for one of
-    /// `target_modules` that the model has not, if there is nothing to adapt, or for a rank larger
+    /// `target_modules` that the model does not have, if there is nothing to adapt, or for a rank larger
     /// than both sides of a projection.
     pub fn new(model: &Config, config: &AdapterConfig, seed: u64, device: &Device) -> Result<Self> {
         config.validate()?;
@@ -183,8 +183,8 @@ impl Adapter {
         })
     }
 
-    /// What was learned beside it for thought passes, `(hidden)`: takes the place of the checkpoint's
-    /// own [`thought_gate`](crate::thought::ThoughtModel::thought_gate) wherever the adapter thinks.
+    /// What was learned with it for thought passes, `(hidden)`: replaces the checkpoint's own
+    /// [`thought_gate`](crate::thought::ThoughtModel::thought_gate) wherever the adapter thinks.
     #[must_use]
     pub fn thought_gate(&self) -> Option<&Tensor> {
         self.thought_gate.as_ref()
@@ -204,8 +204,8 @@ impl Adapter {
         Ok(self)
     }
 
-    /// A copy whose tensors, the gate among them, are [`variables`](Self::variables): a transformer
-    /// made with it sees what an optimiser does to them, and gives them their gradients.
+    /// A copy whose tensors, including the gate, are [`variables`](Self::variables): a transformer made
+    /// with it sees an optimiser's changes to them, and provides their gradients.
     ///
     /// # Errors
     /// When a device has no room.
@@ -221,8 +221,8 @@ impl Adapter {
         Ok(copy)
     }
 
-    /// What an optimiser has to change: the tensors in the order of [`tensors`](Self::tensors), then
-    /// the gate. None unless the adapter is [`trainable`](Self::trainable).
+    /// What an optimiser must change: the tensors in the order of [`tensors`](Self::tensors), then the
+    /// gate. Empty unless the adapter is [`trainable`](Self::trainable).
     ///
     /// # Errors
     /// When a device fails.

@@ -21,12 +21,12 @@ impl Fields {
         }
     }
 
-    /// Whether the key is there at all, be it `null`.
+    /// Whether the key is there at all, even if it is `null`.
     pub(crate) fn contains(&self, field: &str) -> bool {
         self.0.contains_key(field)
     }
 
-    /// All fields, those that are `null` too.
+    /// All fields, including those that are `null`.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value))
     }
@@ -68,7 +68,7 @@ impl Fields {
         self.typed(field, "a token id", token)
     }
 
-    /// One token id, or a list of them; absent is no id.
+    /// One token id, or a list of them; no ids if absent.
     pub(crate) fn tokens(&self, field: &str) -> Result<Vec<u32>> {
         let ids = self.typed(field, "a token id or a list of them", |value| match value {
             Value::Array(ids) => ids.iter().map(token).collect(),
@@ -98,7 +98,7 @@ fn token(value: &Value) -> Option<u32> {
     value.as_u64()?.try_into().ok()
 }
 
-/// `value` in the few words that an error message has room for.
+/// `value` in few enough words for an error message.
 pub(crate) fn brief(value: &Value) -> String {
     const ROOM: usize = 60;
     let text = value.to_string();

@@ -21,8 +21,8 @@ impl Config {
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
     ///
     /// # Errors
-    /// [`Error::Config`] and [`Error::Unsupported`] as [`Config::from_json`], with the names of
-    /// this file.
+    /// [`Error::Config`] and [`Error::Unsupported`] as for [`Config::from_json`], with the names of this
+    /// file.
     pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
         let metadata = Metadata::new(metadata)?;
         metadata.refuse_variants()?;
@@ -139,7 +139,7 @@ impl<'a> Metadata<'a> {
         if let Some(experts) = self.size("expert_count")?.filter(|experts| *experts > 0) {
             return Err(Error::unsupported(self.key("expert_count"), experts));
         }
-        // before it had types, llama.cpp knew linear scaling only
+        // before scaling had types, llama.cpp knew only the linear kind
         if self.number("rope.scale_linear")?.is_some_and(|factor| factor != 1.0) {
             return Err(Error::unsupported("rope scaling", "linear"));
         }
@@ -202,7 +202,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// An unsigned or non-negative value of any integer type: writers do not agree on one.
+/// An unsigned or non-negative value of any integer type: writers do not agree on which.
 pub(crate) fn integer(value: &Value) -> Option<u64> {
     match value {
         Value::U8(n) => Some((*n).into()),

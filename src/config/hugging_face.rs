@@ -6,7 +6,7 @@ use super::fields::{Fields, brief};
 use super::{Config, head_dim};
 use crate::error::{Error, Result};
 
-/// The two architectures that are this model; they differ in defaults and in the sliding window.
+/// The two architectures that are this model; they differ in their defaults and in the sliding window.
 #[derive(Clone, Copy, PartialEq)]
 enum Family {
     Mistral,
@@ -17,19 +17,19 @@ impl Config {
     /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral` or `llama`.
     ///
     /// The sizes `vocab_size`, `hidden_size`, `intermediate_size`, `num_hidden_layers` and
-    /// `num_attention_heads` must be given. What else is absent takes the default of `transformers`
-    /// 4.51 (`MistralConfig`, `LlamaConfig`): for Mistral `sliding_window` 4096 (but none where it
-    /// is `null`), 8 key and value heads, 131072 positions; for Llama no window, as many key and
-    /// value heads as heads, 2048 positions; for both `rope_theta` 10000, `rms_norm_eps` 1e-6,
+    /// `num_attention_heads` must be given. Anything else that is absent takes the default of
+    /// `transformers` 4.51 (`MistralConfig`, `LlamaConfig`): for Mistral `sliding_window` 4096 (but none
+    /// where it is `null`), 8 key and value heads, 131072 positions; for Llama no window, as many key
+    /// and value heads as query heads, 2048 positions; for both `rope_theta` 10000, `rms_norm_eps` 1e-6,
     /// untied embeddings, `head_dim = hidden_size / num_attention_heads`, `bos_token_id` 1 and
-    /// `eos_token_id` 2. A window in a Llama's file is ignored with a warning, as `transformers`
-    /// ignores it.
+    /// `eos_token_id` 2. A window in a Llama's file is ignored with a warning, as `transformers` ignores
+    /// it.
     ///
     /// # Errors
-    /// [`Error::Malformed`] if `text` is no JSON object, [`Error::Config`] for a field that is
-    /// missing, mistyped or impossible, and [`Error::Unsupported`] for what would change the
-    /// computation: another `model_type`, experts, RoPE scaling, biases, another activation,
-    /// quantised weights, partial rotation, layers of different kinds.
+    /// [`Error::Malformed`] if `text` is not a JSON object, [`Error::Config`] for a field that is
+    /// missing, mistyped or impossible, and [`Error::Unsupported`] for anything that would change the
+    /// computation: another `model_type`, experts, RoPE scaling, biases, another activation, quantised
+    /// weights, partial rotation, layers of different kinds.
     pub fn from_json(text: &str) -> Result<Self> {
         let fields = Fields::parse(text, "config.json")?;
         let family = family(&fields)?;
@@ -118,7 +118,7 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
     Ok(())
 }
 
-/// `rope_theta` stands beside the sizes, or from `transformers` 5 in `rope_parameters`.
+/// `rope_theta` is beside the sizes or, from `transformers` 5 on, in `rope_parameters`.
 fn rope_theta(fields: &Fields) -> Result<f64> {
     let mut theta = fields.number("rope_theta")?;
     refuse_partial_rotation(fields)?;

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// sizes fit in 64 bits.
 const MAX_SIZE: usize = i32::MAX as usize;
 
-/// The shape of a Mistral, under the names that Hugging Face gives its fields.
+/// The shape of a Mistral, with the field names of Hugging Face.
 ///
 /// Read from a checkpoint with [`Config::from_json`], [`Config::from_params_json`] or
 /// [`Config::from_gguf`], which refuse what this crate does not compute; or written by hand and
@@ -47,12 +47,12 @@ pub struct Config {
     pub tie_word_embeddings: bool,
     /// The token that begins a text.
     pub bos_token_id: Option<u32>,
-    /// The tokens that end one.
+    /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
 }
 
 impl Config {
-    /// Checks that a model of this shape can be.
+    /// Checks that a model of this shape is possible.
     ///
     /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs), the
     /// two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
@@ -151,7 +151,7 @@ impl Config {
     }
 
     /// `(out_features, in_features)` of the projection of a block that is called `self_attn.q_proj` or
-    /// the like; none for what is no projection.
+    /// similar; zeros for a name that is not a projection's.
     pub(crate) fn projection(&self, name: &str) -> (usize, usize) {
         let shape = self.block_weights().into_iter().find(|(own, _)| *own == name);
         match shape.as_ref().map(|(_, shape)| shape.as_slice()) {
@@ -161,7 +161,7 @@ impl Config {
     }
 }
 
-/// `hidden / heads`, which must be whole: what `head_dim` is where a file does not say.
+/// `hidden / heads`, which must be an integer: the `head_dim` of a file that does not give one.
 fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
     match hidden.1.checked_rem(heads.1) {
         Some(0) => Ok(hidden.1 / heads.1),
@@ -173,8 +173,8 @@ fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
     }
 }
 
-/// [`Config::validate`] for a file that spells its fields differently: `names` pairs the Hugging
-/// Face name with the file's.
+/// [`Config::validate`] for a file that names its fields differently: `names` pairs the Hugging Face
+/// name with the file's.
 fn validate_as(config: Config, names: &[(&str, &str)]) -> Result<Config> {
     match config.validate() {
         Ok(()) => Ok(config),

@@ -14,7 +14,7 @@ impl Config {
     /// untied; text begins with token 1 and ends with 2.
     ///
     /// # Errors
-    /// As [`Config::from_json`], with the names of this file.
+    /// As for [`Config::from_json`], with the names of this file.
     pub fn from_params_json(text: &str) -> Result<Self> {
         let fields = Fields::parse(text, "params.json")?;
         for field in ["moe", "num_experts", "yarn", "quantization", "vision_encoder", "lora"] {

@@ -1,4 +1,4 @@
-//! What comes of a prompt, token by token and as a whole.
+//! The result of a prompt, token by token and as a whole.
 
 use serde::Serialize;
 
@@ -10,21 +10,21 @@ use crate::thought::Trace;
 pub struct Token {
     /// Its id.
     pub id: u32,
-    /// The text that it completed: what follows everything given before, in whole characters.
-    /// Empty while a character, or what may be a stop string, is still incomplete, and for special
-    /// tokens; the last token brings along what is left.
+    /// The text that it completed: what follows everything given before, in whole characters. Empty for
+    /// special tokens, and while a character, or what may be a stop string, is still incomplete; the
+    /// last token brings whatever is left.
     pub text: String,
-    /// Its log-probability by the model, before penalties and temperature.
+    /// Its log-probability under the model, before penalties and temperature.
     pub logprob: f32,
-    /// The likeliest tokens at its place with their log-probabilities, likeliest first; as many as
+    /// The likeliest tokens in its place with their log-probabilities, likeliest first; as many as
     /// [`top_logprobs`](super::GenerationConfig::top_logprobs) asks for.
     pub top_logprobs: Vec<(u32, f32)>,
 }
 
-/// What came of a prompt.
+/// The result of a prompt.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
-    /// The prompt as the model took it.
+    /// The prompt as the model read it.
     pub prompt_ids: Vec<u32>,
     /// The generated tokens, an end-of-sequence token included.
     pub ids: Vec<u32>,
@@ -32,7 +32,7 @@ pub struct Answer {
     pub text: String,
     /// The log-probability of each generated token, before penalties and temperature.
     pub logprobs: Vec<f32>,
-    /// The likeliest tokens at the place of each generated one; see [`Token::top_logprobs`].
+    /// The likeliest tokens in the place of each generated one; see [`Token::top_logprobs`].
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
     /// The log-probability of each prompt token after those before it, `None` for the first;
     /// `None` altogether unless [`prompt_logprobs`](super::GenerationConfig::prompt_logprobs) asked for them.

@@ -1,4 +1,4 @@
-//! How to generate: every knob with its unit, range, default and what zero means.
+//! How to generate: every setting with its unit, range, default and what zero means.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,9 +7,9 @@ use crate::thought::Thinking;
 
 /// How to generate. The default is greedy, without thinking, at most 128 tokens.
 ///
-/// Values are checked when generation starts; one outside its range is an
-/// [`Error::Parameter`] that names it. It is data: what happens while an answer is made belongs to the
-/// [`TokenStream`](super::TokenStream). Each field has a method that sets it, and says what it does.
+/// Values are checked when generation starts; one outside its range is an [`Error::Parameter`] that
+/// names it. This is plain data: what happens while an answer is made belongs to the
+/// [`TokenStream`](super::TokenStream). Each field has a method that sets it and documents it.
 ///
 /// ```
 /// use hybrid_attention::{GenerationConfig, Thinking};
@@ -32,7 +32,7 @@ pub struct GenerationConfig {
     pub temperature: f64,
     /// Among how many of the likeliest tokens to sample; 0 is all.
     pub top_k: usize,
-    /// The probability that the tokens to sample among hold together.
+    /// The probability that the tokens to sample among make up together.
     pub top_p: f64,
     /// The least share of the likeliest token's probability.
     pub min_p: f64,
@@ -79,16 +79,16 @@ impl Default for GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// How to think about the prompt first. Default: as the checkpoint's `hybrid.json` says, and not
-    /// at all without one; [`Thinking::none`] is not at all in any case.
+    /// How to think about the prompt first. Default: as the checkpoint's `hybrid.json` says, and not at
+    /// all without one; [`Thinking::none`] turns it off in any case.
     #[must_use]
     pub fn thinking(mut self, thinking: Thinking) -> Self {
         self.thinking = Some(thinking);
         self
     }
 
-    /// The most tokens to generate. Default 128. 0 generates none, for the sake of
-    /// [`prompt_logprobs`](Self::prompt_logprobs). The model's context is a limit of its own.
+    /// The most tokens to generate. Default 128. 0 generates none, which is useful for
+    /// [`prompt_logprobs`](Self::prompt_logprobs). The model's context is a separate limit.
     #[must_use]
     pub fn max_tokens(mut self, max_tokens: usize) -> Self {
         self.max_tokens = max_tokens;
@@ -110,7 +110,7 @@ impl GenerationConfig {
         self
     }
 
-    /// Samples among the fewest likeliest tokens that together hold at least this probability, in
+    /// Samples among the fewest of the likeliest tokens that together have at least this probability, in
     /// `(0, 1]` (Holtzman et al. 2020). Default 1: among all.
     #[must_use]
     pub fn top_p(mut self, top_p: f64) -> Self {
@@ -150,9 +150,9 @@ impl GenerationConfig {
         self
     }
 
-    /// The seed of the sampler: the same seed draws the same tokens from the same probabilities.
-    /// (Those can differ in their last digits from one processor to another.) Default: a new one
-    /// each time. Greedy generation needs none.
+    /// The seed of the sampler: the same seed draws the same tokens from the same probabilities. (Those
+    /// can differ in their last digits between processors.) Default: a new one each time. Greedy
+    /// generation needs none.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
@@ -183,23 +183,23 @@ impl GenerationConfig {
         self
     }
 
-    /// Gives with every token the `n` likeliest tokens at its place and their log-probabilities,
-    /// before penalties and temperature. Default 0. The token's own is always given.
+    /// Gives with every token the `n` likeliest tokens in its place and their log-probabilities, before
+    /// penalties and temperature. Default 0. The token's own log-probability is always given.
     #[must_use]
     pub fn top_logprobs(mut self, n: usize) -> Self {
         self.top_logprobs = n;
         self
     }
 
-    /// Gives the log-probability of each prompt token after those before it. Default off. After
-    /// thinking these are no probabilities in the usual sense: the thoughts have seen the token.
+    /// Gives the log-probability of each prompt token after those before it. Default off. After thinking
+    /// these are not probabilities in the usual sense: the thoughts have seen the token.
     #[must_use]
     pub fn prompt_logprobs(mut self, wanted: bool) -> Self {
         self.prompt_logprobs = wanted;
         self
     }
 
-    /// Checks every value that does not depend on the model; generating does so by itself.
+    /// Checks every value that does not depend on the model; generation does so by itself.
     ///
     /// # Errors
     /// [`Error::Parameter`] for the first value outside its range.

@@ -6,7 +6,7 @@ use crate::tokenizer::Message;
 
 /// What one conversation keeps from turn to turn: its messages, a cache and the tokens in it.
 ///
-/// A new prompt that begins like the tokens already here runs only from where it departs.
+/// Of a new prompt that begins like the tokens already here, only the rest is run.
 ///
 /// ```no_run
 /// # use candle_core::{DType, Device};
@@ -27,8 +27,8 @@ use crate::tokenizer::Message;
 #[derive(Debug)]
 pub struct Conversation {
     pub(super) cache: KvCache,
-    /// The tokens whose plain keys and values are in the cache; none when what is there was
-    /// thought about, because it then depends on the whole of its prompt.
+    /// The tokens whose plain keys and values are in the cache; empty when its contents came from
+    /// thinking, because then they depend on the whole prompt.
     pub(super) ids: Vec<u32>,
     pub(super) messages: Vec<Message>,
 }
@@ -38,7 +38,7 @@ impl Conversation {
         Ok(Self { cache: pool.new_cache(capacity)?, ids: Vec::new(), messages: Vec::new() })
     }
 
-    /// What was said so far: by [`HybridModel::say`](crate::HybridModel::say) and its answers, and
+    /// What has been said so far: in [`HybridModel::say`](crate::HybridModel::say) and its answers, and
     /// whatever was [added](Self::push).
     #[must_use]
     pub fn messages(&self) -> &[Message] {
@@ -50,8 +50,8 @@ impl Conversation {
         self.messages.push(message);
     }
 
-    /// A second conversation that goes on from here. The two share what is in the cache, until one of
-    /// them writes there.
+    /// A second conversation that continues from here. The two share the contents of the cache until one
+    /// of them writes to it.
     #[must_use]
     pub fn fork(&self) -> Self {
         let (ids, messages) = (self.ids.clone(), self.messages.clone());
@@ -70,7 +70,7 @@ impl Conversation {
         self.cache.capacity()
     }
 
-    /// Its keys and values: what they are kept as, and how many bytes they take.
+    /// Its keys and values: the type they are kept in, and how many bytes they take.
     #[must_use]
     pub fn cache(&self) -> &KvCache {
         &self.cache
@@ -88,18 +88,18 @@ impl Conversation {
         self.ids.clear();
     }
 
-    /// Whether another token could run.
+    /// Whether there is room to run another token.
     pub(super) fn has_room(&self) -> bool {
         self.cache.len() < self.cache.capacity()
     }
 
-    /// Keeps what `prompt` begins with, all but its last token at most, and forgets the rest.
-    /// Gives how many tokens are kept.
+    /// Keeps the tokens that `prompt` begins with too, all but its last token at most, and forgets the
+    /// rest. Returns how many tokens are kept.
     pub(super) fn rewind(&mut self, prompt: &[u32]) -> usize {
         let same = self.ids.iter().zip(prompt).take_while(|(old, new)| old == new).count();
         let keep = same.min(prompt.len().saturating_sub(1));
         if self.cache.truncate(keep).is_err() {
-            // The window has let go of what would be needed: begin anew.
+            // The window has dropped what would be needed: start over.
             self.forget();
         }
         self.ids.truncate(keep);

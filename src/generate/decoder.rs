@@ -1,5 +1,5 @@
-//! The model's side of an answer: read the prompt, think about it, go on token by token. All of it in
-//! the public verbs of [`ThoughtLoop`] and [`Transformer`].
+//! The model's side of an answer: read the prompt, think about it, continue token by token. All of it
+//! uses the public verbs of [`ThoughtLoop`] and [`Transformer`].
 
 use std::time::{Duration, Instant};
 
@@ -16,25 +16,25 @@ use crate::likelihood;
 use crate::model::{Batch, CHUNK, ForwardContext, Pass, Transformer};
 use crate::thought::{EncodedBatch, Entry, ThoughtLoop, Trace};
 
-/// A text that is being read and written, and what of it must be kept to think about it again.
+/// A text that is being read and written, and what must be kept of it to think about it again.
 #[derive(Debug)]
 pub(super) struct Decoder {
     mind: ThoughtLoop,
     /// What was thought about last: the prompt, then prompt and answer.
     text: EncodedPrompt,
-    /// Tokens since then.
+    /// Tokens added since then.
     new: Vec<u32>,
-    /// The first thoughts of all tokens that have run, `(tokens, hidden)` in pieces; kept only where
-    /// they will be thought about again.
+    /// The first thoughts of all tokens that have run, `(tokens, hidden)` in pieces; kept only if they
+    /// will be thought about again.
     first: Vec<Tensor>,
     /// What is added to the final hidden states of the answer, `(1, hidden)`.
     output_nudge: Option<Tensor>,
     cancel: Cancel,
 }
 
-/// What is left of the work before the first token.
+/// The result of the work before the first token.
 pub(super) struct PromptRead {
-    /// After the last prompt token, one for each token of the vocabulary.
+    /// After the last prompt token, one for each entry of the vocabulary.
     pub(super) logits: Vec<f32>,
     /// Prompt tokens that did not run because the conversation had them.
     pub(super) kept: usize,
@@ -58,7 +58,7 @@ impl Decoder {
         self.mind.model().decoder()
     }
 
-    /// Thinks about the prompt and reads it into the conversation's cache, as far as it is not
+    /// Thinks about the prompt and reads it into the conversation's cache, as far as it is not yet
     /// there.
     pub(super) fn read(
         &mut self,
@@ -70,8 +70,8 @@ impl Decoder {
         let ids = &self.text.ids;
         let total = ids.len();
         let plain = self.mind.thinking().is_none();
-        // Thoughts depend on the whole prompt; prompt logprobs and an output nudge need what leaves
-        // the last layer at every position: then nothing from before can be kept.
+        // Thoughts depend on the whole prompt; prompt logprobs and an output nudge need the output of
+        // the last layer at every position: in these cases nothing from before can be kept.
         let fits_output = self.mind.thinking().chosen_output_nudge().is_some();
         if !plain || wants_logprobs || fits_output {
             conversation.forget();
@@ -125,7 +125,7 @@ impl Decoder {
         Ok(PromptRead { logits, kept, prompt_logprobs, traces, seconds })
     }
 
-    /// Goes on after a generated token: gives the logits after it.
+    /// Runs a generated token and returns the logits after it.
     pub(super) fn step(
         &mut self,
         id: u32,
@@ -150,15 +150,14 @@ impl Decoder {
         self.think_again(conversation, traces, seconds)
     }
 
-    /// Takes note of a generated token that has run.
+    /// Records a generated token that has run.
     pub(super) fn took(&self, id: u32, conversation: &mut Conversation) {
         if self.mind.thinking().is_none() {
             conversation.ids.push(id);
         }
     }
 
-    /// Thinks about prompt and answer, and rebuilds the cache from the first position on that this
-    /// changes.
+    /// Thinks about prompt and answer, and rebuilds the cache from the first position that this changes.
     fn think_again(
         &mut self,
         conversation: &mut Conversation,
@@ -166,7 +165,7 @@ impl Decoder {
         seconds: &mut Seconds,
     ) -> Result<Vec<f32>> {
         let changed = self.text.extend(&std::mem::take(&mut self.new));
-        // An output nudge is fitted to all that leaves the last layer.
+        // An output nudge is fitted to the last layer's output at every position.
         let changed = if self.output_nudge.is_some() { 0 } else { changed };
         let text = EncodedBatch::new(self.transformer(), &self.text.ids, self.text.batch()?)?;
         let first = Tensor::cat(&self.first, 0)?;
@@ -193,7 +192,7 @@ impl Decoder {
         self.transformer().forward(xs, layers, pass.cancel(&self.cancel))
     }
 
-    /// Fits the output nudge, if there is one, to what leaves the last layer: `(tokens, hidden)`.
+    /// Fits the output nudge, if there is one, to the last layer's output, `(tokens, hidden)`.
     fn fit_output(&mut self, hidden: &Tensor) -> Result<()> {
         if let Some(nudge) = self.mind.thinking().chosen_output_nudge() {
             let normed = self.transformer().norm(hidden)?;
@@ -208,12 +207,12 @@ impl Decoder {
     }
 
     /// Whether each of its steps is one token through all layers and the head, and so can run beside
-    /// others'.
+    /// those of others.
     pub(super) fn steps_plainly(&self) -> bool {
         !self.thinks_again() && self.output_nudge.is_none()
     }
 
-    /// The scores after the last position of `h`, `(tokens, hidden)`.
+    /// The logits after the last position of `h`, `(tokens, hidden)`.
     fn logits(&self, h: &Tensor) -> Result<Vec<f32>> {
         let mut normed = self.transformer().norm(&h.narrow(0, h.dim(0)? - 1, 1)?)?;
         if let Some(nudge) = &self.output_nudge {
@@ -242,7 +241,7 @@ impl<'a> PromptLogProbs<'a> {
             let some = h.narrow(0, run.start, run.len())?;
             let logits = transformer.logits(&some)?.to_dtype(DType::F32)?;
             for logits in logits.to_vec2::<f32>()? {
-                // The last position tells of the first generated token, not of the prompt.
+                // The last position predicts the first generated token, not one of the prompt.
                 if let Some(&id) = self.ids.get(done.len()) {
                     let logprobs = LogProbs::new(&logits, done.len())?;
                     done.push(Some(logprobs.of(id)));

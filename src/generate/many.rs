@@ -19,16 +19,16 @@ use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::{Batch, ForwardContext, Pass, Sight};
 
-/// Answers to several prompts, each as soon as it ends: an iterator of the number of the prompt, from 0
-/// on, and what came of it.
+/// Answers to several prompts, each as soon as it ends: an iterator over the index of the prompt, from 0
+/// on, and its answer.
 ///
 /// Each prompt is thought about and read by itself; then the next tokens of up to
 /// [`side_by_side`](Self::side_by_side) answers run in one pass. Every answer is the one that
 /// [`HybridModel::generate`](crate::HybridModel::generate) gives for its prompt alone, to the last bit:
-/// its numbers do not depend on what runs beside it. An error of one prompt is that prompt's alone.
+/// its numbers do not depend on what runs beside it. An error in one prompt affects no other.
 ///
-/// Where the memory that caches may take together is used up, the answer that was begun last gives way,
-/// and is begun anew when another has ended.
+/// When the memory that caches may take in total is used up, the answer begun last is dropped, and
+/// started over when another has ended.
 ///
 /// ```
 /// # use candle_core::Device;
@@ -49,9 +49,9 @@ pub struct Answers {
     source: Arc<Source>,
     config: GenerationConfig,
     waiting: VecDeque<(usize, Prompt)>,
-    /// Answers under way, in the order in which they were begun.
+    /// Answers in progress, in the order in which they were begun.
     lanes: Vec<Lane>,
-    /// Answers that have ended and were not given yet.
+    /// Answers that have ended and were not returned yet.
     ended: VecDeque<(usize, Result<Answer>)>,
     side_by_side: usize,
     /// Lanes that memory has room for, as far as is known.
@@ -59,7 +59,7 @@ pub struct Answers {
     cancel: Cancel,
 }
 
-/// One answer under way.
+/// One answer in progress.
 struct Lane {
     index: usize,
     prompt: Prompt,
@@ -69,8 +69,8 @@ struct Lane {
 }
 
 impl Answers {
-    /// The most answers that run side by side: up to here products of their rows are computed as those of
-    /// one row are.
+    /// The most answers that run side by side: up to this many rows, products are computed as they are
+    /// for one row.
     pub const MOST: usize = 16;
 
     pub(crate) fn new(
@@ -92,8 +92,8 @@ impl Answers {
         })
     }
 
-    /// Runs up to this many answers in one pass, at least 1 and at most [`MOST`](Self::MOST); what is
-    /// outside is taken as the nearer of the two. Default 8.
+    /// Runs up to this many answers in one pass, at least 1 and at most [`MOST`](Self::MOST); values
+    /// outside are clamped. Default 8.
     #[must_use]
     pub fn side_by_side(mut self, answers: usize) -> Self {
         self.side_by_side = answers.clamp(1, Self::MOST);
@@ -107,13 +107,13 @@ impl Answers {
         self
     }
 
-    /// Answers that have yet to be given.
+    /// Answers not yet returned.
     #[must_use]
     pub fn left(&self) -> usize {
         self.waiting.len() + self.lanes.len() + self.ended.len()
     }
 
-    /// Begins answers until as many run side by side as may.
+    /// Begins answers until as many as allowed run side by side.
     fn fill(&mut self) {
         while self.lanes.len() < self.side_by_side.min(self.room) {
             let Some((index, prompt)) = self.waiting.pop_front() else { break };
@@ -149,7 +149,7 @@ impl Answers {
         Ok(Lane { index, prompt: prompt.clone(), decoder, writer, conversation })
     }
 
-    /// Runs the last token of every answer under way, and writes the next one of each.
+    /// Runs the last token of every answer in progress, and writes the next one of each.
     fn step(&mut self) {
         let lanes = std::mem::take(&mut self.lanes);
         let (mut together, alone): (Vec<Lane>, Vec<Lane>) =
@@ -163,7 +163,7 @@ impl Answers {
                 written.into_iter().for_each(|(lane, written)| self.take_back(lane, written));
             }
             Err(error @ Error::PoolFull { .. }) => self.give_way(together, alone.len(), error),
-            // Whose fault it is shows when each steps by itself: the failed pass left no trace.
+            // Stepping each by itself shows which one failed: the failed pass left no trace.
             Err(_) => alone.extend(together),
         }
         while let Some(mut lane) = alone.pop_front() {
@@ -218,11 +218,11 @@ impl Answers {
     }
 
     fn end(&mut self, index: usize, answer: Result<Answer>) {
-        self.room = usize::MAX; // what it held is free again
+        self.room = usize::MAX; // the memory it held is free again
         self.ended.push_back((index, answer));
     }
 
-    /// What becomes of lanes for whose step there was no memory, while so many others have yet to step.
+    /// Handles lanes whose step got no memory, while `others` have yet to step.
     fn give_way(&mut self, mut lanes: Vec<Lane>, others: usize, error: Error) {
         let under_way = self.lanes.len() + lanes.len() + others;
         if let Some(Lane { index, prompt, .. }) = lanes.pop() {

@@ -8,9 +8,9 @@ use crate::tokenizer::{Message, Tokenizer};
 
 /// A prompt. Text and token ids become one by [`From`]; [`Prompt::chat`] makes one of messages.
 ///
-/// A prompt made from one piece is all *context*: thinking, if any, is about the whole of it, up to
-/// its last token. That one is always read causally, from where the answer begins. Built in parts,
-/// a prompt can hold back more from thinking:
+/// A prompt made from one piece is all *context*: thinking, if any, covers all of it except its last
+/// token. That one is always read causally, because the answer begins from it. A prompt built in parts
+/// can keep more out of thinking:
 ///
 /// ```
 /// use hybrid_attention::Prompt;
@@ -21,7 +21,7 @@ use crate::tokenizer::{Message, Tokenizer};
 /// # let _ = prompt;
 /// ```
 ///
-/// The tokens are those of the whole text, wherever one part ends and the next begins.
+/// The tokens are those of the whole text, no matter where one part ends and the next begins.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Prompt {
     parts: Vec<Part>,
@@ -40,7 +40,7 @@ enum Content {
     Chat(Vec<Message>),
 }
 
-/// A prompt as the model takes it.
+/// A prompt as the model reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct EncodedPrompt {
     pub(crate) ids: Vec<u32>,
@@ -106,7 +106,7 @@ impl Prompt {
 }
 
 impl EncodedPrompt {
-    /// Which of its tokens think together: the context, but for the last token of all.
+    /// Which of its tokens think together: the context, except for the very last token.
     pub(crate) fn batch(&self) -> Result<Batch> {
         let mut runs = self.context.clone();
         match runs.last_mut() {
@@ -116,8 +116,8 @@ impl EncodedPrompt {
         Batch::one(self.ids.len())?.with_context(0, &runs)
     }
 
-    /// Goes on with tokens of the answer. They are context: more of the last part, if it is, and
-    /// a part of their own otherwise. Gives the first position whose thoughts depend on them.
+    /// Appends tokens of the answer. They are context: they extend the last part if that is context, and
+    /// become a part of their own otherwise. Returns the first position whose thoughts depend on them.
     pub(super) fn extend(&mut self, answer: &[u32]) -> usize {
         let end = self.ids.len();
         self.ids.extend_from_slice(answer);
@@ -136,16 +136,15 @@ impl EncodedPrompt {
         }
     }
 
-    /// Adds neighbouring texts, encoded as the one text that they are together and then cut: the
-    /// tokens do not depend on where one part ends. A token over a border goes to the part that it
-    /// begins in.
+    /// Adds neighbouring texts, encoded together as one text and then cut: the tokens do not depend on
+    /// where one part ends. A token across a boundary goes to the part that it begins in.
     fn add_texts(&mut self, parts: &[Part], tokenizer: &Tokenizer) -> Result<()> {
         let text = |part: &Part| match &part.content {
             Content::Text(text) => text.clone(),
             _ => String::new(),
         };
         let texts: Vec<String> = parts.iter().map(text).collect();
-        // Only the beginning of the sequence is opened with BOS.
+        // BOS is added only at the beginning of the sequence.
         let (ids, starts) = tokenizer.encode_with_starts(&texts.concat(), self.ids.is_empty())?;
         let (mut from, mut end_of_text) = (0, 0);
         for (index, (part, text)) in parts.iter().zip(&texts).enumerate() {

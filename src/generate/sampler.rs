@@ -15,9 +15,9 @@ use crate::error::{Error, Result};
 pub struct Sampler {
     config: GenerationConfig,
     rng: ChaCha8Rng,
-    /// Tokens of the prompt and of the answer so far: how often each was generated.
+    /// Tokens of the prompt and of the answer so far, with how often each was generated.
     seen: HashMap<u32, usize>,
-    /// The position in the text of the token to come.
+    /// The position in the text of the next token.
     position: usize,
 }
 
@@ -46,14 +46,14 @@ impl Sampler {
         let id = match candidates.as_slice() {
             [(only, _)] => *only,
             _ => {
-                // Ids in order, so that a draw does not depend on how candidates were selected.
+                // Sorted by id, so that a draw does not depend on how candidates were selected.
                 candidates.sort_unstable_by_key(|&(id, _)| id);
                 let mut left = self.rng.random::<f64>();
                 let drawn = candidates.iter().find(|(_, probability)| {
                     left -= probability;
                     left < 0.0
                 });
-                // Rounding can leave a crumb: it belongs to the last candidate.
+                // Rounding can leave a tiny remainder: it goes to the last candidate.
                 drawn.or(candidates.last()).map_or(0, |&(id, _)| id)
             }
         };
@@ -86,7 +86,7 @@ impl Sampler {
             candidates.select_nth_unstable_by(config.top_k - 1, likelier);
             candidates.truncate(config.top_k);
         }
-        // Relative to the likeliest; a tiny temperature leaves it alone at 1.
+        // Relative to the likeliest; a tiny temperature leaves only that one, at 1.
         for (_, weight) in &mut candidates {
             *weight = ((*weight - max) / config.temperature).exp();
         }
@@ -94,7 +94,7 @@ impl Sampler {
             let needed = config.top_p * total(&candidates);
             keep_likeliest(&mut candidates, needed);
         }
-        // A token of no probability at all is none to draw from.
+        // A token of probability 0 must not be drawn.
         candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= config.min_p);
         let total = total(&candidates);
         for (_, weight) in &mut candidates {
@@ -129,8 +129,8 @@ impl Sampler {
     }
 }
 
-/// Cuts candidates down to the fewest that together weigh `needed`, likeliest first. A whole
-/// vocabulary is dear to sort and the first few are mostly enough, so only as many are sorted.
+/// Cuts candidates down to the fewest that together weigh `needed`, likeliest first. A whole vocabulary
+/// is expensive to sort and the first few are usually enough, so only as many as needed are sorted.
 fn keep_likeliest(candidates: &mut Vec<(u32, f64)>, needed: f64) {
     let mut sorted = 128;
     loop {
@@ -160,7 +160,7 @@ fn total(candidates: &[(u32, f64)]) -> f64 {
     candidates.iter().map(|(_, weight)| weight).sum()
 }
 
-/// Log-probabilities of the model itself, before penalties and temperature.
+/// Log-probabilities under the model itself, before penalties and temperature.
 #[derive(Debug)]
 pub(super) struct LogProbs<'a> {
     logits: &'a [f32],

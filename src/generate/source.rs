@@ -1,4 +1,4 @@
-//! What answers are made with.
+//! What answers are generated from.
 
 use candle_core::DType;
 
@@ -8,23 +8,23 @@ use crate::model::KvPool;
 use crate::thought::{Thinking, ThoughtModel};
 use crate::tokenizer::Tokenizer;
 
-/// A model and what its checkpoint says of how to use it. Every part is cheap to clone.
+/// A model and what its checkpoint says about using it. Every part is cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Source {
     pub(crate) model: ThoughtModel,
     pub(crate) tokenizer: Option<Tokenizer>,
-    /// The checkpoint's own way to generate.
+    /// The checkpoint's own generation settings.
     pub(crate) defaults: GenerationConfig,
     /// Its end-of-sequence tokens.
     pub(crate) eos_ids: Vec<u32>,
-    /// Its own thinking.
+    /// Its own thinking settings.
     pub(crate) thinking: Thinking,
     /// Where caches take their memory from.
     pub(crate) pool: KvPool,
 }
 
 impl Source {
-    /// With another model of the same checkpoint, whose keys and values are others.
+    /// With another model of the same checkpoint, whose keys and values differ.
     pub(crate) fn with_model(&self, model: ThoughtModel) -> Result<Self> {
         let pool = model.decoder().new_pool(self.pool.dtype(), self.pool.budget_bytes())?;
         Ok(Self { model, pool, ..self.clone() })
@@ -36,7 +36,7 @@ impl Source {
         Ok(Self { pool, ..self.clone() })
     }
 
-    /// What `config` says of thinking, or else the checkpoint.
+    /// The thinking that `config` asks for, or else the checkpoint's own.
     pub(crate) fn thinking<'a>(&'a self, config: &'a GenerationConfig) -> &'a Thinking {
         config.thinking.as_ref().unwrap_or(&self.thinking)
     }

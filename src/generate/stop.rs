@@ -13,7 +13,7 @@ pub enum StopReason {
     Eos,
     /// The model gave one of [`stop_id`](super::GenerationConfig::stop_id)'s tokens.
     StopId,
-    /// The text came to one of [`stop`](super::GenerationConfig::stop)'s strings; it ends before it.
+    /// The text reached one of [`stop`](super::GenerationConfig::stop)'s strings; it ends before it.
     StopString,
     /// [`max_tokens`](super::GenerationConfig::max_tokens) are generated.
     MaxTokens,
@@ -45,7 +45,7 @@ impl StopStrings {
         Self { stops, held: String::new() }
     }
 
-    /// Adds text. Gives what can be shown now, and whether a stop string was met after it.
+    /// Adds text. Returns what can be shown now, and whether a stop string followed it.
     pub(super) fn push(&mut self, text: &str) -> (String, bool) {
         self.held.push_str(text);
         let met = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
@@ -96,7 +96,7 @@ mod tests {
             }
             prop_assert_eq!(stopped, stops.iter().any(|stop| whole.contains(stop.as_str())));
             if stopped {
-                // A stop that ends later but begins earlier is not yet known when one is met.
+                // Another stop may begin earlier and end later; it is not known yet when one is found.
                 prop_assert!(whole.starts_with(&shown));
                 prop_assert!(stops.iter().all(|stop| !shown.contains(stop.as_str())));
                 prop_assert!(stops.iter().any(|stop| whole[shown.len()..].starts_with(stop.as_str())));

@@ -34,13 +34,13 @@ impl Held<'_> {
     }
 }
 
-/// An answer as it comes: an iterator of [`Token`]s.
+/// An answer as it is generated: an iterator of [`Token`]s.
 ///
-/// The stream is handed out at once; the first call of `next` thinks about the prompt and reads it, and
-/// each further one runs the model once. It owns what it needs (`'static`, unless it is of a
-/// [`Conversation`]), so it can be sent to another thread. To cancel it, drop it, or use its
-/// [`Cancel`] from elsewhere: the call that is under way then ends with [`Error::Cancelled`] before the
-/// next layer. After an error it ends.
+/// The stream is returned at once; the first call of `next` thinks about the prompt and reads it, and
+/// each further one runs the model once. It owns what it needs (`'static`, unless it belongs to a
+/// [`Conversation`]), so it can be sent to another thread. To cancel it, drop it, or use its [`Cancel`]
+/// from elsewhere: the current call then ends with [`Error::Cancelled`] before the next layer. After an
+/// error the stream ends.
 ///
 /// ```
 /// # use candle_core::Device;
@@ -85,7 +85,7 @@ enum Next {
 
 impl<'c> TokenStream<'c> {
     /// Checks everything that can be checked before the model runs. Without a `conversation` the answer
-    /// stands alone.
+    /// stands on its own.
     pub(crate) fn new(
         source: &Arc<Source>,
         prompt: &Prompt,
@@ -125,7 +125,7 @@ impl<'c> TokenStream<'c> {
         })
     }
 
-    /// As a turn of its conversation, which takes it up when the answer has ended.
+    /// As a turn of its conversation, which adds it to its messages when the answer has ended.
     pub(crate) fn turn(mut self, said: Message) -> Self {
         self.said = Some(said);
         self
@@ -138,14 +138,14 @@ impl<'c> TokenStream<'c> {
         self
     }
 
-    /// The same stream, which tells how far the work before the first token has come.
+    /// The same stream, which reports how far the work before the first token has come.
     #[must_use]
     pub fn on_progress(mut self, call: impl FnMut(Progress) + Send + 'c) -> Self {
         self.progress = Box::new(call);
         self
     }
 
-    /// The prompt as the model takes it.
+    /// The prompt as the model reads it.
     #[must_use]
     pub fn prompt_ids(&self) -> &[u32] {
         &self.writer.answer.prompt_ids
@@ -164,7 +164,7 @@ impl<'c> TokenStream<'c> {
         self.writer.answer.prompt_logprobs.as_deref()
     }
 
-    /// What thinking did so far; see [`Answer::traces`].
+    /// What thinking has done so far; see [`Answer::traces`].
     #[must_use]
     pub fn traces(&self) -> &[Trace] {
         &self.writer.answer.traces
@@ -179,16 +179,16 @@ impl<'c> TokenStream<'c> {
         }
     }
 
-    /// Where the time went so far.
+    /// Where the time has gone so far.
     #[must_use]
     pub fn seconds(&self) -> Seconds {
         self.writer.answer.seconds
     }
 
-    /// Runs to the end and gives the whole answer, tokens already taken from the stream included.
+    /// Runs to the end and returns the whole answer, including tokens already taken from the stream.
     ///
     /// # Errors
-    /// The first error of the stream; [`Error::StreamFailed`] when it was given before.
+    /// The first error of the stream; [`Error::StreamFailed`] when it was returned before.
     pub fn collect_answer(mut self) -> Result<Answer> {
         self.read_prompt()?;
         for token in &mut self {
@@ -197,11 +197,12 @@ impl<'c> TokenStream<'c> {
         self.writer.finish()
     }
 
-    /// Thinks about the prompt and reads it, if that has not been done: what the first call of `next` does
-    /// by itself. Gives the tokens of the prompt that were in the conversation's cache already.
+    /// Thinks about the prompt and reads it, if that has not been done: what the first call of `next`
+    /// does by itself. Returns how many of the prompt's tokens were in the conversation's cache already.
     ///
     /// # Errors
-    /// As those of the stream, which then ends; [`Error::StreamFailed`] when it has ended so before.
+    /// As those of the stream, which then ends; [`Error::StreamFailed`] when an error has ended it
+    /// before.
     pub fn read_prompt(&mut self) -> Result<usize> {
         match self.next {
             Next::Logits(_) | Next::Token(_) => return Ok(self.kept),

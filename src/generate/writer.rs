@@ -21,7 +21,7 @@ pub(super) struct Writer {
     top_logprobs: usize,
     /// Why it ended, once it has.
     pub(super) stop: Option<StopReason>,
-    /// What came so far; `stop` above holds its own reason to end.
+    /// The answer so far; `stop` above, not its own field, says why it ended.
     pub(super) answer: Answer,
 }
 
@@ -52,7 +52,7 @@ impl Writer {
         })
     }
 
-    /// Takes note of what reading the prompt brought, and gives the logits after it.
+    /// Records the result of reading the prompt, and returns the logits after it.
     pub(super) fn begin(&mut self, read: PromptRead) -> Vec<f32> {
         self.answer.prompt_logprobs = read.prompt_logprobs;
         self.answer.traces = read.traces;
@@ -120,7 +120,7 @@ impl Writer {
 }
 
 /// The texts and the tokens that end an answer. A text that is the spelling of a control token never
-/// shows in the answer, so that token itself is looked for.
+/// appears in the answer, so that token itself is looked for.
 fn stops(config: &GenerationConfig, source: &Source) -> Result<(Vec<String>, Vec<u32>)> {
     let vocab_size = source.model.decoder().config().vocab_size;
     let (mut strings, mut ids) = (Vec::new(), config.stop_ids.clone());

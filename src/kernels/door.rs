@@ -36,8 +36,8 @@ pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>
     Ok(ops::rms_norm_slow(xs, weight, eps as f32)?)
 }
 
-/// Cuts `(tokens, heads · head_dim)` into heads, `(heads, tokens, head_dim)`, and turns each by the angles
-/// of its position, if there are any: cosines and sines, `(tokens, head_dim / 2)`.
+/// Cuts `(tokens, heads · head_dim)` into heads, `(heads, tokens, head_dim)`, and rotates each by the
+/// angles of its position, if there are any: cosines and sines, `(tokens, head_dim / 2)`.
 ///
 /// # Errors
 /// [`Error::Parameter`] where the width is no multiple of `heads`; when a device fails.
@@ -91,7 +91,7 @@ pub(crate) fn log_softmax(xs: &Tensor) -> Result<Tensor> {
     Ok(ops::log_softmax(&xs.to_dtype(DType::F32)?, D::Minus1)?)
 }
 
-/// `xs + ys`, where `ys` lies if that can be.
+/// `xs + ys`, in the place of `ys` where possible.
 pub(super) fn add(xs: &Tensor, ys: Fresh) -> Result<Fresh> {
     let ys = ys.into_tensor();
     let tracked = xs.track_op() || ys.track_op();
@@ -103,7 +103,7 @@ pub(super) fn add(xs: &Tensor, ys: Fresh) -> Result<Fresh> {
     Ok(Fresh::new(ys))
 }
 
-/// `silu(gate) · up`, element by element, where `gate` lies if that can be.
+/// `silu(gate) · up`, element by element, in the place of `gate` where possible.
 pub(crate) fn swiglu(gate: Fresh, up: &Tensor) -> Result<Fresh> {
     let gate = gate.into_tensor();
     let fit = fits_kernels(&gate) && fits_kernels(up);
@@ -121,7 +121,7 @@ pub(crate) fn swiglu(gate: Fresh, up: &Tensor) -> Result<Fresh> {
 pub(crate) struct Input {
     /// `(…, in_features)`
     xs: Tensor,
-    /// The same as kernels of the CPU read it, if a kernel multiplies one of the weights.
+    /// The same as this crate's CPU kernels read it, if one of them multiplies one of the weights.
     rows: Option<InputRows>,
 }
 
@@ -154,8 +154,8 @@ impl Input {
     }
 }
 
-/// Whether a kernel of this crate multiplies `xs` by this weight, leaving a gradient for it out. A dense
-/// weight of `f32` that `xs` brings a gradient to is as fast without one.
+/// Whether a kernel of this crate multiplies `xs` by this weight without a gradient for the weight. For
+/// a dense `f32` weight and a tracked `xs`, it would be no faster.
 fn is_frozen(weight: &Weight, xs: &Tensor) -> bool {
     fits_kernels(xs)
         && match weight {
@@ -181,7 +181,7 @@ fn frozen(xs: &Tensor, rows: &InputRows, weight: &Weight) -> Result<Tensor> {
     Ok(xs.apply_op1(Frozen::new(weight, ys))?)
 }
 
-/// By operations of candle's, and on the CPU with a gradient for the weight.
+/// By candle's operations, and on the CPU with a gradient for the weight.
 fn dense(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if fits_kernels(xs) {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
@@ -211,19 +211,19 @@ fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
 
 /// `softmax(q kᵀ · scale + mask) v`: the attention of every pass of the crate.
 ///
-/// `q` is `(heads, queries, head_dim)`, the queries of all sequences one behind the other; the
+/// `q` is `(heads, queries, head_dim)`, the queries of all sequences one after the other; the
 /// `heads / kv_heads` query heads of a head group share their one key head. On the CPU, keys and values
 /// may be narrower than an `f32` `q`. Returns the heads side by side, `(queries, heads · head_dim)`. It
 /// is differentiable in `q` and in packed keys and values.
 ///
-/// On the CPU no bit of a query's result depends on what else is in the pass, on the number of threads, or
-/// on whether keys lie packed or in blocks. Only a sequence's last query rounds otherwise when it comes
-/// alone than when it comes with others.
+/// On the CPU no bit of a query's result depends on what else is in the pass, on the number of threads,
+/// or on whether keys lie packed or in blocks. Only a sequence's last query rounds differently when it
+/// comes alone than when it comes with others.
 ///
 /// With the feature `flash-attn`, on a CUDA device, candle's flash attention computes it where all
 /// three are `f16` or all `bf16`, nothing tracks a gradient, a head has a multiple of 8 numbers, at most
-/// 512, and there is one sequence whose queries each see all keys, or so many behind and ahead of
-/// themselves. It has been compiled against candle's types, and never yet been run on a GPU.
+/// 512, and there is one sequence whose queries each see all keys, or a fixed number behind and
+/// ahead of themselves. It compiles against candle's types, but has never been run on a GPU.
 ///
 /// # Errors
 /// [`Error::Parameter`] where shapes do not fit each other or the spans; when a device fails.
@@ -264,8 +264,8 @@ mod tests {
     use candle_core::{Device, Var};
     use proptest::prelude::*;
 
-    /// `op` of tracked inputs and its gradients with respect to them, for a sum that weighs every
-    /// element differently.
+    /// `op` of tracked inputs, and its gradients with respect to them for a sum in which every element
+    /// has a different weight.
     fn with_gradients(
         inputs: &[Tensor],
         op: impl Fn(&[Tensor]) -> Result<Tensor>,
@@ -364,7 +364,7 @@ mod tests {
         Ok(())
     }
 
-    /// A sum lies where its fresh part lay, and where that cannot be, the sum is the same.
+    /// A sum is written where its fresh part was, and where that is impossible, the sum is the same.
     #[test]
     fn a_sum_is_the_same_wherever_it_lies() -> Result<()> {
         let random = |dims: (usize, usize)| Tensor::randn(0f32, 1.0, dims, &Device::Cpu);

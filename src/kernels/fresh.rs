@@ -1,4 +1,4 @@
-//! A promise that used to be prose: nobody else holds this tensor.
+//! A promise made a type: nobody else holds this tensor.
 
 use std::ops::Add;
 
@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::door;
 use crate::error::Result;
 
-/// A tensor that nobody else holds, so that a result may be written over it. Only kernels make one, of
+/// A tensor that nobody else holds, so that a result may be written over it. Only kernels make one, from
 /// what they have just computed.
 ///
 /// ```text
@@ -22,18 +22,18 @@ impl Fresh {
         Self(tensor)
     }
 
-    /// Several, one behind the other along `dim`.
+    /// Several, one after the other along `dim`.
     pub(crate) fn cat(parts: Vec<Self>, dim: usize) -> Result<Self> {
         let parts: Vec<_> = parts.into_iter().map(Self::into_tensor).collect();
         Ok(Self(Tensor::cat(&parts, dim)?))
     }
 
-    /// The tensor, for anybody to hold.
+    /// The tensor, free to be shared.
     pub(crate) fn into_tensor(self) -> Tensor {
         self.0
     }
 
-    /// The tensor, to be read. A clone of it must not outlive this.
+    /// The tensor, for reading. A clone of it must not outlive this.
     pub(crate) fn tensor(&self) -> &Tensor {
         &self.0
     }

@@ -10,8 +10,8 @@ use super::weight::Weight;
 /// Elements of a narrow weight that are widened at a time for a gradient: 16 MiB of `f32`.
 const WIDEN_AT_ONCE: usize = 1 << 22;
 
-/// `x Wᵀ` in `f32`, with a gradient for those of the two that want one. Of a product of candle's own it
-/// would be computed for both, and every reshaping around it copied.
+/// `x Wᵀ` in `f32`, with a gradient for whichever of the two wants one. candle's own product would
+/// compute it for both, and copy at every reshape around it.
 pub(super) struct Product;
 
 impl CustomOp2 for Product {

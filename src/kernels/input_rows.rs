@@ -11,17 +11,17 @@ use super::quantized::{self, FixedPoint, QuantBlock, for_blocks};
 use super::storage::{elements, values};
 use super::weight::Weight;
 
-/// Up to this many rows of input, each row of the weight is multiplied as it is read; more are worth
-/// turning the input for.
+/// Up to this many rows of input, each row of the weight is multiplied as it is read; for more it pays
+/// to transpose the input.
 pub(super) const FEW_ROWS: usize = 16;
 
 /// Rows of input as the kernels for products read them.
 pub(super) struct InputRows {
     /// `(rows, in)`, contiguous.
     xs: Tensor,
-    /// Of more than [`FEW_ROWS`].
+    /// For more than [`FEW_ROWS`] rows.
     tiles: Option<Tiles>,
-    /// Of fewer, if a weight asks for it.
+    /// For fewer, if a weight asks for it.
     fixed_point: OnceLock<Vec<FixedPoint>>,
 }
 
@@ -30,7 +30,7 @@ impl InputRows {
     pub(super) fn new(xs: &Tensor) -> Result<Self> {
         let (rows, len) = xs.dims2()?;
         let xs = xs.contiguous()?;
-        // Not when they are needed first: that would be on several threads at a time.
+        // Not on first use: that would be on several threads at a time.
         let tiles = match rows > FEW_ROWS && len > 0 {
             true => Some(Tiles::new(values(&xs).get()?, len)),
             false => None,

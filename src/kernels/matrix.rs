@@ -34,8 +34,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// `into = keep · into + scale · a b`, where `into` holds its rows one right after the other and
-/// `keep` is 0 or 1.
+/// `into = keep · into + scale · a b`, where the rows of `into` are contiguous and `keep` is 0 or 1.
 pub(in crate::kernels) fn product(
     into: &mut [f32],
     keep: bool,

@@ -1,4 +1,4 @@
-//! What a model computes with: products, attention, and what is done element by element. CPU kernels where
+//! What a model computes with: products, attention, and elementwise operations. CPU kernels where
 //! candle's own are slow, each compiled for the processor's vector units by run-time detection
 //! ([`pulp`]) and tested against its plain twin in candle operations.
 //!
@@ -12,7 +12,7 @@
 //! memory                             what the allocator keeps of freed memory
 //! ```
 //!
-//! Nothing here knows a model.
+//! Nothing here knows about models.
 
 mod attention;
 mod dense;

@@ -1,4 +1,4 @@
-//! What tensors of candle's hold on the CPU, as slices.
+//! What candle's tensors hold on the CPU, as slices.
 
 use std::ops::Deref;
 
@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-/// `tensor.to_dtype(F32)`, on all cores for the half types on the CPU.
+/// `tensor.to_dtype(F32)`; for the half types on the CPU, on all cores.
 pub(super) fn widen(tensor: &Tensor) -> Result<Tensor> {
     if !tensor.device().is_cpu() || !tensor.is_contiguous() {
         return tensor.to_dtype(DType::F32);
@@ -35,7 +35,7 @@ where
         .for_each(|(wide, narrow)| narrow.convert_to_f32_slice(wide));
 }
 
-/// The elements that a contiguous tensor shows of its storage.
+/// The elements of the storage that belong to a contiguous tensor.
 pub(super) fn elements<'a, T>(storage: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     let (start, count) = (layout.start_offset(), layout.shape().elem_count());
     match storage.get(start..start + count) {

@@ -24,7 +24,7 @@ impl Weight {
         Ok(Self::Dense(weight.contiguous()?))
     }
 
-    /// What no kernel of the CPU reads is unpacked for good.
+    /// On the CPU, a type that no kernel reads is dequantised once and for all.
     pub(crate) fn quantized(weight: Arc<QTensor>) -> Result<Self> {
         let device = weight.device();
         match device.is_cpu() && !reads_blocks(weight.dtype()) {

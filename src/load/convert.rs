@@ -26,8 +26,8 @@ pub(super) enum Stored {
 }
 
 impl Stored {
-    /// The type that holds these values as they are: that of the file where candle's models compute
-    /// in it, else f32.
+    /// The type that holds these values unchanged: that of the file where candle's models compute in it,
+    /// otherwise f32.
     pub(super) fn dtype(self) -> DType {
         match self {
             Self::F64 | Self::F32 | Self::Blocks(_) => DType::F32,
@@ -36,7 +36,7 @@ impl Stored {
         }
     }
 
-    /// Bytes of one row of `len` elements. Blocks do not span rows: the parser saw to it.
+    /// Bytes of one row of `len` elements. Blocks do not span rows: the parser has checked that.
     fn row_bytes(self, len: usize) -> usize {
         match self {
             Self::F64 => 8 * len,
@@ -60,8 +60,8 @@ pub(super) struct Source<'a> {
 /// Why a weight was not converted.
 #[derive(Debug)]
 pub(super) enum Refusal {
-    /// The element at `index`, in the order of the file, is not finite; `stored` tells whether it
-    /// was so before it was converted.
+    /// The element at `index`, in the order of the file, is not finite; `stored` says whether it was so
+    /// before the conversion.
     NotFinite {
         index: usize,
         got: f32,
@@ -82,7 +82,7 @@ impl From<candle_core::Error> for Refusal {
     }
 }
 
-/// Elements that one task converts at least: enough to hide the cost of starting it.
+/// The fewest elements that one task converts: enough to hide the cost of starting it.
 const TASK: usize = 1 << 15;
 
 impl Source<'_> {
@@ -118,8 +118,8 @@ impl Source<'_> {
         }
     }
 
-    /// The matrix in Hugging Face order in blocks of `to`, which its rows are a multiple of: its own
-    /// blocks as they are, anything else rounded.
+    /// The matrix in Hugging Face order in blocks of `to`, of which its rows are a multiple: its own
+    /// blocks unchanged, anything else rounded.
     pub(super) fn blocks(&self, to: GgmlDType, device: &Device) -> Result<QTensor, Refusal> {
         let row_len = self.row_len();
         let row_bytes = Stored::Blocks(to).row_bytes(row_len);
@@ -138,7 +138,7 @@ impl Source<'_> {
         Ok(QTensor::new(storage, self.shape)?)
     }
 
-    /// Some of the rows in Hugging Face order as the bytes of their blocks.
+    /// Writes some of the rows, in Hugging Face order, as the bytes of their blocks.
     fn pack(&self, rows: Range<usize>, to: GgmlDType, packed: &mut [u8]) -> Result<(), Refusal> {
         let row_len = self.row_len();
         let row_bytes = Stored::Blocks(to).row_bytes(row_len);
@@ -157,7 +157,7 @@ impl Source<'_> {
         }
         let wide = Tensor::from_vec(wide, (rows.len(), row_len), &Device::Cpu)?;
         packed.copy_from_slice(&QTensor::quantize(&wide, to)?.data()?);
-        // The scales of blocks are f16: a large value may have become an infinity.
+        // The scales of blocks are f16: a large value may have become infinite.
         let mut rounded = vec![0f32; row_len];
         for (row, packed) in rows.zip(packed.chunks_exact(row_bytes)) {
             if !f32::read(Stored::Blocks(to), packed, &mut rounded) {
@@ -170,7 +170,7 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// A vector is one row; the rows of anything else are what its first dimension counts.
+    /// A vector is one row; in anything else, the first dimension counts the rows.
     fn row_len(&self) -> usize {
         let row = match self.shape {
             [_, row @ ..] if !row.is_empty() => row,
@@ -185,7 +185,7 @@ impl Source<'_> {
         self.bytes.get(row * len..).and_then(|rest| rest.get(..len)).unwrap_or_default()
     }
 
-    /// Reads a row again that `T::read` found fault with, to say where and what it is.
+    /// Reads again a row that `T::read` rejected, to find which value it was and where.
     fn not_finite<T: Float>(&self, row: usize) -> Refusal {
         let mut converted = T::zeros(self.row_len());
         T::read(self.stored, self.row(row), &mut converted);
@@ -203,7 +203,7 @@ impl Source<'_> {
 
 /// The element types of a tensor that weights are kept in.
 trait Float: WithDType + Send + Sync {
-    /// Memory that the kernel zeroes when it is first touched, so that filling it is the one pass.
+    /// Memory that the system zeroes when it is first touched, so that filling it takes a single pass.
     fn zeros(len: usize) -> Vec<Self>;
     /// Converts one row; false if a value of `out` is not finite.
     fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool;
@@ -220,7 +220,7 @@ impl Float for f32 {
     }
 }
 
-/// Both halves are read alike: their own bits copied, all else by way of f32.
+/// Both half types are read the same way: their own bits copied, everything else converted through f32.
 macro_rules! half_float {
     ($half:ty, $same:pat) => {
         impl Float for $half {
@@ -243,8 +243,8 @@ macro_rules! half_float {
 half_float!(f16, Stored::F16);
 half_float!(bf16, Stored::BF16);
 
-/// Elements of the buffers between two conversions; small enough for the stack and the first cache,
-/// and a multiple of every block.
+/// Elements of the buffers between two conversions; small enough for the stack and the first-level
+/// cache, and a multiple of every block.
 const BUFFER: usize = 1024;
 
 fn through_f32<T>(stored: Stored, bytes: &[u8], out: &mut [T], convert: impl Fn(&[f32], &mut [T])) {
@@ -263,7 +263,7 @@ fn read_f32(stored: Stored, bytes: &[u8], out: &mut [f32]) {
         Stored::F64 => copy(bytes, out, |bytes| f64::from_le_bytes(bytes) as f32),
         Stored::BF16 => copy(bytes, out, |bytes| bf16::from_bits(u16::from_le_bytes(bytes)).into()),
         Stored::F16 => {
-            // half converts slices with the processor's own instruction, single values without
+            // half converts slices with the processor's own instruction, but single values without it
             let mut buffer = [f16::ZERO; BUFFER];
             for (bytes, out) in bytes.chunks(2 * BUFFER).zip(out.chunks_mut(BUFFER)) {
                 let Some(buffer) = buffer.get_mut(..out.len()) else { return };
@@ -272,20 +272,20 @@ fn read_f32(stored: Stored, bytes: &[u8], out: &mut [f32]) {
             }
         }
         Stored::Blocks(blocks) => {
-            // candle asserts that `bytes` are whole blocks and aligned to them: the parser of GGUF
-            // makes rows whole blocks and tensors aligned to 8, and a block is a multiple of its
-            // own alignment, at most 4
+            // candle asserts that `bytes` are whole blocks and aligned to them: the GGUF parser makes
+            // rows whole blocks and aligns tensors to 8, and a block is a multiple of its own alignment,
+            // at most 4
             let blocks = blocks.from_data(Cow::Borrowed(bytes));
             match blocks.dequantize(out.len()) {
                 Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
-                // candle has no way to come here; should it find one, the caller refuses NaN
+                // candle does not get here today; if it ever does, the caller refuses NaN
                 _ => out.fill(f32::NAN),
             }
         }
     }
 }
 
-/// [`read_f32`] without the overflow that f32 adds to f64.
+/// [`read_f32`] without overflowing f64 values to f32.
 fn read_f64(stored: Stored, bytes: &[u8], out: &mut [f64]) {
     if stored == Stored::F64 {
         return copy(bytes, out, f64::from_le_bytes);

@@ -32,9 +32,9 @@ pub(super) struct Index {
 impl Folder {
     /// Finds the weights in `folder`, then the configuration that belongs to them.
     ///
-    /// `model.safetensors` comes before shards, as in `transformers`, and both before
-    /// `consolidated.safetensors`, which holds the same weights again. Each prefers the
-    /// configuration published beside it, `config.json` or `params.json`, and takes the other.
+    /// `model.safetensors` is preferred to shards, as in `transformers`, and both to
+    /// `consolidated.safetensors`, which holds the same weights again. Each prefers the configuration
+    /// published with it, `config.json` or `params.json`, and falls back on the other.
     pub(super) fn look(folder: &Path) -> Result<Self> {
         let file = |name: &str| Some(folder.join(name)).filter(|path| path.is_file());
         let (naming, weights, index) = if let Some(path) = file("model.safetensors") {
@@ -72,13 +72,13 @@ impl Index {
         Ok(Self { path, weight_map: content.weight_map })
     }
 
-    /// The shards, each once. A name that is more than the name of a file could reach outside the
-    /// folder, so it is refused.
+    /// The shards, each once. A name that is more than a plain file name could reach outside the folder,
+    /// so it is refused.
     fn shards(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let mut shards = BTreeSet::new();
         for (weight, shard) in &self.weight_map {
             let one_name = Path::new(shard).file_name() == Some(OsStr::new(shard));
-            // a backslash separates on Windows only, but shards are shared between systems
+            // a backslash is a separator on Windows only, but shards are shared between systems
             if !one_name || shard.contains('\\') {
                 let message = format!("{weight} is in {shard:?}, which is not a file name");
                 return Err(Error::malformed(&self.path, message));
@@ -96,7 +96,7 @@ impl Index {
         Ok(shards.into_iter().collect())
     }
 
-    /// Refuses an index that says of a weight that it is in another file than `file_of` finds.
+    /// Refuses an index that places a weight in another file than `file_of` finds.
     pub(super) fn check<'a>(&self, file_of: impl Fn(&str) -> Option<&'a Path>) -> Result<()> {
         for (name, shard) in &self.weight_map {
             if file_of(name).is_none_or(|file| !file.ends_with(shard)) {
@@ -108,7 +108,7 @@ impl Index {
     }
 }
 
-/// What to say of a folder without weights; it depends on what is there instead.
+/// The error for a folder without weights; it depends on what is there instead.
 fn no_weights(folder: &Path) -> Result<Error> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {

@@ -5,14 +5,14 @@ use std::path::Path;
 use crate::config::Fields;
 use crate::error::{Error, Result};
 
-/// What `generation_config.json` says. `None`, or no ids, is what it does not say.
+/// What `generation_config.json` says; `None`, or no ids, for what it leaves out.
 ///
-/// The values are as in the file: whoever samples with them checks their ranges.
+/// The values are as in the file: the sampler that uses them checks their ranges.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
     /// The tokens that end a text; the file has one or a list.
     pub eos_token_ids: Vec<u32>,
-    /// The token that begins one.
+    /// The token that begins a text.
     pub bos_token_id: Option<u32>,
     /// Whether to sample; greedy otherwise.
     pub do_sample: Option<bool>,
@@ -29,7 +29,7 @@ pub struct GenerationDefaults {
 }
 
 impl GenerationDefaults {
-    /// Reads `folder/generation_config.json`; without that file, nothing is said.
+    /// Reads `folder/generation_config.json`; without that file, everything is left out.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("generation_config.json");
         if !path.is_file() {

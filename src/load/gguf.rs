@@ -1,7 +1,7 @@
 //! The header of a GGUF file.
 //!
-//! Why not candle's `Content::read`: it divides by `general.alignment` unchecked, lets a key or a
-//! tensor that comes twice overwrite the first, and checks where a tensor lies only on reading it.
+//! Why not candle's `Content::read`: it divides by `general.alignment` unchecked, lets a repeated key or
+//! tensor overwrite the first, and checks a tensor's place only when reading it.
 //!
 //! Source: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
@@ -19,8 +19,8 @@ pub(super) const MAGIC: &[u8] = b"GGUF";
 /// Levels of arrays within arrays; real files have one.
 const MAX_DEPTH: usize = 4;
 
-/// Elements of one array; the largest vocabularies have a sixtieth of it. A [`Value`] takes many
-/// times the room of a byte in the file.
+/// The most elements of one array; the largest vocabularies have a sixtieth of this. A [`Value`] takes
+/// many times as much room as a byte in the file.
 const MAX_ARRAY: u64 = 1 << 24;
 
 /// `GGML_MAX_DIMS`
@@ -48,8 +48,8 @@ type Result<T, E = String> = std::result::Result<T, E>;
 
 /// Reads the header of `file`, the whole content of a GGUF file of version 2 or 3.
 ///
-/// Of what it returns every tensor lies within `file`, apart from the others, on a multiple of 8,
-/// and its rows are whole blocks.
+/// Every tensor that it returns lies within `file`, overlaps no other, begins at a multiple of 8, and
+/// has rows of whole blocks.
 pub(super) fn parse(file: &[u8]) -> Result<Gguf> {
     let mut reader = Reader { file, position: 0 };
     if reader.take(MAGIC.len())? != MAGIC {
@@ -192,7 +192,7 @@ impl<'a> Reader<'a> {
         self.take(usize::try_from(len).unwrap_or(usize::MAX))
     }
 
-    /// A string that something is called by.
+    /// A string that is a name.
     fn name(&mut self, what: &str) -> Result<String> {
         let position = self.position;
         let bytes = self.string()?;
@@ -214,7 +214,7 @@ impl<'a> Reader<'a> {
                 [1] => Value::Bool(true),
                 [other] => return Err(format!("expected a bool of 0 or 1, got {other}")),
             },
-            // tokens of real vocabularies are not all UTF-8, and some writers end them with zeros
+            // tokens of real vocabularies are not all UTF-8, and some writers terminate them with zeros
             8 => {
                 let text = String::from_utf8_lossy(self.string()?);
                 Value::String(text.trim_end_matches('\0').to_string())
@@ -236,7 +236,7 @@ impl<'a> Reader<'a> {
         if len > MAX_ARRAY {
             return Err(format!("an array of {len} elements: at most {MAX_ARRAY} are read"));
         }
-        // grown by what is really there, not by what the file claims
+        // grown by what is actually there, not by what the file claims
         let mut values = Vec::new();
         for _ in 0..len {
             values.push(self.value(kind, depth + 1)?);

@@ -47,18 +47,18 @@ use crate::error::{Error, Result};
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
-/// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
-/// shards), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
-/// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
+/// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its shards),
+/// Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of version 2 or 3.
+/// Where a folder holds the weights twice, the Hugging Face files are used.
 ///
-/// The files must not be changed while it lives: they are mapped into memory, and one that is cut
-/// short ends the process when the missing part is read.
+/// The files must not be changed while this is alive: they are mapped into memory, and if one is
+/// truncated, reading the missing part ends the process.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     config: Config,
     naming: Naming,
-    /// By the names of the file.
+    /// By their names in the file.
     tensors: BTreeMap<String, Entry>,
     gguf_metadata: Option<HashMap<String, Value>>,
 }
@@ -68,26 +68,26 @@ pub struct Checkpoint {
 struct Mapped {
     path: PathBuf,
     bytes: Mmap,
-    /// Whether `bytes` are those of a file, not a copy of them.
+    /// Whether `bytes` map the file itself rather than a copy of it.
     of_file: bool,
 }
 
-/// Where a tensor is, and as what.
+/// Where a tensor is, and its type.
 #[derive(Debug)]
 struct Entry {
     file: Arc<Mapped>,
-    /// A type that holds no weights is an error only for a tensor that is used: its name.
+    /// A type that holds no weights, here by its name, is an error only if the tensor is used.
     stored: Result<Stored, String>,
     shape: Vec<usize>,
     range: Range<usize>,
 }
 
 impl Checkpoint {
-    /// Opens a folder or a GGUF file, told apart by what is there, not by the name.
+    /// Opens a folder or a GGUF file, told apart by content, not by name.
     ///
     /// # Errors
     /// [`Error::Io`] if something cannot be read, [`Error::Malformed`] if it is not what its format
-    /// promises or a file is missing, and what [`Config::from_json`] and its kin return.
+    /// promises or a file is missing, and the errors of [`Config::from_json`] and its siblings.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
@@ -95,7 +95,7 @@ impl Checkpoint {
             return Self::open_folder(path);
         }
         let mut magic = Vec::new();
-        // anything else, a pipe say, might never end
+        // anything else, such as a pipe, might never end
         if metadata.is_file() {
             let file = File::open(path).map_err(Error::io(path))?;
             file.take(gguf::MAGIC.len() as u64).read_to_end(&mut magic).map_err(Error::io(path))?;
@@ -170,7 +170,7 @@ impl Checkpoint {
             index.check(|name| tensors.get(name).map(|entry| entry.file.path.as_path()))?;
         }
         if folder.is_params && !tensors.contains_key(&folder.naming.spell("lm_head.weight")) {
-            // `params.json` has no settled way to say so: a head that is not there is tied.
+            // `params.json` has no established field for this: without a head, the embeddings are tied.
             config.tie_word_embeddings = true;
         }
         Ok(Self {
@@ -209,7 +209,7 @@ impl Checkpoint {
     }
 
     /// The `hybrid.json` beside the weights, in the folder itself or in that of a GGUF file: how the
-    /// makers of a checkpoint think with it. Where it is, and its text; `None` if there is none.
+    /// makers of a checkpoint think with it. Returns its path and its text; `None` if there is none.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -225,15 +225,15 @@ impl Checkpoint {
         Ok(Some((path, text)))
     }
 
-    /// The weights, kept as `kept` says, on `device`. Values are checked: a NaN, an infinity, or a
-    /// value that becomes one as it is converted is refused.
+    /// The weights, kept as `kept` says, on `device`. Values are checked: a NaN, an infinity, or a value
+    /// that becomes one in the conversion is refused.
     pub fn weights(&self, kept: impl Into<WeightType>, device: &Device) -> CheckpointWeights<'_> {
         CheckpointWeights::new(self, kept.into(), device)
     }
 }
 
-/// The tensors of one safetensors file by itself, in its own names. What is said of changes to the
-/// file of a [`Checkpoint`] holds for it too.
+/// The tensors of a single safetensors file, under its own names. As with a [`Checkpoint`], the file
+/// must not be changed meanwhile.
 #[derive(Debug)]
 pub(crate) struct TensorFile(BTreeMap<String, Entry>);
 
@@ -271,8 +271,8 @@ fn entries(path: &Path) -> Result<BTreeMap<String, Entry>> {
 }
 
 impl Entry {
-    /// The tensor, called `name` in its file, if it has this shape; in the type that `dtype` gives
-    /// for the stored one.
+    /// The tensor called `name` in its file, if it has this shape; in the type that `dtype` gives for
+    /// the stored one.
     fn tensor(
         &self,
         name: &str,
@@ -320,7 +320,7 @@ impl Entry {
         }
     }
 
-    /// What is wrong with the tensor called `name`, which was to become a `kept`.
+    /// The error for the tensor called `name`, which was to become a `kept`.
     fn refused(&self, name: &str, refusal: Refusal, kept: &str) -> Error {
         let (name, place) = (name.to_string(), self.place());
         match refusal {
@@ -348,9 +348,9 @@ impl Entry {
 impl Mapped {
     fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path))?;
-        // SAFETY: the mapping is read-only and outlives every slice of it, which borrow from
-        // `Mapped`. What no program can rule out is that somebody else writes to the file, or cuts
-        // it short, meanwhile; the documentation of `Checkpoint` makes that the caller's promise.
+        // SAFETY: the mapping is read-only and outlives every slice of it, which borrow from `Mapped`.
+        // What no program can rule out is that another process writes to the file, or truncates it,
+        // meanwhile; the documentation of `Checkpoint` makes preventing that the caller's duty.
         let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         Ok(Self { path: path.to_path_buf(), bytes, of_file: true })
     }
@@ -364,12 +364,12 @@ impl Mapped {
         Ok(Self { path, bytes, of_file: false })
     }
 
-    /// Tells the system that `range` will not be read soon: else the file's pages would count as
-    /// this process's memory beside the tensors made of them, and the peak would be both.
+    /// Tells the system that `range` will not be read again soon: otherwise the file's pages would count
+    /// as this process's memory beside the tensors made from them, and the peak would be the sum.
     fn release(&self, range: &Range<usize>) {
         #[cfg(unix)]
         if self.of_file {
-            // Only whole pages within the range, as its neighbours may not be read yet.
+            // Only whole pages within the range, since its neighbours may not have been read yet.
             const PAGE: usize = 1 << 16; // at least the page of any system
             let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
             if start < end {

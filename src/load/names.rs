@@ -48,7 +48,8 @@ impl Naming {
         }
     }
 
-    /// This checkpoint's spelling of a Hugging Face `name`; `name` itself if it is not one of ours.
+    /// This checkpoint's spelling of a Hugging Face `name`; `name` itself if it is not one of the
+    /// model's.
     pub(super) fn spell(self, name: &str) -> String {
         self.translate(name).unwrap_or_else(|| name.to_string())
     }
@@ -74,7 +75,7 @@ impl Naming {
         self.split_layer(name)?.0.parse().ok()
     }
 
-    /// Whether `name`, spelled as in this checkpoint, stands where the model's own weights stand.
+    /// Whether `name`, spelled as in this checkpoint, is in the place of the model's own weights.
     pub(super) fn is_ours(self, name: &str) -> bool {
         let under = |prefix: &str| name.strip_prefix(prefix).is_some_and(|n| n.starts_with('.'));
         under(THOUGHT)
@@ -90,7 +91,7 @@ impl Naming {
     pub(super) fn rows(self, name: &str, head_dim: usize) -> Rows {
         let rotated =
             name.ends_with("self_attn.q_proj.weight") || name.ends_with("self_attn.k_proj.weight");
-        // What was learned for thought passes is nobody's format but ours.
+        // Weights learned for thought passes exist in our own format only.
         if rotated && !name.starts_with(THOUGHT) && self != Self::HuggingFace {
             Rows::Interleaved { head_dim }
         } else {
@@ -101,9 +102,9 @@ impl Naming {
 
 /// How the rows of a stored matrix relate to those of the Hugging Face one.
 ///
-/// RoPE turns pairs of a head's rows. Hugging Face keeps the first of every pair in the head's
-/// first half and the second in its second half; Mistral, and llama.cpp after it, keep the two side
-/// by side. With a `head_dim` of 6 the pairs are a, b, c and the rows of each head
+/// RoPE rotates pairs of a head's rows. Hugging Face keeps the first of every pair in the head's first
+/// half and the second in its second half; Mistral, and llama.cpp after it, keep the two side by side.
+/// With a `head_dim` of 6, the pairs are a, b, c and the rows of each head are
 ///
 /// ```text
 /// stored (interleaved)    a0 a1 b0 b1 c0 c1

@@ -19,9 +19,9 @@ pub(super) struct StoredTensor {
 
 /// Reads the header of `file`, the whole content of a safetensors file.
 ///
-/// What it returns covers the file without gaps or overlaps, each entry by as many bytes as its
-/// shape and type ask for; the safetensors crate checks that. Its `SafeTensors::deserialize` is
-/// avoided because it adds the header's own offsets to the length of the header unchecked.
+/// The entries cover the file without gaps or overlaps, each with as many bytes as its shape and type
+/// need; the safetensors crate checks that. Its `SafeTensors::deserialize` is avoided because it adds
+/// the header's own offsets to the length of the header unchecked.
 pub(super) fn parse(file: &[u8]) -> Result<BTreeMap<String, StoredTensor>, String> {
     let too_short =
         |len: u64| format!("the header should take {len} bytes, but the file has {}", file.len());

@@ -1,4 +1,4 @@
-//! What weights are kept as in memory.
+//! The type that weights are kept in, in memory.
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
@@ -7,15 +7,16 @@ use super::convert::Stored;
 use crate::error::{Error, Result};
 use crate::model::reads_blocks;
 
-/// What weights are kept as in memory. On the CPU they are computed with in `f32`, whatever they are
-/// kept as; up to 16 tokens at a time are multiplied with blocks in whole numbers of 21 bits and a sign,
-/// nearly as fine as `f32` among numbers of one size (`Q8_0` only where the processor has VNNI).
+/// The type that weights are kept in, in memory. On the CPU all computing is in `f32`, whatever the
+/// weights are kept in; up to 16 tokens at a time are multiplied with blocks in integers of 21 bits and
+/// a sign, nearly as fine as `f32` among numbers of similar size (`Q8_0` only where the processor has
+/// VNNI).
 ///
 /// A [`DType`], an `Option` of one (`None` is the default) and a [`GgmlDType`] convert into it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightType {
-    /// As they are stored: `f32`, `f16` and `bf16` stay so, `f64` becomes `f32`, and matrices in
-    /// blocks of a GGUF type stay in these (those in `Q8_1` and `Q8K`, which no file should hold,
+    /// As they are stored: `f32`, `f16` and `bf16` stay as they are, `f64` becomes `f32`, and matrices
+    /// in blocks of a GGUF type stay in them (those in `Q8_1` and `Q8K`, which no file should hold,
     /// become `f32`).
     #[default]
     Stored,
@@ -24,11 +25,11 @@ pub enum WeightType {
     /// Matrices in blocks of a GGUF type, rounded as they are loaded; norms and the like as stored.
     ///
     /// Where rounding costs most, in the head (the embedding table, if that is the head), in `v_proj`
-    /// and in `down_proj`, blocks have at least `Q6K`, much as in llama.cpp's mixes (`Q4_K_M`). As there,
-    /// where the rows of a matrix are no multiple of the 256 weights of a `K` block, blocks of 32
-    /// weights stand in (`Q2K`, `Q3K`: `Q4_0`; `Q4K`: `Q5_0`; `Q5K`: `Q5_1`; `Q6K`: `Q8_0`). Rows that
-    /// are no multiple of 32 stay as they are stored, and so do matrices that are stored in blocks no
-    /// larger than the wanted ones.
+    /// and in `down_proj`, blocks have at least `Q6K`, much as in llama.cpp's mixes (`Q4_K_M`). Also as
+    /// there, if the rows of a matrix are not a multiple of the 256 weights of a `K` block, blocks of 32
+    /// weights are used instead (`Q2K`, `Q3K`: `Q4_0`; `Q4K`: `Q5_0`; `Q5K`: `Q5_1`; `Q6K`: `Q8_0`).
+    /// Rows that are not a multiple of 32 stay as they are stored, and so do matrices that are stored in
+    /// blocks no larger than the requested ones.
     Quantized(GgmlDType),
 }
 
@@ -51,7 +52,7 @@ impl From<Option<DType>> for WeightType {
 }
 
 impl WeightType {
-    /// What a tensor is kept as that is not a matrix to be multiplied with.
+    /// The type for a tensor that is not a matrix to multiply with.
     pub(super) fn dense(self, stored: Stored) -> DType {
         match self {
             Self::Dense(dtype) => dtype,
@@ -59,8 +60,8 @@ impl WeightType {
         }
     }
 
-    /// The blocks that a matrix with rows of `row_len` weights is kept in; `None` if in none. In one
-    /// that is `dear`, rounding costs more than in others.
+    /// The blocks that a matrix with rows of `row_len` weights is kept in; `None` if in none. A `dear`
+    /// matrix is one where rounding costs more than in others.
     pub(super) fn blocks(
         self,
         stored: Stored,
@@ -95,12 +96,12 @@ impl WeightType {
     }
 }
 
-/// Bits of a weight, times 256: whole for every type.
+/// Bits per weight, times 256: an integer for every type.
 fn bits(blocks: GgmlDType) -> usize {
     blocks.type_size() * 8 * 256 / blocks.block_size()
 }
 
-/// The type with blocks of 32 weights that stands in for one with 256.
+/// The type with blocks of 32 weights that replaces one with 256.
 fn smaller(blocks: GgmlDType) -> GgmlDType {
     match blocks {
         GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,

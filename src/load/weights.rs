@@ -1,4 +1,4 @@
-//! The weights of a checkpoint, handed out one by one and accounted for in the end.
+//! The weights of a checkpoint, taken one by one and accounted for at the end.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ pub struct CheckpointWeights<'a> {
     checkpoint: &'a Checkpoint,
     kept: WeightType,
     device: Device,
-    /// By the names of the file.
+    /// By their names in the file.
     used: BTreeSet<&'a str>,
     progress: Option<Box<Progress<'a>>>,
     /// Bytes of tensors that were taken, and of all that the files hold.
@@ -23,7 +23,7 @@ pub struct CheckpointWeights<'a> {
     total: u64,
 }
 
-/// Besides the head, where rounding costs most for its size: llama.cpp's mixes spare them, too.
+/// Besides the head, where rounding costs most for its size: llama.cpp's mixes spare these, too.
 const DEAR: [&str; 2] = ["v_proj.weight", "down_proj.weight"];
 
 type Progress<'a> = dyn FnMut(u64, u64) + 'a;
@@ -53,7 +53,7 @@ impl Weights for CheckpointWeights<'_> {
         let dear = name == self.head() || DEAR.iter().any(|dear| name.ends_with(dear));
         let blocks = match entry.stored {
             Ok(stored) => self.kept.blocks(stored, in_features, dear)?,
-            Err(_) => None, // an error, which `tensor` words
+            Err(_) => None, // an error, which `tensor` reports
         };
         let Some(blocks) = blocks else {
             return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
@@ -102,7 +102,7 @@ impl<'a> CheckpointWeights<'a> {
         naming.rows(name, config.head_dim)
     }
 
-    /// The weight that logits are made with.
+    /// The weight that computes the logits.
     fn head(&self) -> &'static str {
         match self.checkpoint.config.tie_word_embeddings {
             true => "model.embed_tokens.weight",
@@ -110,7 +110,7 @@ impl<'a> CheckpointWeights<'a> {
         }
     }
 
-    /// Takes note that a weight was handed out.
+    /// Records that a weight was taken.
     fn take(&mut self, spelled: &'a str, entry: &Entry) {
         self.used.insert(spelled);
         self.advance(entry.range.len());
@@ -123,13 +123,12 @@ impl<'a> CheckpointWeights<'a> {
         self
     }
 
-    /// Judges the tensors that nothing asked for, once the model has taken what it needs.
+    /// Checks for tensors that nothing asked for, once the model has taken what it needs.
     ///
-    /// A model that leaves a weight of its checkpoint unused computes something else than the
-    /// checkpoint means, so each one that stands among the model's own is an error. Tensors outside
-    /// the model, and the rotary frequencies that old versions of `transformers` saved, are logged
-    /// as warnings. A copy of the embedding table as the head of a model that ties the two is as
-    /// good as none.
+    /// A model that leaves a weight of its checkpoint unused computes something other than what the
+    /// checkpoint means, so each one among the model's own is an error. Tensors outside the model, and
+    /// the rotary frequencies that old versions of `transformers` saved, are logged as warnings. A copy
+    /// of the embedding table as the head of a model that ties the two is ignored.
     ///
     /// # Errors
     /// [`Error::UnusedWeight`] for the first such weight; [`Error::Unsupported`] for the frequency
@@ -176,7 +175,7 @@ impl<'a> CheckpointWeights<'a> {
         Err(Error::UnusedWeight { name, place, reason })
     }
 
-    /// `bytes` more are done, at most all of them.
+    /// Counts `bytes` more as done, up to all of them.
     fn advance(&mut self, bytes: usize) {
         self.done = self.done.saturating_add(bytes as u64).min(self.total);
         if let Some(report) = &mut self.progress {

@@ -40,7 +40,7 @@ impl Attention {
         })
     }
 
-    /// By the names they have in a checkpoint.
+    /// By their names in a checkpoint.
     pub(super) fn projections_mut(&mut self) -> [(&'static str, &mut Linear); 4] {
         [
             ("self_attn.q_proj", &mut self.q_proj),
@@ -91,18 +91,19 @@ impl Remembered {
 
 /// `softmax(q kᵀ / sqrt(head_dim) + mask) v`: the attention of every pass of the crate.
 ///
-/// `q` is `(heads, tokens, head_dim)`, `k` and `v` are `(kv_heads, keys, head_dim)`, the tokens and the
-/// keys of all sequences of the mask one behind the other, and stay as they are: the `heads / kv_heads`
-/// query heads of a group share their one key head. On the CPU, `k` and `v` may be narrower than an `f32`
-/// `q` (`bf16`, `f16`) where nothing tracks a gradient. Queries go block by block, each against the keys
-/// that some query of the block sees, so a long prompt never has all its scores in memory. Returns the
-/// heads side by side: `(tokens, heads · head_dim)`. It is differentiable in `q`, `k` and `v`.
+/// `q` is `(heads, tokens, head_dim)`, `k` and `v` are `(kv_heads, keys, head_dim)`, with the tokens and
+/// the keys of all sequences of the mask one after the other. They are not repeated: the
+/// `heads / kv_heads` query heads of a group share their one key head. On the CPU, `k` and `v` may be
+/// narrower than an `f32` `q` (`bf16`, `f16`) where nothing tracks a gradient. Queries go block by
+/// block, each against the keys that some query of the block sees, so a long prompt never has all its
+/// scores in memory. Returns the heads side by side: `(tokens, heads · head_dim)`. It is differentiable
+/// in `q`, `k` and `v`.
 ///
 /// With the feature `flash-attn`, on a CUDA device, candle's flash attention computes it where the
 /// three are all `f16` or all `bf16`, nothing tracks a gradient, a head has a multiple of 8 numbers, at
-/// most 512, and the mask is of one sequence and lets each query see all keys, or so many behind
-/// and ahead of itself: the whole of a prompt, what came before, a sliding window. It has been compiled
-/// against candle's types, and never yet been run on a GPU.
+/// most 512, and the mask is of one sequence and lets each query see all keys, or a fixed number
+/// behind and ahead of itself: the whole of a prompt, what came before, a sliding window. It compiles
+/// against candle's types, but has never been run on a GPU.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};

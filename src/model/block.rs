@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::kernels;
 
-/// Attention, then MLP, each behind its norm and added to the residual stream.
+/// Attention, then MLP, each after its norm and added to the residual stream.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
     input_layernorm: RmsNorm,

@@ -1,4 +1,4 @@
-//! What a pass brings along: who sees whom, what is remembered, and who looks on.
+//! What a pass carries with it: who sees whom, what is remembered, and who looks on.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,25 +13,25 @@ use crate::batch::Batch;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 
-/// Who sees whom in a forward pass, and what is remembered of it.
+/// Who sees whom in a forward pass, and what of it is remembered.
 #[derive(Debug)]
 pub enum Pass<'a> {
-    /// Every token sees itself and what came before it in its sequence, in this very pass. Nothing is
+    /// Every token sees itself and what came before it in its sequence, within this pass. Nothing is
     /// remembered.
     Causal(&'a Batch),
     /// A thought pass: inside each context segment every token sees every other; plain tokens
     /// stay causal. Nothing is remembered.
     Bidirectional(&'a Batch),
-    /// Causal, one sequence that goes on after what its cache holds; the new tokens are added to it. New
-    /// tokens are taken up in chunks, so a long prompt needs no more memory than a short one. Gradients
-    /// flow through all new tokens; what the cache holds already is a constant to them.
+    /// Causal, for one sequence that continues from what its cache holds; the new tokens are added to
+    /// it. New tokens are run in chunks, so a long prompt needs no more memory than a short one.
+    /// Gradients flow through all new tokens; what the cache already holds is a constant to them.
     Cached(&'a mut KvCache),
     /// The same for several sequences side by side, or in both directions.
     Remembered {
-        /// The new tokens of each sequence, and its context segments among these. Positions are the
-        /// caches'.
+        /// The new tokens of each sequence, with the context segments among them. Positions are those of
+        /// the caches.
         batch: &'a Batch,
-        /// Whether context tokens see what comes after them; then all new tokens run in one piece.
+        /// Whether context tokens see what comes after them; if so, all new tokens run in one piece.
         sight: Sight,
         /// One for each sequence.
         caches: Vec<&'a mut KvCache>,
@@ -57,8 +57,8 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// A [`Pass`] with what else a caller may bring: a [side signal](SideSignal), a [tap](Tap), a way to
-/// [cancel](Cancel) it. A pass alone is one without any of these.
+/// A [`Pass`] with what else a caller may add: a [side signal](SideSignal), a [tap](Tap), a way to
+/// [cancel](Cancel) it. A plain pass has none of these.
 ///
 /// ```
 /// # use candle_core::Device;
@@ -109,7 +109,7 @@ impl<'a> ForwardContext<'a> {
         self
     }
 
-    /// With somebody who looks on.
+    /// With something that looks on.
     #[must_use]
     pub fn tap(mut self, tap: &'a mut dyn Tap) -> Self {
         self.tap = Some(tap);
@@ -135,9 +135,9 @@ impl std::fmt::Debug for ForwardContext<'_> {
     }
 }
 
-/// What goes into the MLPs of some layers beside the residual stream: for each of them a tensor
-/// `(tokens, width)`, one row for each row of the pass. There the MLP reads `[context ; side]`, by
-/// [`SideProjection`](super::SideProjection)s.
+/// What goes into the MLPs of some layers beside the residual stream: for each of those layers a tensor
+/// `(tokens, width)`, one row for each row of the pass. There the MLP reads `[context ; side]`, through
+/// its [`SideProjection`](super::SideProjection)s.
 #[derive(Clone, Debug, Default)]
 pub struct SideSignal {
     layers: BTreeMap<usize, Tensor>,
@@ -150,23 +150,23 @@ impl SideSignal {
         Self::default()
     }
 
-    /// With `(tokens, width)` for one layer, instead of what there was for it. A width of 0 is none.
+    /// With `(tokens, width)` for one layer, replacing any signal there. A width of 0 removes it.
     #[must_use]
     pub fn layer(mut self, layer: usize, signal: Tensor) -> Self {
         self.layers.insert(layer, signal);
         self
     }
 
-    /// What it has for a layer.
+    /// The signal for a layer.
     #[must_use]
     pub fn get(&self, layer: usize) -> Option<&Tensor> {
         self.layers.get(&layer)
     }
 
-    /// The width of what it has for a layer.
+    /// The width of the signal for a layer.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a signal that has not a row for each of so many tokens.
+    /// [`Error::Parameter`] for a signal that does not have one row for each of `tokens`.
     pub(super) fn width(&self, layer: usize, tokens: usize) -> Result<usize> {
         match self.get(layer).map(Tensor::dims) {
             None => Ok(0),
@@ -183,7 +183,7 @@ impl SideSignal {
 pub(super) struct BlockContext<'p, 'a, 'c> {
     pub(super) rotation: Rotation,
     pub(super) mask: Mask,
-    /// Which of all rows of the pass run now.
+    /// Which rows of the pass run now.
     pub(super) rows: Range<usize>,
     pub(super) caches: Option<(&'p mut Open<'a, 'c>, Range<usize>)>,
     pub(super) side: Option<&'p SideSignal>,
@@ -194,7 +194,8 @@ pub(super) struct BlockContext<'p, 'a, 'c> {
 
 impl BlockContext<'_, '_, '_> {
     /// What the queries attend to, given the keys and values of the new tokens,
-    /// `(kv_heads, tokens, head_dim)` each: those that the caches hold, these included, or only these.
+    /// `(kv_heads, tokens, head_dim)` each: everything that the caches hold, these included, or only
+    /// these.
     pub(super) fn remember(&mut self, keys: Tensor, values: Tensor) -> Result<Remembered> {
         match &mut self.caches {
             Some((open, which)) => open.remember(self.layer, which, (&keys, &values), &self.mask),
@@ -202,7 +203,7 @@ impl BlockContext<'_, '_, '_> {
         }
     }
 
-    /// What comes beside the residual stream in this layer, `(tokens, width)`.
+    /// The side signal of this layer, `(tokens, width)`.
     pub(super) fn side(&self) -> Result<Option<Tensor>> {
         let signal = self.side.and_then(|side| side.get(self.layer));
         let rows = |signal: &Tensor| signal.narrow(0, self.rows.start, self.rows.len());
@@ -210,7 +211,7 @@ impl BlockContext<'_, '_, '_> {
         Ok(signal.map(rows).transpose()?)
     }
 
-    /// Shows the residual stream to who looks on.
+    /// Shows the residual stream to the tap.
     pub(super) fn show(&mut self, site: Site, xs: &Tensor) -> Result<()> {
         match &mut self.tap {
             Some(tap) => tap.residual(self.layer, site, xs),
@@ -218,7 +219,7 @@ impl BlockContext<'_, '_, '_> {
         }
     }
 
-    /// Shows what attention computes.
+    /// Shows what attention computes to the tap.
     pub(super) fn show_attention(
         &mut self,
         q: &Tensor,

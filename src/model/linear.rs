@@ -1,5 +1,5 @@
-//! A projection without bias. Its weight is dense or quantised, with or without low-rank adapters;
-//! nobody else needs to know which.
+//! A projection without bias. Its weight is dense or quantised, with or without low-rank adapters; no
+//! caller needs to know which.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl Linear {
     /// A projection by a dense `weight` of shape `(out_features, in_features)`.
     ///
     /// # Errors
-    /// When `weight` is no matrix, or a device has no room for a copy of one that is not contiguous.
+    /// When `weight` is not a matrix, or a device has no room for a copy of one that is not contiguous.
     pub fn dense(weight: &Tensor) -> Result<Self> {
         let shape = weight.dims2()?;
         check_size(shape)?;
@@ -44,7 +44,7 @@ impl Linear {
     /// A projection by a quantised `weight` of shape `(out_features, in_features)`.
     ///
     /// # Errors
-    /// When `weight` is no matrix, or candle cannot prepare that type.
+    /// When `weight` is not a matrix, or candle cannot prepare that type.
     pub fn quantized(weight: Arc<QTensor>) -> Result<Self> {
         let shape = weight.shape().dims2()?;
         Ok(Self { weight: Weight::quantized(weight)?, shape, low_rank: Vec::new() })
@@ -59,7 +59,7 @@ impl Linear {
         self.weight.device()
     }
 
-    /// The type that products are made of on other devices than the CPU.
+    /// The type that products are computed in on devices other than the CPU.
     pub(crate) fn dtype(&self) -> DType {
         match &self.weight {
             Weight::Dense(weight) => weight.dtype(),
@@ -67,7 +67,7 @@ impl Linear {
         }
     }
 
-    /// What the weight is kept as, as GGUF tools write it, and its bytes.
+    /// The type of the weight, in the spelling of GGUF tools, and its bytes.
     fn kept(&self) -> (String, usize) {
         match &self.weight {
             Weight::Dense(weight) => {
@@ -85,14 +85,14 @@ impl Linear {
         }
     }
 
-    /// Adds its bytes to those that are kept as it is.
+    /// Adds its bytes to the count for its type.
     pub(crate) fn count_bytes(&self, bytes: &mut BTreeMap<String, usize>) {
         let (kept, count) = self.kept();
         *bytes.entry(kept).or_default() += count;
     }
 
-    /// Rows of the weight by their numbers: `(n)` of `u32` to `(n, in_features)`, in
-    /// [`dtype`](Self::dtype). Adapters are left out.
+    /// Rows of the weight by index: `(n)` of `u32` to `(n, in_features)`, in [`dtype`](Self::dtype).
+    /// Adapters are left out.
     pub(crate) fn rows(&self, rows: &Tensor) -> Result<Tensor> {
         match &self.weight {
             Weight::Dense(weight) => Ok(weight.index_select(rows, 0)?),
@@ -105,8 +105,8 @@ impl Linear {
         self.low_rank.push(low_rank);
     }
 
-    /// The same with `change` multiplied out and added to the weight, computed in `f32` and rounded
-    /// to the weight's own type. No gradient comes back through it.
+    /// The same with `change` multiplied out and added to the weight, computed in `f32` and rounded to
+    /// the weight's own type. No gradient flows through it.
     pub(crate) fn merged(&self, change: &LowRank) -> Result<Self> {
         let Weight::Dense(weight) = &self.weight else {
             return Err(Error::unsupported("merge", "into quantised weights"));
@@ -120,14 +120,14 @@ impl Linear {
     /// `(…, in_features) -> (…, out_features)`, in the type of `xs`.
     ///
     /// # Errors
-    /// When the last dimension of `xs` is not `in_features`, or a device fails;
-    /// [`Error::Unsupported`] when a gradient is wanted of a product with quantised weights on another
-    /// device than the CPU, which candle would silently leave out.
+    /// When the last dimension of `xs` is not `in_features`, or a device fails; [`Error::Unsupported`]
+    /// when a gradient is wanted for a product with quantised weights on a device other than the CPU,
+    /// which candle would silently drop.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         Ok(self.product(xs)?.into_tensor())
     }
 
-    /// [`forward`](Self::forward), to be written over.
+    /// [`forward`](Self::forward), as a tensor that may be overwritten.
     pub(crate) fn product(&self, xs: &Tensor) -> Result<Fresh> {
         let rows =
             xs.dims().iter().rev().skip(1).try_fold(1, |all: usize, dim| all.checked_mul(*dim));
@@ -141,21 +141,21 @@ impl Linear {
         self.low_rank.iter().try_fold(ys, |ys, change| ys + change.product(input.tensor())?)
     }
 
-    /// What an [`Input`] has to be laid out for.
+    /// What an [`Input`] must be laid out for.
     pub(crate) fn weight(&self) -> &Weight {
         &self.weight
     }
 }
 
 impl LowRank {
-    /// `scale · x Aᵀ Bᵀ`: the scale goes to the narrow product in the middle.
+    /// `scale · x Aᵀ Bᵀ`: the scale is applied to the narrow product in the middle.
     fn product(&self, xs: &Tensor) -> Result<Fresh> {
         let narrow = (Linear::dense(&self.a)?.forward(xs)? * self.scale)?; // (…, rank)
         Linear::dense(&self.b)?.product(&narrow)
     }
 }
 
-/// Refuses a matrix of more bytes than memory can have: a view may have them by repeating itself.
+/// Refuses a matrix of more bytes than memory can hold: a view can have them by repeating itself.
 fn check_size((rows, columns): (usize, usize)) -> Result<()> {
     const MOST: usize = isize::MAX as usize / size_of::<f64>();
     match rows.checked_mul(columns) {

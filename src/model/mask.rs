@@ -1,4 +1,4 @@
-//! Which keys each query may see. The only place that knows.
+//! Which keys each query may see. Nothing else decides this.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub enum Sight {
 ///                           j in i's segment and j < i + window   (bidirectional)
 /// ```
 ///
-/// Positions count from the beginning of the sequence, also when the oldest keys are gone:
+/// Positions count from the beginning of the sequence, even when the oldest keys are gone:
 ///
 /// ```text
 /// causal, past 2, new 3, window 3  ->  query 2 sees keys 0 1 2
@@ -63,8 +63,8 @@ impl Mask {
         Self::with_past(batch, sight, window, &oldest)
     }
 
-    /// The mask of sequences that go on: of each, keys are there from position `oldest` on, one number
-    /// for each sequence. What is missing is where the sequence itself begins in this pass.
+    /// The mask of sequences that continue: keys of each are there from its position in `oldest` on.
+    /// Where `oldest` has no entry, they begin where the sequence begins in this pass.
     ///
     /// # Errors
     /// As [`Mask::new`].
@@ -87,14 +87,15 @@ impl Mask {
         Ok(Self { spans: Arc::new(Spans { sequences }) })
     }
 
-    /// The positions that a query of a sequence sees; none for one that there is not.
+    /// The positions that a query of a sequence sees; an empty range for a query or sequence that does
+    /// not exist.
     #[must_use]
     pub fn sees(&self, sequence: usize, query: usize) -> Range<usize> {
         let this = self.spans.sequences.get(sequence);
         this.and_then(|this| this.sees.get(query)).cloned().unwrap_or(0..0)
     }
 
-    /// The positions of a sequence whose keys are there.
+    /// The positions of a sequence whose keys are present.
     #[must_use]
     pub fn keys(&self, sequence: usize) -> Range<usize> {
         self.spans.sequences.get(sequence).map_or(0..0, |this| this.keys.clone())
@@ -117,7 +118,7 @@ impl Mask {
     }
 }
 
-/// What each query of one sequence sees: a query at `first` and those after it, over `keys`.
+/// What each query of one sequence sees, over `keys`: the queries begin at position `first`.
 fn spans(
     context: &[Range<usize>],
     sight: Sight,

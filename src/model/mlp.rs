@@ -9,10 +9,10 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Fresh, Input};
 
-/// Tokens that are widened at a time; enough that reading the weights again costs nothing.
+/// Tokens that run at a time; enough that reading the weights again costs nothing.
 const TOKENS_AT_ONCE: usize = 1024;
 
-/// `down(silu(gate(x)) · up(x))`, where `x` is the residual stream behind its norm, or with a side signal
+/// `down(silu(gate(x)) · up(x))`, where `x` is the normed residual stream, or with a side signal
 /// `[x ; side]`.
 #[derive(Clone, Debug)]
 pub(super) struct Mlp {
@@ -45,7 +45,7 @@ impl Mlp {
         })
     }
 
-    /// By the names they have in a checkpoint.
+    /// By their names in a checkpoint.
     pub(super) fn projections_mut(&mut self) -> [(&'static str, &mut Linear); 3] {
         [
             ("mlp.gate_proj", &mut self.gate_proj),
@@ -67,14 +67,14 @@ impl Mlp {
         Ok(())
     }
 
-    /// `(tokens, hidden) -> (tokens, hidden)`. A long text goes piece by piece, because what stands
-    /// inside is several times as wide.
+    /// `(tokens, hidden) -> (tokens, hidden)`. A long text runs piece by piece, because the intermediate
+    /// activations are several times as wide.
     pub(super) fn forward(&self, xs: &Tensor, cx: &BlockContext<'_, '_, '_>) -> Result<Fresh> {
         let (tokens, side) = (xs.dim(0)?, cx.side()?);
         if tokens <= TOKENS_AT_ONCE || xs.track_op() {
             return self.piece(xs, side.as_ref());
         }
-        // Of about one size: the last one with a few rows would be rounded as few rows are.
+        // Pieces of about equal size: a last piece of only a few rows would be rounded as few rows are.
         let step = tokens.div_ceil(tokens.div_ceil(TOKENS_AT_ONCE));
         let pieces = (0..tokens).step_by(step).map(|start| {
             let some = |of: &Tensor| -> Result<Tensor> {

@@ -1,8 +1,8 @@
 //! A plain transformer: one set of blocks that runs causally or in both directions.
 //!
 //! [`Transformer`] holds weights and nothing else, so one copy serves any number of sequences
-//! and threads; what a sequence remembers is a [`KvCache`], handed in by `&mut`. Which tokens
-//! see which is said by the [`Pass`], a required argument: there is no default mask.
+//! and threads; what a sequence remembers is a [`KvCache`], passed by `&mut`. Which tokens
+//! see which is up to the [`Pass`], a required argument: there is no default mask.
 //!
 //! ```
 //! # use std::collections::HashMap;
@@ -72,26 +72,27 @@ pub(crate) use crate::kernels::reads_blocks;
 
 /// The weights of a Mistral, and the forward passes over them.
 ///
-/// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices
-/// it has the type of the weights. It is a tensor with a row of `hidden` numbers for each token of all
-/// sequences, one behind the other: `(tokens, hidden)`, or with any other leading dimensions of as many
-/// rows, which a pass gives back as they came.
+/// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices it
+/// has the type of the weights. It is a tensor with a row of `hidden` numbers for each token of all
+/// sequences, one after the other: `(tokens, hidden)`, or with any other leading dimensions that have as
+/// many rows, which a pass keeps.
 ///
-/// Every pass is differentiable in its input, unless weights are quantised on another device than the
-/// CPU, and in its weights where these are not quantised. To train a model, hand over the tensors of
-/// candle `Var`s as its weights: it then sees every step an optimiser takes, as long as they are `f32`.
-/// Of half-precision norms it keeps a wider copy, so it has to be built anew after a step. Gradients are
-/// of first order only.
+/// Every pass is differentiable in its input, unless weights are quantised on a device other than the
+/// CPU, and in its weights where these are not quantised. To train a model, pass the tensors of candle
+/// `Var`s as its weights: it then sees every step an optimiser takes, as long as they are `f32`. It
+/// keeps a wider copy of half-precision norms, so with those it must be rebuilt after a step. Gradients
+/// are of first order only.
 ///
-/// No bit of what a pass computes depends on the number of threads, or on what else the machine does. On
-/// how much runs in one pass it depends in one way: products of up to 16 rows and of more are rounded
-/// differently, and so is attention of one query and of more. So the numbers of a sequence are the same
-/// to the last bit, whatever sequences run beside it, as long as all together have at most 16 tokens, or
-/// have more than 16 both times. (A causal pass over caches is many: each chunk of 512 tokens is one.)
+/// No bit of what a pass computes depends on the number of threads, or on what else the machine does. It
+/// depends on how much runs in one pass in one way only: products of up to 16 rows round differently
+/// from those of more, and so does attention of one query from that of several. So the numbers of a
+/// sequence are the same to the last bit, whatever sequences run beside it, as long as all together have
+/// at most 16 tokens both times, or more than 16 both times. (A causal pass over caches is several: one
+/// for each chunk of 512 tokens.)
 #[derive(Debug)]
 pub struct Transformer {
     config: Config,
-    /// Only looked up in; the head multiplies.
+    /// Used only for lookups; the head multiplies.
     embed_tokens: Linear,
     stack: Stack,
     norm: RmsNorm,
@@ -103,7 +104,7 @@ pub struct Transformer {
 }
 
 impl Transformer {
-    /// Builds the blocks from `weights`, on the device and in the type they are handed over.
+    /// Builds the blocks from `weights`, on the device and in the type in which they are passed.
     ///
     /// # Errors
     /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
@@ -144,8 +145,8 @@ impl Transformer {
         self.dtype
     }
 
-    /// Bytes of its matrices by what they are kept as: `f32`, `bf16`, `q8_0`, `q4_k` and so on. Norms,
-    /// and low-rank adapters are left out.
+    /// Bytes of its matrices by type: `f32`, `bf16`, `q8_0`, `q4_k` and so on. Norms and low-rank
+    /// adapters are left out.
     #[must_use]
     pub fn weight_bytes(&self) -> BTreeMap<String, usize> {
         let mut bytes = self.stack.weight_bytes();
@@ -182,16 +183,16 @@ impl Transformer {
         Ok(self.embed_tokens.rows(&ids)?.to_dtype(self.dtype)?)
     }
 
-    /// Runs `layers` over the residual stream `xs` and gives the stream that leaves them, in the shape
+    /// Runs `layers` over the residual stream `xs` and returns the stream that leaves them, in the shape
     /// of `xs`. What enters layer 0 is [`Transformer::embed_ids`]; what leaves the last layer goes to
     /// [`Transformer::logits`].
     ///
     /// # Errors
-    /// [`Error::ContextFull`] when a cache, or the model, has no room for so many more positions, and
+    /// [`Error::ContextFull`] when a cache, or the model, has no room for that many more positions, and
     /// [`Error::PoolFull`] when the pool of a cache has no memory for them; [`Error::Parameter`] when
     /// `layers`, the shape of `xs`, a cache or a side signal does not fit this model;
-    /// [`Error::EmptyPrompt`] for a stream of no tokens; [`Error::Cancelled`]; and what a tap returns. A
-    /// cache is then what it was before.
+    /// [`Error::EmptyPrompt`] for a stream of no tokens; [`Error::Cancelled`]; and whatever a tap
+    /// returns. On an error, caches are left as they were.
     pub fn forward<'a>(
         &self,
         xs: &Tensor,
@@ -211,9 +212,9 @@ impl Transformer {
         self.norm.forward(hidden)
     }
 
-    /// Scores of every vocabulary entry as the next token, from the stream that leaves the last
-    /// layer: `(.., hidden) -> (.., vocab)`. Hand in only the positions you need: over a large vocabulary
-    /// the head costs more than any layer.
+    /// Scores of every vocabulary entry as the next token, from the stream that leaves the last layer:
+    /// `(.., hidden) -> (.., vocab)`. Pass only the positions you need: over a large vocabulary the head
+    /// costs more than any layer.
     ///
     /// # Errors
     /// As [`Transformer::norm`].
@@ -221,7 +222,7 @@ impl Transformer {
         self.head(&self.norm(hidden)?)
     }
 
-    /// The head by itself, over what [`Transformer::norm`] gives: `(.., hidden) -> (.., vocab)`.
+    /// The head by itself, over the output of [`Transformer::norm`]: `(.., hidden) -> (.., vocab)`.
     ///
     /// # Errors
     /// As [`Transformer::norm`].
@@ -231,7 +232,7 @@ impl Transformer {
     }
 
     /// An empty cache for one sequence of up to `capacity` positions, from a pool of its own without a
-    /// budget. Keys and values are kept in the type of the residual stream.
+    /// limit. Keys and values are kept in the type of the residual stream.
     ///
     /// # Errors
     /// As [`KvPool::new_cache`].
@@ -239,15 +240,15 @@ impl Transformer {
         self.new_pool(self.dtype, usize::MAX)?.new_cache(capacity)
     }
 
-    /// A pool that caches of this transformer take their memory from: together at most `budget` bytes,
-    /// with keys and values kept as `dtype`. On the CPU that may be `F32`, `BF16` or `F16`, on other
-    /// devices the type of the residual stream and no other.
+    /// A pool that caches of this transformer take their memory from: at most `budget` bytes in total,
+    /// with keys and values kept as `dtype`. On the CPU that may be `F32`, `BF16` or `F16`; on other
+    /// devices only the type of the residual stream.
     ///
-    /// `BF16` and `F16` need half the memory of `F32`, and each key and value is rounded to the
-    /// nearest once, by at most 2⁻⁸ of it in `BF16` and 2⁻¹¹ in `F16`; scores and sums are computed in
-    /// `f32`. `F16` is coarser below 0.00006, and beyond 65504 keys and values become infinite: a model
-    /// that has such needs another. Gradients flow through the new tokens of a pass as if nothing had
-    /// been rounded.
+    /// `BF16` and `F16` need half the memory of `F32`, and each key and value is rounded to the nearest
+    /// once, by at most 2⁻⁸ of it in `BF16` and 2⁻¹¹ in `F16`; scores and sums are computed in `f32`.
+    /// `F16` is coarser below 0.00006, and keys and values beyond 65504 become infinite: a model that
+    /// has such values needs another type. Gradients flow through the new tokens of a pass as if nothing
+    /// had been rounded.
     ///
     /// # Errors
     /// [`Error::Parameter`] for another type.
@@ -256,8 +257,8 @@ impl Transformer {
         Ok(KvPool::new(self, dtype, budget))
     }
 
-    /// Refuses a type that keys and values cannot be kept as. On the CPU this crate's own kernel reads
-    /// narrow ones beside wide queries; candle's operations, on other devices, know one type only.
+    /// Refuses a type that keys and values cannot be kept in. On the CPU this crate's own kernel reads
+    /// narrow ones beside wide queries; on other devices, candle's operations need a single type.
     fn check_cache_dtype(&self, dtype: DType) -> Result<()> {
         let narrow = self.device.is_cpu() && matches!(dtype, DType::BF16 | DType::F16);
         if dtype == self.dtype || narrow {
@@ -270,18 +271,18 @@ impl Transformer {
         Err(Error::parameter("cache dtype", expected, format!("{dtype:?}")))
     }
 
-    /// This transformer with columns that read a [`SideSignal`] in the MLP of one layer, or without
-    /// those that it has there. All other tensors are shared.
+    /// This transformer with columns that read a [`SideSignal`] in the MLP of one layer, or, for `None`,
+    /// without those that it has there. All other tensors are shared.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a layer that there is not, or projections that do not fit its MLP.
+    /// [`Error::Parameter`] for a layer that does not exist, or projections that do not fit its MLP.
     pub fn with_side(&self, layer: usize, side: Option<SideProjection>) -> Result<Self> {
         let mut variant = self.variant();
         variant.stack.set_side(layer, side)?;
         Ok(variant)
     }
 
-    /// The same tensors in a transformer of its own, to be changed: its keys and values will be others.
+    /// The same tensors in a transformer of its own, to be changed: its keys and values will differ.
     pub(crate) fn variant(&self) -> Self {
         Self {
             config: self.config.clone(),

@@ -16,7 +16,7 @@ pub(super) struct Rope {
     inv_freq: Vec<f32>,
     dtype: DType,
     device: Device,
-    /// Tables for the positions seen so far; replaced by longer ones when a longer text comes.
+    /// Tables for the positions seen so far; replaced by longer ones for a longer text.
     tables: RwLock<Arc<Tables>>,
 }
 
@@ -44,11 +44,11 @@ impl Rotation {
 }
 
 impl Rope {
-    /// The first tables are this long; most prompts need no second ones.
+    /// The first tables are this long, which is enough for most prompts.
     const FIRST: usize = 1024;
 
     pub(super) fn new(config: &Config, dtype: DType, device: &Device) -> Result<Self> {
-        // In f32 throughout, as transformers computes it: far positions then round alike.
+        // In f32 throughout, as transformers computes it: distant positions then round the same way.
         let dim = config.head_dim as f32;
         let frequency = |i: usize| {
             let exponent = (2 * i) as f32 / dim;

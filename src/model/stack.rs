@@ -1,4 +1,4 @@
-//! Blocks one above the other, and the passes through them.
+//! A stack of blocks, and the passes through it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,12 +21,13 @@ use crate::cancel::Cancel;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// Transformer blocks one above the other: what turns one residual stream into another.
+/// A stack of transformer blocks: what turns one residual stream into another.
 ///
-/// A [`Transformer`](super::Transformer) is one with an embedding table below and a vocabulary head above.
+/// A [`Transformer`](super::Transformer) is one with an embedding table below and a vocabulary head
+/// above.
 #[derive(Clone, Debug)]
 pub struct Stack {
-    /// Tells this one's caches from all others of the process.
+    /// Tells this stack's caches from all others of the process.
     id: u64,
     blocks: Vec<Block>,
     rope: Arc<Rope>,
@@ -43,11 +44,11 @@ struct Running<'p> {
     cancel: Option<&'p Cancel>,
 }
 
-/// Who looks on.
+/// The tap of a pass.
 type Onlooker<'p> = Option<&'p mut dyn Tap>;
 
 impl Stack {
-    /// `count` blocks, the weights of which are `{prefix}.{0, 1, ..}.*`, with a stream of type `dtype`.
+    /// `count` blocks, whose weights are `{prefix}.{0, 1, ..}.*`, with a stream of type `dtype`.
     ///
     /// # Errors
     /// A weight that is missing or of another shape.
@@ -75,7 +76,7 @@ impl Stack {
         self.blocks.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
@@ -135,7 +136,7 @@ impl Stack {
         Ok(ys.reshape(xs.shape())?)
     }
 
-    /// All sequences at once, each by itself.
+    /// All sequences at once, each seeing only itself.
     fn uncached(
         &self,
         xs: &Tensor,
@@ -159,7 +160,7 @@ impl Stack {
         self.blocks(xs, context, running)
     }
 
-    /// Sequences that go on after their caches: causally in chunks, in both directions at once.
+    /// Sequences that continue from their caches: causally in chunks, bidirectionally all at once.
     fn cached(
         &self,
         xs: &Tensor,
@@ -173,7 +174,7 @@ impl Stack {
             let expected = format!("one for each of {} sequences", batch.sequences());
             return Err(Error::parameter("caches", expected, caches.len()));
         }
-        // All of it is checked before anything is taken up.
+        // Everything is checked before anything is added.
         let mut batch = batch.clone();
         for (sequence, cache) in caches.iter().enumerate() {
             cache.check_owner(self.id)?;
@@ -231,8 +232,8 @@ impl Stack {
         Ok(xs)
     }
 
-    /// The same blocks and tensors under an id of its own, of which `change` may make others: its keys
-    /// and values will be others, too.
+    /// The same blocks and tensors under an id of its own, for `change` to alter: its keys and values
+    /// will differ, too.
     pub(crate) fn variant(&self) -> Self {
         Self { id: next_id(), ..self.clone() }
     }
@@ -241,10 +242,10 @@ impl Stack {
         self.id
     }
 
-    /// Bytes of its matrices by what they are kept as.
+    /// Bytes of its matrices by type.
     pub(crate) fn weight_bytes(&self) -> BTreeMap<String, usize> {
         let mut bytes = BTreeMap::new();
-        // Of a copy, which shares all tensors: there is one list of projections, and it lends to be changed.
+        // On a clone, which shares all tensors: the one list of projections lends them mutably.
         for (_, linear) in self.blocks.clone().iter_mut().flat_map(Block::projections_mut) {
             linear.count_bytes(&mut bytes);
         }
@@ -304,8 +305,8 @@ impl Stack {
     }
 }
 
-/// Does `work` on a thread of rayon's pool: from outside, each of its many small parallel steps would
-/// wait for a thread of the pool to take it up.
+/// Runs `work` on a thread of rayon's pool: from outside, each of its many small parallel steps would
+/// wait for a thread of the pool to take it.
 pub(super) fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| work())
 }

@@ -9,15 +9,15 @@ use super::mask::Mask;
 use crate::error::{Error, Result};
 use crate::kernels::{self, SequenceSpans, Spans};
 
-/// Looks on while a pass runs, layer by layer. It changes nothing, and where there is none, nothing is
-/// computed for it. An error it returns ends the pass.
+/// Looks on while a pass runs, layer by layer. It changes nothing, and without one nothing is computed
+/// for it. An error it returns ends the pass.
 ///
 /// A causal pass over a cache runs in chunks, and shows each of them.
 pub trait Tap: Send {
     /// The residual stream at a place in a layer, `(tokens, hidden)`.
     ///
     /// # Errors
-    /// Whatever ends the pass.
+    /// Any error, which ends the pass.
     fn residual(&mut self, _layer: usize, _site: Site, _xs: &Tensor) -> Result<()> {
         Ok(())
     }
@@ -25,25 +25,25 @@ pub trait Tap: Send {
     /// What attention computes in a layer.
     ///
     /// # Errors
-    /// Whatever ends the pass.
+    /// Any error, which ends the pass.
     fn attention(&mut self, _layer: usize, _attended: &Attended<'_>) -> Result<()> {
         Ok(())
     }
 }
 
-/// Places in a block where the residual stream can be looked at.
+/// Places in a block where the residual stream can be observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Site {
     /// What enters it.
     Input,
-    /// Behind attention, before the MLP.
+    /// After attention, before the MLP.
     AfterAttention,
     /// What leaves it.
     Output,
 }
 
-/// The attention of one layer, as a [`Tap`] sees it. Scores and weights are computed when they are asked
-/// for, by the functions that the pass itself computes with where it has no faster kernel.
+/// The attention of one layer, as a [`Tap`] sees it. Scores and weights are computed on demand, by the
+/// functions that the pass itself uses where it has no faster kernel.
 #[derive(Debug)]
 pub struct Attended<'a> {
     queries: &'a Tensor,
@@ -81,10 +81,10 @@ impl<'a> Attended<'a> {
     }
 
     /// The keys of one sequence, rotated, and its values: `(kv_heads, keys, head_dim)` each, at the
-    /// positions [`Mask::keys`]. In the type of the queries, with the values that they are kept with.
+    /// positions [`Mask::keys`]. In the type of the queries, with values rounded as they are kept.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a sequence that there is not, or of which a cache holds no key.
+    /// [`Error::Parameter`] for a sequence that does not exist, or of which a cache holds no key.
     pub fn keys_and_values(&self, sequence: usize) -> Result<(Tensor, Tensor)> {
         let spans = self.mask.spans();
         let Some(this) = spans.sequences.get(sequence) else {
@@ -115,7 +115,7 @@ impl<'a> Attended<'a> {
     /// `(queries, keys)`, minus infinity where a query does not see a key.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a sequence, a head or queries that there are not.
+    /// [`Error::Parameter`] for a sequence, a head or queries that do not exist.
     pub fn scores(&self, sequence: usize, head: usize, queries: Range<usize>) -> Result<Tensor> {
         let (keys, _) = self.keys_and_values(sequence)?;
         let Some(this) = self.mask.spans().sequences.get(sequence) else {
@@ -142,11 +142,11 @@ impl<'a> Attended<'a> {
         kernels::shares(&self.scores(sequence, head, queries)?)
     }
 
-    /// The weights of one sequence, mean over the heads: `(queries, keys)`. One head at a time stands
-    /// in memory.
+    /// The weights of one sequence, averaged over the heads: `(queries, keys)`. Only one head at a time
+    /// is in memory.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a sequence that there is not.
+    /// [`Error::Parameter`] for a sequence that does not exist.
     pub fn mean_weights(&self, sequence: usize) -> Result<Tensor> {
         let count = self.mask.spans().sequences.get(sequence).map_or(0, |it| it.queries.len());
         let mut sum = self.weights(sequence, 0, 0..count)?;

@@ -10,19 +10,19 @@ use crate::error::{Error, Result};
 
 /// Where a [`Transformer`](super::Transformer) takes its weights from.
 ///
-/// Names are those of a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`) and
-/// rows of `q_proj` and `k_proj` stand in Hugging Face order (the two halves of a head one after
-/// the other), whatever the source's own spelling and order.
+/// Names are those of a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`) and rows of
+/// `q_proj` and `k_proj` are in Hugging Face order (the two halves of a head one after the other),
+/// whatever names and order the source itself uses.
 pub trait Weights {
     /// The tensor called `name`, checked to have `shape`.
     ///
     /// # Errors
-    /// [`Error::MissingWeight`], [`Error::WeightShape`], or whatever the source meets on the way.
+    /// [`Error::MissingWeight`], [`Error::WeightShape`], or whatever the source runs into.
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
 
-    /// Whether there is a tensor of that `name`, or any whose name goes on from it after a dot.
-    /// Asked only for what a checkpoint may have beside the model's own weights; without an answer
-    /// (the default) it has none.
+    /// Whether there is a tensor called `name`, or any whose name continues it after a dot. Asked only
+    /// about what a checkpoint may have in addition to the model's own weights; the default answer is
+    /// that it has none.
     fn contains(&self, _name: &str) -> bool {
         false
     }
@@ -35,8 +35,8 @@ pub trait Weights {
         Linear::dense(&self.tensor(name, &[out_features, in_features])?)
     }
 
-    /// The embedding table called `name`, `(vocab_size, hidden_size)`, of which rows are looked up; it
-    /// multiplies, too, where it is the head.
+    /// The embedding table called `name`, `(vocab_size, hidden_size)`, whose rows are looked up; where
+    /// it is also the head, it multiplies, too.
     ///
     /// # Errors
     /// As [`Weights::tensor`].
@@ -57,7 +57,7 @@ pub(super) fn projection(
     weights.linear(&format!("{prefix}.{name}.weight"), out_features, in_features)
 }
 
-/// Tensors in memory, in `f32`, `f16` or `bf16`: tests, training, weights made by hand.
+/// Tensors in memory, in `f32`, `f16` or `bf16`: for tests, training, hand-made weights.
 impl Weights for HashMap<String, Tensor> {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let place = || "memory".to_string();
@@ -88,7 +88,7 @@ impl Weights for HashMap<String, Tensor> {
     }
 }
 
-/// Whether `key` is `name`, or goes on from it after a dot.
+/// Whether `key` is `name`, or continues it after a dot.
 pub(crate) fn is_or_is_under(key: &str, name: &str) -> bool {
     key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }

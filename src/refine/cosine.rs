@@ -1,4 +1,4 @@
-//! Re-weighting of thoughts by how alike they are.
+//! Re-weighting of thoughts by similarity.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -15,16 +15,16 @@ use crate::kernels::softmax;
 /// Lets every row move towards those like it, or strengthens the rows that matter to a focus.
 ///
 /// Each row `i` of a context segment weighs the rows `j` of the same segment that it may look at by
-/// `w_ij = softmax_j(cos(x_i, x_j) / temperature)`. Rows never see another segment, nor anything
-/// that does not think, so nothing leaks through plain text. The rows are those of the op before,
-/// `(.., hidden)`; a row of zeros is unlike all, with a cosine of 0.
+/// `w_ij = softmax_j(cos(x_i, x_j) / temperature)`. Rows never see another segment, or anything that
+/// does not think, so nothing leaks through plain text. The rows are the output of the previous op,
+/// `(.., hidden)`; a row of zeros is unlike all others, with a cosine of 0.
 ///
 /// * [`mix`](Self::mix): `x_i + strength · (Σ_j w_ij x_j - x_i)` for every row in focus. At strength
 ///   1 this is one retrieval from a modern Hopfield network (Ramsauer et al. 2021) that stores the
 ///   segment, its patterns compared by direction.
 /// * [`scale`](Self::scale): with `r_j` the mean of `w_ij` over the rows in focus, each of the `n`
 ///   rows is multiplied by `(1 - strength) + strength · n · r_j`, then all of them by one number
-///   that gives the segment the mean norm it had.
+///   that restores the segment's mean norm.
 ///
 /// Rows are scored in blocks: memory grows with the length of a segment, not with its square.
 ///
@@ -90,8 +90,8 @@ pub enum Focus {
     All,
     /// The last row of each segment.
     Last,
-    /// These tokens, counted from the first token of every sequence. Each must be part of
-    /// a context segment; at least one. Order and repetitions do not matter.
+    /// These tokens, counted from the first token of every sequence; at least one. Each must be in a
+    /// context segment. Order and repetitions do not matter.
     Rows(Vec<usize>),
 }
 
@@ -113,15 +113,15 @@ impl Default for Temperature {
 }
 
 impl CosineReweight {
-    /// Moves each row in focus by this share, in `[0, 1]`, of the way to the weighted mean of the
-    /// rows it looks at. 0 changes nothing; 1 keeps nothing of the row but what it has a weight for.
+    /// Moves each row in focus by this share, in `[0, 1]`, of the way to the weighted mean of the rows
+    /// it looks at. 0 changes nothing; 1 replaces the row by that mean.
     #[must_use]
     pub fn mix(strength: f64) -> Self {
         Self::new(How::Mix, strength)
     }
 
-    /// Makes rows longer that the focus finds relevant and others shorter, by a share in `[0, 1]`.
-    /// 0 changes nothing; at 1 a row without any relevance becomes zero.
+    /// Makes rows longer that the focus finds relevant and others shorter, by a share in `[0, 1]`. 0
+    /// changes nothing; at 1 a row of no relevance becomes zero.
     #[must_use]
     pub fn scale(strength: f64) -> Self {
         Self::new(How::Scale, strength)
@@ -138,8 +138,8 @@ impl CosineReweight {
         }
     }
 
-    /// What cosines are divided by before the softmax, above 0. Default 0.1. Small temperatures
-    /// leave the most similar row only, large ones weigh all alike.
+    /// What cosines are divided by before the softmax, above 0. Default 0.1. Small temperatures keep
+    /// only the most similar row, large ones weigh all rows alike.
     #[must_use]
     pub fn temperature(mut self, temperature: f64) -> Self {
         self.temperature = Temperature(temperature);
@@ -154,23 +154,23 @@ impl CosineReweight {
     }
 
     /// Does not let a row look at itself. Default: it does, so that a row that is like no other stays
-    /// about where it was. A row that has nothing else to look at keeps its place.
+    /// about where it was. A row that has nothing else to look at stays where it is.
     #[must_use]
     pub fn exclude_self(mut self) -> Self {
         self.exclude_self = true;
         self
     }
 
-    /// The rows that look at others: with [`mix`](Self::mix) those that move, with
-    /// [`scale`](Self::scale) those that say what is relevant, and a segment without any stays.
-    /// Default [`Focus::All`].
+    /// The rows that look at others: with [`mix`](Self::mix) the ones that move, with
+    /// [`scale`](Self::scale) the ones that decide what is relevant. A segment without any is left as it
+    /// is. Default [`Focus::All`].
     #[must_use]
     pub fn focus(mut self, focus: Focus) -> Self {
         self.focus = focus;
         self
     }
 
-    /// The tokens of a sequence that are listed in the focus; all others are told by the segment.
+    /// The tokens of a sequence that are listed in the focus; for any other focus the segment decides.
     fn listed(&self, sequence: usize, batch: &Batch) -> Result<BTreeSet<usize>> {
         let Focus::Rows(rows) = &self.focus else {
             return Ok(BTreeSet::new());
@@ -189,7 +189,7 @@ impl CosineReweight {
         Ok(rows.iter().copied().collect())
     }
 
-    /// The rows of a segment that look at others and have any to look at, counted from its first.
+    /// The rows of a segment that look at others and have any to look at, counted from its first row.
     fn queries(&self, segment: &Range<usize>, listed: &BTreeSet<usize>) -> Vec<usize> {
         let n = segment.len();
         let sees_any = |row: &usize| match (self.exclude_self, self.among) {
@@ -229,7 +229,7 @@ impl CosineReweight {
             pieces.push((own + step)?);
             Ok(())
         })?;
-        // Row i of the result is row i of the segment, or where it has moved to.
+        // Row i of the result is row i of the segment, or its moved version.
         let n = rows.dim(0)?;
         let mut source: Vec<usize> = (0..n).collect();
         for (place, query) in queries.iter().enumerate() {
@@ -252,13 +252,13 @@ impl CosineReweight {
         let (_, lengths) = directions(rows)?;
         let (before, after) = (lengths.sum_all()?, (&lengths * &factors)?.sum_all()?);
         if after.eq(0.0)?.to_scalar::<u8>()? == 1 {
-            // All that is relevant has no length: nothing can make up for that of the others.
+            // Everything relevant has length 0: no factor can restore the mean norm.
             return Ok(rows.clone());
         }
         Ok(rows.broadcast_mul(&factors.broadcast_mul(&(before / after)?)?)?)
     }
 
-    /// Hands over a block of `queries` after the other, with their weights, `(block, rows)`.
+    /// Calls a function with one block of `queries` after the other and their weights, `(block, rows)`.
     fn each_block(
         &self,
         rows: &Tensor,
@@ -271,7 +271,7 @@ impl CosineReweight {
         let n = rows.dim(0)?;
         let (units, _) = directions(rows)?;
         let keys = units.t()?; // (hidden, rows)
-        // A colder one leaves nothing but the most similar row, but could overflow.
+        // A lower temperature leaves only the most similar row anyway, but could overflow.
         let sharpness = (1.0 / self.temperature.0).min(1e30);
         for queries in queries.chunks((SCORES / n.max(1)).clamp(1, QUERIES)) {
             let index = indices(queries, rows)?;
@@ -316,7 +316,7 @@ impl Refine for CosineReweight {
         if self.strength == 0.0 || xs.elem_count() == 0 {
             return Ok(xs.clone());
         }
-        // Segment by segment; the rows between them as they are.
+        // Segment by segment; the rows between them unchanged.
         let rows = flat(xs)?;
         let (mut pieces, mut done) = (Vec::new(), 0);
         for (sequence, listed) in listed.iter().enumerate() {
@@ -352,7 +352,7 @@ impl Refine for CosineReweight {
     }
 }
 
-/// As an index into the rows of `of`. They are fewer than candle can count.
+/// As an index into the rows of `of`, of which there are fewer than candle can count.
 fn indices(rows: &[usize], of: &Tensor) -> Result<Tensor> {
     let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
     Ok(Tensor::new(rows, of.device())?)

@@ -10,15 +10,14 @@ use super::rows::{directions, wide};
 use super::{OpConfig, Refine, Step, is_default};
 use crate::error::{Error, Result};
 
-/// Rows that point closer than this to opposite ways, in radians, share no one great circle.
+/// Rows that are closer than this to opposite directions, in radians, have no unique great circle.
 const NO_CIRCLE: f64 = 1e-3;
 
 /// A step from the thoughts `z` towards what the pass, and the ops before this one, made of them:
 /// `z' = z + w · (xs - z)`. All tensors are `(.., hidden)`.
 ///
-/// Undamped (`w = 1`) repetition of the whole stack ruins a pretrained model; `w = 1 / passes` over
-/// a few middle layers is the one setting with gains on record that needs no training. It is the
-/// [`Default`].
+/// Undamped (`w = 1`) repetition of the whole stack ruins a pretrained model; `w = 1 / passes` over a
+/// few middle layers is the only training-free setting with gains on record. It is the [`Default`].
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -60,7 +59,7 @@ pub struct Interpolate {
     match_norm: bool,
 }
 
-/// What an anchor holds the thoughts to.
+/// What an anchor ties the thoughts to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -103,8 +102,8 @@ struct Anchored {
 }
 
 impl Interpolate {
-    /// A fixed share `weight` of the new state, in `[0, 1]`. 0 leaves the thoughts exactly as they
-    /// were, 1 takes the new state whole.
+    /// A fixed share `weight` of the new state, in `[0, 1]`. 0 leaves the thoughts exactly as they were,
+    /// 1 takes the new state entirely.
     #[must_use]
     pub fn new(weight: f64) -> Self {
         Self { weight: Weight::Same(weight), ..Self::default() }
@@ -116,43 +115,42 @@ impl Interpolate {
         Self::default()
     }
 
-    /// One share per pass, each in `[0, 1]`; the last holds for all passes that come after it. At
-    /// least one.
+    /// One share per pass, each in `[0, 1]`; the last is used for all later passes. At least one.
     #[must_use]
     pub fn schedule(weights: impl IntoIterator<Item = f64>) -> Self {
         Self { weight: Weight::Each(weights.into_iter().collect()), ..Self::default() }
     }
 
-    /// A share of its own for every channel, as the checkpoint was trained to take it: the sigmoid
-    /// of [`Step::gate`]. A checkpoint without a gate is an error in the first pass.
+    /// A share of its own for every channel, as the checkpoint was trained with: the sigmoid of
+    /// [`Step::gate`]. A checkpoint without a gate is an error in the first pass.
     #[must_use]
     pub fn gated() -> Self {
         Self { weight: Weight::Named(Named::Gate), ..Self::default() }
     }
 
-    /// Goes along the great circle between the directions of the two rows, the length changing
-    /// evenly from one to the other (Shoemake 1985), so that rows which point apart do not shrink on
-    /// the way. Default: along the straight line between them, which is also taken where there is no
-    /// one circle: for rows of zeros, and rows that point in opposite directions to within a
-    /// milliradian. Not for [`Interpolate::gated`].
+    /// Moves along the great circle between the directions of the two rows, with the length changing
+    /// evenly from one to the other (Shoemake 1985), so that rows which point apart do not shrink on the
+    /// way. Default: along the straight line between them, which is also used where there is no unique
+    /// circle: for rows of zeros, and rows that point in opposite directions to within a milliradian.
+    /// Not for [`Interpolate::gated`].
     #[must_use]
     pub fn slerp(mut self) -> Self {
         self.along = Along::Sphere;
         self
     }
 
-    /// Takes the result back by this share, in `[0, 1]`, to where the thoughts began:
-    /// `β · g(first) + (1 - β) · z'`, the iteration of Halpern (1967), which many passes cannot
-    /// carry away. Default 0: no anchor. 1 forgets what the pass did.
+    /// Pulls the result back by this share, in `[0, 1]`, towards where the thoughts began:
+    /// `β · g(first) + (1 - β) · z'`, the iteration of Halpern (1967), which does not drift away over
+    /// many passes. Default 0: no anchor. 1 discards what the pass did.
     #[must_use]
     pub fn anchor(mut self, to: Anchor, share: f64) -> Self {
         self.anchor = (share != 0.0).then_some(Anchored { to, share });
         self
     }
 
-    /// Gives every row of the result, anchor included, the length that its thought had before the
-    /// pass. Rows of zeros stay so. Default: lengths are what they become. By itself this does not
-    /// make an undamped loop stable.
+    /// Gives every row of the result, anchor included, the length that its thought had before the pass.
+    /// Rows of zeros stay zero. Default: lengths are not restored. By itself this does not make an
+    /// undamped loop stable.
     #[must_use]
     pub fn match_norm(mut self) -> Self {
         self.match_norm = true;
@@ -241,7 +239,7 @@ fn no_weights() -> Error {
     Error::parameter("weight", "at least one share in [0, 1]", "[]")
 }
 
-/// From `from` towards `to`. Both ends are exact, whatever the other holds.
+/// From `from` towards `to`. Both ends are exact, whatever the other one holds.
 fn lerp(from: &Tensor, to: &Tensor, share: f64) -> Result<Tensor> {
     if share == 0.0 {
         return Ok(from.clone());
@@ -271,15 +269,15 @@ fn slerp(from: &Tensor, to: &Tensor, share: f64) -> Result<Tensor> {
     Ok((part + v.broadcast_mul(&weight(share, &after)?)?)?)
 }
 
-/// The angles between two rows of unit length, as far from 0 and π as sines can be divided by. At
-/// 0 that moves no digit of what comes of it in `f32`.
+/// The angles between two rows of unit length, kept far enough from 0 and π to divide by their sines. At
+/// 0 that changes no digit of the result in `f32`.
 fn angle(u: &Tensor, v: &Tensor) -> Result<Tensor> {
     let lengths = |rows: Tensor| -> Result<Vec<f64>> {
         let lengths = rows.sqr()?.sum(D::Minus1)?.sqrt()?.flatten_all()?;
         Ok(lengths.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
     };
-    // Kahan's form: unlike the arc cosine it loses no digits at small angles. On the host, for
-    // candle has no arc functions.
+    // Kahan's form: unlike the arc cosine it loses no digits at small angles. On the host, since candle
+    // has no arc functions.
     let (apart, together) = (lengths((u - v)?)?, lengths((u + v)?)?);
     let angle = |(apart, together): (&f64, &f64)| {
         (2.0 * apart.atan2(*together)).clamp(NO_CIRCLE, PI - NO_CIRCLE)
@@ -288,7 +286,7 @@ fn angle(u: &Tensor, v: &Tensor) -> Result<Tensor> {
     let cosine = (u * v)?.sum_keepdim(D::Minus1)?;
     let angle = Tensor::from_vec(angles, cosine.shape(), &Device::Cpu)?;
     let angle = angle.to_dtype(u.dtype())?.to_device(u.device())?;
-    // Adds nothing but the gradient of the arc cosine.
+    // Adds only the gradient of the arc cosine.
     let gradient = ((cosine.detach() - cosine)? / angle.sin()?)?;
     Ok((angle + gradient)?)
 }

@@ -1,7 +1,7 @@
 //! Refinement: what becomes of the thoughts after each pass.
 //!
 //! A thought pass reads the thoughts `z` in both directions and gives `h`; a sequence of ops, each a
-//! [`Refine`], makes the next `z` of the two. `z` is the residual stream that enters the first layer
+//! [`Refine`], makes the next `z` from the two. `z` is the residual stream that enters the first layer
 //! of the span.
 //!
 //! ```
@@ -44,25 +44,25 @@ pub(crate) use self::rows::{Thinks, directions};
 pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 
-/// What a refinement is told of the pass it refines.
+/// What a refinement is told about the pass that it refines.
 ///
-/// All tensors of thoughts are of one shape, `(tokens, hidden)`, or of other leading dimensions with as
-/// many rows: the tokens of all sequences one behind the other. Only the rows that [`Step::batch`] says are
-/// context may change: whatever an op makes of plain rows is put back.
+/// All tensors of thoughts have the same shape, `(tokens, hidden)`, or other leading dimensions with as
+/// many rows: the tokens of all sequences one after the other. Only the rows that [`Step::batch`] says
+/// are context may change: whatever an op makes of plain rows is undone.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
     /// The thoughts that went into the pass.
     pub z: &'a Tensor,
     /// The first thoughts, before any pass.
     pub first: &'a Tensor,
-    /// What came out of the pass, before any op. Plain rows behind all context may have been left
-    /// out of it: there it is `z`.
+    /// What came out of the pass, before any op. Plain rows after all context may have been left out of
+    /// the pass: for those it is `z`.
     pub h: &'a Tensor,
-    /// What came out of the first pass: `h` itself in the first.
+    /// What came out of the first pass; in the first pass, `h` itself.
     pub first_h: &'a Tensor,
     /// The embeddings of the tokens. Equal to `first` for a span that begins at layer 0.
     pub embeddings: &'a Tensor,
-    /// Which rows are of which sequence, and which of them think together.
+    /// Which rows belong to which sequence, and which of them think together.
     pub batch: &'a Batch,
     /// Which pass this is, from 0.
     pub index: usize,
@@ -71,7 +71,7 @@ pub struct Step<'a> {
     /// The checkpoint's own interpolation gate, `(hidden)`, if it has one: its sigmoid is the share
     /// of the new state.
     pub gate: Option<&'a Tensor>,
-    /// How the decoder would read some thoughts; `None` where there is no model behind the step.
+    /// How the decoder would read some thoughts; `None` without a model behind the step.
     pub readout: Option<&'a dyn Readout>,
 }
 
@@ -151,13 +151,13 @@ pub trait Readout: Debug {
 /// # }
 /// ```
 pub trait Refine: Debug + Send + Sync {
-    /// What errors call it. Default: the name of its type.
+    /// The name that errors give it. Default: the name of its type.
     fn name(&self) -> String {
         let path = std::any::type_name::<Self>();
         path.rsplit("::").next().unwrap_or(path).to_string()
     }
 
-    /// The next thoughts from `xs`, which is what the op before made, or [`Step::h`] for the first
+    /// The next thoughts from `xs`, which is the output of the previous op, or [`Step::h`] for the first
     /// op, with [`Step::z`] in the rows that do not think. Both are `(.., hidden)`.
     ///
     /// # Errors
@@ -178,7 +178,7 @@ pub trait Refine: Debug + Send + Sync {
     }
 }
 
-/// Whether a setting can be left out when it is written.
+/// Whether a setting can be left out when writing.
 fn is_default<T: Default + PartialEq>(setting: &T) -> bool {
     *setting == T::default()
 }

@@ -12,17 +12,16 @@ use crate::error::Result;
 /// Moves thoughts down the gradient of an objective, the weights frozen.
 ///
 /// The objective is the prompt's own next-token loss when it is decoded from the thoughts, unless
-/// another is given. Each sequence keeps the best place it came by, the start included, so
-/// the loss never rises. A nudge of K steps costs K gradients (each about three times the layers
-/// `a..n` and the head) and one forward pass. Only tokens of context segments move; the result
-/// carries no gradient.
+/// another is given. Each sequence keeps the best point it passed, the start included, so the loss never
+/// rises. A nudge of K steps costs K gradients (each about three times the layers `a..n` and the head)
+/// and one forward pass. Only tokens of context segments move; the result carries no gradient.
 ///
-/// A lower loss of the prompt is not yet a better answer: thoughts that enter late layers can spell
-/// out the token that follows, and within a few steps do. The trust region is what holds them to
-/// their meaning.
+/// A lower loss on the prompt is not necessarily a better answer: thoughts that enter late layers can
+/// spell out the token that follows, and within a few steps they do. The trust region is what keeps them
+/// close to their meaning.
 ///
-/// Where no gradient can flow it is an error: over quantised weights on another device than the CPU.
-/// Use [`ForwardNudge`](super::ForwardNudge) there.
+/// It is an error where no gradient can flow: over quantised weights on a device other than the CPU. Use
+/// [`ForwardNudge`](super::ForwardNudge) there.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -74,9 +73,9 @@ impl GradientNudge {
         self
     }
 
-    /// How far each thought may move in all, as a share of its length where the nudge found it: in
-    /// [0, 1e6]. What a step goes beyond that is taken back. Default 0.1; 0 leaves the thoughts as
-    /// they were.
+    /// How far each thought may move in total, as a share of its length where the nudge found it: in [0,
+    /// 1e6]. What a step goes beyond that is taken back. Default 0.1; 0 leaves the thoughts as they
+    /// were.
     #[must_use]
     pub fn trust(mut self, ratio: f64) -> Self {
         self.trust = ratio;
@@ -90,7 +89,7 @@ impl GradientNudge {
         self
     }
 
-    /// As [`objective`](Self::objective), from a function: of the thoughts, and of the step.
+    /// As [`objective`](Self::objective), from a function of the thoughts and the step.
     #[must_use]
     pub fn objective_fn<F>(mut self, function: F) -> Self
     where

@@ -29,18 +29,20 @@ use crate::error::{Error, Result};
 /// # let _ = nudge;
 /// ```
 pub trait Objective: fmt::Debug + Send + Sync {
-    /// One number for each sequence, `(sequences)` in `f32`, that depends on no other sequence of
-    /// `xs`, which is `(.., hidden)`; [`Batch::sum`](crate::model::Batch::sum) makes one. For a [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss
-    /// must be differentiable in it.
+    /// One number for each sequence, `(sequences)` in `f32`, that depends on no other sequence of `xs`,
+    /// which is `(.., hidden)`; [`Batch::sum`](crate::model::Batch::sum) makes one. For a
+    /// [`GradientNudge`](super::GradientNudge) `xs` is tracked, and the loss must be differentiable in
+    /// it.
     ///
     /// # Errors
     /// When the computation fails; the nudge ends with that error. It also ends with
-    /// [`Error::NotFinite`], with the index of the sequence, for a loss or a gradient that is not, and with
-    /// [`Error::Parameter`] for a loss of another shape or one that no gradient leads back from.
+    /// [`Error::NotFinite`], with the index of the sequence, for a loss or a gradient that is not
+    /// finite, and with [`Error::Parameter`] for a loss of another shape or one that no gradient flows
+    /// back from.
     fn loss(&self, xs: &Tensor, step: &Step<'_>) -> Result<Tensor>;
 }
 
-/// An objective made of a function.
+/// An objective made from a function.
 struct Function<F>(F);
 
 impl<F> fmt::Debug for Function<F> {
@@ -58,7 +60,7 @@ where
     }
 }
 
-/// The objective of a nudge: the readout's own loss, unless there is another.
+/// The objective of a nudge: the readout's own loss, unless another is given.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Goal(Option<Arc<dyn Objective>>);
 
@@ -101,7 +103,7 @@ impl Goal {
         let xs = Var::from_tensor(xs)?;
         let loss = objective.loss(xs.as_tensor(), step)?;
         let losses = losses(&loss, sequences)?;
-        // sequences do not depend on each other: the slope of the sum is that of each
+        // sequences do not depend on each other: the gradient of the sum is that of each
         let gradient = loss.sum_all()?.backward()?.remove(&xs).ok_or_else(|| {
             let expected = "a loss that is differentiable in the thoughts";
             Error::parameter("objective", expected, "one that no gradient leads back from")

@@ -7,10 +7,10 @@ use crate::error::{Error, Result};
 
 /// How a [`GradientNudge`](super::GradientNudge) steps down its gradient.
 ///
-/// Thoughts of one model are a hundred times the size of another's, so steps are taken in units of
-/// the root mean square `s` of each thought where the nudge found it: with `x = x₀ + s·u`, the
-/// optimiser moves `u` down the slope of the loss in `u`, which is `s·g`. Thoughts and gradient
-/// scaled together give the same steps, scaled.
+/// Thoughts of one model are a hundred times the size of another's, so steps are taken in units of the
+/// root mean square `s` of each thought where the nudge found it: with `x = x₀ + s·u`, the optimiser
+/// moves `u` down the gradient of the loss in `u`, which is `s·g`. Where only the scale of the thoughts
+/// differs, so does that of the steps, and nothing else.
 ///
 /// A learning rate is in [0, 1e6], where 0 moves nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ impl Optimizer {
         check_ratio("learning_rate", self.learning_rate())
     }
 
-    /// At the beginning of a descent, in units of `unit`, which has a size for each thought.
+    /// At the beginning of a descent, in units of `unit`, which has one size for each thought.
     pub(super) fn begin(self, unit: Tensor) -> Descent {
         let adam = match self {
             Self::Sgd { .. } => None,
@@ -52,7 +52,7 @@ impl Optimizer {
     }
 }
 
-/// A descent under way.
+/// A descent in progress.
 pub(super) struct Descent {
     learning_rate: f64,
     unit: Tensor,
@@ -60,7 +60,7 @@ pub(super) struct Descent {
 }
 
 impl Descent {
-    /// Where `x` goes from a place of this gradient.
+    /// Where `x` moves from a point with this gradient.
     pub(super) fn step(&mut self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         let slope = gradient.broadcast_mul(&self.unit)?;
         let direction = match &mut self.adam {

@@ -10,11 +10,11 @@ use crate::likelihood;
 /// One vector, fitted to the prompt, that is added to every final hidden state before the head
 /// (SLOT, arXiv 2505.12392).
 ///
-/// The vector δ begins at zero and takes a few steps of AdamW (with the ε = 1e-5 and the weight
-/// decay of 1e-8 that the paper's code uses) on the prompt's own next-token loss; then it serves
-/// every generated token. The layers run once, only the head is run again, so a step is cheap.
-/// Unlike in the paper the δ of the lowest loss is kept, zero included, so the loss of the prompt
-/// never rises. It is no [`Refine`](super::Refine) op: it changes no thoughts.
+/// The vector δ begins at zero and takes a few steps of AdamW (with the ε = 1e-5 and the weight decay of
+/// 1e-8 of the paper's code) on the prompt's own next-token loss; then it is used for every generated
+/// token. The layers run once and only the head is run again, so a step is cheap. Unlike in the paper,
+/// the δ of the lowest loss is kept, zero included, so the loss of the prompt never rises. It is not a
+/// [`Refine`](super::Refine) op: it changes no thoughts.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -48,7 +48,7 @@ impl OutputNudge {
     const EPSILON: f64 = 1e-5;
     const WEIGHT_DECAY: f64 = 1e-8;
 
-    /// This many steps, up to 1000; the paper takes 3 to 5. 0 leaves the vector at zero.
+    /// This many steps, up to 1000; the paper uses 3 to 5. 0 leaves the vector at zero.
     #[must_use]
     pub fn new(steps: usize) -> Self {
         Self { steps, learning_rate: default_learning_rate() }
@@ -71,15 +71,15 @@ impl OutputNudge {
         check_ratio("learning_rate", self.learning_rate)
     }
 
-    /// The vector for a text, `(1, hidden)` in the type of `normed`, to be added to what goes into
-    /// the head. `normed` are the text's final hidden states after the final norm,
-    /// `(tokens, hidden)`; `ids` its tokens; `head` gives the scores of every vocabulary entry,
-    /// `(n, hidden) -> (n, vocab)`. Zero for a text of one token, which predicts nothing.
+    /// The vector for a text, `(1, hidden)` in the type of `normed`, to be added to the input of the
+    /// head. `normed` are the text's final hidden states after the final norm, `(tokens, hidden)`; `ids`
+    /// its tokens; `head` gives the logits, `(n, hidden) -> (n, vocab)`. Zero for a text of one token,
+    /// which predicts nothing.
     ///
     /// # Errors
-    /// What `head` returns, among them [`Error::Unsupported`] for one that carries no gradient;
+    /// What `head` returns, including [`Error::Unsupported`] for one that carries no gradient;
     /// [`Error::Parameter`] when the shapes do not fit each other; [`Error::TokenOutOfRange`];
-    /// [`Error::NotFinite`] when a loss is not.
+    /// [`Error::NotFinite`] when a loss is not finite.
     pub fn fit(
         &self,
         normed: &Tensor,
@@ -100,7 +100,7 @@ impl OutputNudge {
         }
         let mut best = (f64::INFINITY, delta.clone());
         let mut adam = Adam::new(Self::EPSILON);
-        // once more than there are steps, for where the last one led
+        // one more than there are steps, to evaluate where the last one led
         for step in 0..=self.steps {
             let (loss, gradient) = prompt.loss(&delta, step < self.steps)?;
             if loss < best.0 {

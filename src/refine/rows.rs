@@ -1,4 +1,4 @@
-//! What ops share about rows of thoughts: how long they are, where they point, which of them think.
+//! What ops share about rows of thoughts: how long they are, which way they point, which of them think.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use crate::kernels::{f32s, fits_kernels, gradient_for, values};
 /// row of zeros has neither, and both are zero. Neither overflows where a sum of squares would.
 pub(crate) fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
     let nonzero = |xs: &Tensor| -> Result<Tensor> { Ok((xs + xs.eq(0.0)?.to_dtype(xs.dtype())?)?) };
-    // The unit of length cancels out, so its gradient may be left out.
+    // The scaling cancels out, so its gradient may be left out.
     let unit = nonzero(&rows.detach().abs()?.max_keepdim(D::Minus1)?)?;
     let scaled = rows.broadcast_div(&unit)?;
     let square = scaled.sqr()?.sum_keepdim(D::Minus1)?;
@@ -20,7 +20,7 @@ pub(crate) fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((scaled.broadcast_div(&length)?, ((length * real)? * unit)?))
 }
 
-/// In a type that sums over many rows and channels lose nothing in: half precision as `f32`.
+/// In a type in which sums over many rows and channels lose nothing: half precision as `f32`.
 pub(crate) fn wide(xs: &Tensor) -> Result<Tensor> {
     let dtype = if xs.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     Ok(xs.to_dtype(dtype)?)
@@ -44,7 +44,7 @@ impl Thinks<'_> {
         self.run_by_run(xs, z)
     }
 
-    /// Put together run by run, which costs one copy; a choice element by element costs several.
+    /// Put together run by run, which costs one copy; a choice per element costs several.
     fn run_by_run(&self, xs: &Tensor, z: &Tensor) -> Result<Tensor> {
         let (rows, kept) = (flat(xs)?, flat(z)?);
         let (mut runs, mut at) = (Vec::new(), 0);
@@ -58,8 +58,8 @@ impl Thinks<'_> {
     }
 }
 
-/// [`Thinks::or`] on the CPU. Composed of candle's operations it has a gradient that is as large as
-/// the whole batch for every run of it.
+/// [`Thinks::or`] on the CPU. Composed of candle's operations it would allocate a gradient as large as
+/// the whole batch for every run.
 struct Choose {
     /// The rows that think.
     runs: Vec<Range<usize>>,
@@ -126,7 +126,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Values and gradients of a choice in one copy are those of one run by run.
+        /// Choosing in one copy gives the same values and gradients as choosing run by run.
         #[test]
         fn both_choices_agree(
             lengths in prop::collection::vec(0usize..7, 1..4), hidden in 1usize..5,

@@ -1,4 +1,4 @@
-//! A nudge that needs no gradient: probes in random directions, weighted by what they earn.
+//! A nudge that needs no gradient: random probes, weighted by how much they help.
 
 use candle_core::{D, Tensor};
 use rand::{RngCore, SeedableRng};
@@ -15,17 +15,16 @@ use crate::error::{Error, Result};
 /// Moves thoughts towards a lower loss by forward passes alone, and so works where no gradient can
 /// flow: over quantised weights on a GPU, or for an objective that is not differentiable.
 ///
-/// An evolution strategy. Each step probes pairs `x ± σ·s·ε` around the best thoughts so far, with
-/// `ε` random signs (Spall 1992) and `s` the root mean square of each thought, so that a probe
-/// moves every thought by the share σ of its length. The step is the mean of the probes, weighted
-/// by the softmax of their standardised rewards (as in path integral control, Williams et al.
-/// 2017); pairs cancel what has nothing to do with the direction (Salimans et al. 2017). Each
-/// sequence keeps the best place of all that were tried, the start included, so the loss never
-/// rises. A nudge of K steps in N directions costs 1 + K·(2N + 1) forward passes of the layers
-/// `a..n` and the head.
+/// An evolution strategy. Each step probes pairs `x ± σ·s·ε` around the best thoughts so far, with `ε`
+/// random signs (Spall 1992) and `s` the root mean square of each thought, so that a probe moves every
+/// thought by a share σ of its length. The step is the mean of the probes, weighted by the softmax of
+/// their standardised rewards (as in path integral control, Williams et al. 2017); pairs cancel whatever
+/// does not depend on the direction (Salimans et al. 2017). Each sequence keeps the best point of all
+/// that were tried, the start included, so the loss never rises. A nudge of K steps in N directions
+/// costs 1 + K·(2N + 1) forward passes of the layers `a..n` and the head.
 ///
-/// A few random directions hold little of the slope of many thousand channels: where a gradient can
-/// flow, a [`GradientNudge`](super::GradientNudge) gets much further in the same time.
+/// A few random directions capture little of a gradient in many thousand channels: where one can flow, a
+/// [`GradientNudge`](super::GradientNudge) gets much further in the same time.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -88,7 +87,7 @@ impl ForwardNudge {
         }
     }
 
-    /// Directions of a step, 1 to 1000, each probed both ways. Default 8.
+    /// Directions in a step, 1 to 1000, each probed both ways. Default 8.
     #[must_use]
     pub fn directions(mut self, directions: usize) -> Self {
         self.directions = directions;
@@ -103,25 +102,25 @@ impl ForwardNudge {
         self
     }
 
-    /// How even the weights of the probes are, more than 0 and up to 1e6, in standard deviations
-    /// of their losses. Default 1. Towards 0 the step is the best probe; when high, the steps are
-    /// short and go along the mean slope.
+    /// How even the weights of the probes are, more than 0 and up to 1e6, in standard deviations of
+    /// their losses. Default 1. Towards 0 the step is the best probe; when high, the steps are short and
+    /// follow the mean gradient.
     #[must_use]
     pub fn temperature(mut self, temperature: f64) -> Self {
         self.temperature = temperature;
         self
     }
 
-    /// How far each thought may move in all, as a share of its length where the nudge found it: in
-    /// [0, 1e6]. Default 0.1; 0 leaves the thoughts as they were.
+    /// How far each thought may move in total, as a share of its length where the nudge found it: in [0,
+    /// 1e6]. Default 0.1; 0 leaves the thoughts as they were.
     #[must_use]
     pub fn trust(mut self, ratio: f64) -> Self {
         self.trust = ratio;
         self
     }
 
-    /// What the directions are drawn from. Default 0. The same seed gives the same directions, to
-    /// a token whatever other sequences there are.
+    /// The seed of the directions. Default 0. The same seed gives each token the same directions,
+    /// whatever other sequences there are.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -135,7 +134,7 @@ impl ForwardNudge {
         self
     }
 
-    /// As [`objective`](Self::objective), from a function: of the thoughts, and of the step.
+    /// As [`objective`](Self::objective), from a function of the thoughts and the step.
     #[must_use]
     pub fn objective_fn<F>(mut self, function: F) -> Self
     where
@@ -145,8 +144,8 @@ impl ForwardNudge {
         self
     }
 
-    /// The random signs of one direction, in the shape of the thoughts. A token's depend on its place in
-    /// its sequence, not on what else is in the batch.
+    /// The random signs of one direction, in the shape of the thoughts. Those of a token depend on its
+    /// place in its sequence, not on what else is in the batch.
     fn signs(&self, like: &Tensor, batch: &Batch, place: [usize; 3]) -> Result<Tensor> {
         let hidden = like.dim(D::Minus1)?;
         let key = [self.seed, place[0] as u64, place[1] as u64, place[2] as u64];
@@ -168,8 +167,8 @@ impl ForwardNudge {
         Ok(Tensor::from_vec(signs, like.shape(), like.device())?.to_dtype(like.dtype())?)
     }
 
-    /// What share of the step each pair has, signed, for each sequence: the difference of
-    /// the softmax weights of its two probes.
+    /// Each pair's share of the step, signed, for each sequence: the difference of the softmax weights
+    /// of its two probes.
     fn shares(&self, losses: &[[Vec<f32>; 2]]) -> Vec<Vec<f32>> {
         let sequences = losses.first().map_or(0, |[plus, _]| plus.len());
         let mut shares = vec![Vec::with_capacity(sequences); losses.len()];

@@ -10,17 +10,17 @@ use super::rows::Thinks;
 use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step};
 use crate::error::{Error, Result};
 
-/// An empty sequence of ops, to be added to: `seq().add(..).add(..).add_fn(..)`.
+/// An empty sequence of ops, to add to: `seq().add(..).add(..).add_fn(..)`.
 #[must_use]
 pub fn seq() -> Seq {
     Seq::default()
 }
 
-/// Ops that run one after the other, each on what the one before made.
+/// Ops that run one after the other, each on the output of the one before.
 ///
-/// After each op the result must have the shape, the type and the device of the thoughts, and rows
-/// that do not think are put back to what they were. Without any op the thoughts become what the
-/// pass made of them. Serialised as a list of [`OpConfig`]s.
+/// After each op the result must have the shape, the type and the device of the thoughts, and rows that
+/// do not think are reset to what they were. Without any op the thoughts become the output of the pass.
+/// Serialised as a list of [`OpConfig`]s.
 #[derive(Clone, Debug, Default)]
 pub struct Seq {
     ops: Vec<Arc<dyn Refine>>,
@@ -61,7 +61,7 @@ impl Seq {
         self
     }
 
-    /// With a function at the end: of what the op before made, and of the step.
+    /// With a function at the end, of the previous op's output and the step.
     #[must_use]
     pub fn add_fn<F>(self, function: F) -> Self
     where
@@ -76,7 +76,7 @@ impl Seq {
         self.ops.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ops.is_empty()
@@ -85,8 +85,8 @@ impl Seq {
     /// The next thoughts: all ops over [`Step::h`].
     ///
     /// # Errors
-    /// [`Error::Refinement`] that names the op: what it returned itself, or what is wrong with its
-    /// result; [`Error::Parameter`] for a step whose tensors do not fit each other or its batch.
+    /// [`Error::Refinement`] that names the op: the error it returned, or what is wrong with its result;
+    /// [`Error::Parameter`] for a step whose tensors do not fit each other or its batch.
     pub fn refine(&self, step: &Step<'_>) -> Result<Tensor> {
         step.batch.check(step.z)?;
         check_alike(step.h, step.z)?;
@@ -113,8 +113,8 @@ impl Seq {
     }
 }
 
-/// Equal if they do the same: ops that can be written to a file are, if they would be written alike, and
-/// others if they are the same value.
+/// Equal if they do the same: ops that can be written to a file are equal if they would be written the
+/// same, and others only if they are the same value.
 impl PartialEq for Seq {
     fn eq(&self, other: &Self) -> bool {
         let same =
@@ -156,7 +156,7 @@ fn named(index: usize, op: &dyn Refine, source: Error) -> Error {
     Error::Refinement { op: op.name(), index, source: Box::new(source) }
 }
 
-/// Refuses a result that could not go into the next pass.
+/// Refuses a result that the next pass could not take.
 fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
     let describe = |xs: &Tensor| {
         format!("{:?} of {:?} on {:?}", xs.dims(), xs.dtype(), xs.device().location())
@@ -167,7 +167,7 @@ fn check_alike(refined: &Tensor, z: &Tensor) -> Result<()> {
     Err(Error::parameter("thoughts", describe(z), describe(refined)))
 }
 
-/// An op made of a function.
+/// An op made from a function.
 struct Function<F>(F);
 
 impl<F> fmt::Debug for Function<F> {

@@ -1,4 +1,4 @@
-//! How far a nudge may go, and the best place it came by.
+//! How far a nudge may go, and the best point it passed.
 
 use candle_core::{D, DType, Tensor};
 
@@ -7,12 +7,12 @@ use super::rows::{Thinks, wide};
 use crate::batch::{Batch, flat};
 use crate::error::{Error, Result};
 
-/// The bound of a nudge that is given none.
+/// The bound of a nudge that is not given one.
 pub(super) fn default_trust() -> f64 {
     0.1
 }
 
-/// How far thoughts may go from where a nudge found them. Computes in `f32` at least.
+/// How far thoughts may move from where a nudge found them. Computes in at least `f32`.
 pub(super) struct Trust<'a> {
     /// Where the nudge found them.
     pub(super) start: Tensor,
@@ -35,11 +35,12 @@ impl<'a> Trust<'a> {
         Ok((&self.lengths / (self.start.dim(D::Minus1)? as f64).sqrt())?)
     }
 
-    /// `x`, each thought brought back within its bound; those that do not think, to their start.
+    /// `x`, with each thought brought back within its bound, and those that do not think back to their
+    /// start.
     pub(super) fn hold(&self, x: &Tensor) -> Result<Tensor> {
         const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
         const LARGEST: f64 = f32::MAX as f64;
-        // an infinite offset times 0 is NaN; one whose length overflows goes nowhere
+        // an infinite offset times 0 is NaN; one whose length overflows does not move
         let offset = (x - &self.start)?.clamp(-LARGEST, LARGEST)?;
         let allowed = ((&self.lengths * self.ratio)? / lengths(&offset)?.maximum(SMALLEST)?)?;
         let held = (&self.start + offset.broadcast_mul(&allowed.minimum(1.0)?)?)?;
@@ -63,14 +64,14 @@ fn lengths(xs: &Tensor) -> Result<Tensor> {
     Ok(xs.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)
 }
 
-/// The best thoughts so far, each sequence for itself.
+/// The best thoughts so far, for each sequence separately.
 pub(super) struct Best {
     pub(super) xs: Tensor,
     losses: Vec<f32>,
 }
 
 impl Best {
-    /// The better of what there was and `xs`; of equals, what there was.
+    /// The better of the best so far and `xs`; of equals, the best so far.
     pub(super) fn of(
         before: Option<Self>,
         xs: &Tensor,

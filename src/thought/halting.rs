@@ -17,14 +17,14 @@ use crate::model::{Batch, flat};
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Halt {
-    /// By drift: the relative change `‖z' - z‖ / ‖z‖`, mean over the sequence's tokens. 0.03 is a good
-    /// exit.
+    /// By drift: the relative change `‖z' - z‖ / ‖z‖`, averaged over the sequence's tokens. 0.03 is a
+    /// good threshold.
     Drift(f64),
-    /// By cosine distance: `1 - cos(z', z)`, mean over the sequence's tokens, in `[0, 2]`.
+    /// By cosine distance: `1 - cos(z', z)`, averaged over the sequence's tokens, in `[0, 2]`.
     Cosine(f64),
-    /// By what it would say: the Kullback-Leibler divergence of the next-token distribution at the
-    /// sequence's last token after the pass from the one before it, in nats, when the thoughts are read
-    /// causally. Costs such a reading after every pass.
+    /// By what the model would say: the Kullback-Leibler divergence of the next-token distribution at
+    /// the sequence's last token after the pass from the one before it, in nats, when the thoughts are
+    /// read causally. Costs one such reading after every pass.
     Kl(f64),
 }
 
@@ -109,7 +109,7 @@ impl<'a> Halting<'a> {
             };
             for ((halted, moved), tokens) in self.halted.iter_mut().zip(moved).zip(&lengths) {
                 let moved = if *tokens == 0 { 0.0 } else { moved };
-                // Rounding makes less than 0 of quantities that cannot be.
+                // Rounding can make quantities negative that cannot be.
                 if halted.is_none() && tolerance > 0.0 && moved < tolerance {
                     *halted = Some(reason);
                 }

@@ -8,7 +8,7 @@ use super::{EncodedBatch, HandOff, ThoughtLoop, Thoughts};
 use crate::error::{Error, Result};
 use crate::model::{Batch, KvCache, Pass, Sight, flat};
 
-/// Where the decoder goes on: a stream that it reads causally, and the layers that have yet to run.
+/// Where the decoder continues: a stream that it reads causally, and the layers that have yet to run.
 #[derive(Clone, Debug)]
 pub struct Entry {
     /// `(tokens, hidden)`: the stream that enters the first of `layers`.
@@ -43,22 +43,22 @@ impl ThoughtLoop {
         reader.forward(&xs, layers, self.cancellable(pass))
     }
 
-    /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: gives the stream that
-    /// goes on causally, which may be cut into pieces, and the layers that it has yet to run. `caches`,
-    /// one for each sequence, are those that [`encode`](Self::encode) began to fill.
+    /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: returns the stream
+    /// that continues causally, which may be cut into pieces, and the layers that it has yet to run.
+    /// `caches`, one for each sequence, are those that [`encode`](Self::encode) began to fill.
     ///
     /// [`HandOff::Refined`] does nothing here: the thoughts enter the span. [`HandOff::KeyValue`] and
     /// [`HandOff::Mixed`] run the span over the thoughts as they were thought, with the
-    /// [thinker](super::ThoughtModel::thinker), and, causally, over the plain stream, and give the decoder of
-    /// each context token `(1 - weight) · plain + weight · thoughts`: of its keys and values in every
-    /// layer, which begin the cache, and of the stream that leaves the span. Plain tokens run causally
-    /// over these keys and values. Mixing is done in `f32` (Bitune, Kopiczko et al. 2024). What a narrow
-    /// cache will hold is rounded before anything attends to it.
+    /// [thinker](super::ThoughtModel::thinker), and, causally, over the plain stream. For each context
+    /// token the decoder gets `(1 - weight) · plain + weight · thoughts`: of the keys and values in
+    /// every layer, which begin the cache, and of the stream that leaves the span. Plain tokens run
+    /// causally over these keys and values. Mixing is done in `f32` (Bitune, Kopiczko et al. 2024). What
+    /// a narrow cache will hold is rounded before anything attends to it.
     ///
     /// # Errors
     /// As [`Transformer::forward`](crate::model::Transformer::forward); [`Error::Parameter`] for a cache
     /// that is not empty in the layers of the span, or thoughts without a row for each token of the text.
-    /// Where it fails later, these layers of the caches are empty.
+    /// If it fails later, these layers of the caches are left empty.
     pub fn enter(
         &self,
         text: &EncodedBatch,
@@ -98,11 +98,11 @@ impl ThoughtLoop {
     }
 
     /// [`enter`](Self::enter) after thinking again: makes the cache of one sequence forget what depends
-    /// on thoughts from position `changed` on, and gives the stream from the first one forgotten. What
-    /// layers before the span hold stays true: no thought has entered them.
+    /// on thoughts from position `changed` on, and returns the stream from the first forgotten position
+    /// on. What layers before the span hold stays valid: no thought has entered them.
     ///
     /// # Errors
-    /// As [`enter`](Self::enter); [`Error::Parameter`] for a position behind the end of the text.
+    /// As [`enter`](Self::enter); [`Error::Parameter`] for a position past the end of the text.
     pub fn enter_again(
         &self,
         text: &EncodedBatch,
@@ -118,7 +118,7 @@ impl ThoughtLoop {
         }
         let from = match cache.truncate_layers(a..n, changed) {
             Err(Error::CacheRolled { .. }) => {
-                // The window has let go of what would be needed: begin anew.
+                // The window has dropped what would be needed: start over.
                 cache.truncate_layers(a..n, 0)?;
                 0
             }
@@ -132,7 +132,7 @@ impl ThoughtLoop {
         Ok(Entry { xs: xs.narrow(0, from, xs.dim(0)? - from)?, layers })
     }
 
-    /// Where nothing is to be remembered.
+    /// [`enter`](Self::enter) where nothing is to be remembered.
     fn enter_uncached(&self, batch: &Batch, thoughts: &Thoughts, weight: f64) -> Result<Tensor> {
         let (span, sight) = (self.span(), self.thinking.sight);
         let decoder = self.model.decoder();
@@ -151,7 +151,7 @@ impl ThoughtLoop {
         self.enter_span(batch, thoughts, weight, &mut own.iter_mut().collect::<Vec<_>>())
     }
 
-    /// Runs the span into empty caches, and gives the stream that leaves it.
+    /// Runs the span into empty caches, and returns the stream that leaves it.
     fn enter_span(
         &self,
         batch: &Batch,
@@ -166,14 +166,14 @@ impl ThoughtLoop {
             return decoder.forward(&thoughts.first, span, self.cancellable(pass));
         }
         if weight == 1.0 && self.model.is_of_one_mind() {
-            // Plain tokens run causally in it as it is.
+            // Here plain tokens run causally anyway.
             let pass = Pass::Remembered { batch, sight, caches: again(caches) };
             return decoder.forward(&thoughts.z, span, self.cancellable(pass));
         }
         let (plain, z) = (flat(&thoughts.first)?, flat(&thoughts.z)?);
-        // What plain tokens make of the mixture: a stream of its own.
+        // How plain tokens run over the mixture: a stream of its own.
         let (mut a, mut b, mut own) = (plain.clone(), z, plain);
-        // Of a mixture, it is the mixture that is rounded, and not what is mixed.
+        // With a mixture, the mixture is rounded and not its parts.
         let kept_as = caches.first().map_or(decoder.dtype(), |cache| cache.dtype());
         let kept_as = if weight < 1.0 { decoder.dtype() } else { kept_as };
         for layer in span {
@@ -262,12 +262,12 @@ impl Side {
     }
 }
 
-/// The same caches, lent for one more pass.
+/// The same caches, reborrowed for another pass.
 fn again<'a>(caches: &'a mut [&mut KvCache]) -> Vec<&'a mut KvCache> {
     caches.iter_mut().map(|cache| &mut **cache).collect()
 }
 
-/// A sequence of `len` tokens in runs that think and runs that do not.
+/// A sequence of `len` tokens, as runs that think and runs that do not.
 fn runs(context: &[Range<usize>], len: usize) -> Vec<(Range<usize>, bool)> {
     let (mut runs, mut at) = (Vec::new(), 0);
     for segment in context {

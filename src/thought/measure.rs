@@ -6,11 +6,11 @@ use crate::error::Result;
 use crate::model::Batch;
 use crate::refine::directions;
 
-/// For each sequence one number per token.
+/// For each sequence, one number per token.
 pub(super) type PerToken = Vec<Vec<f32>>;
 
-/// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is has changed by 1: all that
-/// it is.
+/// `‖z' - z‖ / ‖z‖` of every thought. One that was zero and no longer is
+/// counts as changed by 1.
 pub(super) fn drift(before: &Tensor, after: &Tensor, batch: &Batch) -> Result<PerToken> {
     per_token([before, after], batch, |[old, new]| {
         let change = old.iter().zip(new).map(|(&old, &new)| f64::from(new) - f64::from(old));
@@ -23,8 +23,8 @@ pub(super) fn drift(before: &Tensor, after: &Tensor, batch: &Batch) -> Result<Pe
     })
 }
 
-/// The cosine of every thought with the one in the same place. Two thoughts of zeros are alike, with
-/// a cosine of 1; one of them is unlike any other, with 0.
+/// The cosine of every thought with the one in the same place. Two zero thoughts are alike, with a
+/// cosine of 1; a zero thought is unlike any other, with 0.
 pub(super) fn cosine(a: &Tensor, b: &Tensor, batch: &Batch) -> Result<PerToken> {
     per_token([a, b], batch, |[a, b]| match (length(a), length(b)) {
         (0.0, 0.0) => 1.0,
@@ -47,7 +47,7 @@ pub(super) fn similarity(z: &Tensor) -> Result<Tensor> {
     Ok(directions.matmul(&directions.t()?)?.clamp(-1f32, 1f32)?)
 }
 
-/// The mean of some numbers; 0 of none.
+/// The mean of some numbers; 0 if there are none.
 pub(super) fn mean<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
     let (mut sum, mut count) = (0.0, 0usize);
     for &value in values {
@@ -56,12 +56,12 @@ pub(super) fn mean<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
     sum / count.max(1) as f64
 }
 
-/// One number per row, `(tokens)`, sequence by sequence.
+/// One number per row, `(tokens)`, grouped by sequence.
 pub(super) fn of_sequences(values: &[f32], batch: &Batch) -> PerToken {
     batch.all_rows().map(|rows| values.get(rows).unwrap_or(&[]).to_vec()).collect()
 }
 
-/// `measure` of every token's thoughts. In `f64`, where no square of an `f32` overflows or vanishes,
+/// `measure` of every token's thoughts. In `f64`, where no square of an `f32` overflows or underflows,
 /// and on the host: one pass over memory, where tensor operations would take several.
 fn per_token<const N: usize>(
     thoughts: [&Tensor; N],

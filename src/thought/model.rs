@@ -1,4 +1,4 @@
-//! A model that thinks: one set of weights, what decodes and what runs thought passes.
+//! A model that thinks: one set of weights, with what decodes and what runs thought passes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::model::{Batch, ForwardContext, Pass, Sight, Stack, Transformer, Weights};
 
-/// A [`Transformer`] and what belongs to it for thought passes: low-rank adapters of their own, blocks
+/// A [`Transformer`] and what comes with it for thought passes: low-rank adapters of their own, blocks
 /// that only they run, a gate.
 ///
 /// Cheap to clone; a clone shares all weights.
@@ -91,7 +91,7 @@ impl ThoughtModel {
         self.thought_gate.as_ref()
     }
 
-    /// Bytes of its matrices by what they are kept as, those of thought layers included; see
+    /// Bytes of its matrices by type, those of thought layers included; see
     /// [`Transformer::weight_bytes`].
     #[must_use]
     pub fn weight_bytes(&self) -> BTreeMap<String, usize> {
@@ -103,7 +103,7 @@ impl ThoughtModel {
     }
 
     /// Runs the blocks that the checkpoint has for thought passes only, `(.., hidden)` in and out;
-    /// without any, `xs` comes back.
+    /// without any, returns `xs`.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
@@ -129,8 +129,8 @@ impl ThoughtModel {
     }
 
     /// This model with a low-rank adapter that is active where `scope` says. The weights are shared, not
-    /// copied, and may be quantised; adapters add up, whatever others there are. A gate that the adapter
-    /// brings is for thinking and takes the place of the one there was.
+    /// copied, and may be quantised; several adapters add up. A gate that the adapter brings is for
+    /// thinking and replaces any other.
     ///
     /// # Errors
     /// As [`Transformer::adapted`].

@@ -17,7 +17,7 @@ pub(super) struct CausalReadout<'a> {
     text: &'a EncodedBatch,
 }
 
-/// What follows a token, and how much of its sequence's loss it is.
+/// The token that follows, and its weight in the loss of its sequence.
 struct Target {
     row: usize,
     id: u32,
@@ -41,7 +41,7 @@ impl<'a> CausalReadout<'a> {
         self.transformer.forward(z, layers, Pass::Causal(&self.text.batch))
     }
 
-    /// Scores after the last token of each sequence: `(sequences, vocab)`.
+    /// Logits after the last token of each sequence: `(sequences, vocab)`.
     pub(super) fn last_logits(&self, z: &Tensor) -> Result<Tensor> {
         let last = self.text.batch.all_rows().map(|rows| rows.end.saturating_sub(1) as u32);
         let last = Tensor::new(last.collect::<Vec<_>>(), z.device())?;
@@ -49,8 +49,8 @@ impl<'a> CausalReadout<'a> {
     }
 
     /// The loss of each sequence, `(sequences)`, from the stream that leaves the last layer; with its
-    /// gradient in the shape of `hidden`, if wanted. Run by run, so that the scores of a whole text
-    /// never stand in memory.
+    /// gradient in the shape of `hidden`, if wanted. Run by run, so that the logits of a whole text are
+    /// never in memory.
     fn loss_of_hidden(&self, hidden: &Tensor, gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
         let (device, rows) = (hidden.device(), flat(hidden)?);
         let mut losses = vec![0f64; self.text.batch.sequences()];
@@ -95,7 +95,7 @@ impl<'a> CausalReadout<'a> {
         Ok((Tensor::new(losses, device)?, gradient))
     }
 
-    /// The tokens that have another after them, in the order of rows.
+    /// The tokens that have another after them, in row order.
     fn targets(&self) -> Vec<Target> {
         let mut targets = Vec::new();
         for (sequence, rows) in self.text.batch.all_rows().enumerate() {
@@ -117,8 +117,8 @@ impl Readout for CausalReadout<'_> {
         Ok(self.loss_of_hidden(&self.hidden(&z.detach())?, false)?.0)
     }
 
-    /// Forwards without a graph, keeping only what enters each layer; then back through the layers
-    /// one by one, each run again with a graph of its own.
+    /// Runs forward without a graph, keeping only what enters each layer; then backward through the
+    /// layers one by one, each run again with a graph of its own.
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)> {
         let batch = &self.text.batch;
         let run = |xs: &Tensor, layer: usize| {
@@ -136,7 +136,7 @@ impl Readout for CausalReadout<'_> {
         for (layer, xs) in layers.zip(entering).rev() {
             let xs = Var::from_tensor(&xs)?;
             let pulled = (run(&xs, layer)? * gradient)?.sum_all()?;
-            // candle's gradients are tracked: the next layer's would lead back through this one again
+            // candle's gradients are tracked: the next layer's would lead back through this layer again
             gradient = pulled.backward()?.remove(&xs).ok_or_else(no_gradient)?.detach();
         }
         Ok((loss, gradient))

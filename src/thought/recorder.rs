@@ -1,4 +1,4 @@
-//! Fills a trace with what was asked for, beside the loop and without touching its thoughts.
+//! Fills a trace with what was asked for, beside the loop and without changing its thoughts.
 
 use candle_core::{DType, Tensor};
 
@@ -11,7 +11,7 @@ use crate::kernels::log_softmax;
 use crate::likelihood;
 use crate::model::{Attended, Batch, ForwardContext, Pass, Tap, flat};
 
-/// Looks at the thoughts after every pass, as closely as a [`Detail`] asks.
+/// Looks at the thoughts after every pass, in as much detail as a [`Detail`] asks for.
 pub(super) struct Recorder<'a> {
     mind: &'a ThoughtLoop,
     batch: &'a Batch,
@@ -32,7 +32,7 @@ impl<'a> Recorder<'a> {
         Self { mind, batch, readout, first, hidden: None }
     }
 
-    /// The thoughts `z` in numbers, compared with those of the call before.
+    /// The thoughts `z` as numbers, compared with those of the previous call.
     pub(super) fn tokens(&mut self, z: &Tensor) -> Result<Option<TokenTrace>> {
         if self.mind.thinking.detail < Detail::Tokens {
             return Ok(None);
@@ -66,7 +66,7 @@ impl<'a> Recorder<'a> {
         Ok((of(&entropies), of(&divergences)))
     }
 
-    /// Who was like whom after a pass over `before`, and who saw whom in it.
+    /// Which thoughts were alike after a pass over `before`, and which saw which in it.
     pub(super) fn maps(&self, before: &Tensor, after: &Tensor) -> Result<Option<Maps>> {
         if self.mind.thinking.detail < Detail::Maps {
             return Ok(None);
@@ -74,7 +74,7 @@ impl<'a> Recorder<'a> {
         let after = flat(&after.detach())?;
         let similarity = |rows: std::ops::Range<usize>| -> Result<Map> {
             if rows.is_empty() {
-                return Ok(Map::new()); // candle cannot read a square of none
+                return Ok(Map::new()); // candle cannot read an empty square
             }
             Ok(measure::similarity(&after.narrow(0, rows.start, rows.len())?)?.to_vec2()?)
         };
@@ -87,8 +87,8 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// The share of every token's attention that goes to every other, mean over the heads: for each layer,
-/// for each sequence.
+/// The share of every token's attention that goes to every other, averaged over the heads: for each
+/// layer, for each sequence.
 struct Shares {
     sequences: usize,
     layers: Vec<Vec<Map>>,

@@ -19,8 +19,8 @@ const TOP: usize = usize::MAX;
 
 /// How the decoder receives the thoughts.
 ///
-/// In every form the last token of the prompt, and every plain segment, is run causally over what
-/// the others left.
+/// In every form the last token of the prompt, and every plain segment, is run causally over the result
+/// for the others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -68,12 +68,12 @@ impl HandOff {
 /// | [`detail`](Self::detail) | how much the trace records for you to look into |
 ///
 /// A checkpoint that was trained to think says so beside its weights: tensors `thought.layers.{i}.*`
-/// (further blocks, named inside like the model's own) run after the span in every pass; `thought.gate`,
-/// `(hidden)`, is through a sigmoid each channel's share of the new state; and a `hybrid.json`, which
+/// (further blocks, named like the model's own) run after the span in every pass; the sigmoid of
+/// `thought.gate`, `(hidden)`, is each channel's share of the new state; and a `hybrid.json`, which
 /// [`from_json`](Self::from_json) reads, is used whenever the caller says nothing about thinking.
 ///
-/// Not thinking is the right default for weights that were not trained to think: for those no
-/// source shows a bidirectional prompt helping generation, and strong settings ruin it.
+/// Not thinking is the right default for weights that were not trained to think: no source shows a
+/// bidirectional prompt helping generation with such weights, and strong settings ruin it.
 ///
 /// ```
 /// use hybrid_attention::Thinking;
@@ -115,8 +115,8 @@ impl Thinking {
         Self::default()
     }
 
-    /// Reads what a checkpoint's `hybrid.json` holds: these settings as JSON, where what is left out has its
-    /// default.
+    /// Reads the contents of a checkpoint's `hybrid.json`: these settings as JSON, where whatever is
+    /// left out has its default.
     ///
     /// ```
     /// use hybrid_attention::Thinking;
@@ -132,7 +132,7 @@ impl Thinking {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Malformed`] for text that is something else, or names a setting there is not; as
+    /// [`Error::Malformed`] for text that is something else, or names a setting that does not exist; as
     /// [`Thinking::validate`] for values.
     pub fn from_json(text: &str) -> Result<Self> {
         let malformed = |error: &dyn Display| Error::malformed("JSON text of a Thinking", error);
@@ -176,17 +176,17 @@ impl Thinking {
         self
     }
 
-    /// What becomes of the thoughts after each pass: one op, or a [`seq`](crate::refine::seq) of
-    /// them. Default [`Interpolate::gated`] for a checkpoint that has learned a gate, and
-    /// [`Interpolate::damped`] for any other.
+    /// What each pass does to the thoughts: one op, or a [`seq`](crate::refine::seq) of them. Default
+    /// [`Interpolate::gated`] for a checkpoint that has learned a gate, and [`Interpolate::damped`] for
+    /// any other.
     #[must_use]
     pub fn refine(mut self, refine: impl Into<Seq>) -> Self {
         self.refine = Some(refine.into());
         self
     }
 
-    /// What becomes of the thoughts after each pass, as a function of what the pass made of them and of
-    /// the [`Step`]. Such thinking cannot be written to a file.
+    /// The next thoughts as a function of what a pass made of them and of the [`Step`]. Such settings
+    /// cannot be written to a file.
     ///
     /// ```
     /// use hybrid_attention::Thinking;
@@ -202,8 +202,8 @@ impl Thinking {
         self.refine(seq().add_fn(function))
     }
 
-    /// Stops thinking before the last pass when this is met; may be called several times, and the
-    /// first to be met counts. Default: never.
+    /// Stops thinking before the last pass when this is met; may be called several times, and the first
+    /// to be met decides. Default: never.
     #[must_use]
     pub fn halt(mut self, halt: Halt) -> Self {
         self.halt.push(halt);
@@ -217,18 +217,17 @@ impl Thinking {
         self
     }
 
-    /// Fits one vector to the prompt, once it has been read, and adds it to every final hidden state
-    /// that answers (SLOT, arXiv 2505.12392). Default: none. Needs no passes: after
-    /// [`Thinking::none`] it is all there is.
+    /// Fits one vector to the prompt, once it has been read, and adds it to every final hidden state of
+    /// the answer (SLOT, arXiv 2505.12392). Default: none. It needs no passes: after [`Thinking::none`]
+    /// it is the only part that runs.
     #[must_use]
     pub fn output_nudge(mut self, nudge: OutputNudge) -> Self {
         self.output_nudge = Some(nudge);
         self
     }
 
-    /// Thinks again, over prompt and answer, after every `tokens` new tokens: the answer becomes more
-    /// of the prompt's last part if that is context, and a part of its own otherwise. Default 0:
-    /// never.
+    /// Thinks again, over prompt and answer, after every `tokens` new tokens: the answer extends the
+    /// prompt's last part if that is context, and becomes a part of its own otherwise. Default 0: never.
     #[must_use]
     pub fn rethink_every(mut self, tokens: usize) -> Self {
         self.rethink_every = tokens;
@@ -243,14 +242,14 @@ impl Thinking {
     }
 
     /// For training through the loop: gradients flow back through the last `passes` passes only, at
-    /// least one, which bounds what they cost in memory (truncated backpropagation). Changes no
-    /// thought. Default: through all of them.
+    /// least one, which limits their memory (truncated backpropagation). Changes no thoughts. Default:
+    /// through all of them.
     ///
-    /// What came before, the layers before the span and the embeddings, then learns nothing through
-    /// the thoughts of context, not even through an anchor to what the first pass made of them. It
-    /// still does through plain rows, which no pass changes, and through
-    /// [`first`](super::Thoughts::first), where an anchor or a hand-off reads it. Counted from the
-    /// cap: where thinking halts before the last `passes`, gradients flow through one pass.
+    /// What came before, the layers before the span and the embeddings, then learns nothing through the
+    /// thoughts of context, not even through an anchor to the result of the first pass. It still does
+    /// through plain rows, which no pass changes, and through [`first`](super::Thoughts::first), where
+    /// an anchor or a hand-off reads it. Passes count from the cap: if thinking halts before the last
+    /// `passes` begin, gradients flow through one pass.
     #[must_use]
     pub fn gradient_passes(mut self, passes: usize) -> Self {
         self.gradient_passes = Some(passes);
@@ -278,13 +277,13 @@ impl Thinking {
         self.passes == 0
     }
 
-    /// What to add to the final hidden states of an answer.
+    /// The nudge of the final hidden states of an answer, if there is one.
     #[must_use]
     pub fn chosen_output_nudge(&self) -> Option<&OutputNudge> {
         self.output_nudge.as_ref()
     }
 
-    /// After how many new tokens to think again; 0 is never.
+    /// How many new tokens to think again after; 0 is never.
     #[must_use]
     pub fn rethinks_every(&self) -> usize {
         self.rethink_every

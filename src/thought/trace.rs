@@ -1,4 +1,4 @@
-//! What a run of the thought loop leaves to look into.
+//! What a run of the thought loop leaves for inspection.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,11 +10,11 @@ pub enum Detail {
     /// Drift and seconds of each pass.
     #[default]
     Drift,
-    /// Numbers for every token too: [`TokenTrace`]. Costs a causal reading of all thoughts, the
-    /// vocabulary head included, for each pass.
+    /// Numbers for every token too: [`TokenTrace`]. Costs a causal reading of all thoughts, including
+    /// the vocabulary head, for each pass.
     Tokens,
-    /// Similarity and attention too: [`Maps`]. Costs the pass once more, and memory that grows with
-    /// the square of the text.
+    /// Similarity and attention too: [`Maps`]. Costs running each pass again, and memory that grows with
+    /// the square of the text's length.
     Maps,
 }
 
@@ -40,7 +40,7 @@ pub struct Trace {
     pub tokens: usize,
     /// Why each sequence stopped thinking; empty when there were no passes.
     pub halted: Vec<Halted>,
-    /// The first thoughts, before any pass; as [`Detail`] asks.
+    /// The first thoughts, before any pass; if [`Detail`] asks for them.
     pub first: Option<TokenTrace>,
     /// One for each pass that was run.
     pub passes: Vec<PassTrace>,
@@ -57,18 +57,18 @@ impl Trace {
 /// What one pass did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PassTrace {
-    /// The relative change of the thoughts, `‖z' - z‖ / ‖z‖`, mean over the tokens of the sequences
+    /// The relative change of the thoughts, `‖z' - z‖ / ‖z‖`, averaged over the tokens of the sequences
     /// that were still thinking. Under about 0.03 further passes change little.
     pub drift: f64,
-    /// What the pass and its refinement took, in seconds, without the making of this trace.
+    /// The time of the pass and its refinement, in seconds, without that of making this trace.
     pub seconds: f64,
-    /// The thoughts after it, token by token; as [`Detail`] asks.
+    /// The thoughts after it, token by token; if [`Detail`] asks for them.
     pub tokens: Option<TokenTrace>,
-    /// Who was like whom, and who saw whom; as [`Detail`] asks.
+    /// Which thoughts were alike, and which saw which; if [`Detail`] asks for them.
     pub maps: Option<Maps>,
 }
 
-/// Thoughts in numbers: for each sequence one for each token.
+/// Thoughts as numbers: for each sequence, one for each token.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct TokenTrace {
     /// Cosine to the token's first thought, in `[-1, 1]`.
@@ -85,12 +85,12 @@ pub struct TokenTrace {
 /// A square of numbers, `(tokens, tokens)`: row by row.
 pub type Map = Vec<Vec<f32>>;
 
-/// Who was like whom, and who saw whom, in one pass.
+/// Which thoughts were alike, and which saw which, in one pass.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Maps {
     /// For each sequence, the cosine of every thought with every other after the pass.
     pub similarity: Vec<Map>,
-    /// For each layer of the span, for each sequence, the share of every token's (row's)
-    /// attention that goes to every other (column), mean over the heads.
+    /// For each layer of the span, for each sequence, the share of every token's (row's) attention that
+    /// goes to every other (column), averaged over the heads.
     pub attention: Vec<Vec<Map>>,
 }

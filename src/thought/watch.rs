@@ -1,4 +1,4 @@
-//! Looks on while thoughts move: says when to stop, and fills the trace.
+//! Watches the thoughts move: says when to stop, and fills the trace.
 
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ pub(super) struct Watch<'a> {
     halting: Halting<'a>,
     recorder: Recorder<'a>,
     trace: Trace,
-    /// When the pass under way began.
+    /// When the current pass began.
     started: Instant,
 }
 
@@ -40,7 +40,7 @@ impl<'a> Watch<'a> {
         Ok(Self { batch, readout, halting, recorder, trace, started: Instant::now() })
     }
 
-    /// Looks at what pass `index` made of `z`, and gives what the next one reads: sequences that have
+    /// Looks at what pass `index` made of `z`, and returns what the next one reads: sequences that have
     /// halted keep their thoughts.
     pub(super) fn observe(&mut self, index: usize, z: &Tensor, refined: Tensor) -> Result<Tensor> {
         let refined = self.halting.keep_halted(refined, z)?;

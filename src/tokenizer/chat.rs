@@ -14,18 +14,18 @@ use crate::error::{Error, Result};
 /// The name of the one template in its environment.
 const NAME: &str = "chat_template";
 
-/// Instructions that one rendering may take. A message costs some tens of them.
+/// The most instructions that one rendering may run. A message costs a few dozen.
 const FUEL: u64 = 10_000_000;
 
-/// Bytes of the longest template that is compiled; the longest published ones have some 20,000.
+/// Bytes of the longest template that is compiled; the longest published ones have about 20,000.
 const LONGEST: usize = 1 << 17;
 
-/// The stack that a template is compiled on. The compiler calls itself for every operator, so a long
-/// enough sum would overflow the stack of whoever loads the checkpoint. The longest one takes some
-/// 30 MB; what is not used takes no memory.
+/// The stack that a template is compiled on. The compiler recurses for every operator, so a long enough
+/// sum would overflow the caller's stack. The longest accepted one takes about 30 MB; whatever is not
+/// used takes no memory.
 const STACK: usize = 256 << 20;
 
-/// Roles that a template may treat as it likes: write what they say elsewhere, or in part, or not at all.
+/// Roles whose messages a template may treat as it likes: move, shorten or omit them.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
 
 /// One turn of a conversation.
@@ -38,8 +38,7 @@ const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks. Which roles there are is up to the template; most know `system`, `user` and
-    /// `assistant`.
+    /// Who speaks. Which roles exist is up to the template; most know `system`, `user` and `assistant`.
     pub role: String,
     /// What is said.
     pub content: String,
@@ -66,7 +65,7 @@ impl Message {
     }
 }
 
-/// A compiled chat template, or why it does not compile: the model is of use without it.
+/// A compiled chat template, or why it does not compile: the model is usable without one.
 #[derive(Debug)]
 pub(super) struct ChatTemplate(Result<Environment<'static>, String>);
 
@@ -102,7 +101,7 @@ impl ChatTemplate {
             .get_template(NAME)
             .and_then(|template| template.render(variables))
             .map_err(|error| Error::Template { message: describe(&error) })?;
-        // Many templates pass over a role that they do not know, without a word.
+        // Many templates silently skip a role that they do not know.
         let passed_over = |message: &&Message| {
             !ROLES.contains(&message.role.as_str()) && !text.contains(message.content.trim())
         };
@@ -137,7 +136,7 @@ fn compile(
     Ok(env)
 }
 
-/// The exception that a template raised, in its own words, or else what the engine says.
+/// The exception that a template raised, in its own words, or else the engine's message.
 fn describe(error: &minijinja::Error) -> String {
     if error.kind() == ErrorKind::OutOfFuel {
         return format!("not finished after {FUEL} steps");
@@ -172,8 +171,8 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     })
 }
 
-/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it. The filter
-/// that comes with minijinja escapes what is special in HTML.
+/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it. minijinja's own
+/// filter escapes what is special in HTML.
 fn to_json(
     value: &Value,
     positional: Rest<Value>,
@@ -189,7 +188,7 @@ fn to_json(
     let json = match indent {
         None => write_json(value, Spaced),
         Some(indent) => {
-            // At most what a page is wide, so that a template cannot ask for gigabytes.
+            // At most the width of a page, so that a template cannot ask for gigabytes.
             let indent = " ".repeat(usize::try_from(indent)?.min(80));
             write_json(value, PrettyFormatter::with_indent(indent.as_bytes()))
         }
@@ -232,7 +231,7 @@ impl Formatter for Spaced {
 }
 
 /// `{% generation %}` marks an answer for training. Jinja gives its body a scope of its own, as
-/// `{% with %}` does, so that is what stands for it here.
+/// `{% with %}` does, so `with` replaces it here.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

@@ -1,8 +1,8 @@
-//! Token ids to text, a token at a time.
+//! From token ids to text, one token at a time.
 //!
-//! Decoders of the tokenizers crate take the whole sequence. This one turns each token into bytes
-//! and hands out the characters that are complete, so that text never changes once it is out and a
-//! token costs the same at any length.
+//! Decoders of the tokenizers crate take the whole sequence. This one turns each token into bytes and
+//! returns the characters that are complete, so that text never changes once it is out and a token costs
+//! the same at any length.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -58,8 +58,8 @@ enum Pattern {
 }
 
 impl Detokenizer {
-    /// Reads the decoders of byte-level and SentencePiece vocabularies, the two there are for
-    /// Mistral and its relatives. Others look at more than one token, or at the end of the text.
+    /// Reads the decoders of byte-level and SentencePiece vocabularies, the two that Mistral and its
+    /// relatives use. Others look at more than one token, or at the end of the text.
     pub(super) fn new(decoder: Option<&DecoderWrapper>) -> Result<Self> {
         let json = serde_json::to_value(decoder).map_err(super::failed)?;
         let mut detokenizer = Self::default();
@@ -94,7 +94,7 @@ impl Detokenizer {
     fn append(&self, token: &str, bytes: &mut Vec<u8>) {
         if self.byte_level {
             let spelled: Option<Vec<u8>> = token.chars().map(byte_of).collect();
-            // A token added later is spelled as it is.
+            // A token that was added to the vocabulary is spelled literally.
             return bytes.extend(spelled.unwrap_or_else(|| token.as_bytes().to_vec()));
         }
         if self.byte_fallback
@@ -133,14 +133,14 @@ fn fallback_byte(token: &str) -> Option<u8> {
 
 /// Decodes token by token; made by [`Tokenizer::decode_stream`].
 ///
-/// The pieces joined are the text that follows the prompt: what [`Tokenizer::decode`] gives for
-/// prompt and answer together, after what it gives for the prompt. A character that is spread over
+/// The concatenated pieces are the text that follows the prompt: what [`Tokenizer::decode`] gives for
+/// prompt and answer together, minus what it gives for the prompt. A character that is spread over
 /// several tokens comes with the last of them.
 #[derive(Debug)]
 pub struct DecodeStream {
     tokenizer: Tokenizer,
     skip_special: bool,
-    /// The start of a character that is not complete: 0 to 3 bytes between calls.
+    /// The start of an incomplete character: 0 to 3 bytes between calls.
     pending: Vec<u8>,
     /// How many characters may still be stripped; 0 once the text has begun.
     strip: usize,
@@ -152,8 +152,8 @@ impl DecodeStream {
         Self { tokenizer: tokenizer.clone(), skip_special, pending: Vec::new(), strip }
     }
 
-    /// Takes the next token and gives the text that it completes, which is empty for a control
-    /// token and in the middle of a character.
+    /// Takes the next token and returns the text that it completes, which is empty for a control token
+    /// and in the middle of a character.
     pub fn push(&mut self, id: u32) -> String {
         if self.skip_special && self.tokenizer.is_special(id) {
             return String::new();
@@ -165,7 +165,7 @@ impl DecodeStream {
         self.strip_start(text)
     }
 
-    /// Gives what is left: U+FFFD if the last character never became complete, else nothing.
+    /// Returns what is left: U+FFFD if the last character never became complete, otherwise nothing.
     pub fn finish(&mut self) -> String {
         let mut text = String::new();
         self.replace_invalid(self.pending.len(), &mut text);
@@ -173,7 +173,7 @@ impl DecodeStream {
         self.strip_start(text)
     }
 
-    /// Moves the complete characters out of `pending`, with U+FFFD for what is none.
+    /// Moves the complete characters out of `pending`, with U+FFFD for invalid bytes.
     fn take_complete(&mut self) -> String {
         let mut text = String::new();
         let bytes = std::mem::take(&mut self.pending);

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::{Surroundings, Tokenizer, parse};
 use crate::error::{Error, Result};
 
-/// What `tokenizer_config.json` and `special_tokens_map.json` say; both name tokens alike.
+/// What `tokenizer_config.json` and `special_tokens_map.json` say; both use the same token names.
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     bos_token: Option<Token>,
@@ -28,7 +28,7 @@ enum Token {
     Added { content: String },
 }
 
-/// One template, or several of which `default` is for plain chat.
+/// One template, or several, of which `default` is for plain chat.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Templates {
@@ -73,7 +73,7 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
         pad_token: token(config.pad_token, map.pad_token),
         chat_template,
     };
-    // Nothing below reads a file, so the message needs the one that it is about.
+    // Nothing below reads a file, so errors must be told which file they are about.
     let in_file = |error| match error {
         Error::Tokenizer { message } => Error::malformed(&path, message),
         other => other,

@@ -19,27 +19,27 @@ use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, SplitDelimiter
 use super::{Surroundings, Tokenizer, failed, guard};
 use crate::error::{Error, Result};
 
-/// GPT-2's pattern as llama.cpp has it; whitespace that it leaves over is a piece of its own.
+/// GPT-2's pattern as llama.cpp writes it; whitespace that it leaves over becomes a piece of its own.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 
 /// Llama 3's pattern.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Mistral Nemo's pattern, as its `tokenizer.json` has it; llama.cpp approximates it.
+/// Mistral Nemo's pattern, as in its `tokenizer.json`; llama.cpp approximates it.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Bytes of the longest token that merges are derived for, as the work grows with the square.
-/// SentencePiece trains tokens of 16 characters unless told otherwise.
+/// Bytes of the longest token that merges are derived for, since the work grows with the square.
+/// SentencePiece trains tokens of at most 16 characters by default.
 const LONGEST_MERGE: usize = 1024;
 
-/// What `tokenizer.ggml.token_type` says of a token.
+/// What `tokenizer.ggml.token_type` says about a token.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     /// Text, as BPE merges it.
     Text,
     /// `<unk>`, or a control token such as `</s>`.
     Special,
-    /// A symbol that is never split, and is text.
+    /// A symbol that is never split, and counts as text.
     UserDefined,
     /// `<0x41>`
     Byte,
@@ -63,7 +63,7 @@ fn byte_level(metadata: &Metadata<'_>) -> Result<Tokenizer> {
         tracing::warn!("tokenizer.ggml.pre is missing: text is split as by \"default\"");
         "default"
     });
-    // Whole words that are tokens are taken without merging; the same families begin with BOS.
+    // Whether whole words that are tokens are taken without merging; the same families begin with BOS.
     let (patterns, whole_words): (&[&str], bool) = match pre {
         "default" => (&[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], false),
         "gpt-2" | "gpt2" => (&[GPT2], false),
@@ -130,7 +130,7 @@ fn sentencepiece(metadata: &Metadata<'_>) -> Result<Tokenizer> {
     finish(metadata, inner, &tokens, ids)
 }
 
-/// Ids that hold where the metadata names none, and whether BOS is added where it does not say.
+/// Ids to use where the metadata names none, and whether BOS is added where it does not say.
 #[derive(Clone, Copy)]
 struct NamedTokens {
     bos: Option<u32>,
@@ -199,8 +199,8 @@ fn vocab(tokens: &[&str]) -> Vocab {
 }
 
 /// The merges of a SentencePiece vocabulary, which stores none: each way to split a token into two
-/// tokens, the best score first, as transformers converts them. Bytes and control tokens take no
-/// part, since no text is merged into one.
+/// tokens, the best score first, as transformers converts them. Bytes and control tokens are left out,
+/// since no text is merged into one.
 fn merges_by_score(tokens: &[&str], scores: &[f32], kinds: &[Kind]) -> Merges {
     let text = |&(id, _): &(usize, &str)| {
         kinds.get(id).is_some_and(|kind| matches!(kind, Kind::Text | Kind::UserDefined))
@@ -336,7 +336,8 @@ impl<'m> Metadata<'m> {
         merges.into_iter().enumerate().map(split).collect::<Result<_>>().map(Some)
     }
 
-    /// The token whose id is under `key`, or else is `default` where the vocabulary reaches so far.
+    /// The token whose id is under `key`, or else the one at `default` if the vocabulary is large
+    /// enough.
     fn token<'t>(
         &self,
         key: &str,
@@ -371,7 +372,7 @@ fn missing(key: &str) -> Error {
     Error::config(full(key), "a value", "none")
 }
 
-/// Names the type of an array only, which may hold a whole vocabulary.
+/// For an array, gives only its type: it may hold a whole vocabulary.
 fn wrong(key: &str, expected: &str, got: &Value) -> Error {
     let got = match got {
         Value::Array(_) => "an array".to_owned(),

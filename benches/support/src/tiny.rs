@@ -1,4 +1,4 @@
-//! Random tiny models: the same shape and seed give the same one.
+//! Random tiny models: the same shape and seed give the same model.
 
 use std::collections::HashMap;
 
@@ -81,7 +81,7 @@ pub fn tokens(config: &Config, seed: u64, count: usize) -> Vec<u32> {
     (0..count).map(|_| rng.random_range(0..config.vocab_size as u32)).collect()
 }
 
-/// A property that may fail with any error, as proptest wants it.
+/// A property that may fail with any error, in the form that proptest needs.
 pub fn holds(property: Result) -> std::result::Result<(), TestCaseError> {
     property.map_err(|error| TestCaseError::fail(error.to_string()))
 }

@@ -1,5 +1,5 @@
-//! The flashback suite: short stories whose facts come in the wrong order, and a question that
-//! only those who put them together again can answer.
+//! The flashback suite: short stories whose facts come in the wrong order, and a question that can only
+//! be answered by putting them back together.
 //!
 //! ```text
 //! Earlier, the coin was put in the jar. The chest is in the cart. Before that, the jar had been
@@ -28,7 +28,7 @@ pub use vocabulary::{END, UNKNOWN, Vocabulary};
 /// The longest chain that is asked about.
 pub const LONGEST: usize = 12;
 
-/// The longest chain of a story beside the one that is asked about, and of any training story.
+/// The longest chain in a story beside the one that is asked about, and in any training story.
 pub const LONGEST_TRAINED: usize = 8;
 
 /// Facts in each story of an examination.
@@ -108,7 +108,7 @@ impl Split {
         }
     }
 
-    /// Whether this split words facts so. A quarter of the pairings is held out for the test.
+    /// Whether this split words facts this way. A quarter of the pairings are held out for the test.
     fn has(self, opener: usize, verb: usize) -> bool {
         let held_out = (opener + verb).is_multiple_of(4);
         held_out == (self == Self::Test)
@@ -138,7 +138,7 @@ pub struct Question {
 /// What a story is drawn from.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Whose names and wordings it has.
+    /// The split whose names and wordings it uses.
     pub split: Split,
     /// Facts in all.
     pub facts: usize,
@@ -162,13 +162,13 @@ pub struct Story {
     facts: Vec<Fact>,
     /// One about each fact, in random order.
     pub questions: Vec<Question>,
-    /// Ends of chains: what a guess would be among.
+    /// The number of chain ends, among which a guess would choose.
     pub ends: usize,
 }
 
 impl Story {
-    /// Draws a story. Its chains are of length `one_of`, then of any up to `longest`, until there are
-    /// enough facts.
+    /// Draws a story. One chain has length `one_of`, the others any length up to `longest`, until there
+    /// are enough facts.
     pub fn draw(plan: &Plan, rng: &mut impl Rng) -> Self {
         let relation = if rng.random() { Relation::Containment } else { Relation::HandOver };
         let wording = relation.wording();
@@ -224,7 +224,7 @@ impl Story {
         })
     }
 
-    /// The first question whose answer is that many hops away.
+    /// The first question whose answer is `hops` facts away.
     pub fn question_of(&self, hops: usize) -> Option<&Question> {
         self.questions.iter().find(|question| question.hops == hops)
     }
@@ -239,8 +239,8 @@ impl Story {
         chain
     }
 
-    /// The story as a person reads it, up to the last full stop. That one begins the question, so that
-    /// no token is part of both.
+    /// The story as a person reads it, up to but not including the last full stop. That one begins the
+    /// question, so that no token is part of both.
     pub fn text(&self) -> String {
         self.pieces().collect()
     }
@@ -256,7 +256,7 @@ impl Story {
         self.pieces().map(|piece| vocabulary.id(&piece)).collect()
     }
 
-    /// The story in names alone, two for each fact: what reading begins with.
+    /// The story as names alone, two for each fact: the first lessons in reading use it.
     pub fn terse_ids(&self, vocabulary: &Vocabulary) -> Vec<u32> {
         let names = self.facts.iter().flat_map(|fact| [fact.from, fact.to]);
         names.map(|it| vocabulary.id(&name(it))).collect()
@@ -275,7 +275,7 @@ impl Story {
     }
 }
 
-/// A name as it stands in a text, behind a space.
+/// A name as it appears in a text, after a space.
 fn name(name: &str) -> String {
     format!(" {name}")
 }

@@ -1,4 +1,4 @@
-//! Who and what the stories are about. The names of the test split are in no story of the other.
+//! Who and what the stories are about. The names of the test split appear in no story of the other.
 
 /// Names of one kind: those of the training split, and those held out for the test split.
 pub(crate) struct Names {
@@ -6,7 +6,7 @@ pub(crate) struct Names {
     pub(crate) test: [&'static str; 24],
 }
 
-/// Things that can be in one another. Any in any: a size that fits would give the order away.
+/// Things that can be inside each other. Any fits in any: plausible sizes would give the order away.
 pub(crate) const THINGS: Names = Names {
     train: [
         "apple", "bag", "ball", "barrel", "basket", "bell", "book", "boot", "bottle", "bowl",
@@ -22,7 +22,7 @@ pub(crate) const THINGS: Names = Names {
     ],
 };
 
-/// People who can hand something on to one another.
+/// People who can hand things to each other.
 pub(crate) const PEOPLE: Names = Names {
     train: [
         "Ada", "Alma", "Amos", "Anna", "Arlo", "Bea", "Ben", "Boris", "Carl", "Cleo", "Cora",

@@ -37,7 +37,7 @@ fn run(name: &str, model: &Path, arguments: &[&str], stdin: &str) -> Result<Outp
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    // One that ends early does not read.
+    // A program that ends early does not read its input.
     child.stdin.take().map(|mut pipe| pipe.write_all(stdin.as_bytes())).transpose().ok();
     Ok(child.wait_with_output()?)
 }
@@ -108,7 +108,7 @@ fn help_is_grouped_and_short_where_it_is_asked_to_be() -> Result {
         for heading in headings {
             assert!(long.lines().any(|line| line == heading), "{name}, {heading} {long}");
         }
-        // What stands under no heading: how to get help.
+        // What is under no heading: how to get help.
         let rest = long.split_once("\nOptions:\n").map_or("", |(_, rest)| rest);
         let rest = rest.split("\n\n").next().unwrap_or_default();
         assert_eq!(rest.matches("--").count(), rest.matches("--help").count(), "{name}: {rest}");
@@ -202,7 +202,7 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
             "prompt_ids": [1, 2, 3], "ids": answer.ids, "text": answer.text,
             "stop": answer.stop, "drift": answer.drift(),
         });
-        // Read from text as the report was: numbers may lose their last digit in it.
+        // Parsed from text as the report was: numbers may lose their last digit that way.
         let answer_json: Value = serde_json::from_str(&answer_json.to_string())?;
         for (key, value) in answer_json.as_object().ok_or("no object")? {
             assert_eq!(&report[key], value, "{key}");
@@ -221,7 +221,7 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
     Ok(())
 }
 
-/// A low-rank adapter that changes what is said, as PEFT would have saved it.
+/// A low-rank adapter that changes the output, as PEFT would have saved it.
 fn adapter(folder: &Path) -> Result<Adapter> {
     let how = AdapterConfig::rank(2).target_modules(["q_proj", "v_proj", "down_proj"]);
     let adapter = Adapter::new(&Config::from_json(CONFIG)?, &how, 4, &Device::Cpu)?.trainable()?;
@@ -378,7 +378,7 @@ fn generate_works_without_a_tokenizer() -> Result {
     Ok(())
 }
 
-/// Without what the clock says.
+/// Without the timings.
 fn untimed(line: &str) -> Result<Value> {
     let mut report: Value = serde_json::from_str(line)?;
     report["seconds"].take();
@@ -416,7 +416,7 @@ fn generate_answers_each_line_of_a_file_as_it_would_alone() -> Result {
     let stderr = fail("generate", folder.path(), &[&file, "--prompt=the"])?;
     assert!(stderr.contains("cannot be used with"), "{stderr}");
 
-    // A problem with one prompt takes its line and leaves those of the others.
+    // A problem with one prompt shows on its line and does not affect the others.
     let long = folder.path().join("long.txt");
     fs::write(&long, format!("the cat\n\n{}\n", "the cat sat ".repeat(200)))?;
     let long = format!("--prompts={}", long.display());
@@ -473,7 +473,7 @@ fn generate_names_the_problem_on_one_line() -> Result {
     Ok(())
 }
 
-/// These are clap's to refuse: the problem comes first, then how it is used.
+/// These are for clap to refuse: the problem comes first, then the usage.
 #[test]
 fn generate_refuses_arguments_that_make_no_sense() -> Result {
     let folder = checkpoint(false)?;
@@ -541,7 +541,7 @@ fn chat_answers_each_line_and_reads_only_what_is_new() -> Result {
     assert_eq!((first.0, third), (0, first));
     assert!(second.0 >= first.1, "the first prompt is known in the second turn: {stderr}");
 
-    // The end of the input is the end of the chat, also within a line.
+    // The end of the input is the end of the chat, even within a line.
     let (again, _) = succeed("chat", folder.path(), &args, "the cat\nsat on")?;
     assert_eq!(again, format!("{}\n{}\n", answers[0], answers[1]));
     Ok(())
@@ -713,7 +713,7 @@ fn all_text(node: roxmltree::Node<'_, '_>) -> String {
     node.descendants().filter(roxmltree::Node::is_text).filter_map(|node| node.text()).collect()
 }
 
-/// Nothing is fetched, nothing is run.
+/// The page fetches nothing and runs nothing.
 fn assert_self_contained(page: &str) -> Result {
     for outside in ["http:", "https:", "url(", "@import", "srcset"] {
         assert!(!page.contains(outside), "{outside}");
@@ -731,7 +731,7 @@ fn assert_self_contained(page: &str) -> Result {
     Ok(())
 }
 
-/// Without what the clock says.
+/// Without the timings.
 fn timeless(mut trace: Value) -> Value {
     for pass in trace["passes"].as_array_mut().into_iter().flatten() {
         pass["seconds"] = Value::Null;
@@ -775,7 +775,7 @@ fn inspect_reports_the_librarys_trace() -> Result {
     assert_eq!(ids(&json["thought"]["tokens"])?, wide(&thought.ids));
     assert_eq!(ids(&json["plain"]["tokens"])?, wide(&plain.ids));
 
-    // The plain part, and no token of the other, keeps its thoughts.
+    // The plain part, and no other token, keeps its thoughts.
     let cosines = json["trace"]["passes"][1]["tokens"]["cosine"][0].as_array().ok_or("none")?;
     for (token, cosine) in json["tokens"].as_array().into_iter().flatten().zip(cosines) {
         let moved = cosine.as_f64().is_some_and(|cosine| (cosine - 1.0).abs() > 1e-5);
@@ -882,7 +882,7 @@ fn inspect_escapes_whatever_tokens_and_paths_spell() -> Result {
         let invisible = ['\u{202e}', '\u{200b}'].contains(&c) || (c.is_control() && c != '\n');
         assert!(!invisible, "{c:?}");
     }
-    // What was escaped is still what was there.
+    // Unescaping gives back the original.
     let text: String = json["tokens"]
         .as_array()
         .into_iter()
@@ -904,7 +904,7 @@ fn inspect_escapes_whatever_tokens_and_paths_spell() -> Result {
     Ok(())
 }
 
-/// What `hybrid.json` says holds until the command line says something else.
+/// `hybrid.json` applies until the command line says something else.
 #[test]
 fn inspect_and_generate_think_as_the_checkpoint_says() -> Result {
     let folder = checkpoint(false)?;

@@ -1,5 +1,5 @@
-//! Answers over HTTP, as they come: `POST /generate` with `{"prompt": "...", "passes": 2}` sends a JSON
-//! object a line, a token each. A client that goes away cancels its answer.
+//! Answers over HTTP, as they are generated: `POST /generate` with `{"prompt": "...", "passes": 2}`
+//! sends one JSON object per line and token. A client that disconnects cancels its answer.
 //!
 //! ```sh
 //! cargo run --release -p hybrid-attention-server
@@ -21,13 +21,13 @@ use tokio_stream::wrappers::ReceiverStream;
 #[derive(Deserialize)]
 struct Request {
     prompt: String,
-    /// How often to think about it; as the checkpoint says, if it is left out.
+    /// How many passes to think with; as the checkpoint says, if left out.
     passes: Option<usize>,
     max_tokens: Option<usize>,
 }
 
-/// Who waits for an answer. One that goes away cancels it, also in the middle of thinking and of reading
-/// the prompt.
+/// The client that waits for an answer. If it disconnects, it cancels the answer, even in the middle of
+/// thinking or of reading the prompt.
 struct Client(Cancel);
 
 impl Drop for Client {

@@ -1,5 +1,5 @@
-//! The optimiser. It is candle-nn's AdamW but for one thing: a run that was killed can go on with
-//! its moments, which candle-nn keeps to itself.
+//! The optimiser. It is candle-nn's AdamW with one difference: a run that was killed can be resumed with
+//! its moments, which candle-nn does not expose.
 
 use std::collections::HashMap;
 
@@ -23,7 +23,7 @@ struct Parameter {
     var: Var,
     /// Running means of the gradient and of its square.
     moments: [Tensor; 2],
-    /// Its learning rate, over that of all.
+    /// Its learning rate, relative to the common one.
     rate: f64,
 }
 
@@ -50,8 +50,8 @@ impl AdamW {
         self
     }
 
-    /// One step down `grads`, which are scaled down first if they are longer than `longest` all
-    /// together. Gives their length before.
+    /// One step down `grads`, which are first scaled down if their total length is more than `longest`.
+    /// Returns their length before that.
     ///
     /// # Errors
     /// When a gradient is not finite.
@@ -94,7 +94,7 @@ impl AdamW {
         entries.collect()
     }
 
-    /// Goes on after `steps` steps from a [`AdamW::state`].
+    /// Continues after `steps` steps from a [`AdamW::state`].
     ///
     /// # Errors
     /// When a variable is missing from it, or has another shape.

@@ -1,4 +1,4 @@
-//! A checkpoint to begin with.
+//! A checkpoint to start from.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -21,7 +21,7 @@ pub(crate) struct Base {
     pub(crate) weights: HashMap<String, Tensor>,
 }
 
-/// What belongs to a checkpoint beside its weights, and stays as it is whatever they learn.
+/// What comes with a checkpoint beside its weights, and does not change in training.
 const BESIDE: [&str; 6] = [
     "config.json",
     "tokenizer.json",
@@ -80,7 +80,7 @@ impl Base {
     }
 }
 
-/// Whether all of a checkpoint can be trained: what stands beside its weights is copied then.
+/// Whether a checkpoint can be trained as a whole: the files beside its weights are then copied.
 pub(crate) fn check_copyable(path: &Path) -> Result<()> {
     match path.join("config.json").is_file() {
         true => Ok(()),
@@ -93,7 +93,7 @@ pub(crate) fn check_copyable(path: &Path) -> Result<()> {
     }
 }
 
-/// Copies what stands beside the weights.
+/// Copies the files beside the weights.
 pub(crate) fn copy_beside(from: &Path, to: &Path) -> Result<()> {
     for name in BESIDE {
         let file = from.join(name);

@@ -13,7 +13,7 @@ pub(crate) fn draw(path: &Path, settings: &Settings, curve: &[Point]) -> Result<
     let root = SVGBackend::new(path, (720, 360)).into_drawing_area();
     root.fill(&WHITE)?;
     let highest = curve.iter().map(|point| point.loss).fold(0.0, f32::max);
-    // Whoever begins with a checkpoint has most of the way behind it.
+    // A run that starts from a checkpoint has most of the way behind it.
     let lowest = curve.iter().map(|point| point.loss).fold(highest, f32::min);
     let lowest = if settings.model.is_some() { lowest * 0.95 } else { 0.0 };
     let mut chart = ChartBuilder::on(&root)

@@ -24,7 +24,7 @@ const EXAMINATION: u64 = 20_261_122;
 
 pub(crate) struct Flashback {
     pub(crate) vocabulary: Vocabulary,
-    /// Stories for each length of chain in the examination; none is no examination.
+    /// Stories for each length of chain in the examination; 0 for no examination.
     pub(crate) stories: usize,
 }
 
@@ -77,7 +77,7 @@ impl Task for Flashback {
     }
 }
 
-/// Whether stories can be told to a checkpoint: it has to know every piece of them as one token.
+/// Whether a checkpoint can read stories: it must know every piece of them as one token.
 pub(crate) fn check_base(base: &Base, vocabulary: &Vocabulary) -> Result<()> {
     let said = |message: &str| Err(format!("{}: {message}", base.path.display()).into());
     let same = vocabulary.pieces().len() == base.config.vocab_size

@@ -13,9 +13,9 @@ use flashback_suite::{Plan, Split, Story, Vocabulary};
 /// How stories are told.
 #[derive(Clone, Copy, PartialEq)]
 enum Wording {
-    /// Two names for a fact, nothing else: the binding of neighbours is learned soonest.
+    /// Two names for a fact, nothing else: the binding of neighbours is learned first.
     Terse,
-    /// By chance terse or full.
+    /// Terse or full, at random.
     Both,
     Full,
 }
@@ -24,12 +24,12 @@ struct Lesson {
     longest: usize,
     wording: Wording,
     passes: usize,
-    /// The share of the run at which it ends at the latest. A control that never learns its first
-    /// lessons is not examined on chains that it has never seen.
+    /// The share of the run by which it ends at the latest. That way even a control that never learns
+    /// its first lessons is not examined on chains that it has never seen.
     ends: f64,
 }
 
-/// Longer and longer chains. A model that has not found out how to look a name up learns nothing from
+/// Longer and longer chains. A model that has not yet learned to look a name up learns nothing from
 /// passes or from long sentences, so these come later.
 const LESSONS: [Lesson; 10] = {
     const fn lesson(longest: usize, wording: Wording, passes: usize, ends: f64) -> Lesson {
@@ -117,11 +117,12 @@ impl Lessons {
         Ok(Exercise { ids, batch, answers, passes, end: Some(vocabulary.end()) })
     }
 
-    /// Takes note of the share of right answers in a batch, and goes on to the next lesson when
-    /// this one is learned, or there is no more time for it.
+    /// Records the share of right answers in a batch, and moves on to the next lesson when this one is
+    /// learned, or its time is up.
     pub(crate) fn mark(&mut self, most_passes: usize, passes: usize, right: f64, done: f64) {
         let lesson = &LESSONS[self.now];
-        // Without passes little can be done about long chains: where there are any, they count.
+        // Without passes little can be done about long chains: a lesson with passes counts only those
+        // batches.
         if passes > 0 || most_passes.min(lesson.passes) == 0 {
             self.right += 0.03 * (right - self.right);
         }

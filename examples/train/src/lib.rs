@@ -1,9 +1,10 @@
 //! Teaches models to think, and examines what they have learned.
 //!
 //! A run ([`train`]) draws the texts of a step from a task, the flashback suite or a text of your own;
-//! reads them as the method does, thought passes included ([`read`]); goes down the gradient of the
-//! answers' cross entropy ([`AdamW`]); and leaves a checkpoint or an adapter, and a record of how it
-//! went. [`score`] examines a model on the suite, and [`report`] makes a table and a figure of records.
+//! reads them as the method does, thought passes included ([`read`]); takes a step down the gradient of
+//! the answers' cross entropy ([`AdamW`]); and leaves a checkpoint or an adapter, and a record of how it
+//! went. [`score`] examines a model on the suite, and [`report`] makes a table and a figure from
+//! records.
 
 mod adamw;
 mod base;

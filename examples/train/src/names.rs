@@ -5,9 +5,8 @@ use rand::Rng;
 
 use flashback_suite::Vocabulary;
 
-/// An embedding table that is not trained. Names have other vectors in every step, so there is
-/// nothing to be learned about any of them, and one that no training story has is as good as
-/// another.
+/// An embedding table that is not trained. Names get new vectors in every step, so there is nothing to
+/// be learned about any of them, and a name that no training story has works as well as any other.
 pub(crate) struct Embeddings {
     /// `(vocab, hidden)`, row by row.
     rows: Vec<f32>,
@@ -19,12 +18,12 @@ pub(crate) struct Embeddings {
 /// Its name in a checkpoint.
 pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
 
-/// Channels that are alike in all names, or in all other tokens. Only through something that many
-/// tokens share can attention find a position, rather than a token.
+/// Channels that are the same in all names, or in all other tokens. Attention can find a position,
+/// rather than a particular token, only through something that many tokens share.
 const KIND_CHANNELS: usize = 16;
 
-/// How much longer the row is that ends an answer. It is said behind a name, whose own row is part of
-/// the stream there and scores high by itself, as the head is the embeddings.
+/// How much longer the row of the token is that ends an answer. It is predicted after a name, whose own
+/// row is in the stream there and scores high by itself, since the head is the embedding table.
 const LOUD: f32 = 4.0;
 
 impl Embeddings {

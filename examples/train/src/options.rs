@@ -135,7 +135,7 @@ impl Options {
     }
 }
 
-/// The last part of a path: where a file stands makes no difference to a run.
+/// The last part of a path: where a file is located makes no difference to a run.
 fn name(path: &Path) -> String {
     let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     whole.file_name().unwrap_or_default().to_string_lossy().into_owned()

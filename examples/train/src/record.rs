@@ -1,4 +1,4 @@
-//! What a run leaves behind: a state to go on from, and at the end a checkpoint and a record.
+//! What a run leaves behind: a state to resume from, and at the end a checkpoint and a record.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -23,7 +23,7 @@ pub(crate) struct Run {
     settings: Settings,
 }
 
-/// Where a run is.
+/// How far a run has come.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Saved {
     settings: Settings,
@@ -47,7 +47,7 @@ pub(crate) struct Point {
     pub(crate) lesson: usize,
 }
 
-/// What is kept of a run: all that the tables and figures are made of.
+/// The record of a run: everything that the tables and figures are made from.
 #[derive(Debug, Serialize)]
 struct Record<'a, E> {
     settings: &'a Settings,
@@ -79,7 +79,7 @@ fn checksum(run: &str, state: &HashMap<String, Tensor>) -> Result<String> {
 }
 
 impl Saved {
-    /// Takes a step's loss into the curve.
+    /// Adds a step's loss to the curve.
     pub(crate) fn note(&mut self, loss: f32, lesson: usize, steps_per_point: usize) {
         self.since.push(loss);
         if self.since.len() == steps_per_point {
@@ -101,7 +101,7 @@ impl Run {
         self.folder.join("state.safetensors")
     }
 
-    /// The saved state, with the optimizer's part given back to it; the beginning if there is none.
+    /// The saved state, with the optimiser's part restored into it; the initial state if there is none.
     pub(crate) fn restore(&self, optimizer: &mut AdamW) -> Result<Saved> {
         let path = self.state();
         if !path.exists() {
@@ -136,7 +136,7 @@ impl Run {
         Ok(saved)
     }
 
-    /// Saves the state in one file, which takes the place of the one before only when it is whole.
+    /// Saves the state in one file, which replaces the previous one only when it is complete.
     pub(crate) fn save(&self, saved: &Saved, optimizer: &AdamW) -> Result<()> {
         let (run, state) = (serde_json::to_string(saved)?, optimizer.state());
         let crc32 = checksum(&run, &state)?;
@@ -156,11 +156,11 @@ impl Run {
         })
     }
 
-    /// Writes down what was trained, examines it, and writes that down.
+    /// Saves what was trained, examines it, and saves the record.
     pub(crate) fn finish<T: Task>(&self, trainee: &Trainee, task: &T, saved: &Saved) -> Result<()> {
         let settings = &self.settings;
         let file = |name: &str| self.folder.join(name);
-        // As if the names of one more step.
+        // With the names that one more step would have had.
         trainee.save(&self.folder, &mut settings.rng(settings.steps))?;
         if settings.most_passes() > 0 {
             let thinking = settings.thinking(settings.most_passes());

@@ -14,7 +14,7 @@ use flashback_suite::{LONGEST, LONGEST_TRAINED};
 use crate::score::Scores;
 use crate::terminal::{self, Result};
 
-/// What is needed of a run's record.
+/// What the report needs from a run's record.
 #[derive(Deserialize)]
 struct Record {
     settings: Settings,
@@ -26,7 +26,7 @@ struct Settings {
     arm: String,
 }
 
-/// Each arm as the table calls it, in its order.
+/// The table's name for each arm, in the table's order.
 const ARMS: [(&str, &str); 5] = [
     ("both-ways", "both ways"),
     ("causal", "causal passes"),
@@ -103,7 +103,7 @@ fn means(seeds: &[Vec<f64>]) -> Vec<f64> {
     (0..LONGEST).map(|length| at(length).sum::<f64>() / count).collect()
 }
 
-/// Of a sample; that of one seed is 0.
+/// Standard deviations of a sample; 0 for a single seed.
 fn deviations(seeds: &[Vec<f64>]) -> Vec<f64> {
     let freedom = seeds.len().saturating_sub(1).max(1) as f64;
     let squares = |(length, mean): (usize, f64)| -> f64 {
@@ -126,7 +126,7 @@ struct Line {
     seeds: Seeds,
 }
 
-/// Left the method by passes, right its controls.
+/// On the left the method by passes, on the right its controls.
 fn draw(path: &Path, by_arm: &BTreeMap<(String, usize), Seeds>, chance: &[f64]) -> Result<()> {
     let root = SVGBackend::new(path, (960, 400)).into_drawing_area();
     root.fill(&WHITE)?;
@@ -161,8 +161,8 @@ fn draw(path: &Path, by_arm: &BTreeMap<(String, usize), Seeds>, chance: &[f64]) 
     Ok(())
 }
 
-/// Shares of right answers over the length of the chain: a line for the mean, a band from the lowest
-/// to the highest seed.
+/// Shares of right answers by length of chain: a line for the mean, a band from the lowest to the
+/// highest seed.
 fn panel(
     area: &DrawingArea<SVGBackend<'_>, Shift>,
     title: &str,

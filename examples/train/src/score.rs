@@ -24,8 +24,8 @@ pub struct Scores {
 }
 
 /// Draws `stories` stories for each length of chain, asks about the first link of such a chain, and
-/// counts the answers that are right after `passes` passes each. `thinking` says how to think with
-/// a number of passes; `progress` is told of every length that is done.
+/// counts the right answers after each number of `passes`. `thinking` says how to think with a number of
+/// passes; `progress` is called for every length that is done.
 ///
 /// # Errors
 /// When the model cannot be run on the stories.
@@ -58,7 +58,7 @@ pub fn score(
     Ok(Scores { stories, chance, passes: passes.to_vec(), right })
 }
 
-/// How many of the stories, all of as many facts, get the right answer.
+/// How many of the stories, all with the same number of facts, get the right answer.
 fn right_among(
     model: &ThoughtModel,
     thinking: &Thinking,
@@ -87,7 +87,7 @@ fn right_among(
     Ok(said.iter().zip(&answers).filter(|(said, answer)| said == answer).count())
 }
 
-/// Thinks about the context of each sequence, then reads the whole of it: what leaves the last layer,
+/// Thinks about the context of each sequence, then reads all of it; returns what leaves the last layer,
 /// `(tokens, hidden)`.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! All that decides how a run ends: two runs of the same settings end alike.
+//! Everything that determines the outcome of a run: two runs with the same settings end alike.
 
 use clap::ValueEnum;
 use hybrid_attention::Thinking;
@@ -33,7 +33,7 @@ impl Arm {
         }
     }
 
-    /// As it is written on the command line.
+    /// Its spelling on the command line.
     pub(crate) fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
     }
@@ -42,7 +42,7 @@ impl Arm {
 /// Passes on the flashback suite are drawn from 0 to this many.
 pub(crate) const MOST_PASSES: usize = 4;
 
-/// Texts of a batch, at most: more would not fit any memory.
+/// The most texts in a batch: more would fit in no memory.
 const MOST_TEXTS: usize = 4096;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,7 +84,7 @@ pub(crate) struct LowRank {
 pub(crate) struct OfText {
     /// The name of the file.
     pub(crate) file: String,
-    /// Tells its tokens from those of another.
+    /// Tells its tokens from those of another text.
     pub(crate) fingerprint: String,
     /// Tokens that are thought about, and as many that are predicted.
     pub(crate) tokens: usize,
@@ -93,7 +93,7 @@ pub(crate) struct OfText {
 }
 
 impl Settings {
-    /// Refuses what no run can be made of. `layers` are those of the checkpoint, if there is one.
+    /// Refuses settings that no run can use. `layers` are those of the checkpoint, if there is one.
     pub(crate) fn check(&self, layers: Option<usize>) -> terminal::Result<()> {
         if !(1..=MOST_TEXTS).contains(&self.batch) {
             return Err(format!("--batch: expected 1 to {MOST_TEXTS}, got {}", self.batch).into());
@@ -136,7 +136,7 @@ impl Settings {
         }
     }
 
-    /// The random numbers of a step. Each has its own, so that a resumed run draws the same.
+    /// The random numbers of a step. Each step has its own, so that a resumed run draws the same.
     pub(crate) fn rng(&self, step: usize) -> ChaCha8Rng {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(step as u64 + 1);
@@ -145,14 +145,14 @@ impl Settings {
 
     /// Draws the number of passes for a step, up to `most`.
     pub(crate) fn draw_passes(&self, most: usize, rng: &mut impl Rng) -> usize {
-        // An adapter for thought passes learns nothing where there is none.
+        // An adapter for thought passes learns nothing without one.
         let least = usize::from(self.adapter.is_some()).min(self.most_passes());
         let most = self.most_passes().min(most).max(least);
         if self.arm == Arm::OnePass { most } else { rng.random_range(least..=most) }
     }
 
-    /// The learning rate of a step: up in a line, on, and from `HOLD` of the run on down along a
-    /// cosine.
+    /// The learning rate of a step: it rises linearly, stays constant, and after the share `HOLD` of the
+    /// run falls along a cosine.
     pub(crate) fn lr(&self, step: usize) -> f64 {
         const HOLD: f64 = 0.5;
         let warm = (step + 1) as f64 / self.warm_up.max(1) as f64;

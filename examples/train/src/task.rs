@@ -9,33 +9,33 @@ use crate::settings::Settings;
 use crate::terminal::Result;
 use crate::trainee::Trainee;
 
-/// Something to be learned.
+/// Something to learn.
 pub(crate) trait Task {
     /// What a record holds of the examination.
     type Examination: Serialize;
 
-    /// Steps to a point of the curve.
+    /// Steps per point of the curve.
     const STEPS_PER_POINT: usize;
 
     /// Draws the texts of one step.
     fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise>;
 
-    /// Takes note of how a step went: with how many passes, the share of right answers, and the
-    /// share of the run that is done. By default there is but one lesson.
+    /// Records how a step went: its number of passes, the share of right answers, and the share of the
+    /// run that is done. By default there is only one lesson.
     fn mark(&self, _: &Settings, _: &mut Lessons, _passes: usize, _right: f64, _done: f64) {}
 
     /// A few words beside the progress bar.
     fn status(&self, at: &Lessons, loss: f32) -> String;
 
-    /// Examines what was trained, if that is wanted.
+    /// Examines what was trained, if requested.
     fn examine(&self, settings: &Settings, trainee: &Trainee) -> Result<Option<Self::Examination>>;
 }
 
-/// Sequences of one length and what is to be said in them.
+/// Sequences of one length, and what should be predicted in them.
 pub(crate) struct Exercise {
     pub(crate) ids: Vec<u32>,
     pub(crate) batch: Batch,
-    /// Where something is to be said, as a row of all, and what.
+    /// Where something should be predicted, as a row among all, and what.
     pub(crate) answers: Vec<(u32, u32)>,
     /// Passes to think about it with.
     pub(crate) passes: usize,
@@ -45,7 +45,7 @@ pub(crate) struct Exercise {
 
 impl Exercise {
     /// The share of questions to which the right answer was `said`, one token for each of
-    /// [`Exercise::answers`]. That an answer ends is not counted.
+    /// [`Exercise::answers`]. The token that ends an answer is not counted.
     pub(crate) fn asked(&self, said: &[u32]) -> f64 {
         let questions =
             self.answers.iter().zip(said).filter(|((_, answer), _)| Some(*answer) != self.end);

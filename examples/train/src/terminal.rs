@@ -1,4 +1,4 @@
-//! What a person sees: errors with all their causes, files that were written, progress.
+//! What the user sees: errors with all their causes, files that were written, progress.
 
 use std::error::Error;
 use std::fs::File;
@@ -27,7 +27,7 @@ pub fn main(body: impl FnOnce() -> Result<()>) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// A line on standard error, as far as anybody listens.
+/// Prints a line on standard error, ignoring failures.
 pub(crate) fn say(line: &str) {
     let _ = writeln!(stderr(), "{line}");
 }
@@ -43,7 +43,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     Ok(std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
-/// Whether a file could stand there: worth knowing before the work on its content.
+/// Whether the file could be written there: checked before the work on its content.
 ///
 /// # Errors
 /// When its folder does not exist.

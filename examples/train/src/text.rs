@@ -1,4 +1,4 @@
-//! A text as a task: the first half of a window of it is thought about, the second is predicted.
+//! A text as a task: the first half of a window is thought about, the second is predicted.
 
 use std::collections::HashSet;
 use std::io::{Write, stdout};
@@ -19,14 +19,14 @@ use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
 
-/// One of so many passages is held out, the last of each run of them.
+/// One in this many passages is held out, the last of each group.
 const HELD_OUT: usize = 5;
 
-/// Tokens from the first on that are only read: models rest their attention on the first (attention
+/// How many tokens at the beginning are only read: models park their attention on the first (attention
 /// sinks, Xiao et al. 2023), and lose that when it changes.
 const ONLY_READ: usize = 1;
 
-/// The fewest passages of which any are left to take a standard error of.
+/// The fewest passages that leave enough held out for a standard error.
 const FEWEST: usize = 2 * HELD_OUT;
 
 pub(crate) struct Text {
@@ -70,14 +70,14 @@ struct Losses {
     #[serde(skip_serializing_if = "Option::is_none")]
     passes: Option<usize>,
     mean: Estimate,
-    /// From the checkpoint as it was, passage by passage.
+    /// Compared with the checkpoint as it was, passage by passage.
     difference: Estimate,
     losses: Vec<f64>,
 }
 
 impl Text {
-    /// Reads passages, one a line; those of fewer than two halves of `tokens` are skipped, and so is
-    /// one that was there before. Of those held out the first `examined` are for the examination.
+    /// Reads passages, one a line; those of fewer than two halves of `tokens` are skipped, and so are
+    /// repeated ones. Of those held out, the first `examined` are for the examination.
     pub(crate) fn read(path: &Path, base: &Base, tokens: usize, examined: usize) -> Result<Self> {
         if tokens <= ONLY_READ + 1 {
             return Err(format!("--tokens: expected at least {}", ONLY_READ + 2).into());
@@ -152,7 +152,7 @@ impl Task for Text {
         for sequence in 0..settings.batch {
             let start = ids.len();
             ids.extend(self.window(rng));
-            // Each token is said where the one before it is read, which is not thought about.
+            // Each token is predicted where the one before it is read, which is not thought about.
             answers.extend((start + half..start + seq).map(|at| (at as u32 - 1, ids[at])));
             batch = batch.with_context(sequence, std::slice::from_ref(&(ONLY_READ..half - 1)))?;
         }
@@ -220,7 +220,7 @@ impl HeldOut {
     }
 }
 
-/// FNV-1a (Fowler, Noll & Vo) of all tokens, each passage ended.
+/// FNV-1a (Fowler, Noll & Vo) over all tokens, with an end mark for each passage.
 fn fingerprint(passages: &[Vec<u32>]) -> String {
     let ended = passages.iter().flat_map(|ids| ids.iter().copied().chain([u32::MAX]));
     let hash = ended.flat_map(u32::to_le_bytes).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {

@@ -1,4 +1,4 @@
-//! The tokenizer of the flashback suite, as `tokenizer.json` has it.
+//! The tokenizer of the flashback suite, as in its `tokenizer.json`.
 
 use flashback_suite::{END, UNKNOWN, Vocabulary};
 use tokenizers::decoders::fuse::Fuse;
@@ -6,7 +6,7 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
-/// One that cuts text before and after each name.
+/// A tokenizer that cuts text before and after each name.
 pub(crate) fn tokenizer(vocabulary: &Vocabulary) -> tokenizers::Result<Tokenizer> {
     let pieces = || vocabulary.pieces().iter().zip(0..);
     let ids = pieces().map(|(piece, id)| (piece.clone(), id)).collect();

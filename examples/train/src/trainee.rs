@@ -21,16 +21,16 @@ use flashback_suite::Vocabulary;
 /// A model in training.
 pub(crate) struct Trainee {
     config: Config,
-    /// What changes, by name.
+    /// The variables that are trained, by name.
     pub(crate) vars: Vec<(String, Var)>,
-    /// Weights that do not.
+    /// Weights that are not.
     frozen: HashMap<String, Tensor>,
     /// The embedding table, where its names are drawn anew in every step.
     names: Option<Embeddings>,
     kind: Kind,
 }
 
-/// What is trained, and so what is left at the end.
+/// What is trained, and so what the run leaves at the end.
 enum Kind {
     /// A new small model for the flashback suite.
     New,
@@ -42,12 +42,12 @@ enum Kind {
 
 const GATE: &str = "thought.gate";
 
-/// Where the gate of a checkpoint that has none begins: a pass moves each channel by a twentieth of
-/// the way, so that at first the model is nearly what it was.
+/// The initial gate of a checkpoint that has none: a pass moves each channel by a twentieth of the way,
+/// so that at first the model is nearly what it was.
 const FIRST_GATE: f32 = -3.0;
 
-/// The learning rate of a checkpoint's gate. It has to go by several units to matter, where a weight
-/// goes by hundredths.
+/// The learning rate of a checkpoint's gate. It must move by several units to matter, a weight only by
+/// hundredths.
 const GATE_LR: f64 = 0.01;
 
 impl Trainee {
@@ -68,7 +68,7 @@ impl Trainee {
             let values = match (name.as_str(), shape.as_slice()) {
                 (EMBEDDINGS, _) => continue,
                 (GATE, _) => vec![0.0; count], // half of the new state
-                // the head is the embeddings, which are long
+                // the head is the embedding table, whose rows are long
                 ("model.norm.weight", _) => vec![0.05; count],
                 (_, [_]) => vec![1.0; count],
                 (_, shape) => {
@@ -82,7 +82,7 @@ impl Trainee {
         Ok(Self { config, vars, frozen: HashMap::new(), names, kind: Kind::New })
     }
 
-    /// A checkpoint, or an adapter on it. With a vocabulary, it is for the flashback suite.
+    /// A checkpoint, or an adapter on it. With a vocabulary, it is trained on the flashback suite.
     pub(crate) fn on(
         base: Base,
         settings: &Settings,
@@ -141,7 +141,7 @@ impl Trainee {
         })
     }
 
-    /// The optimiser of what changes.
+    /// The optimiser of the variables.
     pub(crate) fn optimizer(&self, settings: &Settings) -> Result<AdamW> {
         let optimizer = AdamW::new(&self.vars, 0.98, 0.01)?;
         Ok(match self.kind {
@@ -172,8 +172,7 @@ impl Trainee {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }
 
-    /// Writes what was trained, as it loads: a checkpoint, with names that are drawn from `rng`, or
-    /// an adapter.
+    /// Writes what was trained, ready to load: a checkpoint, with names drawn from `rng`, or an adapter.
     pub(crate) fn save(&self, folder: &Path, rng: &mut impl Rng) -> Result<()> {
         let weights = folder.join("model.safetensors");
         match &self.kind {
@@ -188,7 +187,7 @@ impl Trainee {
             }
             Kind::Whole(from) => {
                 base::copy_beside(from, folder)?;
-                // In `bf16` a small change of a large weight would be lost.
+                // In `bf16` a small change to a large weight would be lost.
                 candle_core::safetensors::save(&self.weights(DType::F32, rng)?, weights)?;
             }
             Kind::Adapter(adapter, _) => adapter.save(folder)?,
@@ -209,7 +208,7 @@ impl Trainee {
     }
 }
 
-/// The configuration of a model of that many layers, as `config.json` has it.
+/// The configuration of a model with this many layers, as in `config.json`.
 fn config_json(vocabulary: &Vocabulary, layers: usize) -> String {
     format!(
         r#"{{

@@ -1,4 +1,4 @@
-//! A run of training: what is learned by what, step by step, saved on the way.
+//! A training run: step by step, with its state saved along the way.
 
 use std::path::Path;
 use std::time::Instant;
@@ -19,13 +19,14 @@ use crate::terminal::{self, Result};
 use crate::text::Text;
 use crate::trainee::Trainee;
 
-/// Gradients longer than this are cut to it.
+/// Gradients longer than this are clipped to it.
 const LONGEST_GRADIENT: f64 = 1.0;
 
-/// Trains as `options` say: from where an earlier run of the same was stopped, or from the beginning.
+/// Trains as `options` say: from where an earlier run with the same settings stopped, or from the
+/// beginning.
 ///
 /// # Errors
-/// When nothing can be made of the options, when a file cannot be read or written, and when the loss
+/// When the options do not make sense, when a file cannot be read or written, and when the loss
 /// diverges.
 pub fn train(options: &Options) -> Result<()> {
     if let Some(model) = &options.model {
@@ -55,8 +56,8 @@ pub fn train(options: &Options) -> Result<()> {
     }
 }
 
-/// Refuses to leave results where they would change the checkpoint: a `hybrid.json` beside its weights
-/// is its own.
+/// Refuses to write results where they would change the checkpoint: a `hybrid.json` beside its weights
+/// would become part of it.
 fn check_apart(out: &Path, model: &Path) -> Result<()> {
     let (Ok(out), Ok(model)) = (out.canonicalize(), model.canonicalize()) else { return Ok(()) };
     let folder = if model.is_dir() { Some(model.as_path()) } else { model.parent() };
@@ -66,7 +67,7 @@ fn check_apart(out: &Path, model: &Path) -> Result<()> {
     }
 }
 
-/// A run from where it is to its end.
+/// Runs a training run from where it stands to its end.
 fn teach(
     options: &Options,
     settings: &Settings,

@@ -27,8 +27,8 @@ fn draw((plan, seed): &(Plan, u64)) -> Story {
     Story::draw(plan, &mut ChaCha8Rng::seed_from_u64(*seed))
 }
 
-/// The two names of each sentence, as a reader finds them: a thing stands behind "the", a person
-/// begins with a capital that no sentence begins with.
+/// The two names of each sentence, as a reader finds them: a thing follows "the", a person has a capital
+/// that no sentence begins with.
 fn facts(text: &str) -> Vec<(String, String)> {
     let openers = ["The", "Earlier", "Before", "By", "That", "Then"];
     let sentence = |sentence: &str| {
@@ -45,8 +45,8 @@ fn facts(text: &str) -> Vec<(String, String)> {
 }
 
 proptest! {
-    /// Whoever reads the text and puts the facts together again comes to the answer, in as many
-    /// steps as the question says, and every name but the ends can be asked about.
+    /// Reading the text and putting the facts back together leads to the answer, in as many steps as the
+    /// question says, and every name but the ends can be asked about.
     #[test]
     fn the_text_implies_the_answers(drawn in plan()) {
         let story = draw(&drawn);
@@ -72,8 +72,8 @@ proptest! {
         }
     }
 
-    /// The tokenizer that is published makes of the text what the training was given, and gives it
-    /// back.
+    /// The published tokenizer turns the text into what the training used, and turns that back into the
+    /// text.
     #[test]
     fn text_and_tokens_are_the_same(drawn in plan()) {
         let (story, vocabulary) = (draw(&drawn), Vocabulary::default());
@@ -93,7 +93,7 @@ proptest! {
     }
 }
 
-/// No name of the test is in a training story, and no pairing of opener and verb.
+/// No name of the test is in a training story, and neither is any of its pairings of opener and verb.
 #[test]
 fn the_test_is_held_out() {
     let mut seen = [(); 2].map(|()| (HashSet::new(), HashSet::new()));
@@ -134,7 +134,7 @@ fn the_tiny_model_understands_more_with_every_pass() -> Result {
     Ok(())
 }
 
-/// Batched scoring and an answer given through the front door are the same thing.
+/// Batched scoring and an answer through the public API are the same.
 #[test]
 fn scores_are_what_generate_answers() -> Result {
     let model = HybridModel::tiny(&Device::Cpu)?;

@@ -70,7 +70,7 @@ impl Run {
         Ok(self.command(out).output()?)
     }
 
-    /// To its end; gives what it said.
+    /// Runs to its end; returns what it printed.
     fn succeed(&self, out: &Path) -> Result<(String, String)> {
         let Output { status, stdout, stderr } = self.output(out)?;
         let (stdout, stderr) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
@@ -84,8 +84,8 @@ impl Run {
         Ok(String::from_utf8(stderr)?)
     }
 
-    /// Kills it as soon as there is a state to go on from, and lets it go on; gives the step after
-    /// which it did.
+    /// Kills it as soon as there is a state to resume from, and resumes it; returns the step after which
+    /// it did.
     fn killed_and_resumed(&self, out: &Path) -> Result<usize> {
         let mut child = self.command(out).spawn()?;
         let since = Instant::now();
@@ -110,7 +110,7 @@ fn assert_same(a: &Path, b: &Path, files: &[&str]) -> Result {
     Ok(())
 }
 
-/// The record, but for how long it took.
+/// The record without its timings.
 fn record(out: &Path) -> Result<Value> {
     let mut record: Value = serde_json::from_str(&fs::read_to_string(out.join("record.json"))?)?;
     assert!(record["seconds"].as_f64().is_some_and(|seconds| seconds > 0.0));
@@ -138,7 +138,7 @@ fn a_run_that_is_killed_ends_as_if_it_had_not_been() -> Result {
     assert_same(&whole, &killed, &files)?;
     assert_eq!(record(&whole)?, record(&killed)?);
 
-    // What is not said of it is not in the record: those of other days are of the same form.
+    // What is not set is left out of the record: older records have the same form.
     let settings = record(&whole)?["settings"].clone();
     let expected = json!({
         "arm": "both-ways", "seed": 1, "steps": 12, "batch": 2, "lr": 2e-3, "warm_up": 100,
@@ -196,7 +196,7 @@ fn an_adapter_learns_the_suite_on_a_checkpoint_of_its_own() -> Result {
     assert_eq!(settings["model"], "tiny");
     assert_eq!(settings["adapter"]["rank"], 2);
     let adapter = Adapter::from_folder(&out, &Device::Cpu)?;
-    // Adapters are where thoughts are, and begin with the gate that is there.
+    // Adapters are where the thoughts are, and start from the gate that is there.
     assert!(adapter.tensors().all(|(name, _)| name.contains("layers.1.") || name.contains(".2.")));
     let model = HybridModel::tiny(&Device::Cpu)?;
     let gates = (adapter.thought_gate().ok_or("no gate")?, model.thought_model().thought_gate());
@@ -210,8 +210,8 @@ fn an_adapter_learns_the_suite_on_a_checkpoint_of_its_own() -> Result {
 
 // ---- a text ----
 
-/// The losses that a record should hold: of passages 5 and 10 of the text, each the first `TOKENS`
-/// tokens thought about, but for the first and the last, and as many predicted.
+/// The losses that a record should hold: for passages 5 and 10 of the text, with the first `TOKENS`
+/// tokens of each thought about, except the first and the last, and as many predicted.
 fn losses(model: &HybridModel, text: &Path, thinking: &Thinking, twice: bool) -> Result<Vec<f64>> {
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
     let config = GenerationConfig::default().prompt_logprobs(true).max_tokens(0);
@@ -467,7 +467,7 @@ fn adamw_is_candles() -> Result {
         Ok(Tensor::from_vec::<_, f32>(values, shape, &Device::Cpu)?)
     };
     let shapes: [&[usize]; 3] = [&[4, 3], &[5], &[2, 2, 2]];
-    // Without and with gradients that are cut to a length, the third with a rate of its own.
+    // Without clipping and with it, the third time with a learning rate of its own.
     for (longest, rate) in [(f64::INFINITY, 1.0), (0.5, 1.0), (f64::INFINITY, 8.0)] {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for (index, shape) in shapes.iter().enumerate() {

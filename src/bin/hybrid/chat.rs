@@ -1,4 +1,4 @@
-//! `hybrid chat`: a chat in the terminal. What was read once stays in the cache, so that each turn runs
+//! `hybrid chat`: a chat in the terminal. What has been read stays in the cache, so that each turn runs
 //! only what is new; with thinking, which looks at everything anew, the whole chat is read each time.
 
 use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
@@ -48,7 +48,7 @@ struct ChatArgs {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let config = options.sampling.apply(GenerationConfig::default());
-    options.thinking.apply(config).validate()?; // before the wait for the weights
+    options.thinking.apply(config).validate()?; // before waiting for the weights
     options.thinking.warn();
     let (model, load) = options.model.load()?;
     let model = options.cache.apply(model)?;
@@ -85,10 +85,10 @@ struct Chat<'a> {
     tokenizer: &'a Tokenizer,
     config: GenerationConfig,
     conversation: Conversation,
-    /// Tokens of the context that an answer should find free.
+    /// Tokens of the context to keep free for an answer.
     answer_room: usize,
     system: Option<Message>,
-    /// The user's messages and the model's, by turns.
+    /// The messages of the user and the model, alternating.
     turns: Vec<Message>,
 }
 
@@ -151,8 +151,8 @@ impl<'a> Chat<'a> {
         Ok(())
     }
 
-    /// The whole chat as token ids. Where it leaves no room for an answer, the oldest questions and
-    /// answers are forgotten; a message that is too long by itself is, and `None` comes back.
+    /// The whole chat as token ids. If it leaves no room for an answer, the oldest questions and answers
+    /// are forgotten; a message that is too long by itself is dropped, and `None` returned.
     fn fitting_prompt(&mut self) -> Result<Option<Vec<u32>>> {
         let context = self.conversation.capacity();
         for old in (0..self.turns.len()).step_by(2) {

@@ -109,7 +109,7 @@ fn embed(model: &HybridModel, texts: &[String], config: &EmbedConfig) -> Result<
     Ok(Tensor::cat(&batches, 0)?)
 }
 
-/// A row for each text, numbered; the columns bear the numbers.
+/// A row for each text, numbered; the columns have the same numbers.
 fn print_table(texts: &[String], cosine: &[Vec<f32>]) -> Result<()> {
     let number = texts.len().to_string().len();
     let labels: Vec<String> = texts.iter().map(|text| label(text)).collect();

@@ -1,4 +1,4 @@
-//! Files that a person names.
+//! Files that the user names.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -16,7 +16,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Whether a file could stand there: worth knowing before the work on its content.
+/// Whether the file could be written there: checked before the work on its content.
 pub(crate) fn check_folder(path: &Path) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     match folder.is_none_or(Path::is_dir) {

@@ -90,7 +90,7 @@ impl Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let asked = options.asked()?;
-    options.config(GenerationConfig::default()).validate()?; // before the wait for the weights
+    options.config(GenerationConfig::default()).validate()?; // before waiting for the weights
     options.thinking.warn();
     let (model, load) = options.model.load()?;
     let model = options.cache.apply(model)?;
@@ -102,7 +102,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// The text of one answer, as it comes.
+/// Prints one answer as it is generated.
 fn tell(model: &HybridModel, prompt: Prompt, config: &GenerationConfig, load: f64) -> Result<()> {
     let mut stream = terminal::begin(model, prompt, config)?;
     let mut count = 0;
@@ -142,8 +142,8 @@ fn report_one(
     Ok(writeln!(stdout(), "{}", report(model, &answer, load))?)
 }
 
-/// All answers in order, each as a JSON object on a line of its own. A prompt that fails has its error
-/// there; the program then fails, too, when all others are answered.
+/// All answers in order, each as a JSON object on a line of its own. For a prompt that fails, the line
+/// has its error; once all others are answered, the program fails, too.
 fn report_all(
     model: &HybridModel,
     lines: &[(usize, Prompt)],

@@ -1,4 +1,4 @@
-//! `hybrid measure`: does thinking about a text help to predict how it goes on?
+//! `hybrid measure`: does thinking about a text help to predict how it continues?
 //!
 //! Each passage is cut in two. The first half is thought about, the second only read, and the figure
 //! is the negative log-likelihood of the second half's tokens: how surprised the model is by them,
@@ -6,8 +6,8 @@
 //! first half read twice, and a loop of the same cost whose passes see only what comes before.
 //!
 //! Thoughts move along the sphere and keep their length: what leaves a stack is many times as long as
-//! what enters it, and a straight step, however small, would be mostly a change of length. The first
-//! token is only read, unless `--first` says otherwise: models rest their attention on it (attention
+//! what enters it, and a straight step, however small, would mostly be a change of length. The first
+//! token is only read, unless `--first` says otherwise: models park their attention on it (attention
 //! sinks, Xiao et al. 2023), and they lose that when it changes.
 //!
 //! ```text
@@ -15,7 +15,7 @@
 //! hybrid measure --model PATH --text gensim/test/test_data/lee_background.cor
 //! ```
 //!
-//! Nothing is drawn at random: the same model and text give the same table.
+//! Nothing is random: the same model and text give the same table.
 
 use std::io::{Write, stdout};
 use std::ops::Range;
@@ -150,7 +150,7 @@ impl Setting {
             .hand_off(self.hand_off)
     }
 
-    /// A setting that computes the same: keys and values of a causal run are those of re-reading.
+    /// A setting that computes the same: a causal run gives the keys and values that re-reading gives.
     fn equal(&self) -> Self {
         let hand_off = match (self.hand_off, self.sight) {
             (HandOff::KeyValue, Sight::Causal) => HandOff::Refined,
@@ -209,7 +209,8 @@ impl Report {
         })
     }
 
-    /// A Markdown table; a row has every sight and weight of one hand-off, span and passes.
+    /// A Markdown table; each row has every sight and weight for one hand-off, span and number of
+    /// passes.
     fn table(&self) -> String {
         let plain = Estimate::of(&self.plain);
         let mut table = format!(

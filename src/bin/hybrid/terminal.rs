@@ -1,4 +1,4 @@
-//! What a person sees: progress, notes, and errors with all their causes.
+//! What the user sees: progress, notes, and errors with all their causes.
 
 use std::error::Error;
 use std::io::{ErrorKind, Write, stderr};
@@ -12,14 +12,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// Any error: all of them end on the terminal.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// A line on standard error, as far as anybody listens. What is in it may come from a file, so
-/// control characters are spelled out.
+/// Prints a line on standard error, ignoring failures. It may contain text from a file, so control
+/// characters are escaped.
 pub(crate) fn say(line: &str) {
     let plain: String = line.chars().flat_map(plain).collect();
     let _ = writeln!(stderr(), "{plain}");
 }
 
-/// Why an answer ended, for a person.
+/// Why an answer ended, for display.
 pub(crate) fn stopped_by(stop: Option<StopReason>) -> &'static str {
     match stop {
         Some(StopReason::Eos) => "the model",
@@ -30,7 +30,7 @@ pub(crate) fn stopped_by(stop: Option<StopReason>) -> &'static str {
     }
 }
 
-/// A character as it may be shown on a terminal.
+/// A character, made safe to show on a terminal.
 pub(crate) fn plain(c: char) -> impl Iterator<Item = char> {
     let spelled = c.is_control().then(|| c.escape_default());
     let itself = spelled.is_none().then_some(c);
@@ -44,7 +44,7 @@ pub(crate) fn bar(length: u64, template: &str) -> ProgressBar {
     ProgressBar::new(length).with_style(style)
 }
 
-/// A sign of life on standard error while there is nothing to count.
+/// A spinner on standard error while there is nothing to count.
 pub(crate) fn spinner(message: &'static str) -> ProgressBar {
     let spinner = ProgressBar::new_spinner().with_message(message);
     spinner.enable_steady_tick(Duration::from_millis(100));
@@ -68,7 +68,7 @@ pub(crate) fn reading_bar() -> (ProgressBar, impl Fn(Progress) + Send + Sync + '
     (bar, update)
 }
 
-/// An answer whose prompt has been read, with a bar meanwhile.
+/// An answer whose prompt has been read, behind a progress bar.
 pub(crate) fn begin(
     model: &HybridModel,
     prompt: Prompt,
@@ -87,7 +87,7 @@ pub(crate) fn main(body: impl FnOnce() -> Result<()>) -> ExitCode {
     let closed = |error: &std::io::Error| error.kind() == ErrorKind::BrokenPipe;
     match body() {
         Ok(()) => ExitCode::SUCCESS,
-        // Nobody reads on: `hybrid generate … | head`.
+        // The reader has gone: `hybrid generate … | head`.
         Err(error) if error.downcast_ref().is_some_and(closed) => ExitCode::SUCCESS,
         Err(error) => {
             let mut text = error.to_string();

@@ -25,7 +25,7 @@ pub(crate) struct HeldBlocks {
 }
 
 impl HeldBlocks {
-    /// Whether all of these positions lie in them.
+    /// Whether the blocks hold all of these positions.
     pub(super) fn have(&self, positions: &Range<usize>) -> bool {
         self.first.is_multiple_of(KV_BLOCK)
             && (positions.is_empty()
@@ -34,9 +34,9 @@ impl HeldBlocks {
     }
 }
 
-/// Copies tokens `from..from + count` of packed keys and values, `(kv_heads, tokens, head_dim)` each, into
-/// slots `slot..slot + count` of a block, in place. They are rounded to the block's type as candle's
-/// `to_dtype` rounds. No gradient comes back.
+/// Copies tokens `from..from + count` of packed keys and values, `(kv_heads, tokens, head_dim)` each,
+/// into slots `slot..slot + count` of a block, in place, rounded to the block's type as candle's
+/// `to_dtype` rounds. No gradient flows back.
 ///
 /// # Errors
 /// [`Error::Parameter`] where they do not fit; when a device fails.
@@ -71,7 +71,7 @@ pub(crate) fn write_block(
     Ok(block.slice_set(&both.contiguous()?, 2, slot)?)
 }
 
-/// Keys and values, `(kv_heads, tokens, head_dim)`, into the slots of a block from `slot` on.
+/// Writes keys and values, `(kv_heads, tokens, head_dim)`, into the slots of a block from `slot` on.
 struct Write {
     slot: usize,
 }
@@ -151,7 +151,8 @@ impl Slots<'_> {
     }
 }
 
-/// Packed keys and values, `(kv_heads, keys, head_dim)` in `dtype`, of the positions that the spans name.
+/// Packed keys and values, `(kv_heads, keys, head_dim)` in `dtype`, for the positions that the spans
+/// name.
 ///
 /// # Errors
 /// When a device has no room for them, the blocks do not hold these positions, or there are none.
@@ -165,7 +166,7 @@ pub(crate) fn gather(held: &[HeldBlocks], spans: &Spans, dtype: DType) -> Result
         }
         let mut position = spans.keys.start;
         while position < spans.keys.end {
-            // Block 1 of those that begin at 96 has positions 192..288.
+            // With a first block at 96, block 1 holds positions 192..288.
             let (number, slot) =
                 ((position - held.first) / KV_BLOCK, (position - held.first) % KV_BLOCK);
             let count = (KV_BLOCK - slot).min(spans.keys.end - position);
@@ -178,7 +179,7 @@ pub(crate) fn gather(held: &[HeldBlocks], spans: &Spans, dtype: DType) -> Result
     let packed = |parts: &[Tensor]| -> Result<Tensor> {
         let copy = match parts {
             [] => return Err(Error::parameter("keys and values", "some", "none")),
-            // A copy in any case: the block may be written again before a gradient comes back.
+            // Always a copy: the block may be overwritten before the backward pass.
             [only] => only.force_contiguous()?,
             parts => Tensor::cat(parts, 1)?,
         };

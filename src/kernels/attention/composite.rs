@@ -1,5 +1,5 @@
-//! Attention in candle's operations, which any device has and which carry a gradient: scores, shares, and
-//! what is made of them. Whoever looks into a pass reads the same scores.
+//! Attention in candle's operations, which runs on any device and carries a gradient: scores, shares,
+//! and the weighted sum. Whatever looks into a pass reads the same scores.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use super::super::door::softmax;
 use super::Spans;
 use crate::error::{Error, Result};
 
-/// Scores that stand in memory at a time, about: 256 MiB of `f32`, to keep a device busy.
+/// About how many scores are in memory at a time: 256 MiB of `f32`, enough to keep a device busy.
 const SCORES_AT_ONCE: usize = 1 << 26;
 
 /// The scores of some queries of a sequence, counted from its first one, in one head, over all keys of
@@ -38,7 +38,7 @@ pub(crate) fn scores(
     Ok(rows.scores(queries, of.packed(&of.keys))?.squeeze(0)?)
 }
 
-/// The share of each key in what a query takes up: softmax over the last dimension.
+/// The share of each key in a query's result: softmax over the last dimension.
 pub(crate) fn shares(scores: &Tensor) -> Result<Tensor> {
     softmax(scores)
 }
@@ -72,13 +72,13 @@ pub(super) fn by_blocks(
     let rows = Rows { q: &(q * scale)?, k: &k, sees: &sees };
     let most = at_once / heads.max(1);
     let mut blocks = Vec::with_capacity(spans.sequences.len());
-    // No block has queries of two sequences: what one would see of the other is masked, but a number that
-    // is not finite comes through a mask.
+    // No block has queries of two sequences: a mask hides one from the other, but a number that is not
+    // finite gets through a mask.
     for of in &spans.sequences {
         let step = (most / of.keys.len().max(1)).max(1);
         let mut start = of.queries.start;
         while start < of.queries.end {
-            // A window leaves a query fewer keys than the sequence has.
+            // Under a window, a query sees fewer keys than the sequence has.
             let mut block = start..of.queries.end.min(start + step);
             while block.end < of.queries.end {
                 let twice = start..of.queries.end.min(start + 2 * block.len());

@@ -13,9 +13,9 @@
 //! Scores lie with their rows side by side, so that the largest one, the sum and the mask of a row are
 //! found by whole vectors.
 //!
-//! Keys that go by together begin at a position that is a multiple of KEYS, wherever their queries begin
-//! and wherever they lie; a key that a row does not see adds an exact 0 to it. So how queries are cut into
-//! blocks and tiles, which threads decide, changes no bit:
+//! Each group of KEYS keys begins at a position that is a multiple of KEYS, wherever the queries begin
+//! and wherever the keys are stored; a key that a row does not see adds exactly 0 to it. So how queries
+//! are cut into blocks and tiles, which depends on the number of threads, does not change a bit:
 //!
 //! ```text
 //! a row sees positions 50..130:   50..96   96..130             of keys 48..96, 96..144
@@ -34,18 +34,18 @@ use super::super::elementwise::{exp, softmax_in_place};
 use super::super::storage::{elements, values};
 use super::{HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans};
 
-/// Keys that are scored at a time: with their values and the scores of a tile, they stay in the
-/// first-level cache for each of the tiles that look at them. A multiple of every micro-panel.
+/// Keys scored at a time: with their values and the scores of a tile, they stay in the first-level cache
+/// for every tile that reads them. A multiple of every micro-panel.
 pub(super) const KEYS: usize = 48;
 
-/// Rows that look at the same keys while these are in the cache, about.
+/// About how many rows read the same keys while these are in the cache.
 const ROWS: usize = 128;
 
 /// `softmax(q kᵀ · scale + mask) v` on the CPU, without a gradient.
 ///
-/// `q` is `(heads, queries, head_dim)` in `f32`; keys and values are in `f32`, `bf16` or `f16`. The result
-/// is `(queries, heads · head_dim)` in `f32`. The caller has seen to it that shapes and spans fit each
-/// other. The plain twin is [`Attend`](super::Attend), and below it candle's operations.
+/// `q` is `(heads, queries, head_dim)` in `f32`; keys and values are in `f32`, `bf16` or `f16`. The
+/// result is `(queries, heads · head_dim)` in `f32`. The caller has checked that shapes and spans fit
+/// each other. The plain twin is [`Attend`](super::Attend), and below it candle's operations.
 pub(in crate::kernels) fn attend(
     q: &Tensor,
     held: &KeyValues<'_>,
@@ -106,7 +106,7 @@ fn attend_to<T: Element + WithDType>(
     Tensor::from_vec(ys, (queries, heads * head_dim), &Device::Cpu)
 }
 
-/// All that a storage holds.
+/// A storage as a slice.
 fn slice<T: WithDType>(storage: &Storage) -> Result<&[T]> {
     match storage {
         Storage::Cpu(storage) => storage.as_slice(),
@@ -114,7 +114,7 @@ fn slice<T: WithDType>(storage: &Storage) -> Result<&[T]> {
     }
 }
 
-/// Itself, if the keys of a head lie one behind the other, as those in a cache do.
+/// The tensor itself if the keys of a head are contiguous, as those in a cache are; else a copy.
 fn with_whole_rows(tensor: &Tensor) -> Result<Tensor> {
     match (tensor.stride(), tensor.dim(2)?) {
         ([_, row, 1], head_dim) if *row == head_dim => Ok(tensor.clone()),
@@ -147,14 +147,14 @@ enum Keys<'a, T> {
     },
 }
 
-/// Keys or values, `(kv_heads, keys, head_dim)`, of which a sequence has some.
+/// Keys or values, `(kv_heads, keys, head_dim)`, some of which are the sequence's.
 #[derive(Clone, Copy)]
 struct Packed<'a, T> {
     elements: &'a [T],
-    /// Of the first position of the sequence, and which that is.
+    /// The offset of the sequence's first position, and that position.
     start: usize,
     first: usize,
-    /// From one head to the next.
+    /// The stride from one head to the next.
     of_head: usize,
     head_dim: usize,
 }
@@ -190,7 +190,7 @@ impl<'a, T> Keys<'a, T> {
         }
     }
 
-    /// Keys and values of a head at positions that lie in one piece, `(positions, head_dim)` each.
+    /// Keys and values of a head at positions that are contiguous, `(positions, head_dim)` each.
     #[inline(always)]
     fn of(&self, head: usize, positions: &Range<usize>) -> [&'a [T]; 2] {
         match self {
@@ -206,7 +206,7 @@ impl<'a, T> Keys<'a, T> {
     }
 }
 
-/// All that is to be attended to.
+/// Everything there is to attend to.
 struct Job<'a, T> {
     sizes: Sizes,
     /// `(heads, queries, head_dim)`
@@ -225,7 +225,7 @@ impl<T: Element> Job<'_, T> {
         let block = (ROWS / group.max(1)).clamp(1, most);
         let (mut tasks, mut rest) = (Vec::new(), ys.as_mut_slice());
         for (spans, &keys) in self.spans.sequences.iter().zip(self.keys) {
-            // Of a single query, key heads go to the threads; of more, blocks of queries.
+            // A single query is shared out by key heads, several by blocks of queries.
             let alone = spans.sees.len() == 1;
             let step = if alone { 1 } else { block };
             for start in (0..spans.sees.len()).step_by(step) {
@@ -264,17 +264,17 @@ struct Task<'a, T> {
     ys: &'a mut [f32],
 }
 
-/// What a thread needs again and again.
+/// Buffers that a thread reuses.
 #[derive(Default)]
 struct Room {
     /// Tiles of queries, `(head_dim, rows)` each, already scaled.
     q: Vec<f32>,
     /// Tiles of results, not yet divided by the sum.
     o: Vec<f32>,
-    /// For each row: the largest score so far, and the sum of what all are then.
+    /// For each row: the largest score so far, and the sum of `e^(score - largest)`.
     largest: Vec<f32>,
     sum: Vec<f32>,
-    /// The positions that each row sees: from the first to before the second.
+    /// The positions that each row sees: `from..to`.
     from: Vec<u32>,
     to: Vec<u32>,
     /// `(KEYS, rows)` of one tile, or all of one query.
@@ -283,7 +283,7 @@ struct Room {
     wide: [Vec<f32>; 2],
 }
 
-/// The one query of a sequence, against the keys of a head: what a token costs that is decoded. Few rows
+/// The one query of a sequence, against the keys of a head: the cost of decoding a token. So few rows
 /// would leave most of a tile empty, so vectors run along the channels here.
 struct OneQuery<'a, T> {
     job: &'a Job<'a, T>,
@@ -314,7 +314,7 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         while !rest.is_empty() {
             let piece = keys.piece(rest.clone());
             let [k, v] = keys.of(self.head, &piece);
-            // What is read next is somewhere else.
+            // The next read continues elsewhere in memory.
             let next = keys.piece(piece.end..seen.end);
             prefetch_start(if next.is_empty() { v } else { keys.of(self.head, &next)[0] });
             let starts = (piece.start - seen.start..).step_by(AT_ONCE);
@@ -351,12 +351,11 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
     }
 }
 
-/// Keys that one query is held against at a time, and values that are added up for it. How many there
-/// are changes no bit.
+/// Keys scored, and values added up, at a time for one query. Their number changes no bit of the result.
 const AT_ONCE: usize = 4;
 
-/// The scores of a query, `(head_dim)`, over up to [`AT_ONCE`] keys. Each sum has a name, as those of an
-/// array are kept in memory.
+/// The scores of a query, `(head_dim)`, over up to [`AT_ONCE`] keys. Each sum is a variable of its own:
+/// in an array they would be kept in memory.
 #[inline(always)]
 fn score_one<S: Simd>(simd: S, q: &[f32], k: &[f32], scale: f32, scores: &mut [f32]) {
     let (head_dim, zero) = (q.len(), simd.splat_f32s(0.0));
@@ -390,14 +389,14 @@ fn score_one<S: Simd>(simd: S, q: &[f32], k: &[f32], scale: f32, scores: &mut [f
     }
 }
 
-/// The whole vectors of one of several rows: all of one known length, so that a loop over them is left in
-/// one way only.
+/// The whole vectors of one of several rows, all cut to the same known length, so that a loop over them
+/// has only one exit.
 #[inline(always)]
 fn vectors<S: Simd>(rows: &[f32], at: usize, head_dim: usize, steps: usize) -> &[S::f32s] {
     &S::as_simd_f32s(&rows[at * head_dim..(at + 1) * head_dim]).0[..steps]
 }
 
-/// The sum of all lanes, and of the products that fill no vector.
+/// The sum of all lanes, plus the products of the rest, which fills no vector.
 #[inline(always)]
 fn all_of<S: Simd>(simd: S, lanes: S::f32s, q: &[f32], k: &[f32], at: usize) -> f32 {
     let rest = q.len() / S::F32_LANES * S::F32_LANES;
@@ -409,7 +408,8 @@ fn all_of<S: Simd>(simd: S, lanes: S::f32s, q: &[f32], k: &[f32], at: usize) -> 
     sum
 }
 
-/// Adds up to [`AT_ONCE`] values, `(head_dim)` each, by their shares to `y`, one after the other.
+/// Adds up to [`AT_ONCE`] values, `(head_dim)` each, weighted by their shares, to `y`, one after the
+/// other.
 #[inline(always)]
 fn weigh_one<S: Simd>(simd: S, shares: &[f32], v: &[f32], y: &mut [f32]) {
     let head_dim = y.len();
@@ -489,7 +489,7 @@ impl<T: Element> QueryBlock<'_, T> {
         }
         let [wide_k, wide_v] = &mut wide;
 
-        // Rows that fill a tile up see what the last one sees, so that their numbers stay finite.
+        // Rows that only fill up a tile see what the last one sees, so that their numbers stay finite.
         from.clear();
         to.clear();
         for index in 0..padded {
@@ -604,7 +604,7 @@ where
     let (q, _) = S::as_simd_f32s(q);
     let (q, _) = q.as_chunks::<2>();
     for (k, s) in k.chunks(N * head_dim).zip(s.chunks_mut(N * width)) {
-        // Behind the last key, the first is scored again for nothing.
+        // Past the last key, the first is scored again, to no effect.
         let key = |n: usize| k.get(n * head_dim..(n + 1) * head_dim).unwrap_or(&k[..head_dim]);
         let products = MicroKernel::times(std::array::from_fn::<_, N, _>(key), simd, q);
         for (s, [left, right]) in s.chunks_exact_mut(width).zip(products) {
@@ -616,7 +616,7 @@ where
     }
 }
 
-/// Hides from each row the keys that it does not see; `start` is the first one here.
+/// Hides from each row the keys that it does not see; `start` is the position of the first key here.
 #[inline(always)]
 fn hide(start: usize, from: &[u32], to: &[u32], scores: &mut [f32]) {
     for (key, scores) in scores.chunks_exact_mut(from.len()).enumerate() {
@@ -628,12 +628,12 @@ fn hide(start: usize, from: &[u32], to: &[u32], scores: &mut [f32]) {
     }
 }
 
-/// Turns scores into shares of a sum that is not yet known, `e^(score - largest)`, and says what has
-/// to become of what was summed up before.
+/// Turns scores into shares before normalisation, `e^(score - largest)`, and sets the `correction` by
+/// which what was summed up before must be multiplied.
 #[inline(always)]
 fn shares(scores: &mut [f32], largest: &mut [f32], sum: &mut [f32], correction: &mut [f32]) {
     let width = largest.len();
-    // NaN is passed over, and shows in the sum instead.
+    // NaN is skipped here; it shows up in the sum.
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut new = [0f32; MOST_LANES];
     let new = &mut new[..width];
@@ -646,7 +646,7 @@ fn shares(scores: &mut [f32], largest: &mut [f32], sum: &mut [f32], correction: 
     for ((new, largest), correction) in new.iter_mut().zip(largest).zip(correction.iter_mut()) {
         let old = *largest;
         *largest = *new;
-        // Of a row that has seen nothing yet, nothing is left either way.
+        // The sums of a row that has seen nothing yet are 0, and stay 0 under any correction.
         *new = if *new == f32::NEG_INFINITY { 0.0 } else { *new };
         *correction = exp(old - *new);
     }
@@ -698,8 +698,8 @@ fn weigh<S: Simd>(
     }
 }
 
-/// Several channels, which share the loads of `p`. `v` begins at the first of them. Each sum has a
-/// name, as those of an array are kept in memory.
+/// Several channels, which share the loads of `p`. `v` begins at the first of them. Each sum is a
+/// variable of its own: in an array they would be kept in memory.
 macro_rules! channels {
     ($name:ident, $count:literal: $($n:literal $left:ident $right:ident),*) => {
         #[inline(always)]
@@ -720,9 +720,9 @@ macro_rules! channels {
             )*
             for (key, &[p_left, p_right]) in p.iter().enumerate() {
                 $(
-                    // SAFETY: `key` is below `p.len()` and `$n` below `$count`, so the index is
-                    // below `v.len()`, as asserted above. With a check, and so a way out of the
-                    // loop, at each value the sums would be kept in memory.
+                    // SAFETY: `key` is below `p.len()` and `$n` below `$count`, so the index is below
+                    // `v.len()`, as asserted above. A check at each value would be another exit from the
+                    // loop, and the sums would be kept in memory.
                     let value = unsafe { *v.get_unchecked(key * head_dim + $n) };
                     let value = simd.splat_f32s(value);
                     $left = simd.mul_add_e_f32s(value, p_left, $left);

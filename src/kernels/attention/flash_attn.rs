@@ -1,5 +1,5 @@
-//! candle's flash attention (Dao 2023), for CUDA devices and behind the feature `flash-attn`: no score
-//! ever stands in memory. It is taken where it computes just what the mask says, and nowhere else.
+//! candle's flash attention (Dao 2023), for CUDA devices and behind the feature `flash-attn`: scores are
+//! never held in memory. It is used only where it computes exactly what the mask says.
 
 use std::ops::Range;
 
@@ -34,8 +34,8 @@ pub(in crate::kernels) fn attend(
     Ok(Some(ys.reshape((queries, heads * head_dim))?))
 }
 
-/// Spans that are the same for every query: the last query stands at the last key, the others at those
-/// before it, and each sees so many keys on either side of its own, `None` for all.
+/// Spans of the same shape for every query: the last query is at the last key, the others at those
+/// before it, and each sees so many keys on either side of its own, or all for `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Band {
     behind: Option<usize>,
@@ -43,14 +43,14 @@ struct Band {
 }
 
 impl Band {
-    /// The band that a sequence's spans are, if they are one.
+    /// The band that describes a sequence's spans, if one does.
     fn of(spans: &SequenceSpans) -> Option<Self> {
         let keys = spans.keys.len();
         let past = keys.checked_sub(spans.sees.len())?;
         let first = spans.keys.start;
         let sees = || spans.sees.iter().map(|it| it.start - first..it.end - first);
         let placed = || sees().enumerate().map(|(query, sees)| (past + query, sees));
-        // If any band is these spans, the one that reaches as far as its furthest queries do is.
+        // If any band describes these spans, it is the one that reaches as far as the widest query.
         let behind = placed().map(|(at, sees)| at.saturating_sub(sees.start)).max()?;
         let ahead = placed().map(|(at, sees)| sees.end.saturating_sub(at + 1)).max()?;
         let band = Self {
@@ -60,7 +60,7 @@ impl Band {
         placed().all(|(at, sees)| sees == band.around(at, keys)).then_some(band)
     }
 
-    /// What the query at key `at` sees of `keys` keys.
+    /// What a query at key `at` sees of `keys` keys.
     fn around(&self, at: usize, keys: usize) -> Range<usize> {
         let start = self.behind.map_or(0, |behind| at.saturating_sub(behind));
         start..self.ahead.map_or(keys, |ahead| keys.min(at + ahead + 1))
@@ -70,12 +70,11 @@ impl Band {
 /// Numbers that the kernel loads at once, in 16 bytes.
 const AT_ONCE: usize = 8;
 
-/// The longest heads that the kernel has a form for.
+/// The longest heads that the kernel supports.
 const LONGEST_HEAD: usize = 512;
 
-/// Whether the kernel can read `xs`, `(heads, queries, head_dim)`, which it neither checks in full
-/// nor gives a gradient for: heads of 16-bit numbers, each in one piece that begins at a multiple of 16
-/// bytes.
+/// Whether the kernel can read `xs`, `(heads, queries, head_dim)`: it takes heads of 16-bit numbers,
+/// each contiguous and aligned to 16 bytes. It does not check this in full, and gives no gradient.
 fn reads(xs: &Tensor) -> bool {
     let layout = xs.layout();
     let (Some(head_dim), Some((step, strides))) =

@@ -12,26 +12,25 @@ use super::super::matrix::{Matrix, product};
 use super::super::storage::{f32s, gradient_for, values};
 use super::{SequenceSpans, Spans};
 
-/// Scores that stand in memory at a time, for each thread: 256 KiB, which stay in its cache.
+/// Scores in memory at a time, for each thread: 256 KiB, which stay in its cache.
 const SCORES_AT_ONCE: usize = 1 << 16;
 
-/// Queries that are scored at a time, at most: a causal block computes half of its square for
-/// nothing.
+/// The most queries that are scored at a time: half of a causal block's square is computed for nothing.
 const QUERIES_AT_ONCE: usize = 128;
 
 /// `softmax(q kᵀ · scale + mask) v`, for `q` of `(heads, queries, head_dim)` and `k`, `v` of
 /// `(kv_heads, keys, head_dim)`, all packed and contiguous, in `f32`; the result is
 /// `(queries, heads · head_dim)`.
 ///
-/// Going back, the scores are computed anew, block by block, instead of being kept: one more
-/// product of five, and a long text needs no more memory than a short one (Rabe & Staats 2021).
-/// Each head group of each sequence is a task of its own, so neither the number of threads nor what else
-/// is in the pass changes how anything rounds.
+/// In the backward pass the scores are recomputed block by block instead of being kept: one more product
+/// of five, and a long text needs no more memory than a short one (Rabe & Staats 2021). Each head group
+/// of each sequence is a task of its own, so neither the number of threads nor what else is in the pass
+/// changes how anything rounds.
 #[derive(Debug)]
 pub(in crate::kernels) struct Attend {
     /// Who sees whom.
     pub(in crate::kernels) spans: Arc<Spans>,
-    /// By which scores are multiplied.
+    /// What scores are multiplied by.
     pub(in crate::kernels) scale: f32,
 }
 
@@ -103,8 +102,8 @@ impl CustomOp3 for Attend {
     }
 }
 
-/// Cuts `(heads, tokens of all sequences, head_dim)` into what each task writes, in the order of
-/// [`Attend::head_groups`]: for each head of its group the tokens of its sequence.
+/// Cuts `(heads, tokens of all sequences, head_dim)` into the parts that each task writes, in the order
+/// of [`Attend::head_groups`]: for each head of its group, the tokens of its sequence.
 fn parts<'a>(
     all: &'a mut [f32],
     sizes: &Sizes,
@@ -257,7 +256,7 @@ impl Sizes {
 
 /// A `block` counts queries from the sequence's first one; `seen` are positions.
 impl HeadGroup<'_> {
-    /// Few enough queries at a time for the most keys that one of them sees.
+    /// Blocks of few enough queries for the most keys that one of them sees.
     fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
         let (queries, sees) = (self.spans.sees.len(), &self.spans.sees);
         let most_seen = sees.iter().map(Range::len).max().unwrap_or(0);
@@ -291,7 +290,8 @@ impl HeadGroup<'_> {
         )
     }
 
-    /// `(block, head_dim)` of what attention gives, where all heads of a query lie side by side.
+    /// The `(block, head_dim)` of a head in the result of attention, where all heads of a query lie side
+    /// by side.
     fn rows_of_result<'a>(
         &self,
         of: &'a [f32],
@@ -304,7 +304,7 @@ impl HeadGroup<'_> {
         Matrix::rows(of, start, (block.len(), head_dim), width)
     }
 
-    /// The number among all heads of one of the group.
+    /// The index, among all heads, of a head of the group.
     fn head(&self, within: usize) -> usize {
         self.kv_head * (self.sizes.heads / self.sizes.kv_heads) + within
     }

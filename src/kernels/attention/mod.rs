@@ -34,7 +34,7 @@ pub(crate) use spans::{SequenceSpans, Spans};
 /// The keys and values of the sequences of a pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum KeyValues<'a> {
-    /// Those of all sequences one behind the other, as [`SequenceSpans::from`] says.
+    /// Those of all sequences one after the other, as [`SequenceSpans::from`] says.
     Packed {
         /// `(kv_heads, keys, head_dim)`. On the CPU, keys and values may be narrower than queries.
         keys: &'a Tensor,

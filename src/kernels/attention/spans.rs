@@ -1,11 +1,11 @@
-//! Who sees whom in a pass, as numbers: what attention kernels are told.
+//! Who sees whom in a pass, as numbers: what attention kernels work from.
 
 use std::ops::Range;
 
 use crate::error::{Error, Result};
 
-/// For every query of a pass the one unbroken run of keys that it sees. Queries of several sequences lie
-/// one behind the other, and so do keys, unless they lie in blocks; nobody sees another sequence.
+/// For every query of a pass, the one unbroken run of keys that it sees. Queries of several sequences
+/// lie one after the other, and so do keys, unless they lie in blocks; no sequence sees another.
 ///
 /// ```text
 /// two sequences that go on:   a has positions 0..5 in its cache, and 2 new ones; b is new, with 3
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Spans {
-    /// In the order of the queries; together they have all of them.
+    /// In the order of the queries, which they cover completely.
     pub(crate) sequences: Vec<SequenceSpans>,
 }
 
@@ -26,11 +26,11 @@ pub(crate) struct Spans {
 pub(crate) struct SequenceSpans {
     /// Its rows among the packed queries.
     pub(crate) queries: Range<usize>,
-    /// The positions whose keys are there.
+    /// The positions whose keys are present.
     pub(crate) keys: Range<usize>,
     /// Where they begin among packed keys: the key of position `p` is packed key `from + p - keys.start`.
     pub(crate) from: usize,
-    /// For each of the queries the positions that it sees, within `keys`; never none.
+    /// For each query, the positions that it sees, within `keys`; never empty.
     pub(crate) sees: Vec<Range<usize>>,
 }
 
@@ -92,7 +92,7 @@ pub(super) struct Case {
     pub(super) new: usize,
     /// Positions that see each other in both directions; others see what came before them.
     pub(super) segments: Vec<Range<usize>>,
-    /// How many positions behind itself a query sees, itself included, and as many ahead.
+    /// How many positions a query sees behind it, itself included, and as many ahead.
     pub(super) window: Option<usize>,
 }
 

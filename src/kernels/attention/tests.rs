@@ -60,7 +60,7 @@ fn attend_packed(inputs: [&Tensor; 3], spans: &Arc<Spans>, scale: f64) -> Result
     Ok(attend(q, &KeyValues::Packed { keys, values }, spans, scale)?.into_tensor())
 }
 
-/// What `attend` gives for tracked inputs, and the gradients of a sum of it that weighs every element by
+/// What `attend` gives for tracked inputs, and the gradients of its sum, with every element weighted by
 /// `weights`.
 fn with_gradients(
     inputs: &[Tensor; 3],
@@ -77,7 +77,7 @@ fn with_gradients(
     Ok([ys.detach(), of(&q)?, of(&k)?, of(&v)?])
 }
 
-/// Packed keys and values in blocks, among them slots that nothing was written to: they hold NaN.
+/// Packed keys and values in blocks, some of whose slots were never written: those hold NaN.
 fn in_blocks(
     keys: &Tensor,
     values: &Tensor,
@@ -129,8 +129,8 @@ fn narrow_keys_and_values_are_the_numbers_they_stand_for() -> Result<()> {
     Ok(())
 }
 
-/// Sequences one behind the other attend as each does by itself, in each of the three forms; in the last
-/// of them, whether one score at a time stands in memory or all.
+/// Sequences packed together attend as each does by itself, in each of the three forms; in the last of
+/// them, whether one score at a time is in memory or all are.
 #[test]
 fn packed_sequences_see_themselves_alone() -> Result<()> {
     for both in [false, true] {
@@ -161,7 +161,7 @@ fn packed_sequences_see_themselves_alone() -> Result<()> {
     Ok(())
 }
 
-/// Whatever a sequence holds, infinities and NaN included, its neighbours do not notice.
+/// Whatever a sequence holds, infinities and NaN included, its neighbours are not affected.
 #[test]
 fn nothing_of_a_sequence_reaches_another() -> Result<()> {
     let cases = [2, 3, 1, 40, 5].map(|new| Case { new, ..Case::default() });
@@ -256,14 +256,14 @@ fn blocks_hold_what_was_written() -> Result<()> {
     ];
     let spans = Spans::of(&cases);
     let (k, v) = (random(2, spans.keys(), 7)?, random(2, spans.keys(), 7)?);
-    // As a projection leaves them: rows of all heads side by side.
+    // As a projection leaves them: the heads of a row side by side.
     let k = k.transpose(0, 1)?.contiguous()?.transpose(0, 1)?;
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let held = in_blocks(&k, &v, &spans, dtype)?;
         let kept = [k.to_dtype(dtype)?, v.to_dtype(dtype)?];
         let (keys, values) = gather(&held, &spans, dtype)?;
         assert_eq!((bits(&keys)?, bits(&values)?), (bits(&kept[0])?, bits(&kept[1])?));
-        // What has the type of the block is copied.
+        // What has the block's type already is copied.
         let again = in_blocks(&kept[0], &kept[1], &spans, dtype)?;
         let (keys, values) = gather(&again, &spans, DType::F32)?;
         assert_eq!((bits(&keys)?, bits(&values)?), (bits(&kept[0])?, bits(&kept[1])?));
@@ -279,7 +279,7 @@ fn blocks_hold_what_was_written() -> Result<()> {
     Ok(())
 }
 
-/// Somebody who looks at scores, and makes shares of them, sees what attention was computed with.
+/// Scores that are asked for, and the shares made of them, are those that attention was computed with.
 #[test]
 fn scores_and_shares_are_those_of_the_result() -> Result<()> {
     let cases = [
@@ -363,7 +363,7 @@ proptest! {
         prop_assert!(differences.iter().all(|it| *it < 1e-5), "{differences:?}");
     }
 
-    /// No bit of what a query gets depends on how many threads there are, on what else is in the pass, on
+    /// No bit of a query's result depends on the number of threads, on what else is in the pass, on
     /// where its keys lie, or on the chunks that its sequence comes in.
     #[test]
     fn every_bit_of_a_sequence_is_its_own(

@@ -8,11 +8,11 @@ pub(in crate::kernels) trait Element: Copy + Send + Sync {
     /// Weights in it.
     const LEN: usize = 1;
 
-    /// Whether [`widen`](Self::widen) needs room.
+    /// Whether [`widen`](Self::widen) needs a buffer.
     const NARROW: bool = true;
 
-    /// A run of weights in `f32`: itself, or what is written to the front of `wide`, which has room
-    /// for all of them if these are narrower.
+    /// A run of weights in `f32`: the run itself, or, if the weights are narrower, a copy at the front
+    /// of `wide`, which has room for all of them.
     fn widen<'a, S: Simd>(simd: S, w: &'a [Self], wide: &'a mut [f32]) -> &'a [f32];
 }
 
@@ -32,7 +32,7 @@ impl Element for f32 {
 impl Element for bf16 {
     #[inline(always)]
     fn widen<'a, S: Simd>(_: S, w: &'a [bf16], wide: &'a mut [f32]) -> &'a [f32] {
-        // A bf16 is the upper half of an f32; written out so that it is compiled, as vectors, into
+        // A bf16 is the upper half of an f32; written out so that the compiler can vectorise it inside
         // the loop.
         let wide = &mut wide[..w.len()];
         for (wide, w) in wide.iter_mut().zip(w) {
@@ -55,9 +55,9 @@ impl Element for f16 {
 
 /// The `f32` that is the `f16` with these bits.
 ///
-/// Moved up, exponent and mantissa are an `f32` that is 2¹¹² times too small, subnormal ones
-/// included; infinities and NaN get their exponent back. `half` looks for a processor instruction at
-/// every call, which cannot be compiled into a loop.
+/// Shifted into place, exponent and mantissa make an `f32` that is 2¹¹² times too small, subnormal
+/// numbers included; infinities and NaN get their exponent back. `half` looks for a processor
+/// instruction at every call, which cannot be compiled into a loop.
 #[inline(always)]
 pub(in crate::kernels) fn from_half(bits: u16) -> f32 {
     const TWO_TO_112: f32 = f32::from_bits((127 + 112) << 23);

@@ -1,7 +1,7 @@
-//! Products of a few input rows with every row of a weight: one row is limited by how fast the weight is
-//! read, many by arithmetic.
+//! Products of a few input rows with every row of a weight: with one row the limit is how fast the
+//! weight is read, with many it is arithmetic.
 //!
-//! However many rows there are, a product is summed up in one order, so that a row gives the same bits
+//! However many rows there are, a product is summed in the same order, so that a row gives the same bits
 //! alone and beside others:
 //!
 //! ```text
@@ -10,7 +10,7 @@
 //! ```
 //!
 //! One row is multiplied with several rows of the weight side by side, which are widened in registers.
-//! Several rows share what is widened:
+//! With several rows, the widened weights are shared:
 //!
 //! ```text
 //! the rows of the weight go by COLUMNS at a time, and of these a RUN at a time:
@@ -28,7 +28,7 @@ use super::rows_per_task;
 use crate::kernels::input_rows::FEW_ROWS;
 
 /// Weights of each row that are widened at a time where several rows of `x` share them. A multiple of
-/// every block.
+/// every block's length.
 const RUN: usize = 512;
 
 /// Rows of the weight whose sums, for two rows of `x`, fill 12 of 16 registers, or for four 24 of 32.
@@ -74,8 +74,8 @@ impl<T: Element> WithSimd for FewRows<'_, T> {
 }
 
 impl<T: Element> FewRows<'_, T> {
-    /// Several parts of the weight side by side, row by row: a processor has more of them on their way
-    /// from memory than of one.
+    /// Several parts of the weight side by side, row by row: a processor can have more loads in flight
+    /// from several than from one.
     #[inline(always)]
     fn one<S: Simd>(self, simd: S) {
         let Self { x, w, len, columns } = self;
@@ -121,7 +121,7 @@ impl<T: Element> FewRows<'_, T> {
                         }
                     }
                 }
-                // Behind the last row of the weight, the first is multiplied again for nothing.
+                // Past the last row of the weight, the first is multiplied again, to no effect.
                 let first = panel[0];
                 for w in &mut panel {
                     *w = if w.is_empty() { first } else { *w };
@@ -167,14 +167,14 @@ fn multiply<S: Simd>(
     }
 }
 
-/// The whole vectors of a slice, as many as there are at most.
+/// The whole vectors of a slice, up to the most that there can be.
 #[inline(always)]
 fn vectors<S: Simd>(slice: &[f32], steps: usize) -> &[S::f32s] {
     &S::as_simd_f32s(slice).0[..steps]
 }
 
-/// The first rows of `x` by [`COLUMNS`] rows of the weight. Each sum has a name, as those of an array are
-/// kept in memory.
+/// The first rows of `x` by [`COLUMNS`] rows of the weight. Each sum is a variable of its own: in an
+/// array they would be kept in memory.
 macro_rules! rows_by_columns {
     ($name:ident, $rows:literal: $($n:literal $x:ident $a:ident $b:ident $c:ident $d:ident $e:ident $f:ident),*) => {
         #[inline(always)]
@@ -187,7 +187,7 @@ macro_rules! rows_by_columns {
             next: &mut Next,
             sums: &mut [[S::f32s; COLUMNS]; $rows],
         ) {
-            // All of one known length, so that no check, and no way out, is left in the loop.
+            // All cut to one known length, so that no check, and no other exit, is left in the loop.
             let steps = run.len() / S::F32_LANES;
             let (w0, w1, w2) =
                 (vectors::<S>(w[0], steps), vectors::<S>(w[1], steps), vectors::<S>(w[2], steps));
@@ -220,8 +220,8 @@ rows_by_columns!(four_rows, 4: 0 x0 a0 b0 c0 d0 e0 f0, 1 x1 a1 b1 c1 d1 e1 f1,
 /// Rows of a weight that are read side by side for one row of `x`.
 const STREAMS: usize = 4;
 
-/// `Σ x[i]·w[i]` for some rows of weights, which are widened in registers, so few at a time that they
-/// stay there.
+/// `Σ x[i]·w[i]` for some rows of weights, which are widened in registers, few enough at a time to stay
+/// there.
 #[inline(always)]
 fn dot_rows<S: Simd, T: Element, const N: usize>(simd: S, x: &[f32], w: [&[T]; N]) -> [f32; N] {
     let mut sums = [simd.splat_f32s(0.0); N];
@@ -246,7 +246,8 @@ fn dot_rows<S: Simd, T: Element, const N: usize>(simd: S, x: &[f32], w: [&[T]; N
     all
 }
 
-/// Weights that are widened in registers at a time. A multiple of every block that is read so.
+/// Weights that are widened in registers at a time. A multiple of the length of every block read this
+/// way.
 const STEP: usize = 64;
 
 /// Adds the products of whole vectors.
@@ -264,12 +265,12 @@ fn dot_rest(x: &[f32], w: &[f32]) -> f32 {
     x.iter().zip(w).fold(0.0, |sum, (x, w)| sum + x * w)
 }
 
-/// How far ahead of a run, in bytes, the weight is asked for. A row of `x` that is longer than the
-/// first-level cache comes from the second one again and again, and keeps a processor from seeing far
+/// How far ahead of a run, in bytes, the weight is prefetched. A row of `x` that is longer than the
+/// first-level cache is read from the second one again and again, and keeps a processor from looking far
 /// enough ahead in the weight by itself: half the speed at rows of 14336.
 const AHEAD: usize = 4096;
 
-/// Asks for what lies [`AHEAD`] of this run.
+/// Prefetches what lies [`AHEAD`] of this run.
 #[inline(always)]
 pub(in crate::kernels) fn prefetch_ahead<T>(run: &[T]) {
     let first = run.as_ptr().cast::<u8>().wrapping_add(AHEAD);
@@ -278,7 +279,7 @@ pub(in crate::kernels) fn prefetch_ahead<T>(run: &[T]) {
     }
 }
 
-/// Asks for the first lines of a run that [`prefetch_ahead`] then leads on from.
+/// Prefetches the first lines of a run, from which [`prefetch_ahead`] then continues.
 #[inline(always)]
 pub(in crate::kernels) fn prefetch_start<T>(run: &[T]) {
     let first = run.as_ptr().cast::<u8>();
@@ -287,16 +288,16 @@ pub(in crate::kernels) fn prefetch_start<T>(run: &[T]) {
     }
 }
 
-/// Bytes that come from memory at once.
+/// Bytes that are fetched from memory at once.
 const LINE: usize = 64;
 
-/// Asks for the line at this address, for the first-level cache or only for the `SECOND`.
+/// Prefetches the line at this address, into the first-level cache or only into the `SECOND`.
 #[inline(always)]
 fn prefetch<const SECOND: bool>(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-        // SAFETY: nothing is read or written, and an address that is nobody's is passed over.
+        // SAFETY: a prefetch reads and writes nothing, and ignores an invalid address.
         unsafe {
             if SECOND {
                 _mm_prefetch::<_MM_HINT_T1>(at.cast());
@@ -309,15 +310,15 @@ fn prefetch<const SECOND: bool>(at: *const u8) {
     let _ = at;
 }
 
-/// What of the weight comes next from memory, a few lines at a time between multiplications: more at once
-/// would have to wait for each other.
+/// The part of the weight that is read next, prefetched a few lines at a time between multiplications:
+/// more at once would have to wait for each other.
 struct Next {
     at: *const u8,
     lines: usize,
 }
 
 impl Next {
-    /// As much as this, behind it.
+    /// The same amount, right behind it.
     #[inline(always)]
     fn behind<T>(w: &[T]) -> Self {
         Self { at: w.as_ptr_range().end.cast(), lines: size_of_val(w) / LINE }
@@ -344,7 +345,7 @@ mod tests {
 
     /// The columns of a weight, on the vector unit `simd`.
     fn columns<S: Simd, T: Element>(simd: S, x: &[f32], w: &[T], len: usize) -> Vec<f32> {
-        // What is there before must not matter.
+        // Old contents must not matter.
         let mut columns = vec![f32::NAN; x.len() / len * (w.len() / len)];
         simd.vectorize(FewRows { x, w, len, columns: &mut columns });
         columns
@@ -368,7 +369,7 @@ mod tests {
         }
     }
 
-    /// A processor takes only one of these paths, and other processors take the others.
+    /// A processor takes only one of these paths; others take the others.
     #[test]
     fn every_vector_unit_sums_up_in_one_order() {
         for (len, out) in [(1, 1), (7, 5), (64, 4), (RUN, 3), (2 * RUN + 73, 31), (1037, 13)] {

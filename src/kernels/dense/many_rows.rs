@@ -6,10 +6,10 @@
 //! y'  += w' x'          MICRO_PANEL rows of the panel by one tile: sums stay in registers for a whole run
 //! ```
 //!
-//! A tile fills two vector registers, so a step of `k` loads these, and each weight of the micro-panel is
-//! spread over a register and multiplied with both. Rows of a weight are read as they lie: it is the
-//! much smaller `x` that is turned. What comes out is `yᵀ`, and a panel of it is turned back while it
-//! is in the cache.
+//! A tile fills two vector registers, so a step of `k` loads these, and each weight of the micro-panel
+//! is broadcast to a register and multiplied with both. Rows of a weight are read as they lie: the much
+//! smaller `x` is transposed instead. The result is `yᵀ`, and each panel of it is transposed back while
+//! it is in the cache.
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -20,16 +20,16 @@ use rayon::prelude::*;
 
 use super::element::{Element, RUN};
 
-/// Rows of the weight that one task multiplies, at most. Widened they are 96 KiB, which the
-/// second-level cache holds beside a tile of `x`.
+/// The most rows of the weight that one task multiplies. Widened they are 96 KiB, which the second-level
+/// cache holds beside a tile of `x`.
 const PANEL: usize = 48;
 
-/// Rows that share the loads of a tile: their sums, two registers each, with the tile itself leave
-/// one of 32 registers over, or of 16.
+/// Rows that share the loads of a tile: their sums, two registers each, and the tile itself leave one of
+/// 32 registers free, or of 16.
 const MICRO_PANEL: usize = 12;
 const SMALL_MICRO_PANEL: usize = 6;
 
-/// Rows and columns that are turned at a time: a cache line.
+/// Rows and columns that are transposed at a time: a cache line.
 const SIDE: usize = 16;
 
 /// Rows of input, packed.
@@ -41,7 +41,7 @@ pub(in crate::kernels) struct Tiles {
 }
 
 impl Tiles {
-    /// Of `x`, `(rows, len)`, neither of them 0.
+    /// From `x`, `(rows, len)`, neither of them 0.
     pub(in crate::kernels) fn new(x: &[f32], len: usize) -> Self {
         Self { rows: x.len() / len, len, packed: Arch::new().dispatch(Pack { x, len }) }
     }
@@ -75,7 +75,7 @@ impl Tiles {
     }
 }
 
-/// Lends room that this thread keeps from one product to the next, with whatever was left there.
+/// Lends a buffer that this thread keeps from one product to the next, with its old contents.
 fn with_room<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local! {
         static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -95,7 +95,7 @@ struct Columns {
     out: usize,
 }
 
-// SAFETY: it is only written through, by `write`, whose callers keep to columns of their own.
+// SAFETY: it is only used for writing, by `write`, whose callers keep to columns of their own.
 unsafe impl Sync for Columns {}
 
 impl Columns {
@@ -170,7 +170,7 @@ struct Panel<'a, T> {
     x: &'a [f32],
     w: &'a [T],
     len: usize,
-    /// Room for a run of each row in `f32`, where weights are narrower.
+    /// A buffer for a run of each row in `f32`, where weights are narrower.
     wide: &'a mut [f32],
     /// `(rows of w, tokens of all tiles)`
     columns: &'a mut [f32],
@@ -200,7 +200,7 @@ impl<T: Element> Panel<'_, T> {
         let row_len = len / T::LEN;
         for start in (0..len).step_by(RUN) {
             let run = RUN.min(len - start);
-            // The run of each row in f32, where it is in the weight or in `wide`.
+            // The run of each row in f32, which is in the weight or in `wide`.
             let mut panel: [&[f32]; PANEL] = [&[]; PANEL];
             let mut rooms = wide.chunks_exact_mut(RUN);
             for (row, w) in panel.iter_mut().zip(w.chunks_exact(row_len)) {
@@ -212,7 +212,7 @@ impl<T: Element> Panel<'_, T> {
                 let (x, _) = x.as_chunks::<2>();
                 let micro_panels = panel.chunks_exact(N).zip(columns.chunks_mut(N * padded));
                 for (micro_panel, columns) in micro_panels {
-                    // Behind the last row of the weight, the first is multiplied again for nothing.
+                    // Past the last row of the weight, the first is multiplied again, to no effect.
                     let weights = std::array::from_fn(|row| match micro_panel[row] {
                         [] => &micro_panel[0][..run],
                         w => &w[..run],
@@ -237,7 +237,7 @@ pub(in crate::kernels) trait MicroKernel<S: Simd>: Sized {
     fn times(self, simd: S, x: &[[S::f32s; 2]]) -> impl Iterator<Item = [S::f32s; 2]>;
 }
 
-/// Each sum has a name, as those of an array are kept in memory.
+/// Each sum is a variable of its own: in an array they would be kept in memory.
 macro_rules! micro_kernel {
     ($count:literal: $($w:ident $left:ident $right:ident),*) => {
         impl<S: Simd> MicroKernel<S> for [&[f32]; $count] {
@@ -248,9 +248,9 @@ macro_rules! micro_kernel {
                 $(let [mut $left, mut $right] = [simd.splat_f32s(0.0); 2];)*
                 for (k, &[x_left, x_right]) in x.iter().enumerate() {
                     $(
-                        // SAFETY: `k` is below `x.len()`, which is the length of every row, as
-                        // asserted above. With a check, and so a way out of the loop, at each
-                        // weight the sums would be kept in memory, at a quarter of the speed.
+                        // SAFETY: `k` is below `x.len()`, which is the length of every row, as asserted
+                        // above. A check at each weight would be another exit from the loop, and the
+                        // sums would be kept in memory, at a quarter of the speed.
                         let w = simd.splat_f32s(unsafe { *$w.get_unchecked(k) });
                         $left = simd.mul_add_e_f32s(w, x_left, $left);
                         $right = simd.mul_add_e_f32s(w, x_right, $right);
@@ -274,14 +274,14 @@ mod tests {
     fn columns<S: Simd>(simd: S, x: &[f32], w: &[f32], len: usize) -> Vec<f32> {
         let packed = simd.vectorize(Pack { x, len });
         let padded = packed.len() / len;
-        // What is there before must not matter.
+        // Old contents must not matter.
         let mut columns = vec![f32::NAN; w.len() / len * padded];
         simd.vectorize(Panel { x: &packed, w, len, wide: &mut [], columns: &mut columns });
         let rows = columns.chunks_exact(padded);
         rows.flat_map(|column| &column[..x.len() / len]).copied().collect()
     }
 
-    /// A processor takes only one of these paths, and other processors take the others.
+    /// A processor takes only one of these paths; others take the others.
     #[test]
     fn every_vector_unit_multiplies() {
         for (rows, len, out) in [(1, 1, 1), (33, 7, 5), (20, RUN, 12), (70, 2 * RUN + 9, PANEL)] {

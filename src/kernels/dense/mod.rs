@@ -11,8 +11,8 @@ pub(super) use few_rows::FewRows;
 pub(super) use few_rows::{few_rows, prefetch_ahead, prefetch_start};
 pub(super) use many_rows::{MicroKernel, Tiles};
 
-/// Of a weight with `out` rows, those that one task multiplies with few rows of `x`: enough to outweigh
-/// handing out the task, and to read long runs of the weight, but some for each thread.
+/// How many of a weight's `out` rows one task multiplies with few rows of `x`: enough to outweigh the
+/// cost of a task, and to read long runs of the weight, but some for each thread.
 pub(super) fn rows_per_task(out: usize) -> usize {
     out.div_ceil(rayon::current_num_threads()).clamp(48, 288).next_multiple_of(few_rows::COLUMNS)
 }

@@ -1,4 +1,4 @@
-//! A sum in the place of one of its parts.
+//! A sum that is written over one of its parts.
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result};
 use rayon::prelude::*;
@@ -8,8 +8,8 @@ use super::super::storage::{f32s, f32s_mut};
 /// Elements that one task computes.
 const RUN: usize = 1 << 14;
 
-/// `ys += xs`, both contiguous, of one shape, in `f32`. The plain twin is candle's addition, which
-/// needs new memory: for a large tensor dearer than the sum.
+/// `ys += xs`, both contiguous, of one shape, in `f32`. The plain twin is candle's addition, which needs
+/// new memory: for a large tensor that costs more than the sum.
 #[derive(Debug)]
 pub(in crate::kernels) struct AddTo;
 

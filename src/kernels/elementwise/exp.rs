@@ -1,7 +1,6 @@
-//! `e^x` in arithmetic that compilers turn into vector instructions, which a call of the C library
-//! keeps them from doing.
+//! `e^x` in arithmetic that compilers can vectorise, unlike a call of the C library.
 
-/// Below this the result is 0, which beside a softmax's 1 it is.
+/// Below this the result is 0, as it is beside the 1 of a softmax.
 const LOWEST: f32 = -87.0;
 
 /// Above this the result is infinite; by the exact rule that begins at 88.7.
@@ -14,7 +13,7 @@ const HIGHEST: f32 = 88.0;
 /// for `e^r` (Cody & Waite 1980; coefficients of Cephes' `expf`).
 #[inline(always)]
 pub(in crate::kernels) fn exp(x: f32) -> f32 {
-    // Adding 1.5 · 2^23 rounds to a whole number, which then stands in the lowest bits.
+    // Adding 1.5 · 2^23 rounds to a whole number, which is then in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;

@@ -14,5 +14,5 @@ pub(super) use softmax::softmax_in_place;
 pub(super) use split_heads::SplitHeads;
 pub(super) use swiglu::SwiGlu;
 
-/// Partial results side by side: one alone would wait for its own previous step.
+/// Partial results side by side: with only one, each step would wait for the one before.
 pub(super) const LANES: usize = 32;

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::super::storage::{f32s, gradient_for, values};
 use super::LANES;
 
-/// Elements that one task computes, about.
+/// About how many elements one task computes.
 const RUN: usize = 1 << 14;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension of a contiguous `x` in `f32`; the
@@ -64,7 +64,7 @@ impl CustomOp2 for RmsNorm {
         let run = rows_at_once * width;
         let mut dx = vec![0f32; x.len()];
         let arch = Arch::new();
-        // Summed in the order of the runs, so that threads do not decide how it rounds.
+        // Summed in the order of the runs, so that threads do not affect how it rounds.
         let sums: Vec<Vec<f32>> = dx
             .par_chunks_mut(run)
             .zip(x.par_chunks(run).zip(grad.par_chunks(run)))

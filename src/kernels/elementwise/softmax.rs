@@ -24,7 +24,7 @@ pub(in crate::kernels) fn softmax_in_place(scores: &mut [f32]) {
     }
 }
 
-/// The largest score; NaN is passed over, and shows in the sum instead.
+/// The largest score; NaN is skipped here, and shows up in the sum.
 #[inline(always)]
 fn largest(scores: &[f32]) -> f32 {
     let larger = |max: f32, score: f32| if score > max { score } else { max };

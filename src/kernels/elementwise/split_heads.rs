@@ -1,4 +1,4 @@
-//! Cuts a projection into heads and turns them, in one pass over memory.
+//! Cuts a projection into heads and rotates them, in one pass over memory.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use pulp::Arch;
@@ -6,10 +6,10 @@ use rayon::prelude::*;
 
 use super::super::storage::{f32s, values};
 
-/// Elements that one task turns, about.
+/// About how many elements one task rotates.
 const TASK: usize = 1 << 13;
 
-/// `(tokens, heads · head_dim) -> (heads, tokens, head_dim)`, contiguous, in `f32`; each head turned by
+/// `(tokens, heads · head_dim) -> (heads, tokens, head_dim)`, contiguous, in `f32`; each head rotated by
 /// the angles of its position, if there are any. The plain twin is a transposition and a rotation by
 /// candle operations.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ impl CustomOp1 for SplitHeads {
         Ok((CpuStorage::F32(ys), (self.heads, tokens, head_dim).into()))
     }
 
-    /// Each head turned back by its angles, then laid where it came from.
+    /// Each head rotated back by its angles, then put where it came from.
     fn bwd(&self, xs: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (tokens, width) = xs.dims2()?;
         let head_dim = width / self.heads;
@@ -76,7 +76,7 @@ impl CustomOp1 for SplitHeads {
 }
 
 impl SplitHeads {
-    /// Calls `work` with the angles at hand, once they are known to be as many as needed.
+    /// Calls `work` with the angles, after checking that there are enough of them.
     fn with_angles(
         &self,
         (tokens, head_dim): (usize, usize),
@@ -116,7 +116,7 @@ impl<'a> Angles<'a> {
     }
 }
 
-/// Turns one head by its angles, or for `sign` -1 back; without angles it is copied.
+/// Rotates one head by its angles, or with a `sign` of -1 back; without angles it is copied.
 #[inline(always)]
 fn turn(x: &[f32], y: &mut [f32], (cos, sin): (&[f32], &[f32]), sign: f32) {
     let half = cos.len();

@@ -10,8 +10,8 @@ use super::exp::exp;
 /// Elements that one task computes.
 const RUN: usize = 1 << 14;
 
-/// `silu(gate) · up`, both contiguous, of one shape, in `f32`: in the place of `gate`, or in a new
-/// one with a gradient. The plain twin is `gate.silu()? * up`.
+/// `silu(gate) · up`, both contiguous, of one shape, in `f32`: written over `gate`, or to a new tensor
+/// with a gradient. The plain twin is `gate.silu()? * up`.
 #[derive(Debug)]
 pub(in crate::kernels) struct SwiGlu;
 

@@ -1,8 +1,8 @@
 //! The blocks of GGUF files, as llama.cpp's `ggml-common.h` lays them out. The plain twin of all of
 //! them is candle's `dequantize`, with which they agree to the last bit.
 //!
-//! A block is known by its type here, and its type is its size: no two have the same. Blocks are taken
-//! apart a chunk at a time, and their numbers 32 bytes at a time.
+//! A block is identified by its type here, and its type is its size: no two have the same. Blocks are
+//! unpacked a chunk at a time, and their numbers 32 bytes at a time.
 
 use pulp::Simd;
 
@@ -10,13 +10,13 @@ use super::super::dense::Element;
 use super::chunk::{CHUNK, PART, PerGroup, SCALE_GROUP};
 use super::simd::{OnQuantSimd, QuantSimd, on_quant_simd};
 
-/// A block holds whole numbers `q`, one for each weight, and scales `d` and minima `m` for groups of
-/// them: a weight is `d q - m`.
+/// A block holds integers `q`, one for each weight, and scales `d` and minima `m` for groups of them: a
+/// weight is `d q - m`.
 pub(in crate::kernels) trait QuantBlock: Copy + Send + Sync {
     /// Weights in it, [`PART`] or [`CHUNK`].
     const LEN: usize;
 
-    /// Whether its numbers are bytes with a sign, and there are no minima. Else they are 0 to 63.
+    /// Whether its numbers are signed bytes, and there are no minima. Otherwise they are 0 to 63.
     const SIGNED: bool = false;
 
     /// The numbers of a part of a chunk.
@@ -62,11 +62,11 @@ impl<B: QuantBlock> OnQuantSimd for Widen<'_, B> {
 
 /// 32 weights: a scale and 32 whole numbers.
 pub(in crate::kernels) type Q8_0 = [u8; 34];
-/// 32 weights: a scale and 32 numbers of 4 bits, less 8.
+/// 32 weights: a scale and 32 numbers of 4 bits, minus 8.
 pub(in crate::kernels) type Q4_0 = [u8; 18];
 /// 32 weights: a scale, a minimum and 32 numbers of 4 bits.
 pub(in crate::kernels) type Q4_1 = [u8; 20];
-/// 32 weights: a scale, a fifth bit for each, and 32 numbers of 4 bits, all less 16.
+/// 32 weights: a scale, a fifth bit for each, and 32 numbers of 4 bits, all minus 16.
 pub(in crate::kernels) type Q5_0 = [u8; 22];
 /// 32 weights: a scale, a minimum, a fifth bit for each, and 32 numbers of 4 bits.
 pub(in crate::kernels) type Q5_1 = [u8; 24];
@@ -101,20 +101,20 @@ macro_rules! for_blocks {
 }
 pub(in crate::kernels) use for_blocks;
 
-/// The `f16` of a block that is at `at`.
+/// The `f16` at byte `at` of a block.
 #[inline(always)]
 fn scale(simd: impl QuantSimd, block: &[u8], at: usize) -> f32 {
     simd.half(u16::from_le_bytes(*part(block, at)))
 }
 
-/// `N` bytes of a block from `at` on, which is a constant: there is no check left at run time.
+/// `N` bytes of a block from `at` on, which is a constant, so that no check is left at run time.
 #[inline(always)]
 fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().unwrap_or(&[0; N])
 }
 
-/// Implements [`QuantBlock`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and `$scales`
-/// sets the scales `$d` and minima `$m` of its groups.
+/// Implements [`QuantBlock`] for 256 weights: `$numbers` are those of part `$part`, from 0 to 7, and
+/// `$scales` sets the scales `$d` and minima `$m` of its groups.
 macro_rules! large_block {
     (
         $name:ty, |$simd:ident, $block:ident|
@@ -179,7 +179,7 @@ macro_rules! small_block {
     };
 }
 
-/// The minima of a chunk of small blocks, which are stored behind the scales, and with the other sign.
+/// The minima of a chunk of small blocks, which are stored after the scales, and with the opposite sign.
 #[inline(always)]
 fn minima<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]]) -> PerGroup {
     pairs_of_scales(simd, chunk, 2).map(|m| -m)
@@ -191,7 +191,7 @@ small_block!(Q4_1, |simd, block| simd.nibbles(part(block, 4)), |chunk, d| minima
 small_block!(Q5_0, |simd, block| fives(simd, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), signed false);
 small_block!(Q5_1, |simd, block| fives(simd, block, 4, 8), |chunk, d| minima(simd, chunk), signed false);
 
-// The parts of a large block have their bits in the same place of 32 bytes, which other parts share.
+// The parts of a large block have their bits at the same place in 32 bytes, which other parts share.
 
 large_block!(Q2K, |simd, block| n => {
     let qs = simd.load(part(block, 16 + n / 4 * 32));
@@ -221,9 +221,9 @@ large_block!(Q3K, |simd, block| n => {
     *m = d.map(|d| 4.0 * d);
 });
 
-/// Scales and minima of the groups of a [`Q4K`] or [`Q5K`] block. They are of 32 weights each, and
-/// have 6 bits: those of the last four parts are put together of 4 bits and the 2 that the first four
-/// leave over.
+/// Scales and minima of the groups of a [`Q4K`] or [`Q5K`] block. They are for 32 weights each, and have
+/// 6 bits: those of the last four parts are put together from 4 bits and the 2 that the first four leave
+/// over.
 #[inline(always)]
 fn scales_and_minima(simd: impl QuantSimd, block: &[u8], d: &mut PerGroup, m: &mut PerGroup) {
     let packed = part::<12>(block, 4);

@@ -1,9 +1,9 @@
-//! How the numbers and scales of blocks lie when they are taken apart: a chunk at a time.
+//! How the numbers and scales of blocks are laid out when they are unpacked: a chunk at a time.
 
-/// Weights that share a scale, at least.
+/// The fewest weights that share a scale.
 pub(super) const SCALE_GROUP: usize = 16;
 
-/// Weights that lie together in every block.
+/// Weights that are stored together in every block.
 pub(super) const PART: usize = 2 * SCALE_GROUP;
 
 /// The weights of a large block, or of eight small ones.

@@ -1,6 +1,6 @@
 //! Dot products of a few input rows with every row of a weight that is kept in blocks.
 //!
-//! What is the same for all weights of a group is multiplied once: `Σ (d q - m)·x` is
+//! Factors common to all weights of a group are multiplied once: `Σ (d q - m)·x` is
 //! `Σ d (q·x) - Σ m Σ x`.
 
 use pulp::{Arch, Simd, WithSimd};
@@ -41,14 +41,14 @@ pub(in crate::kernels) fn to_fixed_point(x: &[f32], len: usize) -> Vec<FixedPoin
     Arch::new().dispatch(ToFixedPoint { x, len })
 }
 
-/// How many chunks a row of so many numbers is read as.
+/// How many chunks a row of this length is read as.
 fn chunks(len: usize) -> usize {
     len.div_ceil(CHUNK)
 }
 
-/// Rows of `x`, to be put in fixed point. Where a row is no whole number of chunks, the last of several
-/// holds what is left over behind zeros, as the last chunk of the weight does behind what has been
-/// multiplied already:
+/// Rows of `x`, to be put in fixed point. Where a row is not a whole number of chunks, the last of
+/// several chunks holds zeros and then what is left over, just as the last chunk of the weight holds
+/// what has been multiplied already and then what is left over:
 ///
 /// ```text
 /// 576 numbers:   chunk 0 is 0..256,  chunk 1 is 256..512,  chunk 2 is 320..576, up to 512 times 0
@@ -68,7 +68,7 @@ impl WithSimd for ToFixedPoint<'_> {
             let (whole, rest) = x.as_chunks::<CHUNK>();
             fixed.extend(whole.iter().map(FixedPoint::new));
             if !rest.is_empty() {
-                // A chunk that ends with the row, or begins with one that is shorter.
+                // A chunk that ends with the row, or, in a shorter row, begins with it.
                 let mut last = [0.0; CHUNK];
                 let start = if whole.is_empty() { 0 } else { CHUNK - rest.len() };
                 last[start..start + rest.len()].copy_from_slice(rest);
@@ -79,7 +79,7 @@ impl WithSimd for ToFixedPoint<'_> {
     }
 }
 
-/// Blocks multiplied in whole numbers.
+/// Blocks multiplied in integers.
 struct Whole<'a, B> {
     /// The chunks of each row.
     x: &'a [FixedPoint],
@@ -131,7 +131,7 @@ impl<B: QuantBlock> Whole<'_, B> {
                 if let Some((_, last)) = w.split_at_checked(w.len().wrapping_sub(of_chunk)) {
                     add_chunk(simd, last, x, &mut lanes);
                 } else {
-                    // Filled up with blocks that meet zeros.
+                    // Filled up with blocks that are multiplied by zeros.
                     let mut filled = [*first; CHUNK / PART];
                     filled[..rest.len()].copy_from_slice(rest);
                     add_chunk(simd, &filled, x, &mut lanes);
@@ -273,7 +273,7 @@ mod tests {
         }
     }
 
-    /// A processor takes only one of these paths, and other processors take the others.
+    /// A processor takes only one of these paths; others take the others.
     #[test]
     fn every_vector_unit_reads_every_block() {
         check::<{ size_of::<Q4_0>() }>(GgmlDType::Q4_0);

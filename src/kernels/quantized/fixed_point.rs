@@ -1,17 +1,17 @@
-//! A row of input in fixed point, so that it can be multiplied with the whole numbers of blocks; the
-//! products themselves are in `block_dot`.
+//! A row of input in fixed point, so that it can be multiplied with the integers of blocks; the products
+//! themselves are in `few_rows`.
 //!
-//! Processors multiply four times as many bytes at a time as `f32`. A whole number up to 2²¹ is three
-//! bytes, and hardly coarser than the largest `f32` beside it; sums of their products are exact, where
-//! sums of `f32` are rounded at every step.
+//! Processors multiply four times as many bytes at a time as `f32`. An integer up to 2²¹ takes three
+//! bytes, and is hardly coarser than the largest `f32` beside it; sums of their products are exact,
+//! where sums of `f32` are rounded at every step.
 
 use super::chunk::{CHUNK, PerGroup, SCALE_GROUP};
 
 /// Numbers that are multiplied at a time: a register of AVX-512.
 const STEP: usize = 64;
 
-/// Between 2²³ and 2²⁴, `f32` has no places behind the point: those of a smaller number that is added
-/// are rounded away, and what is left is the difference of the bits.
+/// Between 2²³ and 2²⁴, `f32` has no fractional bits: those of a smaller number that is added are
+/// rounded away, and the difference of the bits is the integer.
 const TO_WHOLE: f32 = (3 << 22) as f32;
 
 /// A chunk of a row, `x = scale (65536 bytes[.][0] + 256 bytes[.][1] + bytes[.][2])`, and the sums of its
@@ -29,10 +29,10 @@ impl FixedPoint {
         const SIGN: u32 = 1 << 31;
         const MANTISSA: u32 = 23;
         let mut x = *x;
-        // Without their sign, the bits of `f32` are in the order of their sizes, and NaN is the largest.
+        // Without the sign, the bits of `f32` order as the magnitudes do, with NaN the largest.
         let largest = x.iter().fold(0, |largest, x| largest.max(x.to_bits() & !SIGN));
-        // A power of two, so that no number is rounded that has less than 21 bits, with which the largest
-        // becomes at most 2²¹: 1.0, say, has the exponent 127, and becomes 2²⁰.
+        // A power of two, so that numbers of fewer than 21 bits are not rounded, and such that the
+        // largest becomes at most 2²¹: 1.0, for example, has the exponent 127, and becomes 2²⁰.
         let exponent = largest >> MANTISSA;
         let to_whole = f32::from_bits((254 + 20 - exponent).min(254) << MANTISSA);
         let mut scale = 1.0 / to_whole;
@@ -54,7 +54,8 @@ impl FixedPoint {
                 high[index] = ((upper - i32::from(middle[index])) >> 8) as i8;
             }
         }
-        // Of what is held here, so that rounding `x` makes no difference between it and its sums.
+        // Sums of the rounded numbers, so that the rounding of `x` makes no difference between it and
+        // its sums.
         let mut sums = [0.0; CHUNK / SCALE_GROUP];
         for (sum, group) in sums.iter_mut().zip(whole.as_chunks::<SCALE_GROUP>().0) {
             *sum = scale * group.iter().sum::<i32>() as f32; // 16 times 21 bits and a sign
@@ -84,7 +85,7 @@ mod tests {
             scaled.iter_mut().zip(&x).for_each(|(scaled, x)| *scaled = x * 2f32.powi(exponent));
             let x = scaled;
             let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-            // The largest is at least half a power of two, of which a whole number is 2⁻²¹; but no step is
+            // The largest is at least half a power of two, of which one unit is 2⁻²¹; but no step is
             // smaller than the inverse of the largest f32.
             let bound = f64::from(largest) * 2f64.powi(-21) + 2f64.powi(-128);
             let fixed = FixedPoint::new(&x);

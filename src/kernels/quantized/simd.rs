@@ -1,5 +1,5 @@
-//! What the kernels for blocks ask of a vector unit. Compilers do not find these steps by themselves in
-//! code that is written for any unit, so they are spelled out for AVX2 and AVX-512.
+//! What the kernels for blocks need from a vector unit. Compilers do not find these steps by themselves
+//! in code that is written for any unit, so they are spelled out for AVX2 and AVX-512.
 
 use std::any::Any;
 
@@ -9,28 +9,28 @@ use super::super::dense::from_half;
 use super::chunk::{PART, PerGroup, SCALE_GROUP};
 use super::fixed_point::FixedPoint;
 
-/// Sums side by side, to be added up at last.
+/// Sums side by side, to be added up at the end.
 pub(super) type Lanes = [f32; 16];
 
-/// Steps on 32 bytes, and from the whole numbers in them to `f32`.
+/// Operations on 32 bytes, and from the integers in them to `f32`.
 pub(in crate::kernels) trait QuantSimd: Copy {
     /// 32 bytes.
     type Bytes: Copy;
 
     fn load(self, bytes: &[u8; PART]) -> Self::Bytes;
-    /// The lower halves of 16 bytes, and behind them the upper halves.
+    /// The lower halves of 16 bytes, followed by the upper halves.
     fn nibbles(self, bytes: &[u8; 16]) -> Self::Bytes;
     fn and(self, bytes: Self::Bytes, byte: u8) -> Self::Bytes;
     fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
-    /// Moves bits down, those of one byte into the one below, too.
+    /// Shifts bits down, also from one byte into the one below.
     fn shift_down(self, bytes: Self::Bytes, by: usize) -> Self::Bytes;
-    /// Moves bits up, those of one byte into the one above, too.
+    /// Shifts bits up, also from one byte into the one above.
     fn shift_up(self, bytes: Self::Bytes, by: usize) -> Self::Bytes;
 
-    /// Adds 128 to numbers with a sign, which has them from 0 to 255.
+    /// Adds 128 to signed numbers, which makes them 0 to 255.
     fn without_sign(self, bytes: Self::Bytes) -> Self::Bytes;
 
-    /// For each bit a byte, all of whose bits are set or none.
+    /// A byte for each bit, with all of its bits set or none.
     fn bits(self, bits: [u8; 4]) -> Self::Bytes;
 
     /// The `f16` with these bits.
@@ -58,13 +58,13 @@ pub(in crate::kernels) trait QuantSimd: Copy {
 /// The numbers of a chunk, two parts at a time.
 pub(super) type Parts<U> = [[<U as QuantSimd>::Bytes; 2]; 4];
 
-/// Something to be done on one of them.
+/// A task that runs on one of them.
 pub(super) trait OnQuantSimd {
     type Output;
     fn run(self, simd: impl QuantSimd) -> Self::Output;
 }
 
-/// Does it on the vector unit that `simd` stands for.
+/// Runs it on the vector unit that `simd` stands for.
 #[inline(always)]
 pub(super) fn on_quant_simd<S: Simd, T: OnQuantSimd>(simd: S, task: T) -> T::Output {
     #[cfg(target_arch = "x86_64")]
@@ -81,7 +81,7 @@ pub(super) fn on_quant_simd<S: Simd, T: OnQuantSimd>(simd: S, task: T) -> T::Out
     task.run(Plain)
 }
 
-/// The same, with what [`QuantSimd::add_chunk`] gains by instructions that few processors have.
+/// The same, with instructions that few processors have and [`QuantSimd::add_chunk`] gains by.
 #[inline(always)]
 pub(super) fn on_quant_simd_for_chunks<S: Simd, T: OnQuantSimd>(simd: S, task: T) -> T::Output {
     #[cfg(target_arch = "x86_64")]
@@ -95,8 +95,8 @@ pub(super) fn on_quant_simd_for_chunks<S: Simd, T: OnQuantSimd>(simd: S, task: T
     on_quant_simd(simd, task)
 }
 
-/// Whether [`on_quant_simd_for_chunks`] finds a vector unit here that multiplies bytes without a sign, however large.
-/// Others add up pairs in 16 bits.
+/// Whether [`on_quant_simd_for_chunks`] finds a vector unit here that multiplies unsigned bytes of any
+/// size. Others add up pairs in 16 bits.
 pub(super) fn adds_all_bytes() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -111,7 +111,7 @@ pub(super) fn adds_all_bytes() -> bool {
 #[derive(Clone, Copy)]
 pub(super) struct Plain;
 
-/// A byte in every place of eight.
+/// The same byte in all eight places.
 const fn all(byte: u8) -> u64 {
     u64::from_ne_bytes([byte; 8])
 }

@@ -13,7 +13,7 @@ use crate::kernels::{self, HeldBlocks, KV_BLOCK, SequenceSpans, Spans};
 /// The blocks of one layer, and how far they are filled.
 ///
 /// ```text
-/// blocks of 4, len 10, the first four positions let go of:   first 4   [4 5 6 7] [8 9 _ _]
+/// blocks of 4, len 10, the first four positions dropped:   first 4   [4 5 6 7] [8 9 _ _]
 /// position 9 stands in block 9/4 - first/4 = 1, slot 9 % 4 = 1
 /// ```
 #[derive(Debug, Default)]
@@ -23,8 +23,8 @@ pub(super) struct LayerCache {
     first: usize,
     /// The position that the next token takes.
     len: usize,
-    /// What is held from some position on, with the graph that it came from: only while a pass runs
-    /// that takes up more tokens than one chunk, or as long as the cache keeps its graph.
+    /// What is held from some position on, with the graph that it came from: only during a pass over
+    /// more tokens than one chunk, or for as long as the cache keeps its graph.
     live: Option<Live>,
 }
 
@@ -41,11 +41,11 @@ struct Live {
 pub(super) struct Saved {
     first: usize,
     len: usize,
-    /// Blocks that were there.
+    /// How many blocks there were.
     blocks: usize,
-    /// Those of them that the pass has let go of.
+    /// Those of them that the pass has dropped.
     dropped: Vec<Arc<Block>>,
-    /// The last of them, if the pass writes into a copy of it.
+    /// The last of them, if the pass writes into a copy instead.
     copied: Option<Arc<Block>>,
     live: Option<Live>,
 }
@@ -72,7 +72,7 @@ impl LayerCache {
         *self = Self::default();
     }
 
-    /// Forgets positions from `length` on. That nothing before is missing has been seen to.
+    /// Forgets positions from `length` on. The caller has checked that nothing before is missing.
     pub(super) fn truncate(&mut self, length: usize) {
         if length >= self.len {
             return;
@@ -92,7 +92,7 @@ impl LayerCache {
     }
 
     pub(super) fn restore(&mut self, saved: Saved) {
-        // What is left of the blocks that were there, behind those that were let go of.
+        // What is left of the original blocks after those that were dropped.
         self.blocks.truncate(saved.blocks - saved.dropped.len());
         saved.dropped.into_iter().rev().for_each(|block| self.blocks.push_front(block));
         if let (Some(last), Some(shared)) = (self.blocks.back_mut(), saved.copied) {
@@ -101,7 +101,7 @@ impl LayerCache {
         (self.first, self.len, self.live) = (saved.first, saved.len, saved.live);
     }
 
-    /// Lets go of the blocks that no token from here on sees. Those that this pass has made can be used
+    /// Drops the blocks that no token from here on sees. Those that this pass has made can be used
     /// again.
     pub(super) fn roll(&mut self, window: usize, saved: &mut Saved, spare: &mut Vec<Block>) {
         let needed = (self.len + 1).saturating_sub(window);
@@ -116,14 +116,14 @@ impl LayerCache {
         }
     }
 
-    /// How many blocks a pass needs that takes up tokens in pieces of these lengths: as many as it makes
-    /// less those that it lets go of in between, and a copy of the last one if somebody else holds it.
+    /// How many blocks a pass needs that adds tokens in pieces of these lengths: as many as it makes
+    /// minus those that it drops on the way, and a copy of the last one if another cache holds it too.
     ///
     /// ```text
     /// blocks of 4, window 3, positions 0..6 in blocks 0 and 1, pieces of 4, 4 and 4
     /// 6..10    holds blocks 1 2      has made 2
     /// 10..14   holds blocks 2 3      has made 2 and 3
-    /// 14..18   holds blocks 3 4      4 is what was 2: the pass needs 2 blocks
+    /// 14..18   holds blocks 3 4      4 reuses 2: the pass needs 2 blocks
     /// ```
     pub(super) fn lacking(&self, pieces: &[usize], window: Option<usize>) -> usize {
         // Blocks are numbered by their positions: block n begins at position n * KV_BLOCK.
@@ -143,7 +143,7 @@ impl LayerCache {
         most
     }
 
-    /// Whether the next position goes into a block that somebody else holds, too.
+    /// Whether the next position goes into a block that another cache holds too.
     fn shares_its_last(&self) -> bool {
         let inside = self.blocks.get(self.len / KV_BLOCK - self.first / KV_BLOCK);
         inside.is_some_and(|block| Arc::strong_count(block) > 1)
@@ -173,9 +173,9 @@ impl LayerCache {
         Ok(())
     }
 
-    /// Takes up rows `rows` of new keys and values, `(kv_heads, tokens, head_dim)`. There are blocks for
-    /// them, and nobody else holds these. If they come in a graph, it is kept beside the blocks, where
-    /// they are rounded as the blocks round them.
+    /// Adds rows `rows` of new keys and values, `(kv_heads, tokens, head_dim)`. There are blocks for
+    /// them that nobody else holds. If they are in a graph, it is kept beside the blocks, with the
+    /// values rounded as the blocks round them.
     pub(super) fn append(
         &mut self,
         keys: &Tensor,
@@ -222,12 +222,12 @@ impl LayerCache {
         Ok(())
     }
 
-    /// Whether a gradient would lead back to what computed some of what is held.
+    /// Whether a gradient would flow back to what computed some of what is held.
     pub(super) fn is_in_graph(&self) -> bool {
         self.live.is_some()
     }
 
-    /// Makes what is held a constant: no gradient will lead back to the pass that computed it.
+    /// Makes what is held a constant: no gradient will flow back to the pass that computed it.
     pub(super) fn cut_graph(&mut self) {
         self.live = None;
     }
@@ -262,10 +262,9 @@ pub(in crate::model) fn gather(
     kernels::gather(std::slice::from_ref(held), &Spans { sequences: vec![only] }, dtype)
 }
 
-/// `xs` with the values that are left when it is kept as `dtype`. Its gradient is that of `xs`: the
-/// slope of rounding is 0 or none, so it is taken for a constant shift, which a backward pass does
-/// not see (Bengio et al. 2013). The gradient of candle's `to_dtype` would be rounded as well, and in
-/// `f16` overflow.
+/// `xs`, rounded as if it were kept as `dtype`. Its gradient is that of `xs`: the slope of rounding is 0
+/// or undefined, so rounding is treated as a constant shift, which a backward pass does not see (Bengio
+/// et al. 2013). The gradient of candle's `to_dtype` would be rounded as well, and overflow in `f16`.
 fn rounded(xs: &Tensor, dtype: DType) -> Result<Tensor> {
     if xs.dtype() == dtype {
         return Ok(xs.clone());
@@ -273,7 +272,7 @@ fn rounded(xs: &Tensor, dtype: DType) -> Result<Tensor> {
     let plain = xs.detach();
     let kept = plain.to_dtype(dtype)?.to_dtype(xs.dtype())?;
     match xs.track_op() {
-        // What is kept is so near that the difference is exact, and with it the sum.
+        // The rounded value is so close that the difference is exact, and so is the sum.
         true => Ok((xs + (kept - plain)?)?),
         false => Ok(kept),
     }

@@ -19,23 +19,23 @@ pub(super) use self::layer::gather;
 pub(super) use self::open::{Open, Remembered};
 pub use self::pool::KvPool;
 
-/// Tokens that run through the blocks at a time when a cache takes them up.
+/// Tokens that a cached pass runs through the blocks at a time.
 pub(crate) const CHUNK: usize = 512;
 
 /// The keys and values of one sequence.
 ///
 /// They lie in blocks of [`KvPool::BLOCK`] positions. [`fork`](Self::fork) gives a second cache that
-/// goes on from here and shares the blocks; whichever of the two writes into a shared block first gets a
-/// copy of it. Under a sliding window blocks that no later token sees are let go of.
+/// continues from here and shares the blocks; whichever of the two first writes into a shared block gets
+/// a copy of it. Under a sliding window, blocks that no later token sees are dropped.
 ///
 /// ```text
-/// blocks of 4, window 5, 10 positions taken up:   [· · · ·] [4 5 6 7] [8 9 _ _]
+/// blocks of 4, window 5, 10 positions held:   [· · · ·] [4 5 6 7] [8 9 _ _]
 /// a fork shares both blocks; token 10 of either goes into a copy of the second
 /// ```
 ///
-/// It may keep keys and values narrower than they are computed. Then a token attends to all of them as
-/// they are kept, also to its own and to those that came in the same pass, so that what is computed does
-/// not depend on how a text was cut into passes.
+/// It may keep keys and values in a narrower type than they are computed in. Then a token attends to all
+/// of them as they are kept, including its own and those that came in the same pass, so that the results
+/// do not depend on how a text was cut into passes.
 ///
 /// A pass that fails leaves the caches it was given as they were.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ pub struct KvCache {
     capacity: usize,
     /// Whether what is held keeps the graph it came from when a pass ends.
     keeps_graph: bool,
-    /// Whether also what no window will see is held.
+    /// Whether it also holds what no window will see.
     keeps_all: bool,
 }
 
@@ -72,8 +72,8 @@ impl KvCache {
         Ok(Self { pool: pool.clone(), layers, capacity, keeps_graph: false, keeps_all: false })
     }
 
-    /// A second cache that goes on from here. It costs no memory before one of the two writes, and then
-    /// that of the blocks that are written to.
+    /// A second cache that continues from here. It costs no memory until one of the two writes, and then
+    /// only that of the blocks that are written to.
     ///
     /// ```
     /// # use candle_core::Device;
@@ -102,19 +102,19 @@ impl KvCache {
         }
     }
 
-    /// Positions taken up so far.
+    /// Positions added so far.
     #[must_use]
     pub fn len(&self) -> usize {
         self.layers.iter().map(LayerCache::len).min().unwrap_or(0)
     }
 
-    /// Whether nothing has been taken up yet.
+    /// Whether nothing has been added yet.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Positions there is room for, in all.
+    /// Positions there is room for in total.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -127,7 +127,7 @@ impl KvCache {
         self.layers.iter().map(LayerCache::oldest).max().unwrap_or(0)
     }
 
-    /// What keys and values are kept as.
+    /// The type that keys and values are kept in.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.pool.dtype()
@@ -146,25 +146,25 @@ impl KvCache {
         blocks.saturating_mul(self.pool.block_bytes())
     }
 
-    /// Forgets everything, and gives its memory back.
+    /// Forgets everything, and releases its memory.
     pub fn reset(&mut self) {
         self.layers.iter_mut().for_each(LayerCache::reset);
     }
 
-    /// Forgets all but the first `length` positions; longer than the text is no change.
+    /// Forgets all but the first `length` positions; does nothing if there are no more than that.
     ///
     /// # Errors
-    /// [`Error::CacheRolled`] when a sliding window has let go of positions that the next token
-    /// would have to see; the cache is then unchanged.
+    /// [`Error::CacheRolled`] when a sliding window has dropped positions that the next token would have
+    /// to see; the cache is then unchanged.
     pub fn truncate(&mut self, length: usize) -> Result<()> {
         self.truncate_layers(0..self.layers.len(), length)
     }
 
-    /// As [`KvCache::truncate`], in these layers only: what was computed before layer `a` stays
-    /// true when the stream that enters it has changed.
+    /// As [`KvCache::truncate`], in these layers only: what was computed before layer `a` remains valid
+    /// when the stream that enters it has changed.
     ///
     /// # Errors
-    /// As [`KvCache::truncate`]; [`Error::Parameter`] for layers that there are not.
+    /// As [`KvCache::truncate`]; [`Error::Parameter`] for layers that do not exist.
     pub fn truncate_layers(&mut self, layers: Range<usize>, length: usize) -> Result<()> {
         let (count, window) = (self.layers.len(), self.pool.shape().window);
         let Some(layers) = self.layers.get_mut(layers.clone()) else {
@@ -182,12 +182,12 @@ impl KvCache {
         Ok(())
     }
 
-    /// Takes up keys and values that were computed elsewhere, `(kv_heads, tokens, head_dim)` each,
-    /// behind what `layer` holds.
+    /// Adds keys and values that were computed elsewhere, `(kv_heads, tokens, head_dim)` each, after
+    /// what `layer` holds.
     ///
     /// # Errors
-    /// [`Error::ContextFull`], [`Error::PoolFull`]; [`Error::Parameter`] for a layer that there is not
-    /// or tensors of another shape. Nothing is taken up then.
+    /// [`Error::ContextFull`], [`Error::PoolFull`]; [`Error::Parameter`] for a layer that does not exist
+    /// or tensors of another shape. Nothing is added then.
     pub(crate) fn extend(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
         let layers = layer..layer.saturating_add(1);
         let Shape { kv_heads, head_dim, .. } = self.pool.shape();
@@ -211,7 +211,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// The keys and values that `layer` holds of positions `range`, `(kv_heads, tokens, head_dim)` each
+    /// The keys and values that `layer` holds for positions `range`, `(kv_heads, tokens, head_dim)` each
     /// in `dtype`: with the graph they came from, if that was kept.
     pub(crate) fn keys_and_values(
         &self,
@@ -226,13 +226,13 @@ impl KvCache {
         layer.gather(range, dtype)
     }
 
-    /// The same that lets go of nothing: neither of what no window will see, nor of the graph that its
-    /// keys and values come from when a pass ends.
+    /// The same, but dropping nothing: neither what no window will see, nor, when a pass ends, the graph
+    /// that its keys and values come from.
     pub(crate) fn keeping_all(self) -> Self {
         Self { keeps_graph: true, keeps_all: true, ..self }
     }
 
-    /// Keeps, from now on, the graph that its keys and values come from, or no longer.
+    /// Sets whether it keeps, from now on, the graph that its keys and values come from.
     pub(crate) fn keep_graph(&mut self, keeps_graph: bool) {
         self.keeps_graph = keeps_graph;
         if !keeps_graph {
@@ -240,7 +240,7 @@ impl KvCache {
         }
     }
 
-    /// Refuses to be used by another transformer.
+    /// Refuses use by another transformer.
     pub(super) fn check_owner(&self, transformer: u64) -> Result<()> {
         if self.pool.shape().owner == transformer {
             return Ok(());
@@ -248,7 +248,7 @@ impl KvCache {
         Err(Error::parameter("cache", "one made by this very transformer", "another's"))
     }
 
-    /// The position at which `layers` go on, which must be one for all of them.
+    /// The position from which `layers` continue, which must be the same for all of them.
     pub(crate) fn position(&self, layers: &Range<usize>) -> Result<usize> {
         let Some(layers) = self.layers.get(layers.clone()) else {
             let expected = format!("one of at least {} layers", layers.end);
@@ -274,7 +274,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// The window that it lets go of blocks by.
+    /// The window beyond which it drops blocks.
     fn rolls_at(&self) -> Option<usize> {
         self.pool.shape().window.filter(|_| !self.keeps_all)
     }
@@ -284,11 +284,11 @@ impl KvCache {
     }
 }
 
-/// Whether this many bytes can be had. Where they cannot, making a tensor of them would end the
-/// process.
+/// Whether this many bytes can be allocated. If they cannot, making a tensor of that size would abort
+/// the process.
 fn fits_memory(bytes: usize) -> bool {
     let mut memory = Vec::<u8>::new();
     let fits = memory.try_reserve_exact(bytes).is_ok();
-    std::hint::black_box(memory); // else the compiler may leave the allocation out
+    std::hint::black_box(memory); // otherwise the compiler may optimise the allocation away
     fits
 }

@@ -12,29 +12,29 @@ use crate::kernels::HeldBlocks;
 use crate::model::mask::Mask;
 
 /// The caches of a pass, one for each of its sequences, while it runs. Unless it is
-/// [committed](Self::commit), they become what they were when it was begun, however it ends.
+/// [committed](Self::commit), they are restored to what they were when it began, however it ends.
 pub(in crate::model) struct Open<'a, 'c> {
     caches: &'a mut [&'c mut KvCache],
     layers: Range<usize>,
     /// For each cache, for each of the layers.
     saved: Vec<Vec<Saved>>,
-    /// For each cache, blocks that hold nothing yet, or no longer.
+    /// For each cache, blocks that hold nothing yet, or nothing any longer.
     spare: Vec<Vec<Block>>,
 }
 
 /// What the queries of a pass attend to.
 #[derive(Debug)]
 pub(in crate::model) enum Remembered {
-    /// Keys and values of all sequences one behind the other, `(kv_heads, keys, head_dim)` each.
+    /// Keys and values of all sequences one after the other, `(kv_heads, keys, head_dim)` each.
     Packed(Tensor, Tensor),
     /// The blocks of each sequence.
     Blocks(Vec<HeldBlocks>),
 }
 
 impl<'a, 'c> Open<'a, 'c> {
-    /// Begins a pass of `layers`, all of which go on from one position. It runs in `pieces`, each of some
-    /// of the caches, with so many new tokens for each of these: all the memory that they will need is
-    /// taken now, for all of them, or for none.
+    /// Begins a pass over `layers`, all of which continue from the same position. It runs in `pieces`,
+    /// each over some of the caches, with a number of new tokens for each of these. All the memory that
+    /// they will need is taken now, for all of them or for none.
     pub(in crate::model) fn begin(
         caches: &'a mut [&'c mut KvCache],
         layers: &Range<usize>,
@@ -67,7 +67,7 @@ impl<'a, 'c> Open<'a, 'c> {
         caches.iter().map(oldest).collect()
     }
 
-    /// Makes room for the next piece in each of its caches, letting go of what no window will see.
+    /// Makes room for the next piece in each of its caches, dropping what no window will see.
     pub(in crate::model) fn reserve(&mut self, which: &Range<usize>, new: &[usize]) -> Result<()> {
         let Self { caches, layers, saved, spare } = self;
         let caches = caches.get_mut(which.clone()).unwrap_or(&mut []);
@@ -85,12 +85,11 @@ impl<'a, 'c> Open<'a, 'c> {
         Ok(())
     }
 
-    /// Takes up the keys and values of new tokens in one layer, `(kv_heads, tokens, head_dim)` each, and
-    /// gives those of all that `mask` says are there, these included. [`Open::reserve`] has made the
-    /// room.
+    /// Adds the keys and values of new tokens to one layer, `(kv_heads, tokens, head_dim)` each, and
+    /// returns all that `mask` says are there, these included. [`Open::reserve`] has made the room.
     ///
-    /// Where these, or any that a cache holds, are tracked, what is given is a copy in their own type,
-    /// because blocks are written again, and keys and values carry their gradient.
+    /// Where these, or any that a cache holds, are tracked, a copy in their own type is returned,
+    /// because blocks are overwritten, and keys and values carry their gradient.
     pub(in crate::model) fn remember(
         &mut self,
         layer: usize,
@@ -108,7 +107,7 @@ impl<'a, 'c> Open<'a, 'c> {
             return Ok(Remembered::Blocks(held.into_iter().map(LayerCache::held).collect()));
         }
         let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
-        // Of a sequence without tokens there is nothing to gather.
+        // There is nothing to gather for a sequence without tokens.
         let sequences = held.into_iter().zip(&mask.spans().sequences);
         for (layer, this) in sequences.filter(|(_, this)| !this.keys.is_empty()) {
             let (keys, values) = layer.gather(&this.keys, keys.dtype())?;
@@ -118,7 +117,7 @@ impl<'a, 'c> Open<'a, 'c> {
         Ok(Remembered::Packed(Tensor::cat(&all_keys, 1)?, Tensor::cat(&all_values, 1)?))
     }
 
-    /// Takes up, in one layer of each of `which`, its rows of new keys and values.
+    /// Adds, in one layer of each of `which`, its rows of new keys and values.
     pub(super) fn write(
         &mut self,
         layer: usize,
@@ -138,7 +137,7 @@ impl<'a, 'c> Open<'a, 'c> {
         Ok(())
     }
 
-    /// Keeps what was taken up.
+    /// Keeps what was added.
     pub(in crate::model) fn commit(mut self) {
         self.saved.clear();
     }
@@ -150,7 +149,7 @@ impl<'a, 'c> Open<'a, 'c> {
     }
 }
 
-/// The blocks that each of the caches lacks for its new tokens, from the pools that they are of.
+/// Takes the blocks that each of the caches lacks for its new tokens from its pool.
 fn take(
     caches: &[&mut KvCache],
     layers: &Range<usize>,

@@ -10,11 +10,11 @@ use crate::error::{Error, Result};
 use crate::kernels::KV_BLOCK;
 use crate::model::Transformer;
 
-/// Where caches take their memory from: a budget in bytes that they share, and what keys and values are
-/// kept as. Cheap to clone; a clone is the same pool.
+/// Where caches take their memory from: a budget in bytes that they share, and the type that keys and
+/// values are kept in. Cheap to clone; a clone is the same pool.
 ///
-/// A block holds the keys and values of [`KvPool::BLOCK`] positions in one layer. Blocks are made when
-/// positions come, not before, and go back to the budget when no cache holds them any more.
+/// A block holds the keys and values of [`KvPool::BLOCK`] positions in one layer. Blocks are allocated
+/// when positions are added, not before, and return to the budget when no cache holds them any more.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -43,7 +43,7 @@ pub struct KvPool {
 /// What the caches of a pool have in common.
 #[derive(Debug)]
 pub(super) struct Shape {
-    /// Which transformer's keys and values these are: what they mean lies in its weights.
+    /// Which transformer's keys and values these are: they mean something only to its weights.
     pub(super) owner: u64,
     pub(super) layers: usize,
     pub(super) kv_heads: usize,
@@ -60,12 +60,12 @@ struct Budget {
     used: AtomicUsize,
 }
 
-/// Keys and values of some positions in one layer. Its bytes are the budget's again when it is dropped.
+/// Keys and values of some positions in one layer. Dropping it returns its bytes to the budget.
 #[derive(Debug)]
 pub(super) struct Block {
     /// `(2, kv_heads, KV_BLOCK, head_dim)`: keys, values
     pub(super) tensor: Tensor,
-    /// What it was paid with.
+    /// Its share of the budget.
     _share: Share,
 }
 
@@ -83,7 +83,7 @@ impl Drop for Share {
 }
 
 impl KvPool {
-    /// Positions of a block.
+    /// Positions in a block.
     pub const BLOCK: usize = KV_BLOCK;
 
     pub(in crate::model) fn new(transformer: &Transformer, dtype: DType, bytes: usize) -> Self {
@@ -111,19 +111,19 @@ impl KvPool {
         KvCache::new(self, capacity)
     }
 
-    /// Bytes that its caches may hold together.
+    /// Bytes that its caches may hold in total.
     #[must_use]
     pub fn budget_bytes(&self) -> usize {
         self.budget.bytes
     }
 
-    /// Bytes that they hold now; a block that several hold counts once.
+    /// Bytes that they hold now; a block held by several counts once.
     #[must_use]
     pub fn used_bytes(&self) -> usize {
         self.budget.used.load(Ordering::Relaxed)
     }
 
-    /// What keys and values are kept as.
+    /// The type that keys and values are kept in.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.shape.dtype
@@ -145,7 +145,7 @@ impl KvPool {
         sizes.into_iter().fold(1, usize::saturating_mul)
     }
 
-    /// So many new blocks, or none.
+    /// This many new blocks, or none.
     pub(super) fn take(&self, count: usize) -> Result<Vec<Block>> {
         let (bytes, budget) = (self.block_bytes(), &self.budget);
         let requested = bytes.saturating_mul(count);
@@ -153,7 +153,7 @@ impl KvPool {
         if let Err(used) = budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within) {
             return Err(Error::PoolFull { budget: budget.bytes, used, requested });
         }
-        // From here on dropping a share gives its part back, whatever happens.
+        // From here on, dropping a share returns its part, whatever happens.
         let shares: Vec<_> =
             (0..count).map(|_| Share { budget: Arc::clone(budget), bytes }).collect();
         let Shape { kv_heads, head_dim, dtype, device, .. } = &*self.shape;

@@ -1,4 +1,4 @@
-//! A cache by itself, given keys and values that no model has computed.
+//! A cache by itself, given keys and values that no model computed.
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ use crate::model::{Batch, Mask, Sight, Transformer};
 const HEADS: usize = 2;
 const HEAD_DIM: usize = 20;
 
-/// One layer, of which nothing but the shape of its keys counts.
+/// One layer, of which only the shape of its keys matters.
 fn transformer(sliding_window: Option<usize>) -> Result<Transformer> {
     let config = Config {
         vocab_size: 1,
@@ -45,7 +45,7 @@ fn bits(xs: &Tensor) -> Result<Vec<u32>> {
     Ok(values.into_iter().map(f32::to_bits).collect())
 }
 
-/// Takes up new tokens as a pass does: what their queries attend to, and what these gather of it.
+/// Adds new tokens as a pass does: what their queries attend to, and what they gather from it.
 fn pass(cache: &mut KvCache, q: &Tensor, new: (&Tensor, &Tensor)) -> Result<(Remembered, Tensor)> {
     let (window, count, which) = (cache.pool.shape().window, new.0.dim(1)?, 0..1);
     let batch = Batch::one(count)?.starting_at(0, cache.len())?;
@@ -67,7 +67,7 @@ fn pass(cache: &mut KvCache, q: &Tensor, new: (&Tensor, &Tensor)) -> Result<(Rem
 }
 
 /// A narrow cache beside a wide one that is given the rounded numbers: tokens in pieces, tracked and
-/// not, while the window rolls. What is held is the same, and so is attention over it.
+/// not, while the window rolls. Both hold the same, and so attention over them is the same.
 #[test]
 fn a_narrow_cache_is_a_wide_one_of_rounded_numbers() -> Result<()> {
     for (dtype, window) in

@@ -15,8 +15,8 @@
 //! fifth is held out for the examination. `--arm no-passes` makes it a plain causal adapter, the
 //! control of the same size; without `--rank` all weights are trained.
 //!
-//! A run that was stopped, in whatever way, goes on when the same command is given again, and ends as
-//! if it had never been.
+//! A run that was stopped, for whatever reason, continues when the same command is given again, and ends
+//! as if it had never been interrupted.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! The drawings, as SVG to stand in the page.
+//! The drawings, as SVG for the page.
 
 use hybrid_attention::thought::Map;
 use plotters::coord::Shift;
@@ -17,7 +17,7 @@ const LIMIT: RGBColor = RGBColor(5, 5, 5);
 /// Shades of the colour scale. Neighbouring cells of one shade become one rectangle.
 const SHADES: f32 = 64.0;
 
-/// Where further passes change little.
+/// Drift below which further passes change little.
 const SETTLED: f64 = 0.03;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
@@ -25,7 +25,7 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// The name of a row and column.
 pub(super) struct Label {
     pub(super) text: String,
-    /// Whether it is written in the text's own colour or fainter.
+    /// Whether it is written in the text's own colour or a fainter one.
     pub(super) strong: bool,
 }
 
@@ -34,7 +34,7 @@ pub(super) struct Scale {
     pub(super) name: &'static str,
     pub(super) min: f32,
     pub(super) max: f32,
-    /// Shows small numbers apart: the colour goes with the square root.
+    /// Spreads small numbers out: the colour follows the square root.
     pub(super) root: bool,
 }
 
@@ -46,7 +46,7 @@ impl Scale {
         if self.root { share.sqrt() } else { share }
     }
 
-    /// The value at such a place.
+    /// The value at a place in `[0, 1]`.
     fn value(&self, place: f32) -> f32 {
         let share = if self.root { place * place } else { place };
         self.min + share * (self.max - self.min)
@@ -61,9 +61,9 @@ fn colour(shade: u32) -> RGBColor {
     ViridisRGB.get_color(shade as f32 / (SHADES - 1.0))
 }
 
-/// EncodedBatch of this height in pixels, anchored where it is drawn.
+/// Text of this height in pixels, anchored where it is drawn.
 fn text_style(size: f64, colour: &RGBColor, h: HPos, v: VPos) -> TextStyle<'_> {
-    // The backend divides by this.
+    // The backend divides by this factor.
     ("monospace", size * 1.24).into_font().color(colour).pos(Pos::new(h, v))
 }
 
@@ -73,13 +73,13 @@ fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<S
     draw(&area)?;
     area.present()?;
     drop(area);
-    // What goes without saying in a page, thousands of times.
+    // What a page implies, repeated thousands of times.
     let svg = svg.replace(" xmlns=\"http://www.w3.org/2000/svg\"", "");
     Ok(svg.replace(" opacity=\"1\"", "").replace(" stroke=\"none\"", ""))
 }
 
-/// Drift by pass, and the line under which further passes change little. A pass that moved nothing
-/// stands at the bottom.
+/// Drift by pass, and the line below which further passes change little. A pass that moved nothing is at
+/// the bottom.
 pub(super) fn drift(drift: &[f64]) -> Result<String> {
     let moved = drift.iter().copied().filter(|drift| *drift > 0.0);
     let (least, most) =
@@ -122,7 +122,7 @@ fn decade(exponent: f64) -> f64 {
     10f64.powf(exponent)
 }
 
-/// Only these are written along a logarithmic axis.
+/// Only these are labelled along a logarithmic axis.
 fn power_of_ten(value: &f64) -> String {
     let exponent = value.log10();
     match (exponent - exponent.round()).abs() < 1e-6 {
@@ -178,7 +178,7 @@ pub(super) fn small_map(map: &Map, scale: &Scale) -> Result<String> {
     svg((side, side), |area| cells(area, map, (0, 0), cell, scale))
 }
 
-/// Which colour is which number.
+/// The legend: which colour means which number.
 pub(super) fn legend(scale: &Scale) -> Result<String> {
     svg((272, 44), |area| draw_legend(area, (6, 2), scale))
 }

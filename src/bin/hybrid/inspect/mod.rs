@@ -5,8 +5,8 @@
 //!     --prompt "The trophy does not fit in the suitcase because it is too big."
 //! ```
 //!
-//! The page, `inspect.html` unless `--out` says otherwise, needs nothing beside it: no network, no
-//! scripts. `--json` writes the same numbers, and all of them where the page has to pool.
+//! The page, `inspect.html` unless `--out` says otherwise, is self-contained: no network, no scripts.
+//! `--json` writes the same numbers, and all of them where the page must pool.
 
 mod draw;
 mod page;
@@ -50,7 +50,7 @@ pub(crate) struct Options {
     #[command(flatten)]
     input: PromptArgs,
 
-    /// EncodedBatch after the prompt that is only read, not thought about
+    /// Text after the prompt that is only read, not thought about
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     #[arg(conflicts_with_all = ["ids", "chat"], help_heading = "Prompt")]
     plain: Option<String>,
@@ -67,12 +67,12 @@ impl Options {
         }
     }
 
-    /// Bytes of the text that is thought about, where only a part of it is.
+    /// Bytes of the text that is thought about, if that is only a part of it.
     fn context_bytes(&self) -> Result<Option<usize>> {
         self.plain.as_ref().map(|_| Ok(self.input.text()?.len())).transpose()
     }
 
-    /// What was asked for, or else the checkpoint's `own` way to think.
+    /// What was asked for, or else the checkpoint's `own` thinking.
     fn thinking(&self, own: &Thinking) -> Result<Thinking> {
         let thinking = self.thinking.thinking().unwrap_or_else(|| own.clone());
         if thinking.is_none() {
@@ -85,7 +85,7 @@ impl Options {
         config.temperature(0.0).max_tokens(self.max_tokens).thinking(thinking)
     }
 
-    /// Finds now what would be an error when all the work is done.
+    /// Finds errors now that would otherwise appear only after all the work.
     fn check(&self) -> Result<()> {
         self.json.iter().chain([&self.out]).try_for_each(|path| check_folder(path))?;
         // What the checkpoint says is not known yet.
@@ -107,7 +107,7 @@ struct Inspection {
     thought: Said,
 }
 
-/// An answer, as far as it goes.
+/// An answer, as far as it was generated.
 #[derive(Serialize)]
 struct Said {
     tokens: Vec<Token>,
@@ -116,7 +116,7 @@ struct Said {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let (prompt, context_bytes) = (options.prompt()?, options.context_bytes()?);
-    options.check()?; // before the wait for the weights
+    options.check()?; // before waiting for the weights
     let (model, _) = options.model.load()?;
 
     let answer = |thinking| -> Result<Answer> {

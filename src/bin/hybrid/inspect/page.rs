@@ -1,4 +1,4 @@
-//! The page: one HTML file that needs nothing beside it.
+//! The page: one self-contained HTML file.
 
 use hybrid_attention::thought::{Halted, Map, Maps, TokenTrace};
 use serde_json::Value;
@@ -14,7 +14,7 @@ const MOST: usize = 128;
 /// The same for the drawings of single layers.
 const MOST_SMALL: usize = 32;
 
-/// Columns of the names along a drawing.
+/// Columns for the names along a drawing.
 const LABEL: usize = 14;
 
 pub(super) fn render(inspection: &Inspection) -> Result<String> {
@@ -75,12 +75,12 @@ fn facts(inspection: &Inspection, settings: &Value) -> String {
     )
 }
 
-/// One end of the layers that were chosen, if any were.
+/// One end of the chosen layers, if any were chosen.
 fn span_end(settings: &Value, end: usize) -> Option<u64> {
     settings["span"][end].as_u64()
 }
 
-/// The common ones as equations, where h is what the layers make of the thoughts z.
+/// Common refinements as equations, where h is what the layers make of the thoughts z.
 fn refinement(refine: &Value) -> String {
     let Some([Value::Object(op)]) = refine.as_array().map(Vec::as_slice) else {
         return if refine.is_null() { "the checkpoint's own".into() } else { refine.to_string() };
@@ -106,7 +106,7 @@ fn why(inspection: &Inspection, settings: &Value) -> String {
     }
 }
 
-/// The control: what the model says without thinking, beside what it says after.
+/// The control: what the model says without thinking, beside what it says after thinking.
 fn answers(inspection: &Inspection) -> String {
     let (plain, thought) = (&inspection.plain, &inspection.thought);
     let id = |token: &Token| token.id;
@@ -253,7 +253,7 @@ fn maps(inspection: &Inspection, settings: &Value) -> Result<String> {
     Ok(page)
 }
 
-/// The attention of each layer by itself, folded away.
+/// The attention of each layer by itself, collapsed.
 fn by_layer(layers: &[&Map], first: usize) -> Result<String> {
     let count = layers.first().map_or(0, |map| map.len());
     let size = count.div_ceil(MOST_SMALL).max(1);
@@ -291,7 +291,7 @@ fn pooled_by(size: usize) -> String {
     }
 }
 
-/// The names of rows and columns: each the first of its tokens.
+/// The names of rows and columns: for each group, its first token.
 fn labels(tokens: &[Token], size: usize) -> Vec<Label> {
     let of_group = |group: &[Token]| {
         let first = group.first().map_or("", |token| &token.text);
@@ -300,7 +300,7 @@ fn labels(tokens: &[Token], size: usize) -> Vec<Label> {
     tokens.chunks(size).map(of_group).collect()
 }
 
-/// A map of squares of `size` by `size`: what `merge` makes of a square's sum, rows and columns.
+/// A map pooled in squares of `size` by `size`: `merge` of each square's sum, rows and columns.
 fn pool(map: &Map, size: usize, merge: impl Fn(f32, usize, usize) -> f32) -> Map {
     let square = |rows: &[Vec<f32>], from: usize| {
         let values = || rows.iter().map(|row| row.iter().skip(from).take(size));
@@ -313,7 +313,7 @@ fn pool(map: &Map, size: usize, merge: impl Fn(f32, usize, usize) -> f32) -> Map
     map.chunks(size).map(row).collect()
 }
 
-/// Pooled attention is what the rows on average give to all of the columns.
+/// Pooled attention is what the rows on average give to all of the columns together.
 fn share(sum: f32, rows: usize, _columns: usize) -> f32 {
     sum / rows as f32
 }
@@ -329,7 +329,7 @@ fn mean(maps: &[&Map]) -> Map {
     mean
 }
 
-/// EncodedBatch between tags, as it is to be read.
+/// Text between tags, to be read by a person.
 fn text(text: &str) -> String {
     escape(&plain(text))
 }

@@ -7,15 +7,15 @@ use serde::Serialize;
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Token {
     pub(super) id: u32,
-    /// As the vocabulary spells it for a control token, `#` with its id where there is no spelling,
-    /// and empty in the middle of a character.
+    /// Its text; for a control token the vocabulary's spelling, without a spelling `#` and its id, and
+    /// empty in the middle of a character.
     pub(super) text: String,
     /// Whether it was thought about.
     pub(super) thinks: bool,
 }
 
-/// The tokens of a prompt. Those that begin in its first `context_bytes` were thought about, and
-/// without these all; but never the last token, which the answer begins from.
+/// The tokens of a prompt. Those that begin in its first `context_bytes` were thought about, or all if
+/// that is `None`; but never the last token, from which the answer begins.
 pub(super) fn of_prompt(
     tokenizer: Option<&Tokenizer>,
     ids: &[u32],
@@ -44,7 +44,7 @@ fn pieces(tokenizer: Option<&Tokenizer>, before: &[u32], ids: &[u32]) -> Vec<(u3
     ids.iter().map(|&id| (id, piece(id))).collect()
 }
 
-/// What to call a token that completes `piece`.
+/// The name of a token that completes `piece`.
 fn spelled(tokenizer: Option<&Tokenizer>, id: u32, piece: String) -> String {
     let spelling = tokenizer.and_then(|tokenizer| tokenizer.token(id));
     match (tokenizer, spelling) {
@@ -54,8 +54,8 @@ fn spelled(tokenizer: Option<&Tokenizer>, id: u32, piece: String) -> String {
     }
 }
 
-/// Text with nothing invisible in it but spaces and line breaks: control characters, also those that
-/// would turn the direction of writing around, are spelled out.
+/// Text with nothing invisible in it but spaces and line breaks: control characters, including those
+/// that change the direction of writing, are escaped.
 pub(super) fn plain(text: &str) -> String {
     let mut plain = String::new();
     for c in text.chars() {
@@ -70,7 +70,7 @@ pub(super) fn plain(text: &str) -> String {
     plain
 }
 
-/// [`plain`] text on one line, with signs for spaces, line breaks and nothing.
+/// [`plain`] text on one line, with visible signs for spaces, line breaks and empty text.
 pub(super) fn visible(text: &str) -> String {
     if text.is_empty() {
         return "⋯".to_owned();
@@ -78,7 +78,7 @@ pub(super) fn visible(text: &str) -> String {
     plain(text).replace(' ', "␣").replace('\n', "⏎")
 }
 
-/// Zero-width characters, marks of direction, and what no text may hold.
+/// Zero-width characters, direction marks, and noncharacters.
 fn is_format(c: char) -> bool {
     matches!(
         c,

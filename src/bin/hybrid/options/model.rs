@@ -1,4 +1,4 @@
-//! Which model, where it runs, and what its numbers are kept in.
+//! Which model, where it runs, and which types it keeps its numbers in.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -44,7 +44,7 @@ pub(crate) struct ModelArgs {
     pub(crate) adapter_for: AdapterFor,
 }
 
-/// What is said where no checkpoint was named.
+/// The note for a run without a checkpoint.
 const TOY: &str = "note: without --model this is the toy model that comes with the crate: it knows the \
                    stories of the flashback suite, and nothing else";
 
@@ -129,13 +129,13 @@ pub(crate) enum RunOn {
 }
 
 impl ModelArgs {
-    /// What it is, for a person.
+    /// The device's name, for display.
     pub(crate) fn name(&self) -> String {
         let path = self.model.as_ref().map(|path| path.display().to_string());
         path.unwrap_or_else(|| "the crate's own small model".to_string())
     }
 
-    /// Loads the model with a progress bar on standard error. Gives the seconds it took.
+    /// Loads the model with a progress bar on standard error. Returns the seconds it took.
     pub(crate) fn load(&self) -> Result<(HybridModel, f64)> {
         let start = Instant::now();
         let weights = self.quantize.map_or_else(|| self.dtype.into(), WeightType::from);
@@ -177,14 +177,14 @@ impl ModelArgs {
     }
 }
 
-/// What a model's matrices are kept as, for a person.
+/// The types of a model's matrices, for display.
 pub(crate) fn kept(model: &HybridModel) -> String {
     let kept = model.transformer().weight_bytes().into_iter();
     let kept = kept.map(|(kept, bytes)| format!("{} {kept}", HumanBytes(bytes as u64)));
     kept.collect::<Vec<_>>().join(" + ")
 }
 
-/// What a text is remembered in.
+/// How a text is remembered.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct CacheArgs {
@@ -204,7 +204,7 @@ impl CacheArgs {
     }
 }
 
-/// What a cache holds, on the command line.
+/// The type of a cache, on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum CachedIn {
     F32,

@@ -44,7 +44,7 @@ impl PromptArgs {
         Ok(self.prompt_of(&self.text()?))
     }
 
-    /// Such a prompt of this text.
+    /// A prompt of this text, with the same options.
     pub(crate) fn prompt_of(&self, text: &str) -> Prompt {
         if !self.chat {
             return text.into();
@@ -54,7 +54,7 @@ impl PromptArgs {
         Prompt::chat(&messages)
     }
 
-    /// What was given as text.
+    /// The prompt that was given as text.
     pub(crate) fn text(&self) -> Result<String> {
         match (&self.prompt, &self.prompt_file) {
             (Some(text), _) => Ok(text.clone()),

@@ -35,7 +35,7 @@ pub(crate) struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// `config` with what was given on the command line.
+    /// `config` with the options of the command line.
     pub(crate) fn apply(&self, mut config: GenerationConfig) -> GenerationConfig {
         config = self.temperature.into_iter().fold(config, GenerationConfig::temperature);
         config = self.top_k.into_iter().fold(config, GenerationConfig::top_k);

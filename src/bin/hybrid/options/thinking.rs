@@ -46,7 +46,7 @@ pub(crate) struct ThinkingArgs {
 }
 
 impl ThinkingArgs {
-    /// What was asked for, if anything was.
+    /// The thinking that was asked for, if any was.
     pub(crate) fn thinking(&self) -> Option<Thinking> {
         let mut thinking = Thinking::new(self.passes?);
         thinking = thinking.rethink_every(self.rethink_every.unwrap_or(0));
@@ -57,12 +57,12 @@ impl ThinkingArgs {
         Some(self.hand_off.into_iter().fold(thinking, Thinking::hand_off))
     }
 
-    /// `config` with what was given on the command line.
+    /// `config` with the options of the command line.
     pub(crate) fn apply(&self, config: GenerationConfig) -> GenerationConfig {
         self.thinking().into_iter().fold(config, GenerationConfig::thinking)
     }
 
-    /// Says so where options do nothing.
+    /// Warns about options that have no effect.
     pub(crate) fn warn(&self) {
         let options = [
             ("--span", self.span.is_some()),

@@ -23,6 +23,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use common::gradient::scalar;
 use common::reference::{ByDefinition, Reference, ThoughtLoop};
 use common::tiny::{self, holds};
 use common::{Result, assert_close, assert_identical, fixture};
@@ -836,10 +837,6 @@ fn embeddings_are_those_of_the_mind_that_reads() -> Result {
 }
 
 // ---- gradients ----
-
-fn scalar(xs: &Tensor) -> Result<f64> {
-    Ok(f64::from(xs.flatten_all()?.sum(0)?.to_scalar::<f32>()?))
-}
 
 /// Through encode, think and hand off: the slope along every variable's own gradient.
 #[test]

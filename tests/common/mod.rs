@@ -33,6 +33,20 @@ pub(crate) fn fixture_config(name: &str) -> Result<Config> {
     Ok(Config::from_json(&fs::read_to_string(fixture(name).join("config.json"))?)?)
 }
 
+/// One layer, whose rows are whole blocks of 256.
+pub(crate) fn config_of_large_blocks() -> Result<Config> {
+    Ok(Config {
+        vocab_size: 32,
+        hidden_size: 256,
+        intermediate_size: 512,
+        num_hidden_layers: 1,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        ..fixture_config("window")?
+    })
+}
+
 /// Every tensor of a fixture, read by candle.
 pub(crate) fn fixture_weights(name: &str) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();

@@ -28,6 +28,15 @@ use tracing::{Event, Metadata, Subscriber};
 /// The checkpoints under `tests/fixtures`.
 pub(crate) const FIXTURES: [&str; 3] = ["window", "head_dim", "tied_sharded"];
 
+/// Texts to be embedded, of unequal length.
+pub(crate) const TEXTS: [&str; 5] = [
+    "the cat sat on the mat",
+    "a dog",
+    "x",
+    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
+    "naïve café 😀",
+];
+
 /// The configuration of a fixture.
 pub(crate) fn fixture_config(name: &str) -> Result<Config> {
     Ok(Config::from_json(&fs::read_to_string(fixture(name).join("config.json"))?)?)

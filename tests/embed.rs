@@ -8,17 +8,9 @@ use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, EmbedConfig, Error, HybridModel, Pooling, Thinking, Tokenizer};
 
 use common::tiny;
-use common::{Result, assert_close, fixture};
+use common::{Result, TEXTS, assert_close, fixture};
 
 const KINDS: [Pooling; 3] = [Pooling::Mean, Pooling::WeightedMean, Pooling::LastToken];
-
-const TEXTS: [&str; 5] = [
-    "the cat sat on the mat",
-    "a dog",
-    "x",
-    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
-    "naïve café 😀",
-];
 
 /// The vector that `pooling` makes of one text's token vectors, summed by hand.
 fn pool(pooling: Pooling, tokens: &[Vec<f32>]) -> Vec<f32> {

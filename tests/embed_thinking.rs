@@ -9,15 +9,7 @@ use hybrid_attention::thought::{Halt, HandOff};
 use hybrid_attention::{Config, EmbedConfig, HybridModel, Pooling, Thinking, Tokenizer};
 
 use common::tiny;
-use common::{Result, assert_close, fixture};
-
-const TEXTS: [&str; 5] = [
-    "the cat sat on the mat",
-    "a dog",
-    "x",
-    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
-    "naïve café 😀",
-];
+use common::{Result, TEXTS, assert_close, fixture};
 
 const HAND_OFFS: [HandOff; 4] = [
     HandOff::Refined,

@@ -18,6 +18,7 @@ use hybrid_attention::{
     Answer, Answers, Cancel, Config, Conversation, Error as Failure, GenerationConfig, HybridModel,
     Message, Progress, Prompt, StopReason, Thinking, Token, TokenStream, Tokenizer,
 };
+use hybrid_attention_testing::tiny::holds;
 use proptest::prelude::*;
 use proptest::sample::select;
 use rand::{Rng, SeedableRng};
@@ -624,7 +625,7 @@ proptest! {
             }
             Ok(())
         };
-        run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+        holds(run())?;
     }
 }
 
@@ -806,7 +807,7 @@ proptest! {
             assert_eq!(seen, expected);
             Ok(())
         };
-        run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+        holds(run())?;
     }
 }
 
@@ -1085,7 +1086,7 @@ proptest! {
             turn(&model, &mut conversation, &prompt, &config)?;
             Ok(())
         };
-        run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+        holds(run())?;
     }
 }
 

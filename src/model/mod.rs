@@ -52,7 +52,7 @@ use self::block::RmsNorm;
 use self::stack::in_pool;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::{self, FreedMemory};
+use crate::kernels::FreedMemory;
 
 pub use self::attention::attend;
 pub use self::context::{ForwardContext, Pass, SideSignal};
@@ -100,7 +100,7 @@ pub struct Transformer {
     dtype: DType,
     device: Device,
     /// Dropped last, when the weights are free.
-    freed_memory: FreedMemory,
+    _freed_memory: FreedMemory,
 }
 
 impl Transformer {
@@ -110,7 +110,7 @@ impl Transformer {
     /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
         config.validate()?;
-        let freed_memory = FreedMemory::kept();
+        let _freed_memory = FreedMemory::kept();
         let table = (config.vocab_size, config.hidden_size);
         let embed_tokens = weights.embedding("model.embed_tokens.weight", table.0, table.1)?;
         let device = embed_tokens.device();
@@ -124,7 +124,7 @@ impl Transformer {
             weights.linear("lm_head.weight", table.0, table.1)?
         };
         let config = config.clone();
-        Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device, freed_memory })
+        Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device, _freed_memory })
     }
 
     /// The shapes it was built with.
@@ -292,6 +292,7 @@ impl Transformer {
             lm_head: self.lm_head.clone(),
             dtype: self.dtype,
             device: self.device.clone(),
+            _freed_memory: FreedMemory::kept(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! The [`tokenizers`] crate splits and merges; this module adds the rest of what a checkpoint specifies
 //! (which token begins a text, how a chat is written) and a decoder that can stream.
 
+mod added;
 mod chat;
 mod decode;
 mod folder;
@@ -70,11 +71,14 @@ impl Tokenizer {
     /// The named tokens come from `tokenizer_config.json`, and those it leaves out from
     /// `special_tokens_map.json`. The chat template is `chat_template.jinja`, else that of
     /// `chat_template.json`, else that of `tokenizer_config.json` (the one called `default` if it
-    /// lists several). All these files are optional.
+    /// lists several). Tokens that `tokenizer.json` lacks are added from `added_tokens_decoder` of
+    /// `tokenizer_config.json`, or without one from `added_tokens.json`; its `add_bos_token` and
+    /// `add_eos_token` overrule what `tokenizer.json` puts around a text, as in transformers 4.57. All
+    /// these files are optional.
     ///
     /// # Errors
     /// [`Error::Io`] if a file cannot be read, [`Error::Malformed`] if it is not what its name
-    /// promises or names a BOS or EOS token outside the vocabulary, [`Error::Unsupported`] if the
+    /// promises, adds a token under an id that is not the next free one, or names a BOS or EOS token outside the vocabulary, [`Error::Unsupported`] if the
     /// tokenizer decodes in a way that cannot be streamed.
     pub fn from_folder(path: &Path) -> Result<Option<Self>> {
         folder::read(path)

@@ -1,9 +1,8 @@
 //! `hybrid`, run as a person would run it, on a checkpoint of random weights.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
@@ -28,18 +27,9 @@ fn hybrid() -> Command {
 }
 
 fn run(name: &str, model: &Path, arguments: &[&str], stdin: &str) -> Result<Output> {
-    let mut child = hybrid()
-        .arg(name)
-        .arg("--model")
-        .arg(model)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    // A program that ends early does not read its input.
-    child.stdin.take().map(|mut pipe| pipe.write_all(stdin.as_bytes())).transpose().ok();
-    Ok(child.wait_with_output()?)
+    let mut command = hybrid();
+    command.arg(name).arg("--model").arg(model).args(arguments);
+    hybrid_attention_testing::run(&mut command, stdin)
 }
 
 /// Standard output and standard error of a run that succeeds.

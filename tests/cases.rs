@@ -1,0 +1,102 @@
+//! Checkpoints as people have them, in which public bug reports were reproduced, with the right values of
+//! transformers 4.57.6 and llama.cpp (llama-cpp-python 0.3.36). The model is a random Mistral of two layers.
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+
+use candle_core::Device;
+use hybrid_attention::{GenerationConfig, HybridModel, Message, StopReason, Tokenizer};
+use serde_json::{Value, json};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/cases");
+
+/// The tokenizer of the cases with these files beside it.
+fn tokenizer(files: &[(&str, Value)]) -> Result<Tokenizer> {
+    let folder = tempfile::tempdir()?;
+    fs::copy(Path::new(CASES).join("tokenizer.json"), folder.path().join("tokenizer.json"))?;
+    for (name, content) in files {
+        fs::write(folder.path().join(name), content.to_string())?;
+    }
+    Ok(Tokenizer::from_folder(folder.path())?.ok_or("no tokenizer")?)
+}
+
+/// `tokenizer.json` of the cases puts `<s>` in front of a text and nothing behind it.
+#[test]
+fn bos_and_eos_stand_where_the_config_says() -> Result {
+    let ids = |flags: Value| -> Result<Vec<u32>> {
+        let mut config = json!({ "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>" });
+        let (Some(config_fields), Some(flags)) = (config.as_object_mut(), flags.as_object()) else {
+            return Err("not an object".into());
+        };
+        config_fields.extend(flags.clone());
+        Ok(tokenizer(&[("tokenizer_config.json", config)])?.encode("the cat", true)?)
+    };
+    assert_eq!(ids(json!({}))?, [1, 315, 296]);
+    assert_eq!(ids(json!({ "add_bos_token": true, "add_eos_token": true }))?, [1, 315, 296, 2]);
+    assert_eq!(ids(json!({ "add_bos_token": true }))?, [1, 315, 296]);
+    assert_eq!(ids(json!({ "add_eos_token": true }))?, [1, 315, 296, 2]);
+    assert_eq!(ids(json!({ "add_bos_token": false }))?, [315, 296]);
+    assert_eq!(ids(json!({ "add_bos_token": false, "add_eos_token": true }))?, [315, 296, 2]);
+    // It is true of a text, and says nothing of a chat.
+    let config = json!({ "bos_token": "<s>", "eos_token": "</s>", "add_eos_token": true,
+        "chat_template": "{{ bos_token }}{{ messages[0]['content'] }}" });
+    let chat = tokenizer(&[("tokenizer_config.json", config)])?;
+    assert_eq!(chat.encode_chat(&[Message::user("the cat")], true)?, [1, 315, 296]);
+    // Nothing can be added that is not there.
+    let unnamed = tokenizer(&[("tokenizer_config.json", json!({ "add_eos_token": true }))])?;
+    assert_eq!(unnamed.encode("the cat", true)?, [1, 315, 296]);
+    Ok(())
+}
+
+const CHAT: &str = "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// A ChatML fine-tune whose new tokens its `tokenizer.json`, the base model's, does not have.
+#[test]
+fn tokens_are_added_from_wherever_they_stand() -> Result {
+    let named = json!({ "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>",
+        "chat_template": CHAT });
+    let decoder = json!({
+        "2": { "content": "</s>", "special": true, "normalized": false },
+        "371": { "content": "<|im_end|>", "special": true, "normalized": false },
+        "372": { "content": "<|im_start|>", "special": false, "normalized": false },
+    });
+    let mut with_decoder = named.clone();
+    with_decoder["added_tokens_decoder"] = decoder;
+    let file = json!({ "<|im_end|>": 371, "<|im_start|>": 372 });
+    let expected = [
+        372, 290, 285, 283, 272, 282, 13, 293, 272, 316, 296, 371, 290, 13, 372, 290, 268, 283,
+        283, 276, 283, 284, 317, 284, 13,
+    ];
+    for files in [
+        vec![("tokenizer_config.json", with_decoder.clone())],
+        vec![("tokenizer_config.json", named.clone()), ("added_tokens.json", file)],
+    ] {
+        let tokenizer = tokenizer(&files)?;
+        let mut ids = tokenizer.encode_chat(&[Message::user("the cat")], true)?;
+        // The reference calls the tokenizer without BOS, which the template does not write.
+        assert_eq!(ids.remove(0), 1);
+        assert_eq!(ids, expected);
+        assert_eq!(tokenizer.eos_token_id(), Some(371));
+        assert!(tokenizer.is_special(371) && !tokenizer.is_special(372));
+    }
+    // A gap would give a token the id of another one.
+    with_decoder["added_tokens_decoder"]["400"] = json!({ "content": "<far>" });
+    let error = tokenizer(&[("tokenizer_config.json", with_decoder)]).map(drop);
+    let error = error.err().ok_or("accepted")?.to_string();
+    assert!(error.ends_with(r#"added token "<far>": expected id 400, got 373"#), "{error}");
+    Ok(())
+}
+
+/// `eos_token_id` is `</s>`, and `<|im_end|>`, 305, is in the vocabulary.
+#[test]
+fn a_gguf_answer_ends_at_its_end_of_turn() -> Result {
+    let model = HybridModel::from_gguf(Path::new(CASES).join("eos_is_2.gguf"), None, &Device::Cpu)?;
+    assert_eq!(model.eos_ids(), [2, 305]);
+    let config = GenerationConfig::default().max_tokens(4);
+    let answer = model.generate("the cat", &config)?;
+    assert_eq!((answer.ids.as_slice(), &answer.stop), ([305].as_slice(), &StopReason::Eos));
+    Ok(())
+}

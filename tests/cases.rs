@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::Device;
-use hybrid_attention::{GenerationConfig, HybridModel, Message, StopReason, Tokenizer};
+use hybrid_attention::{
+    EmbedConfig, GenerationConfig, HybridModel, Message, Pooling, Sight, StopReason, Tokenizer,
+};
 use serde_json::{Value, json};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -98,5 +100,90 @@ fn a_gguf_answer_ends_at_its_end_of_turn() -> Result {
     let config = GenerationConfig::default().max_tokens(4);
     let answer = model.generate("the cat", &config)?;
     assert_eq!((answer.ids.as_slice(), &answer.stop), ([305].as_slice(), &StopReason::Eos));
+    Ok(())
+}
+
+/// The model of the cases, with more files beside it.
+fn checkpoint(files: &[(&str, Value)]) -> Result<HybridModel> {
+    let folder = tempfile::tempdir()?;
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(Path::new(CASES).join(name), folder.path().join(name))?;
+    }
+    for (name, content) in files {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().ok_or("no folder")?)?;
+        fs::write(path, content.to_string())?;
+    }
+    Ok(HybridModel::from_folder(folder.path(), None, &Device::Cpu)?)
+}
+
+/// What the authors' own code averages (`gritlm.py`, `llm2vec.py`): all tokens see all, and only the text's
+/// are pooled.
+#[test]
+fn gritlm_and_llm2vec_leave_instruction_and_bos_out() -> Result {
+    let model = checkpoint(&[])?;
+    let both_ways = EmbedConfig::default().sight(Sight::Bidirectional);
+    for (instruction, text, expected) in [
+        (
+            "<|embed|>\n",
+            "the cat sat on the mat",
+            [-0.03277, 0.13196, -0.09327, -0.04872, 0.14632, -0.17289],
+        ),
+        (
+            "<|user|>\nthe dog\n<|embed|>\n",
+            "hello world",
+            [0.13962, 0.12768, -0.19506, 0.00032, 0.01982, -0.14288],
+        ),
+        ("", "hello world", [0.24646, -0.22341, 0.18438, 0.02424, 0.17471, -0.02492]),
+    ] {
+        let config = both_ways.clone().instruction(instruction);
+        let got = model.embed(&[text], &config)?.to_vec2::<f32>()?;
+        for (got, expected) in got[0].iter().zip(expected) {
+            assert!((got - expected).abs() < 1.5e-5, "{instruction:?}: {got}, not {expected}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn files_of_sentence_transformers_are_followed() -> Result {
+    let module = |kind: &str, path: &str| json!({ "name": path, "path": path, "type": format!("sentence_transformers.models.{kind}") });
+    let modules = json!([
+        module("Transformer", ""),
+        module("Pooling", "1_Pooling"),
+        module("Normalize", "2_Normalize")
+    ]);
+    let pooling = |mode: &str| json!({ "word_embedding_dimension": 32, "pooling_mode_mean_tokens": false, mode: true, "include_prompt": false });
+    let with = |mode: &str| {
+        checkpoint(&[
+            ("modules.json", modules.clone()),
+            ("1_Pooling/config.json", pooling(mode)),
+            ("sentence_bert_config.json", json!({ "max_seq_length": 24, "do_lower_case": false })),
+            (
+                "config_sentence_transformers.json",
+                json!({ "prompts": { "query": "the dog ", "other": "x" }, "default_prompt_name": "query" }),
+            ),
+        ])
+    };
+    let (plain, default) = (checkpoint(&[])?, EmbedConfig::default());
+    let told = default.clone().instruction("the dog ").max_tokens(24);
+    let text = ["hello world and all the rest of it, which is longer than it may be"];
+    for (mode, kind) in [
+        ("pooling_mode_lasttoken", Pooling::LastToken),
+        ("pooling_mode_mean_tokens", Pooling::Mean),
+        ("pooling_mode_weightedmean_tokens", Pooling::WeightedMean),
+    ] {
+        let got = with(mode)?.embed(&text, &default)?.to_vec2::<f32>()?;
+        assert_eq!(
+            got,
+            plain.embed(&text, &told.clone().pooling(kind))?.to_vec2::<f32>()?,
+            "{mode}"
+        );
+    }
+    // What cannot be followed is named, and what the caller asks for goes before it.
+    let cls = with("pooling_mode_cls_token")?;
+    let error = cls.embed(&text, &default).err().ok_or("embedded")?.to_string();
+    assert_eq!(error, "unsupported sentence-transformers pooling: pooling_mode_cls_token");
+    cls.embed(&text, &default.pooling(Pooling::Mean))?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 use candle_core::DType;
 
 use super::config::GenerationConfig;
+use crate::embed::EmbedDefaults;
 use crate::error::Result;
 use crate::model::KvPool;
 use crate::thought::{Thinking, ThoughtModel};
@@ -19,6 +20,8 @@ pub(crate) struct Source {
     pub(crate) eos_ids: Vec<u32>,
     /// Its own thinking settings.
     pub(crate) thinking: Thinking,
+    /// What it says about embedding.
+    pub(crate) embed: EmbedDefaults,
     /// Where caches take their memory from.
     pub(crate) pool: KvPool,
 }

@@ -51,6 +51,7 @@ pub struct Tokenizer {
     eos: Option<u32>,
     /// Whether encoding with special tokens adds BOS to the front of a text by itself.
     adds_bos: bool,
+    adds_eos: bool,
     chat: Option<Arc<ChatTemplate>>,
 }
 
@@ -126,13 +127,16 @@ impl Tokenizer {
             bos: id_of(&around.bos_token, "bos_token")?,
             eos: id_of(&around.eos_token, "eos_token")?,
             adds_bos: false,
+            adds_eos: false,
             chat: None,
             inner: Arc::new(inner),
         };
         // Without a configuration, BOS is whatever special token precedes an empty text.
-        let first = tokenizer.encode_raw("", true)?.first().copied();
+        let around = tokenizer.encode_raw("", true)?;
+        let first = around.first().copied();
         tokenizer.bos = tokenizer.bos.or(first.filter(|&id| tokenizer.is_special(id)));
         tokenizer.adds_bos = first.is_some() && first == tokenizer.bos;
+        tokenizer.adds_eos = around.last().is_some_and(|id| Some(*id) == tokenizer.eos);
         tokenizer.chat = around.chat_template.map(|source| {
             let tokens = [
                 ("bos_token", around.bos_token),

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::Device;
+use hybrid_attention::load::Checkpoint;
 use hybrid_attention::{
     EmbedConfig, GenerationConfig, HybridModel, Message, Pooling, Sight, StopReason, Tokenizer,
 };
@@ -185,5 +186,58 @@ fn files_of_sentence_transformers_are_followed() -> Result {
     let error = cls.embed(&text, &default).err().ok_or("embedded")?.to_string();
     assert_eq!(error, "unsupported sentence-transformers pooling: pooling_mode_cls_token");
     cls.embed(&text, &default.pooling(Pooling::Mean))?;
+    Ok(())
+}
+
+/// With the EOS that the config asks for, the last token is another one.
+#[test]
+fn the_last_token_may_be_the_eos_that_is_added() -> Result {
+    let config = json!({ "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true, "add_eos_token": true });
+    let model = checkpoint(&[("tokenizer_config.json", config)])?;
+    let last = EmbedConfig::default().pooling(Pooling::LastToken);
+    let got = model.embed(&["the cat"], &last)?.to_vec2::<f32>()?;
+    let expected = [0.04416, -0.04613, 0.26208, 0.22004, 0.24996, 0.13789];
+    for (got, expected) in got[0].iter().zip(expected) {
+        assert!((got - expected).abs() < 1.5e-5, "{got}, not {expected}");
+    }
+    // Cutting keeps it.
+    let long = "the cat and the dog sat on the mat";
+    let (all, cut) =
+        (model.embed(&[long], &last)?, model.embed(&[long], &last.clone().max_tokens(3))?);
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let ids = tokenizer.encode(long, true)?;
+    assert_eq!(ids.last(), Some(&2));
+    let kept = tokenizer.decode(&ids[..2], true);
+    assert_eq!(tokenizer.encode(&kept, true)?, [ids[0], ids[1], 2]);
+    assert_eq!(cut.to_vec2::<f32>()?, model.embed(&[kept.as_str()], &last)?.to_vec2::<f32>()?);
+    assert_ne!(cut.to_vec2::<f32>()?, all.to_vec2::<f32>()?);
+    Ok(())
+}
+
+/// What a download leaves in the hub's cache: snapshots of links to blobs, and which of them is `main`.
+#[test]
+fn a_repository_in_the_hubs_cache_is_its_main_snapshot() -> Result {
+    let cache = tempfile::tempdir()?;
+    let repository = cache.path().join("models--org--tiny");
+    let snapshot = |commit: &str| repository.join("snapshots").join(commit);
+    for commit in ["0123", "4567"] {
+        fs::create_dir_all(snapshot(commit))?;
+    }
+    fs::create_dir_all(repository.join("refs"))?;
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(Path::new(CASES).join(name), snapshot("4567").join(name))?;
+    }
+    let open = || Checkpoint::open(&repository).map_err(|error| error.to_string());
+    fs::write(repository.join("refs/main"), "4567\n")?;
+    assert_eq!(open()?.path(), snapshot("4567"));
+    assert!(HybridModel::open(&repository, None, &Device::Cpu)?.tokenizer().is_some());
+    for (commit, said) in [
+        ("89ab", "there is no snapshot 89ab beside it"),
+        ("../4567", r#""../4567" is not the name of a snapshot"#),
+        ("", r#""" is not the name of a snapshot"#),
+    ] {
+        fs::write(repository.join("refs/main"), commit)?;
+        assert!(open().err().is_some_and(|error| error.ends_with(said)), "{commit}");
+    }
     Ok(())
 }

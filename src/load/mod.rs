@@ -144,6 +144,7 @@ impl Checkpoint {
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
+        let path = &folder::snapshot(path)?;
         let folder = Folder::look(path)?;
         let text = std::fs::read_to_string(&folder.config).map_err(Error::io(&folder.config))?;
         let config = if folder.is_params {
@@ -173,13 +174,7 @@ impl Checkpoint {
             // `params.json` has no established field for this: without a head, the embeddings are tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            naming: folder.naming,
-            tensors,
-            gguf_metadata: None,
-        })
+        Ok(Self { path: path.clone(), config, naming: folder.naming, tensors, gguf_metadata: None })
     }
 
     /// The shape of the model.
@@ -187,7 +182,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The folder or file that was opened.
+    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot.
     pub fn path(&self) -> &Path {
         &self.path
     }

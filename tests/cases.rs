@@ -43,6 +43,10 @@ fn bos_and_eos_stand_where_the_config_says() -> Result {
     assert_eq!(ids(json!({ "add_eos_token": true }))?, [1, 315, 296, 2]);
     assert_eq!(ids(json!({ "add_bos_token": false }))?, [315, 296]);
     assert_eq!(ids(json!({ "add_bos_token": false, "add_eos_token": true }))?, [315, 296, 2]);
+    // This class is `tokenizer.json` as it is.
+    let both = json!({ "add_bos_token": false, "add_eos_token": true,
+        "tokenizer_class": "PreTrainedTokenizerFast" });
+    assert_eq!(ids(both)?, [1, 315, 296]);
     // It is true of a text, and says nothing of a chat.
     let config = json!({ "bos_token": "<s>", "eos_token": "</s>", "add_eos_token": true,
         "chat_template": "{{ bos_token }}{{ messages[0]['content'] }}" });
@@ -69,21 +73,31 @@ fn tokens_are_added_from_wherever_they_stand() -> Result {
     let mut with_decoder = named.clone();
     with_decoder["added_tokens_decoder"] = decoder;
     let file = json!({ "<|im_end|>": 371, "<|im_start|>": 372 });
+    let mut with_list = named.clone();
+    with_list["additional_special_tokens"] = json!(["<|im_start|>"]);
     let expected = [
         372, 290, 285, 283, 272, 282, 13, 293, 272, 316, 296, 371, 290, 13, 372, 290, 268, 283,
         283, 276, 283, 284, 317, 284, 13,
     ];
-    for files in [
-        vec![("tokenizer_config.json", with_decoder.clone())],
-        vec![("tokenizer_config.json", named.clone()), ("added_tokens.json", file)],
+    // Of a token that is not special the older file does not say that spaces are part of other tokens.
+    let normalized = [
+        372, 285, 283, 272, 282, 13, 293, 272, 316, 296, 371, 290, 13, 63, 127, 276, 279, 98, 283,
+        284, 268, 282, 284, 127, 65, 268, 283, 283, 276, 283, 284, 317, 284, 13,
+    ];
+    for (config, file, expected, is_special) in [
+        (&with_decoder, None, &expected[..], false),
+        (&with_list, Some(&file), &expected[..], true),
+        (&named, Some(&file), &normalized[..], false),
     ] {
+        let mut files = vec![("tokenizer_config.json", config.clone())];
+        files.extend(file.map(|file| ("added_tokens.json", file.clone())));
         let tokenizer = tokenizer(&files)?;
         let mut ids = tokenizer.encode_chat(&[Message::user("the cat")], true)?;
-        // The reference calls the tokenizer without BOS, which the template does not write.
+        // transformers leaves BOS to the template; this crate adds it where the tokenizer does.
         assert_eq!(ids.remove(0), 1);
         assert_eq!(ids, expected);
         assert_eq!(tokenizer.eos_token_id(), Some(371));
-        assert!(tokenizer.is_special(371) && !tokenizer.is_special(372));
+        assert!(tokenizer.is_special(371) && tokenizer.is_special(372) == is_special);
     }
     // A gap would give a token the id of another one.
     with_decoder["added_tokens_decoder"]["400"] = json!({ "content": "<far>" });

@@ -120,16 +120,10 @@ fn a_row_gives_the_same_bits_beside_others() -> Result {
 fn what_no_memory_holds_is_refused() -> Result {
     let endless =
         |width| Tensor::ones((1, 1), DType::F32, &Device::Cpu)?.expand((usize::MAX, width));
-    let endless_rows =
-        |rows: usize| Tensor::ones((1, 1), DType::F32, &Device::Cpu)?.expand((rows, 1));
     for width in [1, 2] {
         let error = Linear::dense(&endless(width)?).err().map(|error| error.to_string());
         assert!(error.is_some_and(|it| it.starts_with("parameter matrix: expected")));
     }
-    // Each can be, but not their product, whose size does not even fit a usize.
-    let (tall, wide) = (endless_rows(1 << 20)?, endless_rows(1 << 44)?);
-    let error = Linear::dense(&wide)?.forward(&tall).err().map(|error| error.to_string());
-    assert!(error.is_some_and(|it| it.starts_with("parameter matrix: expected")));
     let linear = Linear::dense(&Tensor::ones((3, 2), DType::F32, &Device::Cpu)?)?;
     let error = linear.forward(&endless(2)?).err().map(|error| error.to_string());
     assert!(error.is_some_and(|it| it.starts_with("parameter matrix: expected")));

@@ -119,7 +119,7 @@ impl Sampler {
             // Minus infinity forbids a token, as it should.
             if of_model.is_finite() && (logit.is_nan() || *logit == f64::INFINITY) {
                 let got = format!(
-                    "repetition {}, frequency {}, presence {} for a logit of {of_model}",
+                    "repetition {:e}, frequency {:e}, presence {:e} for a logit of {of_model:e}",
                     config.repetition_penalty, config.frequency_penalty, config.presence_penalty
                 );
                 return Err(Error::parameter("penalties", "ones that keep logits finite", got));

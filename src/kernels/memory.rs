@@ -13,7 +13,8 @@ static MODELS: AtomicUsize = AtomicUsize::new(0);
 /// zeroed by it, for the next pass: about a tenth of the time of a pass over 512 tokens. So the first
 /// model raises, once and for good, the size from which glibc gives blocks back by themselves to just
 /// under 32 MiB. What any thread of the process frees in smaller blocks then stays resident until it is
-/// used again. When the last model is dropped, `malloc_trim` gives back all that is free.
+/// used again. When the last model is dropped, `malloc_trim` gives back what is free, but for what lies at
+/// the end of another thread's heap.
 ///
 /// Apart from that, each thread that multiplies keeps room of 192 bytes for each token of the longest
 /// pass, and 96 KiB, as long as it lives. Other allocators are never touched.

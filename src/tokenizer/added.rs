@@ -63,44 +63,41 @@ pub(super) fn add(inner: &mut Tokenizer, tokens: &BTreeMap<u32, Entry>) -> Resul
 }
 
 /// Puts BOS in front of a text and EOS behind it, or takes them away, where the file says so and
-/// `tokenizer.json` does otherwise.
+/// `tokenizer.json` does otherwise. Each is a flag, and the token that is named.
 pub(super) fn surround(
     inner: &mut Tokenizer,
     [bos, eos]: [(Option<bool>, Option<&str>); 2],
 ) -> Result<()> {
     let around = guard(|| inner.encode_fast("", true))?.get_ids().to_vec();
-    let id_of = |token: Option<&str>| {
-        token.and_then(|token| Some((token.to_owned(), inner.token_to_id(token)?)))
-    };
-    let (bos_id, eos_id) = (id_of(bos.1), id_of(eos.1));
-    let is = |at: Option<&u32>, token: &Option<(String, u32)>| {
-        token.as_ref().is_some_and(|(_, id)| at == Some(id))
-    };
-    let has = [is(around.first(), &bos_id), is(around.last(), &eos_id)];
-    let wants = [bos.0.unwrap_or(has[0]), eos.0.unwrap_or(has[1])];
+    let id_of = |token: Option<&str>| token.and_then(|token| inner.token_to_id(token));
+    let eos_id = id_of(eos.1);
+    // A BOS that is not named is what stands in front.
+    let first = around.first().copied().filter(|id| Some(*id) != eos_id);
+    let bos_id = id_of(bos.1).or(first);
+    let has = [
+        bos_id.is_some() && around.first() == bos_id.as_ref(),
+        eos_id.is_some() && around.last() == eos_id.as_ref(),
+    ];
+    let mut wants = has;
+    for (wants, (name, flag, id)) in
+        wants.iter_mut().zip([("add_bos_token", bos.0, bos_id), ("add_eos_token", eos.0, eos_id)])
+    {
+        *wants = flag.unwrap_or(*wants);
+        if *wants && id.is_none() {
+            tracing::warn!("{name} is true, but no such token is named: none is added");
+            *wants = false;
+        }
+    }
     if wants == has {
         return Ok(());
     }
-    let (mut template, mut special) = (vec!["$A".to_owned()], Vec::new());
-    for (name, wanted, token) in
-        [("add_bos_token", wants[0], bos_id), ("add_eos_token", wants[1], eos_id)]
-    {
-        match (wanted, token) {
-            (false, _) => {}
-            (true, Some((_, id))) => {
-                let at = if name == "add_bos_token" { 0 } else { template.len() };
-                template.insert(at, name.to_owned());
-                special.push(SpecialToken::from((name.to_owned(), id)));
-            }
-            (true, None) => {
-                tracing::warn!("{name} is true, but no such token is named: none is added")
-            }
-        }
-    }
+    let bos = bos_id.filter(|_| wants[0]).map(|id| SpecialToken::from(("bos".to_owned(), id)));
+    let eos = eos_id.filter(|_| wants[1]).map(|id| SpecialToken::from(("eos".to_owned(), id)));
+    let names = [bos.as_ref().map(|_| "bos"), Some("$A"), eos.as_ref().map(|_| "eos")];
     let processor = TemplateProcessing::builder()
-        .try_single(template)
+        .try_single(names.into_iter().flatten().collect::<Vec<_>>())
         .map_err(failed)?
-        .special_tokens(special)
+        .special_tokens(bos.into_iter().chain(eos).collect::<Vec<_>>())
         .build()
         .map_err(failed)?;
     inner.with_post_processor(Some(processor));

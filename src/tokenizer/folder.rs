@@ -22,6 +22,7 @@ struct TokenizerConfig {
     additional_special_tokens: Option<Vec<Token>>,
     /// By their ids.
     added_tokens_decoder: Option<BTreeMap<u32, added::Entry>>,
+    tokenizer_class: Option<String>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
     chat_template: Option<Templates>,
@@ -111,11 +112,14 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
         Error::Tokenizer { message } => Error::malformed(&config_path, message),
         other => other,
     })?;
-    let ends = [
-        (config.add_bos_token, around.bos_token.as_deref()),
-        (config.add_eos_token, around.eos_token.as_deref()),
-    ];
-    added::surround(&mut inner, ends).map_err(in_file)?;
+    // The class that stands for `tokenizer.json` as it is looks at neither flag.
+    if config.tokenizer_class.as_deref() != Some("PreTrainedTokenizerFast") {
+        let ends = [
+            (config.add_bos_token, around.bos_token.as_deref()),
+            (config.add_eos_token, around.eos_token.as_deref()),
+        ];
+        added::surround(&mut inner, ends).map_err(in_file)?;
+    }
     Tokenizer::new(inner, around).map(Some).map_err(in_file)
 }
 

@@ -14,7 +14,7 @@ use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
 use crate::load::{Checkpoint, WeightType};
-use crate::model::{Sight, Transformer};
+use crate::model::{Pass, Sight, Transformer};
 use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 

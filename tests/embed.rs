@@ -163,8 +163,8 @@ fn nothing_to_embed_is_an_error() -> Result {
     };
     assert!(matches!(refused(&["a", ""])?, (1, Error::EmptyPrompt)));
 
-    let refused = bytes.embed(&["a"], &config.clone().batch_size(0)).map_err(|e| e.to_string());
-    assert_eq!(refused.err().as_deref(), Some("parameter batch_size: expected at least 1, got 0"));
+    let zero = bytes.embed(&["a"], &config.clone().batch_size(0)).map_err(|e| e.to_string());
+    assert_eq!(zero.err().as_deref(), Some("parameter batch_size: expected at least 1, got 0"));
     let long = "a ".repeat(3000);
     assert!(matches!(refused(&["a", &long, ""])?, (1, Error::ContextFull { .. })));
     let refused = tiny::hybrid(&tiny::config(), 1)?.embed(&["a"], &config);

@@ -30,6 +30,11 @@ fn thinking(weight: f64) -> Thinking {
     Thinking::new(2).refine(Interpolate::new(weight))
 }
 
+/// The plain mean, whatever is seen.
+fn averaged(sight: Sight) -> EmbedConfig {
+    EmbedConfig::default().sight(sight).pooling(Pooling::Mean)
+}
+
 #[test]
 fn a_batch_is_its_texts_one_by_one_in_every_hand_off() -> Result {
     for window in [None, Some(3)] {
@@ -86,7 +91,7 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
                 ),
             ] {
                 let thinking = thinking(0.3).span(1..2).hand_off(hand_off);
-                let how = EmbedConfig::default().sight(sight).normalize(false).thinking(thinking);
+                let how = averaged(sight).normalize(false).thinking(thinking);
                 let expected = transformer.norm(&last)?.mean_keepdim(0)?;
                 let name = format!("{text}: {hand_off:?}, {sight:?}");
                 assert_close(&name, &model.embed(&[text], &how)?, &expected, 1e-5)?;
@@ -101,7 +106,7 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
 fn thoughts_that_do_not_move_are_read_plainly() -> Result {
     for window in [None, Some(3)] {
         let model = model(window)?;
-        let plain = |sight| model.embed(&TEXTS, &EmbedConfig::default().sight(sight));
+        let plain = |sight| model.embed(&TEXTS, &averaged(sight));
         for sight in SIGHTS {
             for (hand_off, expected) in [
                 (HandOff::Refined, plain(sight)?),
@@ -109,8 +114,7 @@ fn thoughts_that_do_not_move_are_read_plainly() -> Result {
                 (HandOff::Mixed { weight: 1.0 }, plain(Sight::Bidirectional)?),
                 (HandOff::Mixed { weight: 0.0 }, plain(Sight::Causal)?),
             ] {
-                let still = EmbedConfig::default().sight(sight);
-                let still = still.thinking(thinking(0.0).hand_off(hand_off));
+                let still = averaged(sight).thinking(thinking(0.0).hand_off(hand_off));
                 let name = format!("{hand_off:?}, {sight:?}");
                 assert_close(&name, &model.embed(&TEXTS, &still)?, &expected, 1e-5)?;
             }

@@ -132,11 +132,11 @@ impl Tokenizer {
             inner: Arc::new(inner),
         };
         // Without a configuration, BOS is whatever special token precedes an empty text.
-        let around = tokenizer.encode_raw("", true)?;
-        let first = around.first().copied();
+        let empty = tokenizer.encode_raw("", true)?;
+        let first = empty.first().copied();
         tokenizer.bos = tokenizer.bos.or(first.filter(|&id| tokenizer.is_special(id)));
         tokenizer.adds_bos = first.is_some() && first == tokenizer.bos;
-        tokenizer.adds_eos = around.last().is_some_and(|id| Some(*id) == tokenizer.eos);
+        tokenizer.adds_eos = empty.last().is_some_and(|id| Some(*id) == tokenizer.eos);
         tokenizer.chat = around.chat_template.map(|source| {
             let tokens = [
                 ("bos_token", around.bos_token),
@@ -173,6 +173,16 @@ impl Tokenizer {
             .get_added_tokens_decoder()
             .get(&id)
             .is_some_and(|t| t.special)
+    }
+
+    /// Whether encoding with special tokens puts BOS in front of a text.
+    pub(crate) fn adds_bos(&self) -> bool {
+        self.adds_bos
+    }
+
+    /// Whether it puts EOS behind it.
+    pub(crate) fn adds_eos(&self) -> bool {
+        self.adds_eos
     }
 
     /// The control token with this spelling.

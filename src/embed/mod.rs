@@ -118,12 +118,9 @@ impl<'a> Embedder<'a> {
 
     fn tokens(&self, text: &str) -> Result<Tokens> {
         let (tokenizer, instruction) = (self.tokenizer, self.instruction.unwrap_or_default());
-        let mut ids = tokenizer.encode(&format!("{instruction}{text}"), true)?;
-        let left_out = match self.leaves_out {
-            // Counted by itself, as GritLM does: a token across the border belongs to the text.
-            true => tokenizer.encode(instruction, false)?.len() + usize::from(tokenizer.adds_bos()),
-            false => 0,
-        };
+        let all = format!("{instruction}{text}");
+        let (mut ids, before) = tokenizer.encode_after(&all, instruction.len())?;
+        let left_out = if self.leaves_out { before } else { 0 };
         if let Some(most) = self.max_tokens.filter(|most| *most < ids.len()) {
             let eos = ids
                 .last()

@@ -175,12 +175,7 @@ impl Tokenizer {
             .is_some_and(|t| t.special)
     }
 
-    /// Whether encoding with special tokens puts BOS in front of a text.
-    pub(crate) fn adds_bos(&self) -> bool {
-        self.adds_bos
-    }
-
-    /// Whether it puts EOS behind it.
+    /// Whether encoding with special tokens puts EOS behind a text.
     pub(crate) fn adds_eos(&self) -> bool {
         self.adds_eos
     }
@@ -312,6 +307,19 @@ impl Tokenizer {
             starts.drain(..all - ids.len());
         }
         Ok((ids, starts))
+    }
+
+    /// [`encode`](Self::encode) with special tokens, and how many tokens stand before those of the text from
+    /// this byte on; a token across it is the text's. All of them, if no token is.
+    pub(crate) fn encode_after(&self, text: &str, byte: usize) -> Result<(Vec<u32>, usize)> {
+        let encoding = guard(|| self.inner.encode(text, true))?;
+        let mut ids = encoding.get_ids().to_vec();
+        // A token that is added around the text ends at byte 0.
+        let before = encoding.get_offsets().iter().position(|&(_, end)| end > byte);
+        let all = ids.len();
+        self.keep_one_bos(&mut ids);
+        let before = before.map_or(ids.len(), |before| before.saturating_sub(all - ids.len()));
+        Ok((ids, before))
     }
 
     fn encode_raw(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {

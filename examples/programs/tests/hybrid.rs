@@ -639,12 +639,12 @@ fn embed_gives_the_librarys_vectors_and_their_cosines() -> Result {
         .pooling(hybrid_attention::Pooling::WeightedMean)
         .sight(Sight::Bidirectional)
         .thinking(Thinking::new(1));
-    let told = EmbedConfig::default().sight(Sight::Causal).instruction("about ").max_tokens(9);
+    let told = EmbedConfig::default().sight(Sight::Causal).instruction("about ").max_tokens(24);
     let last = EmbedConfig::default().pooling(hybrid_attention::Pooling::LastToken);
     for (args, config) in [
         (vec![], plain),
         (vec!["--pooling=weighted-mean", "--both-ways", "--passes=1"], bidirectional),
-        (vec!["--causal", "--instruction=about ", "--truncate=9"], told),
+        (vec!["--causal", "--instruction=about ", "--truncate=24"], told),
         (vec!["--pooling=last"], last),
     ] {
         let args = [vec!["--json", "--file", file, texts[0], texts[1]], args].concat();

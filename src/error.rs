@@ -216,6 +216,15 @@ pub enum Error {
         position: usize,
     },
 
+    /// Something is wrong with one of several texts.
+    #[error("text {text}: {source}")]
+    InText {
+        /// Its index, from 0.
+        text: usize,
+        /// What is wrong.
+        source: Box<Error>,
+    },
+
     /// An op of a refinement failed.
     #[error("refinement op {index} ({op}): {source}")]
     Refinement {
@@ -260,6 +269,11 @@ impl Error {
     /// Something this crate does not compute.
     pub(crate) fn unsupported(what: impl Into<String>, got: impl ToString) -> Self {
         Self::Unsupported { what: what.into(), got: presentable(got) }
+    }
+
+    /// `source` is wrong with the text of this index.
+    pub(crate) fn in_text(text: usize, source: Self) -> Self {
+        Self::InText { text, source: Box::new(source) }
     }
 
     /// A parameter outside its range.

@@ -5,17 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
+use crate::embed::{self, EmbedConfig, EmbedDefaults, Embedder};
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
 use crate::load::{Checkpoint, WeightType};
-use crate::model::{Batch, Pass, Sight, Transformer};
-use crate::pooling::{self, Pooling};
+use crate::model::{Pass, Sight, Transformer};
 use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 
@@ -40,69 +39,6 @@ use crate::tokenizer::{Message, Tokenizer};
 #[derive(Clone, Debug)]
 pub struct HybridModel {
     source: Arc<Source>,
-}
-
-/// How [`HybridModel::embed`] turns a text into one vector.
-///
-/// The default reads each text once in both directions and averages its tokens' vectors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct EmbedConfig {
-    pooling: Pooling,
-    sight: Sight,
-    normalize: bool,
-    thinking: Thinking,
-    batch_size: usize,
-}
-
-impl Default for EmbedConfig {
-    fn default() -> Self {
-        Self {
-            pooling: Pooling::Mean,
-            sight: Sight::Bidirectional,
-            normalize: true,
-            thinking: Thinking::none(),
-            batch_size: 8,
-        }
-    }
-}
-
-impl EmbedConfig {
-    /// How the tokens' vectors become one. Default [`Pooling::Mean`].
-    #[must_use]
-    pub fn pooling(mut self, pooling: Pooling) -> Self {
-        self.pooling = pooling;
-        self
-    }
-
-    /// Whether tokens see what comes after them. Default [`Sight::Bidirectional`].
-    #[must_use]
-    pub fn sight(mut self, sight: Sight) -> Self {
-        self.sight = sight;
-        self
-    }
-
-    /// Whether vectors are scaled to length 1. Default yes.
-    #[must_use]
-    pub fn normalize(mut self, normalize: bool) -> Self {
-        self.normalize = normalize;
-        self
-    }
-
-    /// How to think about a text before it is read. Default: not at all; a checkpoint's `hybrid.json`
-    /// applies to answers.
-    #[must_use]
-    pub fn thinking(mut self, thinking: Thinking) -> Self {
-        self.thinking = thinking;
-        self
-    }
-
-    /// Texts that run side by side, at least 1. Default 8.
-    #[must_use]
-    pub fn batch_size(mut self, batch_size: usize) -> Self {
-        self.batch_size = batch_size;
-        self
-    }
 }
 
 impl HybridModel {
@@ -257,6 +193,10 @@ impl HybridModel {
             }
             tokenizer => (tokenizer?, None),
         };
+        let embed = match checkpoint.gguf_metadata() {
+            Some(_) => EmbedDefaults::default(),
+            None => embed::sentence_transformers(checkpoint.path())?,
+        };
         let mut said = checkpoint.generation_defaults()?;
         let vocab_size = checkpoint.config().vocab_size;
         said.eos_token_ids.retain(|&id| {
@@ -311,6 +251,7 @@ impl HybridModel {
         Ok(Self::new(model, tokenizer)?.with(|source| {
             source.defaults = defaults;
             source.untokenized = untokenized;
+            source.embed = embed;
             source.thinking = thinking;
             if !said.eos_token_ids.is_empty() {
                 source.eos_ids = said.eos_token_ids;
@@ -343,8 +284,9 @@ impl HybridModel {
         };
         let (defaults, thinking) = (GenerationConfig::default(), Thinking::none());
         let pool = decoder.new_pool(decoder.dtype(), usize::MAX)?;
-        let untokenized = None;
-        let source = Source { model, tokenizer, untokenized, defaults, eos_ids, thinking, pool };
+        let (untokenized, embed) = (None, EmbedDefaults::default());
+        let source =
+            Source { model, tokenizer, untokenized, defaults, eos_ids, thinking, embed, pool };
         Ok(Self { source: Arc::new(source) })
     }
 
@@ -378,7 +320,11 @@ impl HybridModel {
     /// As [`ThoughtModel::adapted`].
     pub fn with_adapter(&self, adapter: &Adapter, scope: AdapterScope) -> Result<Self> {
         let model = self.source.model.adapted(adapter, scope)?;
-        Ok(Self { source: Arc::new(self.source.with_model(model)?) })
+        let mut source = self.source.with_model(model)?;
+        if scope == AdapterScope::Thinking {
+            source.embed.sight = Some(Sight::Bidirectional); // what such an adapter is for
+        }
+        Ok(Self { source: Arc::new(source) })
     }
 
     /// The same model with caches that keep keys and values as `dtype`, both those of its conversations
@@ -561,53 +507,13 @@ impl HybridModel {
     /// for [`AdapterScope::Thinking`], causal reading those for [`AdapterScope::Decoding`].
     ///
     /// # Errors
-    /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all, and
-    /// [`Error::NotFinite`] with the index of the text whose vector is not finite.
+    /// [`Error::InText`] with what [`HybridModel::stream`] says of a text, [`Error::EmptyPrompt`] among it
+    /// where nothing is left to pool; [`Error::EmptyPrompt`] for no texts at all; [`Error::NotFinite`] with
+    /// the index of the text whose vector is not finite; [`Error::Parameter`] for a setting outside its
+    /// range; [`Error::Unsupported`] where the checkpoint's sentence-transformers files ask for what this
+    /// crate does not compute and `config` names no pooling.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
-        if config.batch_size == 0 {
-            return Err(Error::parameter("batch_size", "at least 1", 0));
-        }
-        let encode = |text: &T| {
-            let ids = self.source.encode(&Prompt::from(text.as_ref()))?.ids;
-            self.transformer().check_context(ids.len())?;
-            Ok(ids)
-        };
-        let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-        // With texts of similar length side by side, all batches take about the same memory.
-        let mut order: Vec<usize> = (0..ids.len()).collect();
-        order.sort_by_key(|&text| ids.get(text).map_or(0, Vec::len));
-        let mut vectors = vec![Vec::new(); ids.len()];
-        for batch in order.chunks(config.batch_size) {
-            let texts: Vec<&[u32]> =
-                batch.iter().filter_map(|&i| Some(ids.get(i)?.as_slice())).collect();
-            let rows = self.embed_batch(&texts, config)?.to_vec2::<f32>()?;
-            for (&text, row) in batch.iter().zip(rows) {
-                if row.iter().any(|value| !value.is_finite()) {
-                    return Err(Error::NotFinite { what: "vectors", position: text });
-                }
-                if let Some(vector) = vectors.get_mut(text) {
-                    *vector = row;
-                }
-            }
-        }
-        if vectors.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        Ok(Tensor::new(vectors, self.transformer().device())?)
-    }
-
-    fn embed_batch(&self, texts: &[&[u32]], config: &EmbedConfig) -> Result<Tensor> {
-        let transformer = self.transformer();
-        let lengths: Vec<usize> = texts.iter().map(|ids| ids.len()).collect();
-        let batch = Batch::ragged(&lengths)?;
-        let text = EncodedBatch::new(transformer, &texts.concat(), batch.clone())?;
-
-        let mind = config.thinking.on(&self.source.model)?;
-        let z = mind.encode(&text, Pass::Causal(&batch))?;
-        let thoughts = mind.think(&text, z, |_, _| ())?;
-        let pass = Pass::uncached(&batch, config.sight);
-        let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
-        let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &batch)?;
-        if config.normalize { pooling::unit_length(&vectors) } else { Ok(vectors) }
+        let Source { model, embed, .. } = &*self.source;
+        Embedder::new(model, self.source.tokenizer()?, embed, config)?.embed(texts)
     }
 }

@@ -475,7 +475,7 @@ fn settings_are_spelled_plainly() -> Result {
     let config = config.normalize(false).thinking(refined).batch_size(3);
     let expected = json!({
         "pooling": "last_token", "sight": "causal", "normalize": false, "thinking": written,
-        "batch_size": 3,
+        "batch_size": 3, "instruction": null, "max_tokens": null,
     });
     assert_eq!(serde_json::to_value(&config)?, expected);
     Ok(())

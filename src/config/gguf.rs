@@ -1,6 +1,6 @@
 //! The metadata of a GGUF file, as llama.cpp writes it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::quantized::gguf_file::Value;
 
@@ -16,7 +16,8 @@ impl Config {
     /// `attention.head_count_kv` is `attention.head_count`, `attention.key_length` is
     /// `embedding_length / head_count`, `rope.freq_base` is 10000, `vocab_size` is the number of
     /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
-    /// counts as an end of text. `tie_word_embeddings` is false: the metadata does not say, and
+    /// counts as an end of text, and so does every token that is spelled like one, such as `<|im_end|>`,
+    /// as in llama.cpp. `tie_word_embeddings` is false: the metadata does not say, and
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
     ///
     /// # Errors
@@ -47,11 +48,12 @@ impl Config {
             _ => return Err(Error::config(metadata.key("vocab_size"), INTEGER, "nothing")),
         };
         let mut eos_token_ids = Vec::new();
-        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-            if let Some(id) = metadata.token(key)?.filter(|id| !eos_token_ids.contains(id)) {
-                eos_token_ids.push(id);
-            }
+        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+            eos_token_ids.extend(metadata.token(&format!("tokenizer.ggml.{key}"))?);
         }
+        eos_token_ids.extend(metadata.ends_by_text());
+        let mut seen = HashSet::new();
+        eos_token_ids.retain(|id| seen.insert(*id));
         let config = Self {
             vocab_size,
             hidden_size: hidden,
@@ -91,6 +93,25 @@ impl Config {
         validate_as(config, &names)
     }
 }
+
+/// Tokens that llama.cpp ends an answer at, whatever `eos_token_id` says, because files name one end and
+/// fine-tunes write another (`special_eog_ids` in its `llama-vocab.cpp`).
+const ENDS: [&str; 14] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+];
 
 const EPSILON: &str = "attention.layer_norm_rms_epsilon";
 const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -172,6 +193,17 @@ impl<'a> Metadata<'a> {
             Some(Value::F64(number)) => Ok(Some(*number)),
             other => Err(mistyped(&key, "a number", other)),
         }
+    }
+
+    /// The ids of [`ENDS`] that are in the vocabulary, in its order.
+    fn ends_by_text(&self) -> impl Iterator<Item = u32> {
+        let tokens = match self.general(TOKENS) {
+            Some(Value::Array(tokens)) => tokens.as_slice(),
+            _ => &[],
+        };
+        let ends =
+            |token: &Value| matches!(token, Value::String(text) if ENDS.contains(&text.as_str()));
+        (0u32..).zip(tokens).filter(move |(_, token)| ends(token)).map(|(id, _)| id)
     }
 
     fn token(&self, key: &str) -> Result<Option<u32>> {

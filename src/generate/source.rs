@@ -4,6 +4,7 @@ use candle_core::DType;
 
 use super::config::GenerationConfig;
 use super::prompt::{EncodedPrompt, Prompt};
+use crate::embed::EmbedDefaults;
 use crate::error::{Error, Result};
 use crate::model::KvPool;
 use crate::thought::{Thinking, ThoughtModel};
@@ -22,6 +23,8 @@ pub(crate) struct Source {
     pub(crate) eos_ids: Vec<u32>,
     /// Its own thinking settings.
     pub(crate) thinking: Thinking,
+    /// What it says about embedding.
+    pub(crate) embed: EmbedDefaults,
     /// Where caches take their memory from.
     pub(crate) pool: KvPool,
 }
@@ -41,10 +44,21 @@ impl Source {
 
     /// The prompt as the model takes it.
     pub(crate) fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt> {
-        prompt.encode(self.tokenizer.as_ref()).map_err(|error| match (error, &self.untokenized) {
+        prompt.encode(self.tokenizer.as_ref()).map_err(|error| self.why(error))
+    }
+
+    /// What turns a text into token ids.
+    pub(crate) fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = || self.why(Error::NoTokenizer { needed_for: "a text prompt" });
+        self.tokenizer.as_ref().ok_or_else(missing)
+    }
+
+    /// For want of a tokenizer: what the checkpoint has instead.
+    fn why(&self, error: Error) -> Error {
+        match (error, &self.untokenized) {
             (Error::NoTokenizer { .. }, Some((what, got))) => Error::unsupported(what, got),
             (error, _) => error,
-        })
+        }
     }
 
     /// What `config` says of thinking, or else the checkpoint.

@@ -60,6 +60,29 @@ impl Folder {
     }
 }
 
+/// The folder that `folder` stands for: itself, or the snapshot that `refs/main` names, where it is a
+/// repository in the cache of the Hugging Face hub (`models--org--name`).
+///
+/// ```text
+/// models--org--name/refs/main              holds 0123abc
+/// models--org--name/snapshots/0123abc      holds the checkpoint
+/// ```
+pub(super) fn snapshot(folder: &Path) -> Result<PathBuf> {
+    let (snapshots, main) = (folder.join("snapshots"), folder.join("refs").join("main"));
+    if !snapshots.is_dir() || !main.is_file() {
+        return Ok(folder.to_path_buf());
+    }
+    let text = std::fs::read_to_string(&main).map_err(Error::io(&main))?;
+    let commit = text.trim();
+    if Path::new(commit).file_name() != Some(OsStr::new(commit)) {
+        return Err(Error::malformed(&main, format!("{commit:?} is not the name of a snapshot")));
+    }
+    match snapshots.join(commit) {
+        snapshot if snapshot.is_dir() => Ok(snapshot),
+        _ => Err(Error::malformed(&main, format!("there is no snapshot {commit} beside it"))),
+    }
+}
+
 impl Index {
     fn read(path: PathBuf) -> Result<Self> {
         #[derive(Deserialize)]

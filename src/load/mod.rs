@@ -164,6 +164,7 @@ impl Checkpoint {
     }
 
     fn open_folder(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
+        let path = &folder::snapshot(path)?;
         let folder = Folder::look(path)?;
         let text = std::fs::read_to_string(&folder.config).map_err(Error::io(&folder.config))?;
         let config = if folder.is_params {
@@ -201,7 +202,7 @@ impl Checkpoint {
             // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self { path: path.to_path_buf(), config, naming, tensors, gguf_metadata: None })
+        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None })
     }
 
     /// The shape of the model.
@@ -209,7 +210,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The folder or file that was opened.
+    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -52,7 +52,7 @@ use self::block::RmsNorm;
 use self::stack::in_pool;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::FreedMemory;
 
 pub use self::attention::attend;
 pub use self::context::{ForwardContext, Pass, SideSignal};
@@ -100,6 +100,8 @@ pub struct Transformer {
     lm_head: Option<Linear>,
     dtype: DType,
     device: Device,
+    /// Dropped last, when the weights are free.
+    _freed_memory: FreedMemory,
 }
 
 impl Transformer {
@@ -111,7 +113,7 @@ impl Transformer {
     /// [`has_head`](Self::has_head).
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
         config.validate()?;
-        kernels::keep_freed_memory();
+        let _freed_memory = FreedMemory::kept();
         let table = (config.vocab_size, config.hidden_size);
         let embed_tokens = weights.embedding("model.embed_tokens.weight", table.0, table.1)?;
         let device = embed_tokens.device();
@@ -132,7 +134,7 @@ impl Transformer {
             }
         };
         let config = config.clone();
-        Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device })
+        Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device, _freed_memory })
     }
 
     /// The shapes it was built with.
@@ -308,6 +310,7 @@ impl Transformer {
             lm_head: self.lm_head.clone(),
             dtype: self.dtype,
             device: self.device.clone(),
+            _freed_memory: FreedMemory::kept(),
         }
     }
 

@@ -112,7 +112,8 @@ fn a_base_class_embeds_and_says_that_it_has_no_head() -> Result {
     ])?;
     for folder in [&without_prefix, &with_prefix] {
         let model = load(folder.path())?;
-        let vectors = model.embed(&["the cat"], &EmbedConfig::default())?;
+        let both_ways = EmbedConfig::default().pooling(Pooling::Mean).sight(Sight::Bidirectional);
+        let vectors = model.embed(&["the cat"], &both_ways)?;
         assert_near(&first(&vectors)?, &[0.1745, -0.12399, 0.3972, 0.16472, 0.33954, 0.1442]);
         let last = EmbedConfig::default().pooling(Pooling::LastToken).sight(Sight::Causal);
         let vectors = model.embed(&["the cat</s>"], &last)?;

@@ -751,6 +751,12 @@ fn gguf_weights() -> Result {
         assert_eq!(extra(name)?, format!("weight {name} in model.gguf {used}: {reason}"));
     }
     assert_eq!(extra("rope_freqs.weight")?, "unsupported rope scaling: rope_freqs.weight");
+    let ones = gguf_edited(|file| {
+        file.tensors.push(tensor("rope_freqs.weight", &[2], 0, file.data.len() as u64));
+        file.data.extend([1f32, 1.0].map(f32::to_le_bytes).concat());
+        file.data.resize(file.data.len() + 24, 0);
+    })?;
+    assert_eq!(ones, "accepted");
     assert_eq!(extra("cls.weight")?, "accepted");
     assert_eq!(
         gguf_edited(|file| drop(file.tensors.remove(2)))?,

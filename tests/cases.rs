@@ -112,7 +112,8 @@ fn a_base_class_embeds_and_says_that_it_has_no_head() -> Result {
     ])?;
     for folder in [&without_prefix, &with_prefix] {
         let model = load(folder.path())?;
-        let vectors = model.embed(&["the cat"], &EmbedConfig::default())?;
+        let both_ways = EmbedConfig::default().pooling(Pooling::Mean).sight(Sight::Bidirectional);
+        let vectors = model.embed(&["the cat"], &both_ways)?;
         assert_near(&first(&vectors)?, &[0.1745, -0.12399, 0.3972, 0.16472, 0.33954, 0.1442]);
         let last = EmbedConfig::default().pooling(Pooling::LastToken).sight(Sight::Causal);
         let vectors = model.embed(&["the cat</s>"], &last)?;
@@ -229,6 +230,7 @@ fn generation_defaults_that_nothing_uses_are_passed_over() -> Result {
         |json| Ok::<_, Box<dyn std::error::Error>>(load(of(json)?.path())?.eos_ids().to_vec());
     assert_eq!(eos(r#"{"eos_token_id": [300, 32000]}"#)?, [300]);
     assert_eq!(eos(r#"{"eos_token_id": 32000}"#)?, [2], "that of config.json");
+    assert_eq!(eos(r#"{"eos_token_id": [3.0, -1]}"#)?, [3]);
     let all = load(of(r#"{"do_sample": true, "top_k": -1}"#)?.path())?.generation_config();
     let expected = GenerationConfig::default().temperature(1.0);
     assert_eq!(format!("{all:?}"), format!("{expected:?}"));
@@ -330,6 +332,21 @@ fn metadata_may_take_no_more_than_a_file_of_its_size_may() -> Result {
     // What is no more than the vocabulary of a real model is read.
     sparse_gguf(&path, 4, 300_000)?;
     assert!(refusal(Checkpoint::open(&path)).contains("general.architecture"));
+    Ok(())
+}
+
+#[test]
+fn a_text_of_a_checkpoint_has_a_bound() -> Result {
+    for (name, most) in
+        [("config.json", 64 << 20), ("tokenizer.json", 256 << 20), ("hybrid.json", 64 << 20)]
+    {
+        let folder = folder(&[(name, Vec::new())])?;
+        let path = folder.path().join(name);
+        File::options().write(true).open(&path)?.set_len(1 << 40)?;
+        let expected =
+            format!("{}: more than {most} bytes, which no such file has", path.display());
+        assert_eq!(refusal(load(folder.path())), expected);
+    }
     Ok(())
 }
 

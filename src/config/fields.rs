@@ -1,6 +1,6 @@
 //! Typed access to the fields of a JSON object, with errors that name the field.
 
-use serde_json::{Map, Number, Value};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
@@ -66,7 +66,7 @@ impl Fields {
 
     /// A token id. A number that no token has (-1, as some write for none) is passed over with a warning.
     pub(crate) fn token(&self, field: &str) -> Result<Option<u32>> {
-        let id = self.typed(field, "a token id", Value::as_number)?;
+        let id = self.typed(field, "a token id", whole)?;
         Ok(id.and_then(|id| known(field, id)))
     }
 
@@ -74,8 +74,8 @@ impl Fields {
     /// [`Fields::token`].
     pub(crate) fn tokens(&self, field: &str) -> Result<Vec<u32>> {
         let ids = self.typed(field, "a token id or a list of them", |value| match value {
-            Value::Array(ids) => ids.iter().map(Value::as_number).collect(),
-            id => id.as_number().map(|id| vec![id]),
+            Value::Array(ids) => ids.iter().map(whole).collect(),
+            id => whole(id).map(|id| vec![id]),
         })?;
         Ok(ids.into_iter().flatten().filter_map(|id| known(field, id)).collect())
     }
@@ -97,12 +97,17 @@ impl Fields {
     }
 }
 
-fn known(field: &str, id: &Number) -> Option<u32> {
-    let known = id.as_u64().and_then(|id| id.try_into().ok());
-    if known.is_none() {
-        tracing::warn!(field, %id, "no token has this id: not used");
+/// A whole number, however it is written. Every `u32` is one of `f64`.
+fn whole(value: &Value) -> Option<f64> {
+    value.as_f64().filter(|number| number.fract() == 0.0)
+}
+
+fn known(field: &str, id: f64) -> Option<u32> {
+    let known = (0.0..=f64::from(u32::MAX)).contains(&id);
+    if !known {
+        tracing::warn!(field, id, "no token has this id: not used");
     }
-    known
+    known.then_some(id as u32)
 }
 
 /// `value` in few enough words for an error message.

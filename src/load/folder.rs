@@ -89,7 +89,7 @@ impl Index {
         struct Content {
             weight_map: BTreeMap<String, String>,
         }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = super::read_text(&path)?;
         let content: Content =
             serde_json::from_str(&text).map_err(|error| Error::malformed(&path, error))?;
         Ok(Self { path, weight_map: content.weight_map })

@@ -37,7 +37,7 @@ impl GenerationDefaults {
         if !path.is_file() {
             return Ok(Self::default());
         }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = super::read_text(&path)?;
         Self::from_json(&text).map_err(|error| match error {
             Error::Malformed { message, .. } => Error::malformed(&path, message),
             Error::Config { field, expected, got } => {

@@ -24,7 +24,7 @@ mod weights;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -166,7 +166,7 @@ impl Checkpoint {
     fn open_folder(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
         let path = &folder::snapshot(path)?;
         let folder = Folder::look(path)?;
-        let text = std::fs::read_to_string(&folder.config).map_err(Error::io(&folder.config))?;
+        let text = read_text(&folder.config)?;
         let config = if folder.is_params {
             Config::from_params_json(&text)
         } else {
@@ -244,7 +244,7 @@ impl Checkpoint {
         };
         let path = folder.map(|folder| folder.join("hybrid.json"));
         let Some(path) = path.filter(|path| path.is_file()) else { return Ok(None) };
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = read_text(&path)?;
         Ok(Some((path, text)))
     }
 
@@ -279,6 +279,31 @@ impl TensorFile {
         let as_f32 = |_| DType::F32;
         entry.tensor(name, shape, Rows::InOrder, as_f32, device)
     }
+}
+
+/// A text of a checkpoint, of at most so many bytes: a file may claim more than were ever written.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    const MOST: u64 = 64 << 20; // the longest, an index of all shards, has some megabytes
+    let bytes = read_bytes(path, MOST)?;
+    let invalid =
+        |_| std::io::Error::new(ErrorKind::InvalidData, "stream did not contain valid UTF-8");
+    String::from_utf8(bytes).map_err(invalid).map_err(Error::io(path))
+}
+
+/// A file of at most `most` bytes.
+pub(crate) fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let too_many =
+        || Error::malformed(path, format!("more than {most} bytes, which no such file has"));
+    let file = File::open(path).map_err(Error::io(path))?;
+    if file.metadata().map_err(Error::io(path))?.len() > most {
+        return Err(too_many());
+    }
+    let mut bytes = Vec::new();
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > most {
+        return Err(too_many()); // it has grown, or does not say how long it is
+    }
+    Ok(bytes)
 }
 
 /// Reads the header of a safetensors file.

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Surroundings, Tokenizer, added, parse};
 use crate::error::{Error, Result};
+use crate::load::read_bytes;
 
 /// What `tokenizer_config.json` and `special_tokens_map.json` say; both use the same token names.
 #[derive(Default, Deserialize)]
@@ -150,7 +151,8 @@ fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::metadata(path) {
         // A pipe or a device may never end.
         Ok(metadata) if !metadata.is_file() => Err(Error::malformed(path, "not a regular file")),
-        Ok(_) => fs::read(path).map(Some).map_err(Error::io(path)),
+        // The largest vocabularies take some dozens of megabytes.
+        Ok(_) => read_bytes(path, 256 << 20).map(Some),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(path)(error)),
     }

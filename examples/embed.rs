@@ -1,4 +1,4 @@
-//! Sentence vectors from bidirectional passes, and which sentence is most similar to the first.
+//! Sentence vectors, and which sentence is most similar to the first.
 //!
 //! ```text
 //! cargo run --release --example embed -- PATH "a cat" "a tax return" "a kitten"
@@ -8,7 +8,7 @@
 
 use candle_core::Device;
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::{EmbedConfig, HybridModel, Pooling, Result, WeightType};
+use hybrid_attention::{EmbedConfig, HybridModel, Result, WeightType};
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -30,8 +30,8 @@ fn main() -> Result<()> {
         .to_vec();
     }
 
-    let config = EmbedConfig::default().pooling(Pooling::Mean);
-    let vectors = model.embed(&texts, &config)?; // (texts, hidden), each of length 1
+    // For weights that were trained to see both ways: `.sight(Sight::Bidirectional)`.
+    let vectors = model.embed(&texts, &EmbedConfig::default())?; // (texts, hidden), each of length 1
     let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // which makes products cosines
     for (text, cosine) in texts.iter().zip(&cosine[0]) {
         println!("{cosine:.3}  {text}");

@@ -127,6 +127,16 @@ pub enum Error {
         needed_for: &'static str,
     },
 
+    /// Scores of tokens were asked for, but the checkpoint came without a vocabulary head.
+    #[error(
+        "no vocabulary head in this checkpoint (lm_head.weight, or an embedding table that is tied to \
+         it): {needed_for} needs one; embedding texts and thinking do not"
+    )]
+    NoHead {
+        /// What needs it.
+        needed_for: &'static str,
+    },
+
     /// A parameter is outside its range.
     #[error("parameter {name}: expected {expected}, got {got}")]
     Parameter {
@@ -206,6 +216,15 @@ pub enum Error {
         position: usize,
     },
 
+    /// Something is wrong with one of several texts.
+    #[error("text {text}: {source}")]
+    InText {
+        /// Its index, from 0.
+        text: usize,
+        /// What is wrong.
+        source: Box<Error>,
+    },
+
     /// An op of a refinement failed.
     #[error("refinement op {index} ({op}): {source}")]
     Refinement {
@@ -250,6 +269,11 @@ impl Error {
     /// Something this crate does not compute.
     pub(crate) fn unsupported(what: impl Into<String>, got: impl ToString) -> Self {
         Self::Unsupported { what: what.into(), got: presentable(got) }
+    }
+
+    /// `source` is wrong with the text of this index.
+    pub(crate) fn in_text(text: usize, source: Self) -> Self {
+        Self::InText { text, source: Box::new(source) }
     }
 
     /// A parameter outside its range.

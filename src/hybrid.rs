@@ -5,17 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
+use crate::embed::{self, EmbedConfig, EmbedDefaults, Embedder};
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
 use crate::load::{Checkpoint, WeightType};
-use crate::model::{Batch, Pass, Sight, Transformer};
-use crate::pooling::{self, Pooling};
+use crate::model::{Pass, Sight, Transformer};
 use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 
@@ -42,72 +41,14 @@ pub struct HybridModel {
     source: Arc<Source>,
 }
 
-/// How [`HybridModel::embed`] turns a text into one vector.
-///
-/// The default reads each text once in both directions and averages its tokens' vectors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct EmbedConfig {
-    pooling: Pooling,
-    sight: Sight,
-    normalize: bool,
-    thinking: Thinking,
-    batch_size: usize,
-}
-
-impl Default for EmbedConfig {
-    fn default() -> Self {
-        Self {
-            pooling: Pooling::Mean,
-            sight: Sight::Bidirectional,
-            normalize: true,
-            thinking: Thinking::none(),
-            batch_size: 8,
-        }
-    }
-}
-
-impl EmbedConfig {
-    /// How the tokens' vectors become one. Default [`Pooling::Mean`].
-    #[must_use]
-    pub fn pooling(mut self, pooling: Pooling) -> Self {
-        self.pooling = pooling;
-        self
-    }
-
-    /// Whether tokens see what comes after them. Default [`Sight::Bidirectional`].
-    #[must_use]
-    pub fn sight(mut self, sight: Sight) -> Self {
-        self.sight = sight;
-        self
-    }
-
-    /// Whether vectors are scaled to length 1. Default yes.
-    #[must_use]
-    pub fn normalize(mut self, normalize: bool) -> Self {
-        self.normalize = normalize;
-        self
-    }
-
-    /// How to think about a text before it is read. Default: not at all; a checkpoint's `hybrid.json`
-    /// applies to answers.
-    #[must_use]
-    pub fn thinking(mut self, thinking: Thinking) -> Self {
-        self.thinking = thinking;
-        self
-    }
-
-    /// Texts that run side by side, at least 1. Default 8.
-    #[must_use]
-    pub fn batch_size(mut self, batch_size: usize) -> Self {
-        self.batch_size = batch_size;
-        self
-    }
-}
-
 impl HybridModel {
     /// Loads a folder, as [`from_folder`](Self::from_folder) does, or a GGUF file, as
     /// [`from_gguf`](Self::from_gguf) does, whichever `path` is.
+    ///
+    /// While they are loaded the files are mapped into memory. They must not be cut short or overwritten
+    /// meanwhile, by a download into the same place say: the process would end with `SIGBUS`, which no
+    /// program can catch as an error. Where that cannot be ruled out (a network share, files that others
+    /// write), use [`HybridModel::read`]. Once loaded, a model has nothing to do with its files any more.
     ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
@@ -119,6 +60,20 @@ impl HybridModel {
         Self::from_checkpoint(&Checkpoint::open(path)?, weights, device, |_, _| ())
     }
 
+    /// [`HybridModel::open`] that reads the files instead of mapping them, and so turns one that is cut
+    /// short meanwhile into an error. It needs memory for the files beside the weights while it loads. See
+    /// [`Checkpoint::read`].
+    ///
+    /// # Errors
+    /// As [`HybridModel::from_folder`].
+    pub fn read(
+        path: impl AsRef<Path>,
+        weights: impl Into<WeightType>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::from_checkpoint(&Checkpoint::read(path)?, weights, device, |_, _| ())
+    }
+
     /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its
     /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
     /// `tokenizer_config.json` and `generation_config.json` where there are any.
@@ -126,6 +81,14 @@ impl HybridModel {
     /// `weights` is the type to keep them in: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to
     /// quantise them to while loading, or [`WeightType::Stored`]. On the CPU everything is computed in
     /// `f32` whatever they are kept in.
+    ///
+    /// The files must not be cut short or overwritten while they are loaded: see
+    /// [`open`](Self::open), and [`read`](Self::read) where that cannot be ruled out.
+    ///
+    /// A checkpoint without a vocabulary head, as of models that embed texts, loads with a warning:
+    /// [`embed`](Self::embed) works, and what generates is [`Error::NoHead`]. What nothing needs (a token
+    /// id beyond the vocabulary, a tokenizer of a kind that is not read while prompts are token ids) is
+    /// named by a warning, too.
     ///
     /// # Errors
     /// A folder that is not what it should be: see [`Checkpoint::open`],
@@ -147,6 +110,9 @@ impl HybridModel {
     /// Loads a GGUF file, its tokenizer and its chat template; for `NAME.gguf` without a template that is
     /// `NAME.jinja` or `chat_template.jinja` beside it. With [`WeightType::Stored`], quantised
     /// weights stay quantised.
+    ///
+    /// The files must not be cut short or overwritten while they are loaded: see
+    /// [`open`](Self::open), and [`read`](Self::read) where that cannot be ruled out.
     ///
     /// # Errors
     /// As [`HybridModel::from_folder`].
@@ -213,26 +179,55 @@ impl HybridModel {
     ) -> Result<Self> {
         // What is cheap and may fail comes before the weights.
         let tokenizer = match checkpoint.gguf_metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata)?
-                .map(|tokenizer| tokenizer.with_template_beside(checkpoint.path()))
-                .transpose()?,
-            None => Tokenizer::from_folder(checkpoint.path())?,
+            Some(metadata) => Tokenizer::from_gguf(metadata).and_then(|tokenizer| {
+                tokenizer.map(|it| it.with_template_beside(checkpoint.path())).transpose()
+            }),
+            None => Tokenizer::from_folder(checkpoint.path()),
         };
-        check_tokenizer(tokenizer.as_ref(), checkpoint.config())?;
-        let said = checkpoint.generation_defaults()?;
+        let (tokenizer, untokenized) = match tokenizer {
+            // Token ids need none, and for text it is said why there is none.
+            Err(Error::Unsupported { what, got }) => {
+                tracing::warn!(
+                    what,
+                    got,
+                    "the tokenizer is not read: only token ids can be prompts"
+                );
+                (None, Some((what, got)))
+            }
+            tokenizer => (tokenizer?, None),
+        };
+        let embed = match checkpoint.gguf_metadata() {
+            Some(_) => EmbedDefaults::default(),
+            None => embed::sentence_transformers(checkpoint.path())?,
+        };
+        let mut said = checkpoint.generation_defaults()?;
         let vocab_size = checkpoint.config().vocab_size;
-        if let Some(id) = said.eos_token_ids.iter().find(|&&id| id as usize >= vocab_size) {
-            let expected = format!("less than the vocabulary of {vocab_size}");
-            return Err(Error::config("eos_token_id of generation_config.json", expected, id));
-        }
+        said.eos_token_ids.retain(|&id| {
+            let known = (id as usize) < vocab_size;
+            if !known {
+                let file = "generation_config.json";
+                tracing::warn!(
+                    id,
+                    vocab_size,
+                    file,
+                    "eos_token_id is no token of the model: not used"
+                );
+            }
+            known
+        });
 
         let mut defaults = GenerationConfig::default();
         // transformers ignores the sampling values of a file that does not say `do_sample`.
         if said.do_sample == Some(true) {
+            // Of the likeliest tokens that make up nothing, one is left.
+            let (top_k, top_p) = match said.top_p {
+                Some(0.0) => (1, 1.0),
+                top_p => (said.top_k.unwrap_or(50), top_p.unwrap_or(1.0)),
+            };
             defaults = defaults
                 .temperature(said.temperature.unwrap_or(1.0))
-                .top_k(said.top_k.unwrap_or(50))
-                .top_p(said.top_p.unwrap_or(1.0))
+                .top_k(top_k)
+                .top_p(top_p)
                 .min_p(said.min_p.unwrap_or(0.0));
         }
         defaults = defaults.repetition_penalty(said.repetition_penalty.unwrap_or(1.0));
@@ -249,6 +244,7 @@ impl HybridModel {
             other => Error::malformed(&thinking_file, other),
         };
         let thinking = thinking.map_err(malformed)?;
+        thinking.check_as_default().map_err(malformed)?;
 
         let mut weights = checkpoint.weights(weights, device).on_progress(progress);
         let model = ThoughtModel::new(checkpoint.config(), &mut weights)?;
@@ -257,6 +253,8 @@ impl HybridModel {
 
         Ok(Self::new(model, tokenizer)?.with(|source| {
             source.defaults = defaults;
+            source.untokenized = untokenized;
+            source.embed = embed;
             source.thinking = thinking;
             if !said.eos_token_ids.is_empty() {
                 source.eos_ids = said.eos_token_ids;
@@ -267,12 +265,21 @@ impl HybridModel {
     /// Assembles a model from its parts: a [`ThoughtModel`], or a [`Transformer`] that has nothing extra
     /// for thought passes. Without a tokenizer, prompts are token ids.
     ///
+    /// A tokenizer may have more tokens than the model has embeddings, as those of many fine-tunes have one
+    /// for padding: that is said by a warning, and only a prompt that uses such a token is an error,
+    /// [`Error::TokenOutOfRange`].
+    ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the tokenizer has more tokens than the model has embeddings.
+    /// When a device fails.
     pub fn new(model: impl Into<ThoughtModel>, tokenizer: Option<Tokenizer>) -> Result<Self> {
         let model = model.into();
         let decoder = model.decoder();
-        check_tokenizer(tokenizer.as_ref(), decoder.config())?;
+        let vocab_size = decoder.config().vocab_size;
+        if let Some(tokens) = tokenizer.as_ref().map(Tokenizer::vocab_size)
+            && tokens > vocab_size
+        {
+            tracing::warn!(tokens, vocab_size, "the tokenizer has tokens that the model has not");
+        }
         let eos = tokenizer.as_ref().and_then(Tokenizer::eos_token_id);
         let eos_ids = match decoder.config().eos_token_ids.as_slice() {
             [] => eos.into_iter().collect(),
@@ -280,7 +287,9 @@ impl HybridModel {
         };
         let (defaults, thinking) = (GenerationConfig::default(), Thinking::none());
         let pool = decoder.new_pool(decoder.dtype(), usize::MAX)?;
-        let source = Source { model, tokenizer, defaults, eos_ids, thinking, pool };
+        let (untokenized, embed) = (None, EmbedDefaults::default());
+        let source =
+            Source { model, tokenizer, untokenized, defaults, eos_ids, thinking, embed, pool };
         Ok(Self { source: Arc::new(source) })
     }
 
@@ -314,7 +323,11 @@ impl HybridModel {
     /// As [`ThoughtModel::adapted`].
     pub fn with_adapter(&self, adapter: &Adapter, scope: AdapterScope) -> Result<Self> {
         let model = self.source.model.adapted(adapter, scope)?;
-        Ok(Self { source: Arc::new(self.source.with_model(model)?) })
+        let mut source = self.source.with_model(model)?;
+        if scope == AdapterScope::Thinking {
+            source.embed.sight = Some(Sight::Bidirectional); // what such an adapter is for
+        }
+        Ok(Self { source: Arc::new(source) })
     }
 
     /// The same model with caches that keep keys and values as `dtype`, both those of its conversations
@@ -379,8 +392,9 @@ impl HybridModel {
         &self.source.eos_ids
     }
 
-    /// The checkpoint's own thinking, from its `hybrid.json`; none without one. Used wherever a
-    /// [`GenerationConfig`] says nothing about thinking.
+    /// The checkpoint's own way to think, from its `hybrid.json`, which may cost no more than
+    /// [`Thinking::MOST_READS_FROM_FILE`] says; not at all without one. Used
+    /// wherever a [`GenerationConfig`] says nothing about thinking.
     #[must_use]
     pub fn thinking(&self) -> &Thinking {
         &self.source.thinking
@@ -400,7 +414,7 @@ impl HybridModel {
     /// An empty prompt, one that is too long for the model, text without a tokenizer, or settings
     /// outside their range.
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
-        let prompt = prompt.into().encode(self.tokenizer())?;
+        let prompt = self.source.encode(&prompt.into())?;
         config.validate()?;
         self.transformer().check_context(prompt.ids.len())?;
         let text = EncodedBatch::new(self.transformer(), &prompt.ids, prompt.batch()?)?;
@@ -422,8 +436,9 @@ impl HybridModel {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`]; [`Error::ContextFull`] for a prompt longer than the model's context;
-    /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer;
-    /// [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
+    /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer,
+    /// [`Error::Unsupported`] for text where the checkpoint's is of a kind that is not read;
+    /// [`Error::NoHead`]; [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
     /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range. The stream
     /// itself may end with [`Error::NotFinite`] when the model's numbers overflow, with
     /// [`Error::PoolFull`], [`Error::Cancelled`], or when a device fails.
@@ -506,66 +521,13 @@ impl HybridModel {
     /// for [`AdapterScope::Thinking`], causal reading those for [`AdapterScope::Decoding`].
     ///
     /// # Errors
-    /// As [`HybridModel::stream`]; [`Error::EmptyPrompt`] also for no texts at all, and
-    /// [`Error::NotFinite`] with the index of the text whose vector is not finite.
+    /// [`Error::InText`] with what [`HybridModel::stream`] says of a text, [`Error::EmptyPrompt`] among it
+    /// where nothing is left to pool; [`Error::EmptyPrompt`] for no texts at all; [`Error::NotFinite`] with
+    /// the index of the text whose vector is not finite; [`Error::Parameter`] for a setting outside its
+    /// range; [`Error::Unsupported`] where the checkpoint's sentence-transformers files ask for what this
+    /// crate does not compute and `config` names no pooling.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
-        if config.batch_size == 0 {
-            return Err(Error::parameter("batch_size", "at least 1", 0));
-        }
-        let encode = |text: &T| {
-            let ids = Prompt::from(text.as_ref()).encode(self.tokenizer())?.ids;
-            self.transformer().check_context(ids.len())?;
-            Ok(ids)
-        };
-        let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-        // With texts of similar length side by side, all batches take about the same memory.
-        let mut order: Vec<usize> = (0..ids.len()).collect();
-        order.sort_by_key(|&text| ids.get(text).map_or(0, Vec::len));
-        let mut vectors = vec![Vec::new(); ids.len()];
-        for batch in order.chunks(config.batch_size) {
-            let texts: Vec<&[u32]> =
-                batch.iter().filter_map(|&i| Some(ids.get(i)?.as_slice())).collect();
-            let rows = self.embed_batch(&texts, config)?.to_vec2::<f32>()?;
-            for (&text, row) in batch.iter().zip(rows) {
-                if row.iter().any(|value| !value.is_finite()) {
-                    return Err(Error::NotFinite { what: "vectors", position: text });
-                }
-                if let Some(vector) = vectors.get_mut(text) {
-                    *vector = row;
-                }
-            }
-        }
-        if vectors.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        Ok(Tensor::new(vectors, self.transformer().device())?)
-    }
-
-    fn embed_batch(&self, texts: &[&[u32]], config: &EmbedConfig) -> Result<Tensor> {
-        let transformer = self.transformer();
-        let lengths: Vec<usize> = texts.iter().map(|ids| ids.len()).collect();
-        let batch = Batch::ragged(&lengths)?;
-        let text = EncodedBatch::new(transformer, &texts.concat(), batch.clone())?;
-
-        let mind = config.thinking.on(&self.source.model)?;
-        let z = mind.encode(&text, Pass::Causal(&batch))?;
-        let thoughts = mind.think(&text, z, |_, _| ())?;
-        let pass = Pass::uncached(&batch, config.sight);
-        let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
-        let vectors = config.pooling.pool(&h.to_dtype(DType::F32)?, &batch)?;
-        if config.normalize { pooling::unit_length(&vectors) } else { Ok(vectors) }
-    }
-}
-
-/// Every id that a tokenizer can give must be a row of the embedding table.
-fn check_tokenizer(tokenizer: Option<&Tokenizer>, config: &Config) -> Result<()> {
-    match tokenizer.map(Tokenizer::vocab_size) {
-        Some(tokens) if tokens > config.vocab_size => Err(Error::Tokenizer {
-            message: format!(
-                "expected at most the vocab_size of {} tokens, got {tokens}",
-                config.vocab_size
-            ),
-        }),
-        _ => Ok(()),
+        let Source { model, embed, .. } = &*self.source;
+        Embedder::new(model, self.source.tokenizer()?, embed, config)?.embed(texts)
     }
 }

@@ -4,6 +4,7 @@ pub mod adapter;
 mod batch;
 mod cancel;
 mod config;
+mod embed;
 mod error;
 pub mod evaluate;
 pub mod generate;
@@ -23,12 +24,14 @@ pub use candle_core;
 pub use adapter::{Adapter, AdapterConfig, AdapterScope};
 pub use cancel::Cancel;
 pub use config::Config;
+pub use embed::EmbedConfig;
 pub use error::{Error, Result};
 pub use generate::{
     Answer, Answers, Conversation, GenerationConfig, Progress, Prompt, StopReason, Token,
     TokenStream,
 };
-pub use hybrid::{EmbedConfig, HybridModel};
+pub use hybrid::HybridModel;
+pub use kernels::keep_freed_memory;
 pub use load::WeightType;
 pub use model::Sight;
 pub use pooling::Pooling;

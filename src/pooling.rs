@@ -29,22 +29,35 @@ impl Pooling {
     /// # Errors
     /// [`Error::Parameter`](crate::Error::Parameter) when `hidden` does not have one row for each token.
     pub fn pool(self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+        self.pool_after(hidden, batch, &[])
+    }
+
+    /// The same, where the first few tokens of each sequence are left out; positions count them.
+    pub(crate) fn pool_after(
+        self,
+        hidden: &Tensor,
+        batch: &Batch,
+        left_out: &[usize],
+    ) -> Result<Tensor> {
         batch.check(hidden)?;
         let hidden = flat(hidden)?;
-        let pool = |rows: Range<usize>| -> Result<Tensor> {
+        let pool = |(rows, left_out): (Range<usize>, usize)| -> Result<Tensor> {
             let count = rows.len();
             let weight = |token: usize| match self {
                 Self::Mean => 1.0,
                 Self::WeightedMean => (token + 1) as f32,
                 Self::LastToken => f32::from(u8::from(token + 1 == count)),
             };
-            let sum: f32 = (0..count).map(weight).sum::<f32>().max(f32::MIN_POSITIVE);
-            let weights: Vec<f32> = (0..count).map(|token| weight(token) / sum).collect();
-            let weights = Tensor::from_vec(weights, (count, 1), hidden.device())?;
-            let own = hidden.narrow(0, rows.start, count)?;
+            let pooled = left_out.min(count)..count;
+            let sum: f32 = pooled.clone().map(weight).sum::<f32>().max(f32::MIN_POSITIVE);
+            let weights: Vec<f32> = pooled.clone().map(|token| weight(token) / sum).collect();
+            let weights = Tensor::from_vec(weights, (pooled.len(), 1), hidden.device())?;
+            let own = hidden.narrow(0, rows.start + pooled.start, pooled.len())?;
             Ok(own.broadcast_mul(&weights.to_dtype(hidden.dtype())?)?.sum(0)?) // (hidden)
         };
-        Ok(Tensor::stack(&batch.all_rows().map(pool).collect::<Result<Vec<_>>>()?, 0)?)
+        let left_out = left_out.iter().copied().chain(std::iter::repeat(0));
+        let pooled = batch.all_rows().zip(left_out).map(pool).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&pooled, 0)?)
     }
 }
 

@@ -8,17 +8,9 @@ use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, EmbedConfig, Error, HybridModel, Pooling, Thinking, Tokenizer};
 
 use common::tiny;
-use common::{Result, assert_close, fixture};
+use common::{Result, TEXTS, assert_close, fixture};
 
 const KINDS: [Pooling; 3] = [Pooling::Mean, Pooling::WeightedMean, Pooling::LastToken];
-
-const TEXTS: [&str; 5] = [
-    "the cat sat on the mat",
-    "a dog",
-    "x",
-    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
-    "naïve café 😀",
-];
 
 /// The vector that `pooling` makes of one text's token vectors, summed by hand.
 fn pool(pooling: Pooling, tokens: &[Vec<f32>]) -> Vec<f32> {
@@ -165,13 +157,88 @@ fn nothing_to_embed_is_an_error() -> Result {
     let none: [&str; 0] = [];
     assert!(matches!(llama.embed(&none, &config), Err(Error::EmptyPrompt)));
     assert_eq!(llama.embed(&[""], &config)?.dims(), [1, 16]);
-    assert!(matches!(bytes.embed(&["a", ""], &config), Err(Error::EmptyPrompt)));
+    let refused = |texts: &[&str]| match bytes.embed(texts, &config) {
+        Err(Error::InText { text, source }) => Ok((text, *source)),
+        other => Err(format!("{other:?}")),
+    };
+    assert!(matches!(refused(&["a", ""])?, (1, Error::EmptyPrompt)));
 
-    let refused = bytes.embed(&["a"], &config.clone().batch_size(0)).map_err(|e| e.to_string());
-    assert_eq!(refused.err().as_deref(), Some("parameter batch_size: expected at least 1, got 0"));
+    let zero = bytes.embed(&["a"], &config.clone().batch_size(0)).map_err(|e| e.to_string());
+    assert_eq!(zero.err().as_deref(), Some("parameter batch_size: expected at least 1, got 0"));
     let long = "a ".repeat(3000);
-    assert!(matches!(bytes.embed(&["a", &long], &config), Err(Error::ContextFull { .. })));
+    assert!(matches!(refused(&["a", &long, ""])?, (1, Error::ContextFull { .. })));
     let refused = tiny::hybrid(&tiny::config(), 1)?.embed(&["a"], &config);
     assert!(matches!(refused, Err(Error::NoTokenizer { .. })));
+    Ok(())
+}
+
+/// What is left out of the pooling is seen all the same.
+#[test]
+fn an_instruction_is_seen_and_not_pooled() -> Result {
+    let model = model("llama", None)?;
+    let (transformer, tokenizer) = (model.transformer(), model.tokenizer().ok_or("no tokenizer")?);
+    for (instruction, text) in [("the dog ", "sat on the mat"), ("", "the cat"), ("a\n", "b c d")] {
+        let ids = tokenizer.encode(&format!("{instruction}{text}"), true)?;
+        // BOS and the instruction, but for its last space, which is of a token that reaches into the text.
+        let left_out = tokenizer.encode(instruction.trim_end_matches(' '), true)?.len();
+        let batch = Batch::one(ids.len())?;
+        for (sight, pass) in [
+            (Sight::Causal, Pass::Causal(&batch)),
+            (Sight::Bidirectional, Pass::Bidirectional(&batch)),
+        ] {
+            let h = transformer.forward(&transformer.embed_ids(&ids)?, 0..3, pass)?;
+            let h: Vec<Vec<f32>> = transformer.norm(&h)?.to_vec2()?;
+            for pooling in KINDS {
+                let config = EmbedConfig::default().pooling(pooling).sight(sight).normalize(false);
+                let got = model.embed(&[text], &config.clone().instruction(instruction))?;
+                let weight = |at: usize| match pooling {
+                    Pooling::Mean => 1.0,
+                    Pooling::WeightedMean => (at + 1) as f32, // as sentence-transformers counts
+                    _ => f32::from(u8::from(at + 1 == h.len())),
+                };
+                let sum: f32 = (left_out..h.len()).map(weight).sum();
+                let column = |column: usize| -> f32 {
+                    (left_out..h.len()).map(|at| weight(at) / sum * h[at][column]).sum()
+                };
+                let expected: Vec<f32> = (0..h[0].len()).map(column).collect();
+                let expected = Tensor::new(vec![expected], &Device::Cpu)?;
+                assert_close(&format!("{instruction:?} {pooling:?}"), &got, &expected, 1e-5)?;
+            }
+        }
+    }
+    let nothing = model.embed(&["a", ""], &EmbedConfig::default().instruction("b "));
+    assert!(
+        matches!(nothing, Err(Error::InText { text: 1, source }) if matches!(*source, Error::EmptyPrompt))
+    );
+    Ok(())
+}
+
+#[test]
+fn unless_told_otherwise_texts_are_read_causally() -> Result {
+    let model = model("llama", None)?;
+    let config = EmbedConfig::default;
+    let vectors = |config: EmbedConfig| -> Result<Vec<Vec<f32>>> {
+        Ok(model.embed(&TEXTS, &config)?.to_vec2()?)
+    };
+    let causal = config().sight(Sight::Causal).pooling(Pooling::WeightedMean);
+    assert_eq!(vectors(config())?, vectors(causal)?);
+    let both_ways = config().sight(Sight::Bidirectional);
+    assert_eq!(vectors(both_ways.clone())?, vectors(both_ways.pooling(Pooling::Mean))?);
+    Ok(())
+}
+
+#[test]
+fn texts_are_cut_when_asked() -> Result {
+    let model = model("llama", None)?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let (long, config) = ("the cat sat on the mat ".repeat(20), EmbedConfig::default());
+    let cut = model.embed(&[long.as_str()], &config.clone().max_tokens(9))?;
+    let ids = tokenizer.encode(&long, true)?;
+    let same = tokenizer.decode(&ids[..9], true);
+    assert_eq!(tokenizer.encode(&same, true)?, &ids[..9]);
+    let alone = model.embed(&[same.as_str()], &config)?;
+    assert_eq!(cut.to_vec2::<f32>()?, alone.to_vec2::<f32>()?);
+    let refused = model.embed(&["a"], &config.max_tokens(0)).map_err(|error| error.to_string());
+    assert_eq!(refused.err().as_deref(), Some("parameter max_tokens: expected at least 1, got 0"));
     Ok(())
 }

@@ -9,15 +9,7 @@ use hybrid_attention::thought::{Halt, HandOff};
 use hybrid_attention::{Config, EmbedConfig, HybridModel, Pooling, Thinking, Tokenizer};
 
 use common::tiny;
-use common::{Result, assert_close, fixture};
-
-const TEXTS: [&str; 5] = [
-    "the cat sat on the mat",
-    "a dog",
-    "x",
-    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
-    "naïve café 😀",
-];
+use common::{Result, TEXTS, assert_close, fixture};
 
 const HAND_OFFS: [HandOff; 4] = [
     HandOff::Refined,
@@ -36,6 +28,11 @@ fn model(sliding_window: Option<usize>) -> Result<HybridModel> {
 
 fn thinking(weight: f64) -> Thinking {
     Thinking::new(2).refine(Interpolate::new(weight))
+}
+
+/// The plain mean, whatever is seen.
+fn averaged(sight: Sight) -> EmbedConfig {
+    EmbedConfig::default().sight(sight).pooling(Pooling::Mean)
 }
 
 #[test]
@@ -94,7 +91,7 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
                 ),
             ] {
                 let thinking = thinking(0.3).span(1..2).hand_off(hand_off);
-                let how = EmbedConfig::default().sight(sight).normalize(false).thinking(thinking);
+                let how = averaged(sight).normalize(false).thinking(thinking);
                 let expected = transformer.norm(&last)?.mean_keepdim(0)?;
                 let name = format!("{text}: {hand_off:?}, {sight:?}");
                 assert_close(&name, &model.embed(&[text], &how)?, &expected, 1e-5)?;
@@ -109,7 +106,7 @@ fn an_embedding_is_what_the_decoder_makes_of_the_thoughts() -> Result {
 fn thoughts_that_do_not_move_are_read_plainly() -> Result {
     for window in [None, Some(3)] {
         let model = model(window)?;
-        let plain = |sight| model.embed(&TEXTS, &EmbedConfig::default().sight(sight));
+        let plain = |sight| model.embed(&TEXTS, &averaged(sight));
         for sight in SIGHTS {
             for (hand_off, expected) in [
                 (HandOff::Refined, plain(sight)?),
@@ -117,8 +114,7 @@ fn thoughts_that_do_not_move_are_read_plainly() -> Result {
                 (HandOff::Mixed { weight: 1.0 }, plain(Sight::Bidirectional)?),
                 (HandOff::Mixed { weight: 0.0 }, plain(Sight::Causal)?),
             ] {
-                let still = EmbedConfig::default().sight(sight);
-                let still = still.thinking(thinking(0.0).hand_off(hand_off));
+                let still = averaged(sight).thinking(thinking(0.0).hand_off(hand_off));
                 let name = format!("{hand_off:?}, {sight:?}");
                 assert_close(&name, &model.embed(&TEXTS, &still)?, &expected, 1e-5)?;
             }

@@ -1,9 +1,8 @@
 //! The examples, run as a person would run them. `cargo test` builds them; `cargo test --test examples`
 //! alone needs `cargo build --examples` before it.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use flashback_suite::{Plan, Split, Story};
 use hybrid_attention_testing::{Result, checkpoint};
@@ -22,15 +21,7 @@ fn example(name: &str) -> Result<PathBuf> {
 }
 
 fn run(name: &str, args: &[&str], stdin: &str) -> Result<Output> {
-    let mut child = Command::new(example(name)?)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    // One that ends early does not read.
-    child.stdin.take().map(|mut pipe| pipe.write_all(stdin.as_bytes())).transpose().ok();
-    Ok(child.wait_with_output()?)
+    hybrid_attention_testing::run(Command::new(example(name)?).args(args), stdin)
 }
 
 /// Standard output of a run that succeeds.

@@ -235,10 +235,10 @@ fn refusals_say_what_was_expected_and_what_was_found() -> Result {
     }
 
     let tokenizer = Tokenizer::from_folder(&fixture("tokenizer/llama"))?;
-    let too_many = HybridModel::new(tiny::transformer(&config, 1)?, tokenizer);
+    let many = HybridModel::new(tiny::transformer(&config, 1)?, tokenizer)?;
     assert_eq!(
-        refusal(too_many),
-        "tokenizer: expected at most the vocab_size of 32 tokens, got 371"
+        refusal(many.generate("the cat", &default())),
+        "token id 315 at position 1: expected less than the vocabulary of 32"
     );
     Ok(())
 }
@@ -259,6 +259,15 @@ fn a_cache_beyond_memory_is_refused() -> Result {
         refusal(refused),
         "parameter capacity: expected a cache that fits memory, got 2147483647"
     );
+    // Every block of it, and every layer, would fit: two mebibytes, and 16 TiB in all layers.
+    let config = Config { num_hidden_layers: 128, hidden_size: 2, intermediate_size: 2, ..config };
+    let config = Config { head_dim: 2, num_attention_heads: 8, num_key_value_heads: 8, ..config };
+    let transformer = tiny::transformer(&config, 1)?;
+    assert_eq!(
+        refusal(transformer.new_cache(1 << 30)),
+        "parameter capacity: expected a cache that fits memory, got 1073741824"
+    );
+    assert!(transformer.new_cache(1 << 12).is_ok());
     Ok(())
 }
 

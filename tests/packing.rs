@@ -275,6 +275,20 @@ fn uncached(model: &ThoughtModel, sequences: &Sequences, name: &str) -> Result {
     Ok(())
 }
 
+/// [`uncached`] in a random model; sequences of no tokens at all have nothing to compare.
+fn uncached_in_random_model(
+    sequences: &Sequences,
+    kept: WeightType,
+    window: Option<usize>,
+    tied: bool,
+) -> Result {
+    let model = thought_model(&config(window, tied), kept, sequences.seed)?;
+    if sequences.lengths.iter().sum::<usize>() == 0 {
+        return Ok(());
+    }
+    uncached(&model, sequences, &format!("{kept:?}"))
+}
+
 /// What a cache holds before a pass: so many random tokens, by their seed.
 type Past = (u64, usize);
 
@@ -350,14 +364,7 @@ proptest! {
         sequences in sequences(40, 1..7), kept in prop::sample::select(&KEPT), window in windows(),
         tied: bool,
     ) {
-        let run = || -> Result {
-            let model = thought_model(&config(window, tied), kept, sequences.seed)?;
-            if sequences.lengths.iter().sum::<usize>() == 0 {
-                return Ok(());
-            }
-            uncached(&model, &sequences, &format!("{kept:?}"))
-        };
-        tiny::holds(run())?;
+        tiny::holds(uncached_in_random_model(&sequences, kept, window, tied))?;
     }
 
     /// So few that all of them together are few.
@@ -366,14 +373,7 @@ proptest! {
         sequences in sequences(5, 1..5), kept in prop::sample::select(&KEPT), window in windows(),
         tied: bool,
     ) {
-        let run = || -> Result {
-            let model = thought_model(&config(window, tied), kept, sequences.seed)?;
-            if sequences.lengths.iter().sum::<usize>() == 0 {
-                return Ok(());
-            }
-            uncached(&model, &sequences, &format!("{kept:?}"))
-        };
-        tiny::holds(run())?;
+        tiny::holds(uncached_in_random_model(&sequences, kept, window, tied))?;
     }
 
     #[test]

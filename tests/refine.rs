@@ -63,20 +63,7 @@ fn assert_near(what: &str, got: &Tensor, expected: &[Row], tolerance: f64) -> Re
 
 /// Texts of different lengths with up to three segments each, some without any.
 fn batches() -> impl Strategy<Value = Batch> {
-    let text = (1usize..12).prop_flat_map(|length| {
-        (Just(length), prop::option::of(prop::collection::vec(0..=length, 0..7)))
-    });
-    prop::collection::vec(text, 1..4).prop_filter_map("valid segments", |texts| {
-        let lengths: Vec<usize> = texts.iter().map(|(length, _)| *length).collect();
-        let mut batch = Batch::ragged(&lengths).ok()?;
-        for (text, (_, cuts)) in texts.into_iter().enumerate() {
-            let Some(mut cuts) = cuts else { continue };
-            cuts.sort_unstable();
-            let segments: Vec<_> = cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect();
-            batch = batch.with_context(text, &segments).ok()?;
-        }
-        Some(batch)
-    })
+    tiny::batches(1..4, 11, 0..7)
 }
 
 /// Thoughts of such a batch, a few of their rows zeros.

@@ -91,23 +91,9 @@ proptest! {
 
 // ---- who sees whom ----
 
-/// A batch of texts: how long each is, and cuts between which it is context.
+/// Texts with up to two segments each, some without any.
 fn batches(sequences: Range<usize>, longest: usize) -> impl Strategy<Value = Batch> {
-    let sequence = (1..=longest).prop_flat_map(|length| {
-        let cuts = prop::collection::vec(0..=length, 0..6);
-        (Just(length), prop::option::of(cuts))
-    });
-    prop::collection::vec(sequence, sequences).prop_filter_map("valid segments", |sequences| {
-        let lengths: Vec<usize> = sequences.iter().map(|(length, _)| *length).collect();
-        let mut batch = Batch::ragged(&lengths).ok()?;
-        for (sequence, (_, cuts)) in sequences.into_iter().enumerate() {
-            let Some(mut cuts) = cuts else { continue };
-            cuts.sort_unstable();
-            let segments: Vec<_> = cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect();
-            batch = batch.with_context(sequence, &segments).ok()?;
-        }
-        Some(batch)
-    })
+    tiny::batches(sequences, longest, 0..6)
 }
 
 /// The rule in the documentation of [`Mask`], word for word: `query` and `key` are positions, and the

@@ -209,10 +209,11 @@ fn logits_that_are_not_finite_are_refused() -> Result {
             assert_eq!(error.to_string(), "logits are not finite at position 4");
         }
     }
-    // An overflow in the penalty is met as well.
+    // An overflow in the penalty is the penalty's.
     let config = GenerationConfig::default().repetition_penalty(f64::MIN_POSITIVE);
     let error = Sampler::new(&config, &[0])?.sample(&[1e30, 1.0]).err().ok_or("sampled")?;
-    assert_eq!(error.to_string(), "logits are not finite at position 1");
+    let expected = "parameter penalties: expected ones that keep logits finite, got repetition";
+    assert!(error.to_string().starts_with(expected), "{error}");
     Ok(())
 }
 
@@ -300,5 +301,26 @@ fn a_model_that_overflows_is_an_error() -> Result {
     let mut stream = model.stream([1], &GenerationConfig::default())?;
     assert!(stream.next().is_some_and(|token| token.is_err()));
     assert!(stream.next().is_none(), "after an error it ends");
+    Ok(())
+}
+
+/// A penalty may be so small that a logit divided by it is infinite: that is no fault of the model's.
+#[test]
+fn a_penalty_that_overflows_is_named() -> Result {
+    for (penalty, logit, refused) in [
+        (f64::from_bits(1), 2.0, true),
+        (f64::from_bits(1), -2.0, false),
+        (1e-300, 2.0, false),
+        (f64::MAX, -2.0, false), // minus infinity: never again
+    ] {
+        let config = GenerationConfig::default().repetition_penalty(penalty);
+        let drawn = Sampler::new(&config, &[1])?.sample(&[0.5, logit, 1.0]);
+        match drawn.map_err(|error| error.to_string()) {
+            Err(error) if refused => {
+                assert!(error.starts_with("parameter penalties: expected"), "{error}");
+            }
+            drawn => assert_eq!(drawn.ok(), Some(if logit > 0.0 { 1 } else { 2 }), "{penalty}"),
+        }
+    }
     Ok(())
 }

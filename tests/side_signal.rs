@@ -13,6 +13,7 @@ use hybrid_attention::model::{
 use hybrid_attention::{Config, Error, WeightType};
 use proptest::prelude::*;
 
+use common::gradient::{check, loss};
 use common::reference::{Reference, Stream};
 use common::{Result, assert_close, assert_identical};
 use common::{kept, tiny};
@@ -291,39 +292,6 @@ fn pieces_read_their_own_rows() -> Result {
 }
 
 // ---- gradients ----
-
-/// Half the distance between the two points of a finite difference.
-const STEP: f64 = 1e-2;
-
-fn scalar(xs: &Tensor) -> Result<f64> {
-    Ok(f64::from(xs.sum_all()?.to_scalar::<f32>()?))
-}
-
-/// A scalar of `ys` that weighs every element differently.
-fn loss(ys: &Tensor) -> Result<Tensor> {
-    Ok((ys * tiny::noise(7, ys.dims(), 0.3)?)?.sum_all()?)
-}
-
-/// Fails unless the gradient of `loss(f(x))` is the slope of that function, along itself and along random
-/// directions, and `f` gives the same for an input that tracks no gradient.
-fn check(name: &str, x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result {
-    let var = Var::from_tensor(x)?;
-    let ys = f(var.as_tensor())?;
-    assert_close(name, &ys.detach(), &f(x)?, 1e-5)?;
-    let gradients = loss(&ys)?.backward()?;
-    let gradient = gradients.get(&var).ok_or_else(|| format!("{name}: no gradient"))?;
-    let norm = scalar(&gradient.sqr()?)?.sqrt();
-    assert!(norm > 1e-3, "{name}: the gradient vanishes, {norm}");
-    let random = |seed| tiny::noise(seed, x.dims(), 1.0 / (x.elem_count() as f32).sqrt());
-    for (index, direction) in [(gradient / norm)?, random(1)?, random(2)?].iter().enumerate() {
-        let at = |step: f64| scalar(&loss(&f(&(x + (direction * step)?)?)?)?);
-        let slope = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
-        let expected = scalar(&(gradient * direction)?)?;
-        let off = (slope - expected).abs() / norm;
-        assert!(off < 0.01, "{name}, direction {index}: slope {slope}, gradient {expected}");
-    }
-    Ok(())
-}
 
 /// They reach the columns and the signal, in every pass, over weights of any type.
 #[test]

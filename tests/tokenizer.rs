@@ -513,18 +513,6 @@ fn bad_metadata_is_refused_by_key() -> Result {
         ),
         (
             spm.clone(),
-            "ggml.bos_token_id",
-            Some(Value::U32(u32::MAX)),
-            "config field tokenizer.ggml.bos_token_id: expected an id below 500, got U32(4294967295)",
-        ),
-        (
-            spm.clone(),
-            "ggml.eos_token_id",
-            Some(Value::I32(-1)),
-            "config field tokenizer.ggml.eos_token_id: expected an id below 500, got I32(-1)",
-        ),
-        (
-            spm.clone(),
             "ggml.unknown_token_id",
             text("<unk>"),
             "config field tokenizer.ggml.unknown_token_id: expected a token id, got \"<unk>\"",

@@ -13,6 +13,7 @@ use hybrid_attention::refine::{Anchor, CosineReweight, Interpolate, Seq, Step, s
 use hybrid_attention::thought::{EncodedBatch, HandOff, ThoughtModel, Thoughts, Trace};
 use hybrid_attention::{Config, Error, Thinking};
 
+use common::gradient::scalar;
 use common::tiny;
 use common::{Result, assert_close, assert_identical};
 
@@ -159,10 +160,6 @@ fn runs() -> Vec<Run> {
         }
     }
     runs
-}
-
-fn scalar(xs: &Tensor) -> Result<f64> {
-    Ok(f64::from(xs.flatten_all()?.sum(0)?.to_scalar::<f32>()?))
 }
 
 /// Fails unless `gradient` is the slope of `at` in its own direction, a random one, and along two

@@ -1,13 +1,13 @@
 //! `adapter_config.json`: which projections are adapted, with what rank and scale.
 
-use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::sync::{Arc, OnceLock};
 
-use regex::{Regex, RegexBuilder};
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 use serde_json::{Map, Value, json};
 
+use super::modules::{Names, Patterns};
 use crate::config::{Fields, brief};
 use crate::error::{Error, Result};
 
@@ -47,11 +47,15 @@ const READ: [&str; 12] = [
     "fan_in_fan_out",
 ];
 
-/// The bytes that a compiled pattern may take.
-const PATTERN_SIZE: usize = 1 << 20;
-
-/// What `adapter_config.json` says: which projections have an adapter, of what rank, and how it is
-/// scaled. The names are PEFT's.
+/// What `adapter_config.json` says: which projections have an adapter, of what rank, and how much of
+/// it is added. The names are PEFT's.
+///
+/// A file may come from anybody, so what it can make this crate do is limited. Each of `target_modules`,
+/// `exclude_modules`, `rank_pattern` and `alpha_pattern` has at most 10,000 entries with a mebibyte of
+/// text in all. A regular expression has at most 1024 bytes and is valid by itself; all of a field
+/// together compile to at most 4 MiB. Plain names, without characters that mean something in an
+/// expression, are compared as they are and count among the entries only. Names of modules are ASCII, and
+/// so is what an expression can match.
 ///
 /// ```
 /// use hybrid_attention::adapter::AdapterConfig;
@@ -77,6 +81,28 @@ pub struct AdapterConfig {
     alpha_pattern: Ordered<f64>,
     /// Everything else in the file, written back as it was.
     rest: Map<String, Value>,
+    /// What the names and patterns above mean, once somebody has asked.
+    compiled: Compiled,
+}
+
+/// Made when it is first asked for, and the same for all clones. It says nothing that the patterns do not
+/// say, so all are equal.
+#[derive(Clone, Debug, Default)]
+struct Compiled(OnceLock<Arc<Matchers>>);
+
+impl PartialEq for Compiled {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+/// What the names and patterns of a configuration match.
+#[derive(Debug)]
+struct Matchers {
+    targets: Names,
+    excluded: Option<Names>,
+    ranks: Patterns<usize>,
+    alphas: Patterns<f64>,
 }
 
 impl Default for AdapterConfig {
@@ -100,6 +126,7 @@ impl Default for AdapterConfig {
             rank_pattern: Ordered::default(),
             alpha_pattern: Ordered::default(),
             rest: rest.map(|(field, value)| (field.to_string(), value)).into_iter().collect(),
+            compiled: Compiled::default(),
         }
     }
 }
@@ -112,6 +139,15 @@ enum Modules {
     Names(Vec<String>),
     /// Those whose whole name this regular expression matches. `all-linear` is everything but the head.
     Pattern(String),
+}
+
+impl Modules {
+    fn names(&self, field: &str) -> Result<Names> {
+        match self {
+            Self::Names(names) => Names::ending_with(field, names),
+            Self::Pattern(pattern) => Names::matching(field, pattern),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -149,6 +185,7 @@ impl AdapterConfig {
     #[must_use]
     pub fn target_modules<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
         self.target_modules = Modules::Names(names.into_iter().map(Into::into).collect());
+        self.compiled = Compiled::default();
         self
     }
 
@@ -164,6 +201,7 @@ impl AdapterConfig {
     #[must_use]
     pub fn rank_pattern(mut self, pattern: impl Into<String>, rank: usize) -> Self {
         self.rank_pattern.0.push((pattern.into(), rank));
+        self.compiled = Compiled::default();
         self
     }
 
@@ -172,6 +210,7 @@ impl AdapterConfig {
     #[must_use]
     pub fn alpha_pattern(mut self, pattern: impl Into<String>, alpha: f64) -> Self {
         self.alpha_pattern.0.push((pattern.into(), alpha));
+        self.compiled = Compiled::default();
         self
     }
 
@@ -248,6 +287,7 @@ impl AdapterConfig {
                 .filter(|(name, _)| ANYTHING.contains(name) || *name == "init_lora_weights")
                 .map(|(name, value)| (name.to_string(), value.clone()))
                 .collect(),
+            compiled: Compiled::default(),
         };
         config.validate()?;
         Ok(config)
@@ -305,8 +345,9 @@ impl AdapterConfig {
     ///
     /// # Errors
     /// [`Error::Config`] for a rank of 0 or beyond 2147483647, an alpha that is not finite in `f32`,
-    /// or no modules at all; [`Error::Unsupported`] for a pattern that is no regular expression here
-    /// (look-around, back-references).
+    /// no modules at all, or more names and patterns than are read (see above);
+    /// [`Error::Unsupported`] for a pattern that is no regular expression here (look-around,
+    /// back-references).
     pub fn validate(&self) -> Result<()> {
         let ranks = self.rank_pattern.0.iter().map(|(_, rank)| ("rank_pattern", *rank));
         for (field, rank) in std::iter::once(("r", self.rank)).chain(ranks) {
@@ -328,16 +369,20 @@ impl AdapterConfig {
 
     /// The same, ready to be queried about modules.
     pub(super) fn rules(&self) -> Result<Rules<'_>> {
-        Ok(Rules {
-            config: self,
-            targets: Names::of_modules("target_modules", &self.target_modules)?,
+        if let Some(matchers) = self.compiled.0.get() {
+            return Ok(Rules { config: self, matchers: Arc::clone(matchers) });
+        }
+        let matchers = Arc::new(Matchers {
+            targets: self.target_modules.names("target_modules")?,
             excluded: match &self.exclude_modules {
-                Some(modules) => Some(Names::of_modules("exclude_modules", modules)?),
+                Some(modules) => Some(modules.names("exclude_modules")?),
                 None => None,
             },
-            ranks: self.rank_pattern.compiled("rank_pattern")?,
-            alphas: self.alpha_pattern.compiled("alpha_pattern")?,
-        })
+            ranks: Patterns::new("rank_pattern", &self.rank_pattern.0)?,
+            alphas: Patterns::new("alpha_pattern", &self.alpha_pattern.0)?,
+        });
+        let matchers = Arc::clone(self.compiled.0.get_or_init(|| matchers));
+        Ok(Rules { config: self, matchers })
     }
 
     /// The names that were requested, if modules are given by name.
@@ -385,16 +430,13 @@ fn numbers<T>(
 /// the wrapped model: `model.layers.0.self_attn.q_proj`, or without the first part.
 pub(super) struct Rules<'a> {
     config: &'a AdapterConfig,
-    targets: Names<'a>,
-    excluded: Option<Names<'a>>,
-    ranks: Vec<(Names<'a>, usize)>,
-    alphas: Vec<(Names<'a>, f64)>,
+    matchers: Arc<Matchers>,
 }
 
 impl Rules<'_> {
     /// Whether a module has an adapter.
     pub(super) fn targets(&self, module: &str) -> bool {
-        if self.excluded.as_ref().is_some_and(|names| names.contain(module)) {
+        if self.matchers.excluded.as_ref().is_some_and(|names| names.contain(module)) {
             return false;
         }
         let among_layers = match &self.config.layers_to_transform {
@@ -407,23 +449,19 @@ impl Rules<'_> {
                 Layers::Some(some) => some.contains(&layer),
             }),
         };
-        among_layers && self.targets.contain(module)
+        among_layers && self.matchers.targets.contain(module)
     }
 
     pub(super) fn rank(&self, module: &str) -> usize {
-        first(&self.ranks, module).unwrap_or(self.config.rank)
+        self.matchers.ranks.first(module).unwrap_or(self.config.rank)
     }
 
     /// What `B A` is multiplied by.
     pub(super) fn scale(&self, module: &str) -> f64 {
         let rank = self.rank(module) as f64;
-        let alpha = first(&self.alphas, module).unwrap_or(self.config.alpha);
+        let alpha = self.matchers.alphas.first(module).unwrap_or(self.config.alpha);
         if self.config.rslora { alpha / rank.sqrt() } else { alpha / rank }
     }
-}
-
-fn first<T: Copy>(patterns: &[(Names<'_>, T)], module: &str) -> Option<T> {
-    patterns.iter().find(|(names, _)| names.contain(module)).map(|(_, value)| *value)
 }
 
 /// The 3 of `model.layers.3.self_attn.q_proj`.
@@ -431,68 +469,13 @@ fn layer_of(module: &str) -> Option<usize> {
     module.split('.').find_map(|part| part.parse().ok())
 }
 
-/// Some names of modules.
-enum Names<'a> {
-    AllLinear,
-    EndingWith(Cow<'a, [String]>),
-    Matching(Regex),
-}
-
-impl<'a> Names<'a> {
-    fn of_modules(field: &str, modules: &'a Modules) -> Result<Self> {
-        match modules {
-            Modules::Pattern(pattern) if pattern.eq_ignore_ascii_case("all-linear") => {
-                Ok(Self::AllLinear)
-            }
-            Modules::Pattern(pattern) => Self::matching(field, pattern, format!("^(?:{pattern})$")),
-            Modules::Names(names) => Ok(Self::EndingWith(Cow::Borrowed(names))),
-        }
-    }
-
-    /// What Python's `re.match(rf"(.*\.)?({pattern})$", name)` finds.
-    fn at_the_end(field: &str, pattern: &str) -> Result<Self> {
-        // Usually there is one plain name for each module, which needs no regular expression. The dots
-        // in a name match any character, but names differ in more than that.
-        if pattern.chars().all(|c| c.is_ascii_alphanumeric() || "_.".contains(c)) {
-            return Ok(Self::EndingWith(Cow::Owned(vec![pattern.to_string()])));
-        }
-        Self::matching(field, pattern, format!("^(?:.*\\.)?(?:{pattern})$"))
-    }
-
-    fn matching(field: &str, pattern: &str, whole: String) -> Result<Self> {
-        let regex = RegexBuilder::new(&whole).size_limit(PATTERN_SIZE).build();
-        regex.map(Self::Matching).map_err(|_| {
-            let got = format!("the regular expression {pattern}");
-            Error::unsupported(format!("adapter field {field}"), got)
-        })
-    }
-
-    fn contain(&self, module: &str) -> bool {
-        match self {
-            Self::AllLinear => module != "lm_head",
-            Self::Matching(regex) => regex.is_match(module),
-            Self::EndingWith(names) => names.iter().any(|name| {
-                let before = module.strip_suffix(name.as_str());
-                before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
-            }),
-        }
-    }
-}
-
-/// A JSON object whose order matters.
+/// A JSON object whose order counts.
 #[derive(Clone, Debug, PartialEq)]
 struct Ordered<T>(Vec<(String, T)>);
 
 impl<T> Default for Ordered<T> {
     fn default() -> Self {
         Self(Vec::new())
-    }
-}
-
-impl<T: Copy> Ordered<T> {
-    fn compiled(&self, field: &str) -> Result<Vec<(Names<'_>, T)>> {
-        let each = self.0.iter();
-        each.map(|(pattern, value)| Ok((Names::at_the_end(field, pattern)?, *value))).collect()
     }
 }
 

@@ -11,7 +11,7 @@ use safetensors::tensor::{Dtype, View};
 
 use super::{Adapter, AdapterConfig, PREFIX, Pair, Wrapped};
 use crate::error::{Error, Result};
-use crate::load::TensorFile;
+use crate::load::{TensorFile, read_text};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -39,7 +39,7 @@ impl Adapter {
             return Err(Error::malformed(folder, message));
         }
         let path = part(folder, CONFIG)?;
-        let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = read_text(&path)?;
         let config = AdapterConfig::from_json(&text).map_err(|error| match error {
             Error::Malformed { message, .. } => Error::malformed(&path, message),
             Error::Config { field, expected, got } => {

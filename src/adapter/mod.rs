@@ -56,6 +56,7 @@
 mod apply;
 mod config;
 mod file;
+mod modules;
 mod scope;
 
 use std::collections::BTreeMap;

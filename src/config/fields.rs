@@ -64,17 +64,20 @@ impl Fields {
         self.typed(field, "an object", |value| Some(Self(value.as_object()?.clone())))
     }
 
+    /// A token id. A number that no token has (-1, as some write for none) is passed over with a warning.
     pub(crate) fn token(&self, field: &str) -> Result<Option<u32>> {
-        self.typed(field, "a token id", token)
+        let id = self.typed(field, "a token id", whole)?;
+        Ok(id.and_then(|id| known(field, id)))
     }
 
-    /// One token id, or a list of them; no ids if absent.
+    /// One token id, or a list of them; absent is no id. Numbers that no token has are passed over as in
+    /// [`Fields::token`].
     pub(crate) fn tokens(&self, field: &str) -> Result<Vec<u32>> {
         let ids = self.typed(field, "a token id or a list of them", |value| match value {
-            Value::Array(ids) => ids.iter().map(token).collect(),
-            id => token(id).map(|id| vec![id]),
+            Value::Array(ids) => ids.iter().map(whole).collect(),
+            id => whole(id).map(|id| vec![id]),
         })?;
-        Ok(ids.unwrap_or_default())
+        Ok(ids.into_iter().flatten().filter_map(|id| known(field, id)).collect())
     }
 
     /// The names of the fields that hold objects.
@@ -94,8 +97,17 @@ impl Fields {
     }
 }
 
-fn token(value: &Value) -> Option<u32> {
-    value.as_u64()?.try_into().ok()
+/// A whole number, however it is written. Every `u32` is one of `f64`.
+fn whole(value: &Value) -> Option<f64> {
+    value.as_f64().filter(|number| number.fract() == 0.0)
+}
+
+fn known(field: &str, id: f64) -> Option<u32> {
+    let known = (0.0..=f64::from(u32::MAX)).contains(&id);
+    if !known {
+        tracing::warn!(field, id, "no token has this id: not used");
+    }
+    known.then_some(id as u32)
 }
 
 /// `value` in few enough words for an error message.

@@ -1,6 +1,6 @@
 //! The metadata of a GGUF file, as llama.cpp writes it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::quantized::gguf_file::Value;
 
@@ -16,7 +16,8 @@ impl Config {
     /// `attention.head_count_kv` is `attention.head_count`, `attention.key_length` is
     /// `embedding_length / head_count`, `rope.freq_base` is 10000, `vocab_size` is the number of
     /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
-    /// counts as an end of text. `tie_word_embeddings` is false: the metadata does not say, and
+    /// counts as an end of text, and so does every token that is spelled like one, such as `<|im_end|>`,
+    /// as in llama.cpp. `tie_word_embeddings` is false: the metadata does not say, and
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
     ///
     /// # Errors
@@ -47,11 +48,12 @@ impl Config {
             _ => return Err(Error::config(metadata.key("vocab_size"), INTEGER, "nothing")),
         };
         let mut eos_token_ids = Vec::new();
-        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-            if let Some(id) = metadata.token(key)?.filter(|id| !eos_token_ids.contains(id)) {
-                eos_token_ids.push(id);
-            }
+        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+            eos_token_ids.extend(metadata.token(&format!("tokenizer.ggml.{key}"))?);
         }
+        eos_token_ids.extend(metadata.ends_by_text());
+        let mut seen = HashSet::new();
+        eos_token_ids.retain(|id| seen.insert(*id));
         let config = Self {
             vocab_size,
             hidden_size: hidden,
@@ -92,6 +94,25 @@ impl Config {
     }
 }
 
+/// Tokens that llama.cpp ends an answer at, whatever `eos_token_id` says, because files name one end and
+/// fine-tunes write another (`special_eog_ids` in its `llama-vocab.cpp`).
+const ENDS: [&str; 14] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+];
+
 const EPSILON: &str = "attention.layer_norm_rms_epsilon";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const INTEGER: &str = "a non-negative integer";
@@ -128,10 +149,21 @@ impl<'a> Metadata<'a> {
             Some(Value::String(kind)) => match kind.as_str() {
                 "none" => Ok(()),
                 "linear" if self.number("rope.scaling.factor")?.is_none_or(|f| f == 1.0) => Ok(()),
+                "yarn" if self.yarn_by_one()? => {
+                    tracing::warn!(key = scaling, "rope scaling by 1 changes nothing: passed over");
+                    Ok(())
+                }
                 other => Err(Error::unsupported("rope scaling", other)),
             },
             other => Err(mistyped(&scaling, "a string", other)),
         }
+    }
+
+    /// Whether a YaRN, if that is what there is, leaves every angle and every score as it is.
+    fn yarn_by_one(&self) -> Result<bool> {
+        let factor = self.number("rope.scaling.factor")?;
+        let attention = self.number("rope.scaling.attn_factor")?;
+        Ok(factor == Some(1.0) && attention.is_none_or(|factor| factor == 1.0))
     }
 
     fn key(&self, name: &str) -> String {
@@ -163,10 +195,27 @@ impl<'a> Metadata<'a> {
         }
     }
 
+    /// The ids of [`ENDS`] that are in the vocabulary, in its order.
+    fn ends_by_text(&self) -> impl Iterator<Item = u32> {
+        let tokens = match self.general(TOKENS) {
+            Some(Value::Array(tokens)) => tokens.as_slice(),
+            _ => &[],
+        };
+        let ends =
+            |token: &Value| matches!(token, Value::String(text) if ENDS.contains(&text.as_str()));
+        (0u32..).zip(tokens).filter(move |(_, token)| ends(token)).map(|(id, _)| id)
+    }
+
     fn token(&self, key: &str) -> Result<Option<u32>> {
         let Some(value) = self.values.get(key) else { return Ok(None) };
+        if !is_integer(value) {
+            return Err(mistyped(key, "a token id", Some(value)));
+        }
         let id = integer(value).and_then(|id| id.try_into().ok());
-        id.map(Some).ok_or_else(|| mistyped(key, "a token id", Some(value)))
+        if id.is_none() {
+            tracing::warn!(key, id = ?value, "no token has this id: not used");
+        }
+        Ok(id)
     }
 }
 
@@ -183,6 +232,12 @@ pub(crate) fn integer(value: &Value) -> Option<u64> {
         Value::I64(n) => (*n).try_into().ok(),
         _ => None,
     }
+}
+
+/// Whether a value is of any integer type.
+pub(crate) fn is_integer(value: &Value) -> bool {
+    use Value::{I8, I16, I32, I64, U8, U16, U32, U64};
+    matches!(value, U8(_) | U16(_) | U32(_) | U64(_) | I8(_) | I16(_) | I32(_) | I64(_))
 }
 
 fn mistyped(key: &str, expected: &str, got: Option<&Value>) -> Error {

@@ -22,8 +22,9 @@ impl Config {
     /// where it is `null`), 8 key and value heads, 131072 positions; for Llama no window, as many key
     /// and value heads as query heads, 2048 positions; for both `rope_theta` 10000, `rms_norm_eps` 1e-6,
     /// untied embeddings, `head_dim = hidden_size / num_attention_heads`, `bos_token_id` 1 and
-    /// `eos_token_id` 2. A window in a Llama's file is ignored with a warning, as `transformers` ignores
-    /// it.
+    /// `eos_token_id` 2. Ids that are not in the vocabulary, and RoPE scaling by 1, are passed over with a
+    /// warning. A window in a Llama's file is ignored with a warning, as `transformers`
+    /// ignores it.
     ///
     /// # Errors
     /// [`Error::Malformed`] if `text` is not a JSON object, [`Error::Config`] for a field that is
@@ -77,6 +78,7 @@ impl Config {
             bos_token_id,
             eos_token_ids,
         };
+        let config = config.without_foreign_tokens();
         config.validate()?;
         Ok(config)
     }
@@ -128,6 +130,9 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
         let kind = rope.text("rope_type")?.or(rope.text("type")?);
         match kind {
             Some("default") => {}
+            Some(kind) if scales_by_one(&rope, kind)? => {
+                tracing::warn!(kind, "rope scaling by a factor of 1 changes nothing: passed over");
+            }
             Some(other) => return Err(Error::unsupported("rope scaling", other)),
             None if name == "rope_scaling" => {
                 return Err(Error::config("rope_scaling.rope_type", "a string", "nothing"));
@@ -141,6 +146,20 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
         theta = rope.number("rope_theta")?.or(theta);
     }
     Ok(theta.unwrap_or(10_000.0))
+}
+
+/// Whether RoPE scaling of this kind leaves every angle as it is.
+fn scales_by_one(rope: &Fields, kind: &str) -> Result<bool> {
+    let factor = rope.number("factor")? == Some(1.0);
+    Ok(match kind {
+        "linear" | "dynamic" | "llama3" => factor,
+        // Where these are given, they say how much is scaled, whatever the factor says.
+        "yarn" => {
+            let others = ["attention_factor", "original_max_position_embeddings"];
+            factor && others.iter().all(|field| rope.get(field).is_none())
+        }
+        _ => false,
+    })
 }
 
 fn refuse_partial_rotation(fields: &Fields) -> Result<()> {

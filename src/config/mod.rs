@@ -6,7 +6,7 @@ mod hugging_face;
 mod params;
 
 pub(crate) use fields::{Fields, brief};
-pub(crate) use gguf::integer;
+pub(crate) use gguf::{integer, is_integer};
 
 use crate::error::{Error, Result};
 
@@ -14,7 +14,11 @@ use crate::error::{Error, Result};
 /// sizes fit in 64 bits.
 const MAX_SIZE: usize = i32::MAX as usize;
 
-/// The shape of a Mistral, with the field names of Hugging Face.
+/// The widest head. Real ones have a quarter of a thousand channels or two; a table of rotations has as
+/// many columns, which no weight has to pay for.
+const MAX_HEAD_DIM: usize = 1 << 14;
+
+/// The shape of a Mistral, under the names that Hugging Face gives its fields.
 ///
 /// Read from a checkpoint with [`Config::from_json`], [`Config::from_params_json`] or
 /// [`Config::from_gguf`], which refuse what this crate does not compute; or written by hand and
@@ -33,7 +37,7 @@ pub struct Config {
     pub num_attention_heads: usize,
     /// Number of key and value heads; divides `num_attention_heads`.
     pub num_key_value_heads: usize,
-    /// Width of one head, even. Not always `hidden_size / num_attention_heads` (Mistral Nemo).
+    /// Width of one head, even, at most 16384. Not always `hidden_size / num_attention_heads` (Mistral Nemo).
     pub head_dim: usize,
     /// Added to the mean square inside every RMS norm; in `[0, 1)`.
     pub rms_norm_eps: f64,
@@ -54,8 +58,8 @@ pub struct Config {
 impl Config {
     /// Checks that a model of this shape is possible.
     ///
-    /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs), the
-    /// two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
+    /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs) and at most
+    /// 16384, the two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
     /// and no weight is larger than memory can address.
     ///
     /// # Errors
@@ -76,6 +80,9 @@ impl Config {
             if !(1..=MAX_SIZE).contains(&size) {
                 return Err(Error::config(field, format!("1 to {MAX_SIZE}"), size));
             }
+        }
+        if self.head_dim > MAX_HEAD_DIM {
+            return Err(Error::config("head_dim", format!("1 to {MAX_HEAD_DIM}"), self.head_dim));
         }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         if !heads.is_multiple_of(kv_heads) {
@@ -161,7 +168,30 @@ impl Config {
     }
 }
 
-/// `hidden / heads`, which must be an integer: the `head_dim` of a file that does not give one.
+impl Config {
+    /// Without the special tokens that are not among the model's, each named by a warning: no text has
+    /// them, and no answer ends with them.
+    fn without_foreign_tokens(mut self) -> Self {
+        let vocab_size = self.vocab_size;
+        let known = |field: &str, id: u32| {
+            let known = (id as usize) < vocab_size;
+            if !known {
+                tracing::warn!(
+                    field,
+                    id,
+                    vocab_size,
+                    "no token of the model has this id: not used"
+                );
+            }
+            known
+        };
+        self.bos_token_id = self.bos_token_id.filter(|&id| known("bos_token_id", id));
+        self.eos_token_ids.retain(|&id| known("eos_token_id", id));
+        self
+    }
+}
+
+/// `hidden / heads`, which must be whole: what `head_dim` is where a file does not say.
 fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
     match hidden.1.checked_rem(heads.1) {
         Some(0) => Ok(hidden.1 / heads.1),
@@ -176,6 +206,7 @@ fn head_dim(hidden: (&str, usize), heads: (&str, usize)) -> Result<usize> {
 /// [`Config::validate`] for a file that names its fields differently: `names` pairs the Hugging Face
 /// name with the file's.
 fn validate_as(config: Config, names: &[(&str, &str)]) -> Result<Config> {
+    let config = config.without_foreign_tokens();
     match config.validate() {
         Ok(()) => Ok(config),
         Err(Error::Config { field, expected, got }) => {

@@ -132,7 +132,7 @@ impl Answers {
     fn begin(&self, index: usize, prompt: &Prompt) -> Result<Lane> {
         let (source, config) = (&self.source, &self.config);
         let transformer = source.model.decoder();
-        let encoded = prompt.encode(source.tokenizer.as_ref())?;
+        let encoded = source.encode(prompt)?;
         let total = encoded.ids.len();
         transformer.check_context(total)?;
         let mut writer = Writer::new(source, config, &encoded.ids)?;

@@ -39,7 +39,8 @@ impl Sampler {
     /// Draws the next token from one position's logits and remembers it for the penalties.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] when no token has a finite logit, or one is NaN.
+    /// [`Error::NotFinite`] when no token has a finite logit, or one is NaN; [`Error::Parameter`] for
+    /// penalties that make a finite logit infinite.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         let mut candidates = self.distribution(logits)?;
         let id = match candidates.as_slice() {
@@ -69,7 +70,7 @@ impl Sampler {
     pub fn distribution(&self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
         let config = &self.config;
         let mut logits: Vec<f64> = logits.iter().copied().map(f64::from).collect();
-        self.penalise(&mut logits);
+        self.penalise(&mut logits)?;
 
         let candidates = || (0u32..).zip(logits.iter().copied());
         let best = candidates().min_by(likelier);
@@ -102,11 +103,12 @@ impl Sampler {
         Ok(candidates)
     }
 
-    fn penalise(&self, logits: &mut [f64]) {
+    fn penalise(&self, logits: &mut [f64]) -> Result<()> {
         let config = &self.config;
         for (&id, &count) in &self.seen {
             let Some(logit) = logits.get_mut(id as usize) else { continue };
-            match *logit > 0.0 {
+            let of_model = *logit;
+            match of_model > 0.0 {
                 true => *logit /= config.repetition_penalty,
                 false => *logit *= config.repetition_penalty,
             }
@@ -114,7 +116,16 @@ impl Sampler {
             if count > 0 {
                 *logit -= config.presence_penalty;
             }
+            // Minus infinity forbids a token, as it should.
+            if of_model.is_finite() && (logit.is_nan() || *logit == f64::INFINITY) {
+                let got = format!(
+                    "repetition {:e}, frequency {:e}, presence {:e} for a logit of {of_model:e}",
+                    config.repetition_penalty, config.frequency_penalty, config.presence_penalty
+                );
+                return Err(Error::parameter("penalties", "ones that keep logits finite", got));
+            }
         }
+        Ok(())
     }
 }
 

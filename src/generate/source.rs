@@ -3,7 +3,9 @@
 use candle_core::DType;
 
 use super::config::GenerationConfig;
-use crate::error::Result;
+use super::prompt::{EncodedPrompt, Prompt};
+use crate::embed::EmbedDefaults;
+use crate::error::{Error, Result};
 use crate::model::KvPool;
 use crate::thought::{Thinking, ThoughtModel};
 use crate::tokenizer::Tokenizer;
@@ -13,12 +15,16 @@ use crate::tokenizer::Tokenizer;
 pub(crate) struct Source {
     pub(crate) model: ThoughtModel,
     pub(crate) tokenizer: Option<Tokenizer>,
-    /// The checkpoint's own generation settings.
+    /// What the checkpoint's tokenizer asks for that is not computed here, and so why there is none.
+    pub(crate) untokenized: Option<(String, String)>,
+    /// The checkpoint's own way to generate.
     pub(crate) defaults: GenerationConfig,
     /// Its end-of-sequence tokens.
     pub(crate) eos_ids: Vec<u32>,
     /// Its own thinking settings.
     pub(crate) thinking: Thinking,
+    /// What it says about embedding.
+    pub(crate) embed: EmbedDefaults,
     /// Where caches take their memory from.
     pub(crate) pool: KvPool,
 }
@@ -36,7 +42,26 @@ impl Source {
         Ok(Self { pool, ..self.clone() })
     }
 
-    /// The thinking that `config` asks for, or else the checkpoint's own.
+    /// The prompt as the model takes it.
+    pub(crate) fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt> {
+        prompt.encode(self.tokenizer.as_ref()).map_err(|error| self.why(error))
+    }
+
+    /// What turns a text into token ids.
+    pub(crate) fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = || self.why(Error::NoTokenizer { needed_for: "a text prompt" });
+        self.tokenizer.as_ref().ok_or_else(missing)
+    }
+
+    /// For want of a tokenizer: what the checkpoint has instead.
+    fn why(&self, error: Error) -> Error {
+        match (error, &self.untokenized) {
+            (Error::NoTokenizer { .. }, Some((what, got))) => Error::unsupported(what, got),
+            (error, _) => error,
+        }
+    }
+
+    /// What `config` says of thinking, or else the checkpoint.
     pub(crate) fn thinking<'a>(&'a self, config: &'a GenerationConfig) -> &'a Thinking {
         config.thinking.as_ref().unwrap_or(&self.thinking)
     }

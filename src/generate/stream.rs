@@ -93,7 +93,7 @@ impl<'c> TokenStream<'c> {
         conversation: Option<&'c mut Conversation>,
     ) -> Result<Self> {
         let transformer = source.model.decoder();
-        let prompt = prompt.encode(source.tokenizer.as_ref())?;
+        let prompt = source.encode(prompt)?;
         let writer = Writer::new(source, config, &prompt.ids)?;
         let (mind, total) = (source.thinking(config).on(&source.model)?, prompt.ids.len());
         transformer.check_context(total)?;

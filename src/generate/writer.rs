@@ -27,6 +27,9 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn new(source: &Source, config: &GenerationConfig, prompt: &[u32]) -> Result<Self> {
+        if !source.model.decoder().has_head() {
+            return Err(Error::NoHead { needed_for: "generating" });
+        }
         let sampler = Sampler::new(config, prompt)?;
         let (stop_strings, stop_ids) = stops(config, source)?;
         Ok(Self {

@@ -9,6 +9,7 @@
 //! dense        products with numbers         quantized    products with blocks
 //! attention    over packed sequences         elementwise  norms, gates, rotations, sums
 //! matrix, storage                    small products in slices, and the slices themselves
+//! memory                             what the allocator keeps of freed memory
 //! ```
 //!
 //! Nothing here knows about models.
@@ -21,6 +22,7 @@ mod fresh;
 mod gradients;
 mod input_rows;
 mod matrix;
+mod memory;
 mod quantized;
 mod storage;
 mod weight;
@@ -32,6 +34,8 @@ pub(crate) use door::{
     Input, attend, fits_kernels, log_softmax, rms_norm, softmax, split_heads, swiglu,
 };
 pub(crate) use fresh::Fresh;
+pub(crate) use memory::FreedMemory;
+pub use memory::keep_freed_memory;
 pub(crate) use quantized::reads_blocks;
-pub(crate) use storage::{f32s, gradient_for, keep_freed_memory, values};
+pub(crate) use storage::{f32s, gradient_for, values};
 pub(crate) use weight::Weight;

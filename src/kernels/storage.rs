@@ -1,22 +1,10 @@
 //! What candle's tensors hold on the CPU, as slices.
 
 use std::ops::Deref;
-use std::sync::Once;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
-
-/// Makes glibc keep the memory of one result for the next, where glibc is the allocator.
-///
-/// It returns to the system what is free beyond twice the largest block that was ever freed, and asks
-/// for zeroed memory from the system for any larger result: a tenth of a pass over 512 tokens. A block
-/// just under 32 MiB, the most that it considers, is freed here once, as any program may.
-pub(crate) fn keep_freed_memory() {
-    const JUST_UNDER: usize = (32 << 20) - (64 << 10);
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(JUST_UNDER))));
-}
 
 /// `tensor.to_dtype(F32)`; for the half types on the CPU, on all cores.
 pub(super) fn widen(tensor: &Tensor) -> Result<Tensor> {

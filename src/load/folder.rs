@@ -60,13 +60,36 @@ impl Folder {
     }
 }
 
+/// The folder that `folder` stands for: itself, or the snapshot that `refs/main` names, where it is a
+/// repository in the cache of the Hugging Face hub (`models--org--name`).
+///
+/// ```text
+/// models--org--name/refs/main              holds 0123abc
+/// models--org--name/snapshots/0123abc      holds the checkpoint
+/// ```
+pub(super) fn snapshot(folder: &Path) -> Result<PathBuf> {
+    let (snapshots, main) = (folder.join("snapshots"), folder.join("refs").join("main"));
+    if !snapshots.is_dir() || !main.is_file() {
+        return Ok(folder.to_path_buf());
+    }
+    let text = std::fs::read_to_string(&main).map_err(Error::io(&main))?;
+    let commit = text.trim();
+    if Path::new(commit).file_name() != Some(OsStr::new(commit)) {
+        return Err(Error::malformed(&main, format!("{commit:?} is not the name of a snapshot")));
+    }
+    match snapshots.join(commit) {
+        snapshot if snapshot.is_dir() => Ok(snapshot),
+        _ => Err(Error::malformed(&main, format!("there is no snapshot {commit} beside it"))),
+    }
+}
+
 impl Index {
     fn read(path: PathBuf) -> Result<Self> {
         #[derive(Deserialize)]
         struct Content {
             weight_map: BTreeMap<String, String>,
         }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = super::read_text(&path)?;
         let content: Content =
             serde_json::from_str(&text).map_err(|error| Error::malformed(&path, error))?;
         Ok(Self { path, weight_map: content.weight_map })
@@ -96,15 +119,15 @@ impl Index {
         Ok(shards.into_iter().collect())
     }
 
-    /// Refuses an index that places a weight in another file than `file_of` finds.
-    pub(super) fn check<'a>(&self, file_of: impl Fn(&str) -> Option<&'a Path>) -> Result<()> {
+    /// Warns of tensors that are in another file than the index says, or in none: weights are taken where
+    /// they are found, and one that is missing is an error if the model needs it.
+    pub(super) fn compare<'a>(&self, file_of: impl Fn(&str) -> Option<&'a Path>) {
         for (name, shard) in &self.weight_map {
             if file_of(name).is_none_or(|file| !file.ends_with(shard)) {
-                let message = format!("{name} should be in {shard}, but is not");
-                return Err(Error::malformed(&self.path, message));
+                let index = self.path.display();
+                tracing::warn!(name, shard, %index, "the index names a tensor that its shard lacks");
             }
         }
-        Ok(())
     }
 }
 

@@ -19,9 +19,14 @@ pub(super) const MAGIC: &[u8] = b"GGUF";
 /// Levels of arrays within arrays; real files have one.
 const MAX_DEPTH: usize = 4;
 
-/// The most elements of one array; the largest vocabularies have a sixtieth of this. A [`Value`] takes
-/// many times as much room as a byte in the file.
-const MAX_ARRAY: u64 = 1 << 24;
+/// Bytes that all metadata may take in memory; the largest vocabularies, with their merges, take a tenth
+/// of it. A [`Value`] has many times the room of a byte in the file.
+const MAX_METADATA: usize = 512 << 20;
+
+/// Of that, what a file may take whatever its size, and how many times the room it has on the disk: a file
+/// may claim more bytes than were ever written.
+const METADATA_OF_ANY: usize = 64 << 20;
+const METADATA_BY_SIZE: usize = 16;
 
 /// `GGML_MAX_DIMS`
 const MAX_DIMS: u32 = 4;
@@ -46,12 +51,15 @@ pub(super) struct GgufTensor {
 /// What is wrong with the file.
 type Result<T, E = String> = std::result::Result<T, E>;
 
-/// Reads the header of `file`, the whole content of a GGUF file of version 2 or 3.
+/// Reads the header of `file`, the whole content of a GGUF file of version 2 or 3, of which `written`
+/// bytes are on a disk.
 ///
-/// Every tensor that it returns lies within `file`, overlaps no other, begins at a multiple of 8, and
-/// has rows of whole blocks.
-pub(super) fn parse(file: &[u8]) -> Result<Gguf> {
-    let mut reader = Reader { file, position: 0 };
+/// Of what it returns every tensor lies within `file`, apart from the others, on a multiple of 8,
+/// and its rows are whole blocks.
+pub(super) fn parse(file: &[u8], written: usize) -> Result<Gguf> {
+    let room = written.saturating_mul(METADATA_BY_SIZE).saturating_add(METADATA_OF_ANY);
+    let room = room.min(MAX_METADATA);
+    let mut reader = Reader { file, position: 0, room, taken: 0 };
     if reader.take(MAGIC.len())? != MAGIC {
         return Err("not a GGUF file: it does not start with GGUF".into());
     }
@@ -68,6 +76,7 @@ pub(super) fn parse(file: &[u8]) -> Result<Gguf> {
     let mut metadata = HashMap::new();
     for _ in 0..key_count {
         let key = reader.name("a metadata key")?;
+        reader.charge(size_of::<(String, Value)>()).map_err(|what| format!("{key}: {what}"))?;
         let kind = reader.u32()?;
         let value = reader.value(kind, 0).map_err(|what| format!("{key}: {what}"))?;
         if metadata.contains_key(&key) {
@@ -160,6 +169,9 @@ impl Header {
 struct Reader<'a> {
     file: &'a [u8],
     position: usize,
+    /// Bytes that metadata may take in memory, and those it takes.
+    room: usize,
+    taken: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -186,6 +198,19 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// Takes note of bytes of metadata before they are made.
+    fn charge(&mut self, bytes: usize) -> Result<()> {
+        self.taken = self.taken.saturating_add(bytes);
+        if self.taken > self.room {
+            let (room, position) = (self.room, self.position);
+            return Err(format!(
+                "metadata up to {position} would take more than the {room} bytes of memory that a file \
+                 of this size may have for it"
+            ));
+        }
+        Ok(())
+    }
+
     /// The bytes of a string.
     fn string(&mut self) -> Result<&'a [u8]> {
         let len = self.u64()?;
@@ -196,6 +221,7 @@ impl<'a> Reader<'a> {
     fn name(&mut self, what: &str) -> Result<String> {
         let position = self.position;
         let bytes = self.string()?;
+        self.charge(bytes.len())?;
         String::from_utf8(bytes.to_vec())
             .map_err(|_| format!("{what} at {position} is not valid UTF-8"))
     }
@@ -216,7 +242,11 @@ impl<'a> Reader<'a> {
             },
             // tokens of real vocabularies are not all UTF-8, and some writers terminate them with zeros
             8 => {
-                let text = String::from_utf8_lossy(self.string()?);
+                let bytes = self.string()?;
+                self.charge(bytes.len())?;
+                let text = String::from_utf8_lossy(bytes);
+                // A byte that is no UTF-8 has become three.
+                self.charge(text.len() - bytes.len())?;
                 Value::String(text.trim_end_matches('\0').to_string())
             }
             9 => self.values(depth)?,
@@ -233,11 +263,17 @@ impl<'a> Reader<'a> {
         }
         let kind = self.u32()?;
         let len = self.u64()?;
-        if len > MAX_ARRAY {
-            return Err(format!("an array of {len} elements: at most {MAX_ARRAY} are read"));
+        // Every value has a byte at least, so a length that the file cannot hold is refused first.
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let left = self.file.len().saturating_sub(self.position);
+        if len > left {
+            return Err(format!(
+                "an array of {len} elements, but the file ends after {left} bytes"
+            ));
         }
-        // grown by what is actually there, not by what the file claims
+        self.charge(len.saturating_mul(size_of::<Value>()))?;
         let mut values = Vec::new();
+        values.try_reserve_exact(len).map_err(|error| error.to_string())?;
         for _ in 0..len {
             values.push(self.value(kind, depth + 1)?);
         }

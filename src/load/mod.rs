@@ -24,7 +24,7 @@ mod weights;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -44,15 +44,19 @@ pub use self::weight_type::WeightType;
 pub use self::weights::CheckpointWeights;
 use crate::config::{Config, integer};
 use crate::error::{Error, Result};
+use crate::model::is_or_is_under;
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
-/// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its shards),
-/// Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of version 2 or 3.
-/// Where a folder holds the weights twice, the Hugging Face files are used.
+/// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
+/// shards, saved from the whole model or, without `model.` in its names, from the base class), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
+/// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
 ///
-/// The files must not be changed while this is alive: they are mapped into memory, and if one is
-/// truncated, reading the missing part ends the process.
+/// The files must not be changed while it lives: they are mapped into memory, and where one is cut short
+/// or cannot be read any more (a share that is gone, a download that starts anew, an editor that
+/// truncates), reading the missing part ends the process with `SIGBUS`, which no program can catch as an
+/// error. Put new files in the place of old ones by renaming, as downloaders do, or open with
+/// [`Checkpoint::read`], which copies them first.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -70,6 +74,8 @@ struct Mapped {
     bytes: Mmap,
     /// Whether `bytes` map the file itself rather than a copy of it.
     of_file: bool,
+    /// Bytes that the file takes on its disk, which may be fewer than it has.
+    written: usize,
 }
 
 /// Where a tensor is, and its type.
@@ -89,10 +95,24 @@ impl Checkpoint {
     /// [`Error::Io`] if something cannot be read, [`Error::Malformed`] if it is not what its format
     /// promises or a file is missing, and the errors of [`Config::from_json`] and its siblings.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_by(path.as_ref(), Mapped::open)
+    }
+
+    /// [`Checkpoint::open`] that reads the files instead of mapping them: what becomes of them
+    /// afterwards does not matter, and a file that is cut short meanwhile is an error. It needs memory for
+    /// the whole files beside the weights that are made of them, until the checkpoint is dropped, and
+    /// takes the time to read them at once.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`]; [`Error::Io`] also where there is no memory for a file.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_by(path.as_ref(), Mapped::read)
+    }
+
+    fn open_by(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
         let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
         if metadata.is_dir() {
-            return Self::open_folder(path);
+            return Self::open_folder(path, into_memory);
         }
         let mut magic = Vec::new();
         // anything else, such as a pipe, might never end
@@ -104,7 +124,7 @@ impl Checkpoint {
             let message = "neither a folder nor a GGUF file, which starts with GGUF";
             return Err(Error::malformed(path, message));
         }
-        Self::open_gguf(Mapped::open(path)?)
+        Self::open_gguf(into_memory(path)?)
     }
 
     /// [`Checkpoint::open`] for a GGUF file in memory, which is copied; for fuzzing.
@@ -114,8 +134,8 @@ impl Checkpoint {
     }
 
     fn open_gguf(file: Mapped) -> Result<Self> {
-        let Gguf { metadata, tensors } =
-            gguf::parse(&file.bytes).map_err(|message| Error::malformed(&file.path, message))?;
+        let Gguf { metadata, tensors } = gguf::parse(&file.bytes, file.written)
+            .map_err(|message| Error::malformed(&file.path, message))?;
         if let Some(parts) = metadata.get("split.count").and_then(integer)
             && parts > 1
         {
@@ -143,9 +163,10 @@ impl Checkpoint {
         })
     }
 
-    fn open_folder(path: &Path) -> Result<Self> {
+    fn open_folder(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
+        let path = &folder::snapshot(path)?;
         let folder = Folder::look(path)?;
-        let text = std::fs::read_to_string(&folder.config).map_err(Error::io(&folder.config))?;
+        let text = read_text(&folder.config)?;
         let config = if folder.is_params {
             Config::from_params_json(&text)
         } else {
@@ -158,7 +179,7 @@ impl Checkpoint {
 
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
-            for (name, entry) in entries(path)? {
+            for (name, entry) in entries(into_memory(path)?)? {
                 if tensors.contains_key(&name) {
                     let message = format!("{name} is in another shard too");
                     return Err(Error::malformed(path, message));
@@ -167,19 +188,21 @@ impl Checkpoint {
             }
         }
         if let Some(index) = &folder.index {
-            index.check(|name| tensors.get(name).map(|entry| entry.file.path.as_path()))?;
+            index.compare(|name| tensors.get(name).map(|entry| entry.file.path.as_path()));
         }
-        if folder.is_params && !tensors.contains_key(&folder.naming.spell("lm_head.weight")) {
-            // `params.json` has no established field for this: without a head, the embeddings are tied.
+        let mut naming = folder.naming;
+        // Saved from the base class (`AutoModel`), names lack the part that it has in the whole model.
+        if naming == Naming::HuggingFace
+            && tensors.contains_key(&Naming::HuggingFaceBase.spell("model.embed_tokens.weight"))
+            && !tensors.keys().any(|name| is_or_is_under(name, "model"))
+        {
+            naming = Naming::HuggingFaceBase;
+        }
+        if folder.is_params && !tensors.contains_key(&naming.spell("lm_head.weight")) {
+            // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            naming: folder.naming,
-            tensors,
-            gguf_metadata: None,
-        })
+        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None })
     }
 
     /// The shape of the model.
@@ -187,7 +210,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The folder or file that was opened.
+    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -221,7 +244,7 @@ impl Checkpoint {
         };
         let path = folder.map(|folder| folder.join("hybrid.json"));
         let Some(path) = path.filter(|path| path.is_file()) else { return Ok(None) };
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = read_text(&path)?;
         Ok(Some((path, text)))
     }
 
@@ -239,7 +262,7 @@ pub(crate) struct TensorFile(BTreeMap<String, Entry>);
 
 impl TensorFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        entries(path).map(Self)
+        entries(Mapped::open(path)?).map(Self)
     }
 
     /// Names and shapes.
@@ -258,10 +281,35 @@ impl TensorFile {
     }
 }
 
+/// A text of a checkpoint, of at most so many bytes: a file may claim more than were ever written.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    const MOST: u64 = 64 << 20; // the longest, an index of all shards, has some megabytes
+    let bytes = read_bytes(path, MOST)?;
+    let invalid =
+        |_| std::io::Error::new(ErrorKind::InvalidData, "stream did not contain valid UTF-8");
+    String::from_utf8(bytes).map_err(invalid).map_err(Error::io(path))
+}
+
+/// A file of at most `most` bytes.
+pub(crate) fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let too_many =
+        || Error::malformed(path, format!("more than {most} bytes, which no such file has"));
+    let file = File::open(path).map_err(Error::io(path))?;
+    if file.metadata().map_err(Error::io(path))?.len() > most {
+        return Err(too_many());
+    }
+    let mut bytes = Vec::new();
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > most {
+        return Err(too_many()); // it has grown, or does not say how long it is
+    }
+    Ok(bytes)
+}
+
 /// Reads the header of a safetensors file.
-fn entries(path: &Path) -> Result<BTreeMap<String, Entry>> {
-    let file = Arc::new(Mapped::open(path)?);
-    let tensors = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(path, it))?;
+fn entries(file: Mapped) -> Result<BTreeMap<String, Entry>> {
+    let file = Arc::new(file);
+    let tensors = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(&file.path, it))?;
     let entries = tensors.into_iter().map(|(name, tensor)| {
         let (shape, range) = (tensor.shape, tensor.range);
         let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
@@ -352,7 +400,19 @@ impl Mapped {
         // What no program can rule out is that another process writes to the file, or truncates it,
         // meanwhile; the documentation of `Checkpoint` makes preventing that the caller's duty.
         let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        Ok(Self { path: path.to_path_buf(), bytes, of_file: true })
+        let written = written(&file.metadata().map_err(Error::io(path))?);
+        Ok(Self { path: path.to_path_buf(), bytes, of_file: true, written })
+    }
+
+    /// A copy of a file in memory.
+    fn read(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let metadata = file.metadata().map_err(Error::io(path))?;
+        let len = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+        let mut map = MmapMut::map_anon(len).map_err(Error::io(path))?;
+        file.read_exact(&mut map).map_err(Error::io(path))?;
+        let bytes = map.make_read_only().map_err(Error::io(path))?;
+        Ok(Self { path: path.to_path_buf(), bytes, of_file: false, written: written(&metadata) })
     }
 
     /// A mapping, because it starts on a page: parsers and blocks rely on its alignment.
@@ -360,8 +420,9 @@ impl Mapped {
         let path = PathBuf::from("memory");
         let mut map = MmapMut::map_anon(bytes.len()).map_err(Error::io(&path))?;
         map.copy_from_slice(bytes);
+        let written = map.len();
         let bytes = map.make_read_only().map_err(Error::io(&path))?;
-        Ok(Self { path, bytes, of_file: false })
+        Ok(Self { path, bytes, of_file: false, written })
     }
 
     /// Tells the system that `range` will not be read again soon: otherwise the file's pages would count
@@ -384,6 +445,17 @@ impl Mapped {
             }
         }
     }
+}
+
+/// Bytes that a file takes on its disk. Where that is not known, or as on some file systems not told, as
+/// many as it has.
+fn written(metadata: &std::fs::Metadata) -> usize {
+    #[cfg(unix)]
+    let blocks = std::os::unix::fs::MetadataExt::blocks(metadata).saturating_mul(512);
+    #[cfg(not(unix))]
+    let blocks = 0;
+    let bytes = if blocks == 0 { metadata.len() } else { blocks.min(metadata.len()) };
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// The types of safetensors that hold weights; the name of any other.

@@ -1,10 +1,12 @@
-//! How the three kinds of checkpoint spell a weight, and how they order its rows.
+//! How the kinds of checkpoint spell a weight, and how they order its rows.
 
 /// Whose names, and whose order of rows, a checkpoint follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Naming {
     /// `model.layers.0.self_attn.q_proj.weight`: `transformers`.
     HuggingFace,
+    /// `layers.0.self_attn.q_proj.weight`: `transformers`, where the model was saved from its base class.
+    HuggingFaceBase,
     /// `layers.0.attention.wq.weight`: `consolidated.safetensors`, as Mistral publishes it.
     Mistral,
     /// `blk.0.attn_q.weight`: llama.cpp.
@@ -43,6 +45,7 @@ impl Naming {
         let [hugging_face, mistral, gguf] = row;
         match self {
             Self::HuggingFace => hugging_face,
+            Self::HuggingFaceBase => hugging_face.strip_prefix("model.").unwrap_or(hugging_face),
             Self::Mistral => mistral,
             Self::Gguf => gguf,
         }
@@ -81,7 +84,7 @@ impl Naming {
         under(THOUGHT)
             || match self {
                 Self::HuggingFace => under("model") || under("lm_head"),
-                Self::Mistral | Self::Gguf => {
+                Self::HuggingFaceBase | Self::Mistral | Self::Gguf => {
                     under(self.column(LAYERS)) || TOP.into_iter().any(|row| under(self.column(row)))
                 }
             }
@@ -91,8 +94,9 @@ impl Naming {
     pub(super) fn rows(self, name: &str, head_dim: usize) -> Rows {
         let rotated =
             name.ends_with("self_attn.q_proj.weight") || name.ends_with("self_attn.k_proj.weight");
-        // Weights learned for thought passes exist in our own format only.
-        if rotated && !name.starts_with(THOUGHT) && self != Self::HuggingFace {
+        // What was learned for thought passes is nobody's format but ours.
+        let interleaved = matches!(self, Self::Mistral | Self::Gguf);
+        if rotated && !name.starts_with(THOUGHT) && interleaved {
             Rows::Interleaved { head_dim }
         } else {
             Rows::InOrder
@@ -153,6 +157,9 @@ mod tests {
     fn names_are_translated() {
         let name = "model.layers.11.mlp.gate_proj.weight";
         assert_eq!(Naming::HuggingFace.spell(name), name);
+        assert_eq!(Naming::HuggingFaceBase.spell(name), "layers.11.mlp.gate_proj.weight");
+        assert_eq!(Naming::HuggingFaceBase.spell("model.norm.weight"), "norm.weight");
+        assert_eq!(Naming::HuggingFaceBase.spell("lm_head.weight"), "lm_head.weight");
         assert_eq!(Naming::Mistral.spell(name), "layers.11.feed_forward.w1.weight");
         assert_eq!(Naming::Gguf.spell(name), "blk.11.ffn_gate.weight");
         assert_eq!(Naming::Gguf.spell("lm_head.weight"), "output.weight");

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::names::{Naming, Rows};
 use super::{Checkpoint, Entry, WeightType};
@@ -132,7 +132,7 @@ impl<'a> CheckpointWeights<'a> {
     ///
     /// # Errors
     /// [`Error::UnusedWeight`] for the first such weight; [`Error::Unsupported`] for the frequency
-    /// factors of RoPE scaling in a GGUF file.
+    /// factors of RoPE scaling in a GGUF file that are not all 1.
     pub fn finish(mut self) -> Result<()> {
         for (name, entry) in &self.checkpoint.tensors {
             if !self.used.contains(name.as_str()) {
@@ -146,7 +146,13 @@ impl<'a> CheckpointWeights<'a> {
     fn judge(&self, name: &str, entry: &Entry) -> Result<()> {
         let Checkpoint { tensors, naming, config, .. } = self.checkpoint;
         if *naming == Naming::Gguf && name.starts_with("rope_f") {
-            return Err(Error::unsupported("rope scaling", name));
+            let as_f32 = |_| DType::F32;
+            let factors = entry.tensor(name, &entry.shape, Rows::InOrder, as_f32, &Device::Cpu)?;
+            if factors.flatten_all()?.to_vec1::<f32>()?.iter().any(|factor| *factor != 1.0) {
+                return Err(Error::unsupported("rope scaling", name));
+            }
+            tracing::warn!(name, file = entry.place(), "rope scaling by 1 in all places: not used");
+            return Ok(());
         }
         if name.ends_with(".rotary_emb.inv_freq") || !naming.is_ours(name) {
             tracing::warn!(name, file = entry.place(), "tensor not used");

@@ -52,7 +52,7 @@ use self::block::RmsNorm;
 use self::stack::in_pool;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::FreedMemory;
 
 pub use self::attention::attend;
 pub use self::context::{ForwardContext, Pass, SideSignal};
@@ -96,19 +96,24 @@ pub struct Transformer {
     embed_tokens: Linear,
     stack: Stack,
     norm: RmsNorm,
-    lm_head: Linear,
+    /// What was saved from a base class or merged to embed texts may have none.
+    lm_head: Option<Linear>,
     dtype: DType,
     device: Device,
+    /// Dropped last, when the weights are free.
+    _freed_memory: FreedMemory,
 }
 
 impl Transformer {
     /// Builds the blocks from `weights`, on the device and in the type in which they are passed.
     ///
     /// # Errors
-    /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape.
+    /// A config that [`Config::validate`] refuses; a weight that is missing or of another shape. Only
+    /// `lm_head.weight` may be missing, which is then said by a warning: see
+    /// [`has_head`](Self::has_head).
     pub fn new(config: &Config, weights: &mut impl Weights) -> Result<Self> {
         config.validate()?;
-        kernels::keep_freed_memory();
+        let _freed_memory = FreedMemory::kept();
         let table = (config.vocab_size, config.hidden_size);
         let embed_tokens = weights.embedding("model.embed_tokens.weight", table.0, table.1)?;
         let device = embed_tokens.device();
@@ -117,12 +122,19 @@ impl Transformer {
         let stack = Stack::new(config, "model.layers", count, stream, weights)?;
         let norm = RmsNorm::new(config, "model.norm.weight", dtype, weights)?;
         let lm_head = if config.tie_word_embeddings {
-            embed_tokens.clone()
+            Some(embed_tokens.clone())
         } else {
-            weights.linear("lm_head.weight", table.0, table.1)?
+            match weights.linear("lm_head.weight", table.0, table.1) {
+                Ok(head) => Some(head),
+                Err(Error::MissingWeight { name, place }) => {
+                    tracing::warn!(name, place, "no vocabulary head: this model cannot generate");
+                    None
+                }
+                Err(error) => return Err(error),
+            }
         };
         let config = config.clone();
-        Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device })
+        Ok(Self { config, embed_tokens, stack, norm, lm_head, dtype, device, _freed_memory })
     }
 
     /// The shapes it was built with.
@@ -149,8 +161,8 @@ impl Transformer {
     pub fn weight_bytes(&self) -> BTreeMap<String, usize> {
         let mut bytes = self.stack.weight_bytes();
         self.embed_tokens.count_bytes(&mut bytes);
-        if !self.config.tie_word_embeddings {
-            self.lm_head.count_bytes(&mut bytes);
+        if let Some(head) = self.lm_head.as_ref().filter(|_| !self.config.tie_word_embeddings) {
+            head.count_bytes(&mut bytes);
         }
         bytes
     }
@@ -215,7 +227,7 @@ impl Transformer {
     /// costs more than any layer.
     ///
     /// # Errors
-    /// As [`Transformer::norm`].
+    /// As [`Transformer::norm`]; [`Error::NoHead`] for a model that was loaded without one.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head(&self.norm(hidden)?)
     }
@@ -223,10 +235,18 @@ impl Transformer {
     /// The head by itself, over the output of [`Transformer::norm`]: `(.., hidden) -> (.., vocab)`.
     ///
     /// # Errors
-    /// As [`Transformer::norm`].
+    /// As [`Transformer::logits`].
     pub fn head(&self, normed: &Tensor) -> Result<Tensor> {
         self.stack.check_stream(normed)?;
-        in_pool(|| self.lm_head.forward(normed))
+        let head = self.lm_head.as_ref().ok_or(Error::NoHead { needed_for: "the logits" })?;
+        in_pool(|| head.forward(normed))
+    }
+
+    /// Whether it has a vocabulary head. Checkpoints that were saved to embed texts may have none: all but
+    /// [`logits`](Self::logits) and [`head`](Self::head) works for these.
+    #[must_use]
+    pub fn has_head(&self) -> bool {
+        self.lm_head.is_some()
     }
 
     /// An empty cache for one sequence of up to `capacity` positions, from a pool of its own without a
@@ -290,13 +310,14 @@ impl Transformer {
             lm_head: self.lm_head.clone(),
             dtype: self.dtype,
             device: self.device.clone(),
+            _freed_memory: FreedMemory::kept(),
         }
     }
 
     /// The projection called `model.layers.0.self_attn.q_proj` or the like, or `lm_head`.
     pub(crate) fn projection_mut(&mut self, name: &str) -> Option<&mut Linear> {
         match name {
-            "lm_head" => Some(&mut self.lm_head),
+            "lm_head" => self.lm_head.as_mut(),
             _ => self.stack.projection_mut(name.strip_prefix("model.layers.")?),
         }
     }

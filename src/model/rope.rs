@@ -47,6 +47,9 @@ impl Rope {
     /// The first tables are this long, which is enough for most prompts.
     const FIRST: usize = 1024;
 
+    /// Angles in the first tables, at most; heads of up to 16384 channels are allowed.
+    const FIRST_ANGLES: usize = 1 << 18;
+
     pub(super) fn new(config: &Config, dtype: DType, device: &Device) -> Result<Self> {
         // In f32 throughout, as transformers computes it: distant positions then round the same way.
         let dim = config.head_dim as f32;
@@ -55,7 +58,8 @@ impl Rope {
             1.0 / (config.rope_theta.powf(f64::from(exponent)) as f32)
         };
         let inv_freq: Vec<f32> = (0..config.head_dim / 2).map(frequency).collect();
-        let first = Self::FIRST.min(config.max_position_embeddings).max(1);
+        let rows = Self::FIRST.min(Self::FIRST_ANGLES / inv_freq.len().max(1));
+        let first = rows.min(config.max_position_embeddings).max(1);
         let tables = RwLock::new(Arc::new(Tables::new(&inv_freq, first, dtype, device)?));
         Ok(Self { inv_freq, dtype, device: device.clone(), tables })
     }

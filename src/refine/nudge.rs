@@ -65,6 +65,11 @@ impl GradientNudge {
         Self { steps, optimizer, trust, goal: Goal::default() }
     }
 
+    /// What it costs in readings of the text.
+    pub(super) fn reads(&self) -> usize {
+        self.steps.saturating_mul(3).saturating_add(1)
+    }
+
     /// How a gradient becomes a step. Default [`Optimizer::Adam`] at 0.01: four steps change a
     /// thought by about 3 %.
     #[must_use]

@@ -54,6 +54,11 @@ impl OutputNudge {
         Self { steps, learning_rate: default_learning_rate() }
     }
 
+    /// What it costs in readings of the text, if one of its head alone counts as much.
+    pub(crate) fn reads(&self) -> usize {
+        self.steps.saturating_add(1)
+    }
+
     /// About how far a step moves each channel: in [0, 1e6]. Default 0.01. Channels of a final
     /// hidden state are about the size of the final norm's weights.
     #[must_use]

@@ -87,7 +87,13 @@ impl ForwardNudge {
         }
     }
 
-    /// Directions in a step, 1 to 1000, each probed both ways. Default 8.
+    /// What it costs in readings of the text.
+    pub(super) fn reads(&self) -> usize {
+        let step = self.directions.saturating_mul(2).saturating_add(1);
+        self.steps.saturating_mul(step).saturating_add(1)
+    }
+
+    /// Directions of a step, 1 to 1000, each probed both ways. Default 8.
     #[must_use]
     pub fn directions(mut self, directions: usize) -> Self {
         self.directions = directions;

@@ -50,6 +50,15 @@ impl OpConfig {
             Self::ForwardNudge(op) => Arc::new(op),
         }
     }
+
+    /// What it costs in readings of the text, at least one.
+    fn reads(&self) -> usize {
+        match self {
+            Self::CosineReweight(_) | Self::Interpolate(_) => 1,
+            Self::GradientNudge(op) => op.reads(),
+            Self::ForwardNudge(op) => op.reads(),
+        }
+    }
 }
 
 impl Seq {
@@ -99,6 +108,13 @@ impl Seq {
             });
             refined.map_err(|source| named(index, op.as_ref(), source))
         })
+    }
+
+    /// What the ops of a pass cost together, in readings of the text. One that only code can make counts
+    /// as one.
+    pub(crate) fn reads(&self) -> usize {
+        let reads = |op: &Arc<dyn Refine>| op.to_config().map_or(1, |config| config.reads());
+        self.ops.iter().map(reads).fold(0, usize::saturating_add)
     }
 
     /// Checks the parameters of every op.

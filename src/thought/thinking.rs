@@ -72,8 +72,11 @@ impl HandOff {
 /// `thought.gate`, `(hidden)`, is each channel's share of the new state; and a `hybrid.json`, which
 /// [`from_json`](Self::from_json) reads, is used whenever the caller says nothing about thinking.
 ///
-/// Not thinking is the right default for weights that were not trained to think: no source shows a
-/// bidirectional prompt helping generation with such weights, and strong settings ruin it.
+/// What a checkpoint orders runs on the machine of whoever only says `generate`, so a `hybrid.json` has a
+/// budget that settings of your own have not: see [`Thinking::MOST_READS_FROM_FILE`].
+///
+/// Not thinking is the right default for weights that were not trained to think: for those no
+/// source shows a bidirectional prompt helping generation, and strong settings ruin it.
 ///
 /// ```
 /// use hybrid_attention::Thinking;
@@ -109,14 +112,32 @@ impl Thinking {
     /// The most passes that are accepted. Published loops saturate at three or four.
     pub const MAX_PASSES: usize = 1024;
 
+    /// How often the default thinking of a checkpoint, its `hybrid.json`, may read the prompt: 1000 times
+    /// (published ones do so three or four times, with nudges some hundred times). What you ask for
+    /// yourself, in code or on the command line, has no such limit, and can be
+    /// [cancelled](crate::Cancel).
+    ///
+    /// A pass counts as one reading, each op and each halting rule as one more in every pass, a step of a
+    /// [`GradientNudge`](crate::refine::GradientNudge) as three, a step of a
+    /// [`ForwardNudge`](crate::refine::ForwardNudge) in N directions as 2N + 1, and a step of an
+    /// [`OutputNudge`] as one. With [`rethink_every`](Self::rethink_every) R, a new token costs an R-th of
+    /// that, which may be at most a tenth of the budget. A `hybrid.json` may ask for no
+    /// [`detail`](Self::detail) but `drift` either: what is recorded is for who looks at it to say.
+    ///
+    /// ```text
+    /// {"passes": 4, "refine": [{"op": "forward_nudge", "steps": 8, "directions": 8}]}
+    /// 4 passes of (1 + 1 + 8 · 17) readings: 552
+    /// ```
+    pub const MOST_READS_FROM_FILE: usize = 1000;
+
     /// No thinking: exactly a plain Mistral.
     #[must_use]
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Reads the contents of a checkpoint's `hybrid.json`: these settings as JSON, where whatever is
-    /// left out has its default.
+    /// Reads what a checkpoint's `hybrid.json` holds: these settings as JSON, where what is left out has its
+    /// default. The budget that such a file has is checked when a checkpoint is loaded, not here.
     ///
     /// ```
     /// use hybrid_attention::Thinking;
@@ -142,6 +163,46 @@ impl Thinking {
         let thinking: Self = serde_json::from_str(text).map_err(|error| malformed(&error))?;
         thinking.validate()?;
         Ok(thinking)
+    }
+
+    /// Checks the budget that thinking has which comes with a checkpoint and was asked for by nobody.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for what goes beyond [`Thinking::MOST_READS_FROM_FILE`].
+    pub(crate) fn check_as_default(&self) -> Result<()> {
+        const MOST: usize = Thinking::MOST_READS_FROM_FILE;
+        if self.detail != Detail::Drift {
+            let expected = "drift, as the default of a checkpoint";
+            return Err(Error::parameter("detail", expected, format!("{:?}", self.detail)));
+        }
+        let ops = self.refine.as_ref().map_or(1, Seq::reads);
+        let each = ops.saturating_add(self.halt.len()).saturating_add(1);
+        let nudge = self.output_nudge.as_ref().map_or(0, OutputNudge::reads);
+        let reads = self.passes.saturating_mul(each).saturating_add(nudge);
+        let halts = self.halt.len();
+        let what = format!(
+            "passes x (1 + refine + halt) + output_nudge = {} x (1 + {ops} + {halts}) + {nudge} = {reads}",
+            self.passes
+        );
+        if reads > MOST {
+            let expected =
+                format!("at most {MOST} readings of the prompt, as the default of a checkpoint");
+            return Err(Error::parameter("thinking", expected, what));
+        }
+        let most = self.rethink_every.saturating_mul(MOST / 10);
+        if self.rethink_every > 0 && reads > most {
+            let every = self.rethink_every;
+            let expected = format!(
+                "at most {} readings for each new token, as the default of a checkpoint",
+                MOST / 10
+            );
+            return Err(Error::parameter(
+                "rethink_every",
+                expected,
+                format!("{what} every {every}"),
+            ));
+        }
+        Ok(())
     }
 
     /// At most this many thought passes over the whole stack, unless [`span`](Self::span) says otherwise:

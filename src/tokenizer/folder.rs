@@ -1,5 +1,6 @@
 //! The tokenizer files of a Hugging Face checkpoint.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -7,8 +8,9 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::{Surroundings, Tokenizer, parse};
+use super::{Surroundings, Tokenizer, added, parse};
 use crate::error::{Error, Result};
+use crate::load::read_bytes;
 
 /// What `tokenizer_config.json` and `special_tokens_map.json` say; both use the same token names.
 #[derive(Default, Deserialize)]
@@ -17,6 +19,13 @@ struct TokenizerConfig {
     eos_token: Option<Token>,
     unk_token: Option<Token>,
     pad_token: Option<Token>,
+    #[serde(default)]
+    additional_special_tokens: Option<Vec<Token>>,
+    /// By their ids.
+    added_tokens_decoder: Option<BTreeMap<u32, added::Entry>>,
+    tokenizer_class: Option<String>,
+    add_bos_token: Option<bool>,
+    add_eos_token: Option<bool>,
     chat_template: Option<Templates>,
 }
 
@@ -65,6 +74,27 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
     } else {
         config.chat_template.and_then(Templates::default)
     };
+    let tokens = match config.added_tokens_decoder {
+        Some(tokens) => tokens,
+        // Before transformers 4.34 they stood in a file of their own.
+        None => {
+            let file = parse_if_present(&folder.join("added_tokens.json"))?;
+            let named =
+                [&config.bos_token, &config.eos_token, &config.unk_token, &config.pad_token];
+            let lists = [&config.additional_special_tokens, &map.additional_special_tokens];
+            let special: Vec<&str> = named
+                .into_iter()
+                .flatten()
+                .chain(lists.into_iter().flatten().flatten())
+                .map(Token::as_str)
+                .collect();
+            let entry = |(content, id): (String, u32)| {
+                let special = special.contains(&content.as_str());
+                (id, added::Entry::named(content, special))
+            };
+            file.unwrap_or_else(HashMap::new).into_iter().map(entry).collect()
+        }
+    };
     let token = |config: Option<Token>, map: Option<Token>| config.or(map).map(Token::text);
     let around = Surroundings {
         bos_token: token(config.bos_token, map.bos_token),
@@ -78,7 +108,19 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
         Error::Tokenizer { message } => Error::malformed(&path, message),
         other => other,
     };
-    let inner = parse(&bytes).map_err(in_file)?;
+    let mut inner = parse(&bytes).map_err(in_file)?;
+    added::add(&mut inner, &tokens).map_err(|error| match error {
+        Error::Tokenizer { message } => Error::malformed(&config_path, message),
+        other => other,
+    })?;
+    // The class that stands for `tokenizer.json` as it is looks at neither flag.
+    if config.tokenizer_class.as_deref() != Some("PreTrainedTokenizerFast") {
+        let ends = [
+            (config.add_bos_token, around.bos_token.as_deref()),
+            (config.add_eos_token, around.eos_token.as_deref()),
+        ];
+        added::surround(&mut inner, ends).map_err(in_file)?;
+    }
     Tokenizer::new(inner, around).map(Some).map_err(in_file)
 }
 
@@ -95,6 +137,12 @@ pub(super) fn template_beside(gguf: &Path) -> Result<Option<String>> {
 }
 
 impl Token {
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Text(content) | Self::Added { content } => content,
+        }
+    }
+
     fn text(self) -> String {
         match self {
             Self::Text(content) | Self::Added { content } => content,
@@ -115,7 +163,8 @@ fn read_if_present(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::metadata(path) {
         // A pipe or a device may never end.
         Ok(metadata) if !metadata.is_file() => Err(Error::malformed(path, "not a regular file")),
-        Ok(_) => fs::read(path).map(Some).map_err(Error::io(path)),
+        // The largest vocabularies take some dozens of megabytes.
+        Ok(_) => read_bytes(path, 256 << 20).map(Some),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(path)(error)),
     }

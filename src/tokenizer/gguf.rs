@@ -17,6 +17,7 @@ use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::{Surroundings, Tokenizer, failed, guard};
+use crate::config::{integer, is_integer};
 use crate::error::{Error, Result};
 
 /// GPT-2's pattern as llama.cpp writes it; whitespace that it leaves over becomes a piece of its own.
@@ -336,8 +337,8 @@ impl<'m> Metadata<'m> {
         merges.into_iter().enumerate().map(split).collect::<Result<_>>().map(Some)
     }
 
-    /// The token whose id is under `key`, or else the one at `default` if the vocabulary is large
-    /// enough.
+    /// The token whose id is under `key`. Without one, or where no token has it, the one of `default`, if
+    /// the vocabulary reaches so far.
     fn token<'t>(
         &self,
         key: &str,
@@ -346,14 +347,17 @@ impl<'m> Metadata<'m> {
     ) -> Result<Option<(u32, &'t str)>> {
         let at = |id: u32| tokens.get(id as usize).map(|&text| (id, text));
         let Some(value) = self.get(key) else { return Ok(default.and_then(at)) };
-        let id = match value {
-            Value::U32(id) => Some(*id),
-            Value::I32(id) => u32::try_from(*id).ok(),
-            Value::U64(id) => u32::try_from(*id).ok(),
-            _ => return Err(wrong(&full(key), "a token id", value)),
-        };
-        let expected = || format!("an id below {}", tokens.len());
-        id.and_then(at).map(Some).ok_or_else(|| wrong(&full(key), &expected(), value))
+        if !is_integer(value) {
+            return Err(wrong(&full(key), "a token id", value));
+        }
+        let found = integer(value).and_then(|id| id.try_into().ok()).and_then(at);
+        if found.is_none() {
+            // As llama.cpp does: -1, for none, is common, and padding is not needed.
+            let (key, tokens) = (full(key), tokens.len());
+            tracing::warn!(key, id = ?value, tokens, "no token has this id: not used");
+            return Ok(default.and_then(at));
+        }
+        Ok(found)
     }
 }
 

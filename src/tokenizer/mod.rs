@@ -3,10 +3,12 @@
 //! The [`tokenizers`] crate splits and merges; this module adds the rest of what a checkpoint specifies
 //! (which token begins a text, how a chat is written) and a decoder that can stream.
 
+mod added;
 mod chat;
 mod decode;
 mod folder;
 mod gguf;
+mod growth;
 mod said;
 
 use std::collections::HashMap;
@@ -51,6 +53,7 @@ pub struct Tokenizer {
     eos: Option<u32>,
     /// Whether encoding with special tokens adds BOS to the front of a text by itself.
     adds_bos: bool,
+    adds_eos: bool,
     /// What stands for the named tokens in a chat template.
     named: NamedTokens,
     chat: Option<Arc<ChatTemplate>>,
@@ -73,12 +76,17 @@ impl Tokenizer {
     /// The named tokens come from `tokenizer_config.json`, and those it leaves out from
     /// `special_tokens_map.json`. The chat template is `chat_template.jinja`, else that of
     /// `chat_template.json`, else that of `tokenizer_config.json` (the one called `default` if it
-    /// lists several). All these files are optional.
+    /// lists several). Tokens that `tokenizer.json` lacks are added from `added_tokens_decoder` of
+    /// `tokenizer_config.json`, or without one from `added_tokens.json`; its `add_bos_token` and
+    /// `add_eos_token` overrule what `tokenizer.json` puts around a text, as in transformers 4.57. All
+    /// these files are optional.
     ///
     /// # Errors
     /// [`Error::Io`] if a file cannot be read, [`Error::Malformed`] if it is not what its name
-    /// promises or names a BOS or EOS token outside the vocabulary, [`Error::Unsupported`] if the
-    /// tokenizer decodes in a way that cannot be streamed.
+    /// promises, adds a token under an id that is not the next free one, or names a BOS or EOS token
+    /// outside the vocabulary, [`Error::Unsupported`] if the tokenizer decodes in a way that cannot be
+    /// streamed, [`Error::Config`] if its steps (`Replace` and the like) can make a text more than 64
+    /// times as long, or are more than 256.
     pub fn from_folder(path: &Path) -> Result<Option<Self>> {
         folder::read(path)
     }
@@ -101,7 +109,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if it does not parse, [`Error::Unsupported`] if it decodes in a way
-    /// that cannot be streamed.
+    /// that cannot be streamed, [`Error::Config`] as [`Tokenizer::from_folder`].
     pub fn from_bytes(tokenizer_json: &[u8]) -> Result<Self> {
         Self::new(parse(tokenizer_json)?, Surroundings::default())
     }
@@ -131,13 +139,16 @@ impl Tokenizer {
                 ("unk_token", around.unk_token),
                 ("pad_token", around.pad_token),
             ],
+            adds_eos: false,
             chat: None,
             inner: Arc::new(inner),
         };
         // Without a configuration, BOS is whatever special token precedes an empty text.
-        let first = tokenizer.encode_raw("", true)?.first().copied();
+        let empty = tokenizer.encode_raw("", true)?;
+        let first = empty.first().copied();
         tokenizer.bos = tokenizer.bos.or(first.filter(|&id| tokenizer.is_special(id)));
         tokenizer.adds_bos = first.is_some() && first == tokenizer.bos;
+        tokenizer.adds_eos = empty.last().is_some_and(|id| Some(*id) == tokenizer.eos);
         if let Some(source) = around.chat_template {
             tokenizer = tokenizer.with_chat_template(&source);
         }
@@ -168,6 +179,11 @@ impl Tokenizer {
             .get_added_tokens_decoder()
             .get(&id)
             .is_some_and(|t| t.special)
+    }
+
+    /// Whether encoding with special tokens puts EOS behind a text.
+    pub(crate) fn adds_eos(&self) -> bool {
+        self.adds_eos
     }
 
     /// The control token with this spelling.
@@ -380,6 +396,19 @@ impl Tokenizer {
         Ok((ids, starts))
     }
 
+    /// [`encode`](Self::encode) with special tokens, and how many tokens stand before those of the text from
+    /// this byte on; a token across it is the text's. All of them, if no token is.
+    pub(crate) fn encode_after(&self, text: &str, byte: usize) -> Result<(Vec<u32>, usize)> {
+        let encoding = guard(|| self.inner.encode(text, true))?;
+        let mut ids = encoding.get_ids().to_vec();
+        // A token that is added around the text ends at byte 0.
+        let before = encoding.get_offsets().iter().position(|&(_, end)| end > byte);
+        let all = ids.len();
+        self.keep_one_bos(&mut ids);
+        let before = before.map_or(ids.len(), |before| before.saturating_sub(all - ids.len()));
+        Ok((ids, before))
+    }
+
     fn encode_raw(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let encoding = guard(|| self.inner.encode_fast(text, add_special))?;
         Ok(encoding.get_ids().to_vec())
@@ -393,6 +422,7 @@ impl Tokenizer {
 
 /// Parses a `tokenizer.json`.
 fn parse(tokenizer_json: &[u8]) -> Result<tokenizers::Tokenizer> {
+    growth::check(tokenizer_json)?;
     guard(|| tokenizers::Tokenizer::from_bytes(tokenizer_json))
 }
 

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod gradient;
 pub(crate) mod kept;
 pub(crate) mod reference;
 pub(crate) mod tiny;
@@ -27,9 +28,32 @@ use tracing::{Event, Metadata, Subscriber};
 /// The checkpoints under `tests/fixtures`.
 pub(crate) const FIXTURES: [&str; 3] = ["window", "head_dim", "tied_sharded"];
 
+/// Texts to be embedded, of unequal length.
+pub(crate) const TEXTS: [&str; 5] = [
+    "the cat sat on the mat",
+    "a dog",
+    "x",
+    "the quick brown fox jumps over the lazy dog, and then it does so again and again",
+    "naïve café 😀",
+];
+
 /// The configuration of a fixture.
 pub(crate) fn fixture_config(name: &str) -> Result<Config> {
     Ok(Config::from_json(&fs::read_to_string(fixture(name).join("config.json"))?)?)
+}
+
+/// One layer, whose rows are whole blocks of 256.
+pub(crate) fn config_of_large_blocks() -> Result<Config> {
+    Ok(Config {
+        vocab_size: 32,
+        hidden_size: 256,
+        intermediate_size: 512,
+        num_hidden_layers: 1,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        ..fixture_config("window")?
+    })
 }
 
 /// Every tensor of a fixture, read by candle.

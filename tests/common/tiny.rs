@@ -7,6 +7,7 @@ use hybrid_attention::model::{Batch, KvCache, Pass, Sight, Transformer};
 use hybrid_attention::thought::{EncodedBatch, ThoughtModel};
 use hybrid_attention::{Config, HybridModel};
 pub(crate) use hybrid_attention_testing::tiny::*;
+use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -53,6 +54,29 @@ pub(crate) fn segments(seed: u64, length: usize) -> Vec<Range<usize>> {
         from = to + rng.random_range(0..3);
     }
     segments
+}
+
+/// Batches of texts: how long each is, and so many cuts between which it is context; some without any.
+pub(crate) fn batches(
+    sequences: Range<usize>,
+    longest: usize,
+    cuts: Range<usize>,
+) -> impl Strategy<Value = Batch> {
+    let sequence = (1..=longest).prop_flat_map(move |length| {
+        let cuts = prop::collection::vec(0..=length, cuts.clone());
+        (Just(length), prop::option::of(cuts))
+    });
+    prop::collection::vec(sequence, sequences).prop_filter_map("valid segments", |sequences| {
+        let lengths: Vec<usize> = sequences.iter().map(|(length, _)| *length).collect();
+        let mut batch = Batch::ragged(&lengths).ok()?;
+        for (sequence, (_, cuts)) in sequences.into_iter().enumerate() {
+            let Some(mut cuts) = cuts else { continue };
+            cuts.sort_unstable();
+            let segments: Vec<_> = cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect();
+            batch = batch.with_context(sequence, &segments).ok()?;
+        }
+        Some(batch)
+    })
 }
 
 /// All layers over `xs`, and the logits after them.

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{Write, stderr};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
 
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::Config;
@@ -85,6 +86,18 @@ pub fn checkpoint(reach: f32, with_tokenizer: bool) -> Result<TempDir> {
         }
     }
     Ok(folder)
+}
+
+/// Runs a program to its end, with `stdin` on its standard input.
+///
+/// # Errors
+/// When it cannot be run.
+pub fn run(command: &mut Command, stdin: &str) -> Result<Output> {
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // One that ends early does not read.
+    child.stdin.take().map(|mut pipe| pipe.write_all(stdin.as_bytes())).transpose().ok();
+    Ok(child.wait_with_output()?)
 }
 
 /// Fails unless the two differ by at most `tolerance` of the largest value of `expected`.

@@ -1,9 +1,8 @@
 //! `hybrid`, run as a person would run it, on a checkpoint of random weights.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
@@ -28,18 +27,9 @@ fn hybrid() -> Command {
 }
 
 fn run(name: &str, model: &Path, arguments: &[&str], stdin: &str) -> Result<Output> {
-    let mut child = hybrid()
-        .arg(name)
-        .arg("--model")
-        .arg(model)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    // A program that ends early does not read its input.
-    child.stdin.take().map(|mut pipe| pipe.write_all(stdin.as_bytes())).transpose().ok();
-    Ok(child.wait_with_output()?)
+    let mut command = hybrid();
+    command.arg(name).arg("--model").arg(model).args(arguments);
+    hybrid_attention_testing::run(&mut command, stdin)
 }
 
 /// Standard output and standard error of a run that succeeds.
@@ -75,7 +65,17 @@ fn help_lists_every_option() -> Result {
     let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system", "--chat-template"];
     let generate = ["--json", "--prompt-logprobs", "--kv-cache", "--prompts", "--stop"];
     let chat = ["--system", "--chat-template", "--context", "--kv-cache"];
-    let embed = ["--file", "--pooling", "--causal", "--json", "weighted-mean"];
+    let embed = [
+        "--file",
+        "--pooling",
+        "--causal",
+        "--both-ways",
+        "--instruction",
+        "--truncate",
+        "--json",
+        "--cosine",
+        "weighted-mean",
+    ];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
     let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
     for (name, options) in [
@@ -624,11 +624,29 @@ fn chat_needs_a_tokenizer_and_room() -> Result {
 
 // ---- embed ----
 
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
+/// What `embed --json --cosine` prints: an object for each text, and one with the cosines.
 struct Embedded {
     vectors: Vec<Vec<f32>>,
     cosine: Vec<Vec<f32>>,
+}
+
+impl Embedded {
+    fn parse(stdout: &str) -> Result<Self> {
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct One {
+            vector: Vec<f32>,
+        }
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Last {
+            cosine: Vec<Vec<f32>>,
+        }
+        let mut lines: Vec<&str> = stdout.lines().collect();
+        let Last { cosine } = serde_json::from_str(lines.pop().ok_or("nothing")?)?;
+        let vector = |line: &&str| Ok(serde_json::from_str::<One>(line)?.vector);
+        Ok(Self { vectors: lines.iter().map(vector).collect::<Result<_>>()?, cosine })
+    }
 }
 
 #[test]
@@ -639,20 +657,25 @@ fn embed_gives_the_librarys_vectors_and_their_cosines() -> Result {
     let file = folder.path().join("texts.txt");
     fs::write(&file, format!("{}\n\n{}\r\n", texts[2], texts[3]))?;
     let file = file.to_str().ok_or("a path that is no text")?;
-    let bidirectional = EmbedConfig::default();
-    let causal = EmbedConfig::default()
+    let plain = EmbedConfig::default();
+    let bidirectional = EmbedConfig::default()
         .pooling(hybrid_attention::Pooling::WeightedMean)
-        .sight(Sight::Causal)
+        .sight(Sight::Bidirectional)
         .thinking(Thinking::new(1));
+    let told = EmbedConfig::default().sight(Sight::Causal).instruction("about ").max_tokens(24);
     let last = EmbedConfig::default().pooling(hybrid_attention::Pooling::LastToken);
     for (args, config) in [
-        (vec![], bidirectional),
-        (vec!["--pooling=weighted-mean", "--causal", "--passes=1"], causal),
+        (vec![], plain),
+        (vec!["--pooling=weighted-mean", "--both-ways", "--passes=1"], bidirectional),
+        (vec!["--causal", "--instruction=about ", "--truncate=24"], told),
         (vec!["--pooling=last"], last),
     ] {
         let args = [vec!["--json", "--file", file, texts[0], texts[1]], args].concat();
+        let (lines, _) = succeed("embed", folder.path(), &args, "")?;
+        let args = [&args[..], &["--cosine"]].concat();
         let (stdout, _) = succeed("embed", folder.path(), &args, "")?;
-        let Embedded { vectors, cosine } = serde_json::from_str(&stdout)?;
+        assert!(stdout.starts_with(&lines), "vectors alone");
+        let Embedded { vectors, cosine } = Embedded::parse(&stdout)?;
         assert_eq!(vectors, model.embed(&texts, &config)?.to_vec2::<f32>()?);
         for (a, cosine) in vectors.iter().zip(&cosine) {
             let dot = |b: &Vec<f32>| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
@@ -1065,8 +1088,9 @@ fn chat_and_embed_work_on_smollm2() -> Result {
     assert!(second > first && second < all, "{stderr}");
 
     let texts = ["a cat sleeps", "a kitten is asleep", "the tax return is due in April"];
-    let (stdout, _) = succeed("embed", &path, &[&["--json"][..], &texts].concat(), "")?;
-    let Embedded { cosine, .. } = serde_json::from_str(&stdout)?;
+    let args = [&["--json", "--cosine"][..], &texts].concat();
+    let (stdout, _) = succeed("embed", &path, &args, "")?;
+    let Embedded { cosine, .. } = Embedded::parse(&stdout)?;
     assert!(cosine[0][1] > cosine[0][2], "{cosine:?}");
     Ok(())
 }

@@ -1,9 +1,11 @@
 //! What a run leaves behind: a state to resume from, and at the end a checkpoint and a record.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
@@ -59,8 +61,22 @@ struct Record<'a, E> {
     examination: E,
 }
 
-/// The state's metadata entry.
+/// The state's metadata entries: where the run is, and a checksum of that and of all tensors.
 const RUN: &str = "run";
+const CRC32: &str = "crc32";
+
+/// Of the run's text and, in the order of their names, all tensors.
+fn checksum(run: &str, state: &HashMap<String, Tensor>) -> Result<String> {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(run.as_bytes());
+    for (name, tensor) in state.iter().collect::<BTreeMap<_, _>>() {
+        crc.update(name.as_bytes());
+        for value in tensor.flatten_all()?.to_vec1::<f32>()? {
+            crc.update(&value.to_le_bytes());
+        }
+    }
+    Ok(format!("{:08x}", crc.finalize()))
+}
 
 impl Saved {
     /// Adds a step's loss to the curve.
@@ -103,8 +119,8 @@ impl Run {
         let with_path = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
         let bytes = std::fs::read(&path).map_err(|error| with_path(&error))?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| with_path(&error))?;
-        let run = header.metadata().as_ref().and_then(|all| all.get(RUN));
-        let run = run.ok_or_else(|| with_path(&"not the state of a run"))?;
+        let entry = |name: &str| header.metadata().as_ref().and_then(|all| all.get(name));
+        let run = entry(RUN).ok_or_else(|| with_path(&"not the state of a run"))?;
         let saved: Saved = serde_json::from_str(run).map_err(|error| with_path(&error))?;
         if saved.settings != self.settings {
             let message = "a run of other settings is saved here; take another --out, or these:";
@@ -112,17 +128,32 @@ impl Run {
             return Err(with_path(&format!("{message} {theirs}")).into());
         }
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        if entry(CRC32) != Some(&checksum(run, &tensors)?) {
+            let message = "damaged: its checksum is another one; delete it to begin anew";
+            return Err(with_path(&message).into());
+        }
         optimizer.restore(i32::try_from(saved.step)?, &tensors)?;
         Ok(saved)
     }
 
     /// Saves the state in one file, which replaces the previous one only when it is complete.
     pub(crate) fn save(&self, saved: &Saved, optimizer: &AdamW) -> Result<()> {
-        let metadata = HashMap::from([(RUN.to_string(), serde_json::to_string(saved)?)]);
+        let (run, state) = (serde_json::to_string(saved)?, optimizer.state());
+        let crc32 = checksum(&run, &state)?;
+        let metadata = HashMap::from([(RUN.to_string(), run), (CRC32.to_string(), crc32)]);
         let path = self.state();
         let whole = path.with_extension("new");
-        safetensors::serialize_to_file(optimizer.state(), Some(metadata), &whole)?;
-        Ok(std::fs::rename(&whole, &path)?)
+        let content = safetensors::serialize(state, Some(metadata))?;
+        let write = || {
+            let mut file = File::create(&whole)?;
+            file.write_all(&content)?;
+            file.sync_all()?; // else a crash might leave the new name with no content
+            std::fs::rename(&whole, &path)
+        };
+        write().map_err(|error| {
+            std::fs::remove_file(&whole).ok(); // what there was is still there
+            format!("{}: {error}", path.display()).into()
+        })
     }
 
     /// Saves what was trained, examines it, and saves the record.
@@ -133,7 +164,9 @@ impl Run {
         trainee.save(&self.folder, &mut settings.rng(settings.steps))?;
         if settings.most_passes() > 0 {
             let thinking = settings.thinking(settings.most_passes());
-            std::fs::write(file("hybrid.json"), serde_json::to_string_pretty(&thinking)?)?;
+            let path = file("hybrid.json");
+            std::fs::write(&path, serde_json::to_string_pretty(&thinking)?)
+                .map_err(|error| format!("{}: {error}", path.display()))?;
         }
         let Some(examination) = task.examine(settings, trainee)? else { return Ok(()) };
         let record = Record {

@@ -156,7 +156,20 @@ fn a_run_that_is_killed_ends_as_if_it_had_not_been() -> Result {
         );
         assert!(stderr.starts_with(&said), "{stderr}");
     }
-    assert_same(&whole, &killed, &files)
+    assert_same(&whole, &killed, &files)?;
+
+    // Weights that a disk has lost are not gone on from.
+    let mut bytes = fs::read(&state)?;
+    let zeroed = bytes.len() - 64..;
+    bytes[zeroed].fill(0);
+    fs::write(&state, bytes)?;
+    assert!(run.fail(&killed)?.starts_with(&format!("error: {state}: damaged")));
+    // What cannot be written is named.
+    let full = folder.path().join("full");
+    fs::create_dir_all(full.join("state.new"))?;
+    let state = full.join("state.safetensors").display().to_string();
+    assert!(run.fail(&full)?.contains(&format!("error: {state}: ")));
+    Ok(())
 }
 
 #[test]

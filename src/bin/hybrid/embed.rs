@@ -1,4 +1,4 @@
-//! `hybrid embed`: sentence vectors from bidirectional passes, and how alike the sentences are.
+//! `hybrid embed`: sentence vectors, and how alike the sentences are.
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::Tensor;
 use clap::{Args, ValueEnum};
 use hybrid_attention::model::Sight;
-use hybrid_attention::{EmbedConfig, HybridModel, Pooling};
+use hybrid_attention::{EmbedConfig, Error, HybridModel, Pooling};
 use serde_json::json;
 
 use crate::files::read_text;
@@ -30,17 +30,35 @@ pub(crate) struct Options {
     #[arg(long, value_name = "F")]
     file: Option<PathBuf>,
 
-    /// How the vectors of a text's tokens become one
-    #[arg(long, value_enum, default_value_t = Pool::Mean)]
-    pooling: Pool,
+    /// How the vectors of a text's tokens become one [default: as the checkpoint says, else mean where
+    /// tokens see both ways, and weighted-mean where they do not]
+    #[arg(long, value_enum)]
+    pooling: Option<Pool>,
 
-    /// Let tokens see only what comes before them
-    #[arg(long)]
+    /// Let tokens see only what comes before them: the default, unless the checkpoint says otherwise
+    #[arg(long, conflicts_with = "both_ways")]
     causal: bool,
 
-    /// Print one JSON object, {"vectors": [...], "cosine": [[...]]}, instead of a table
+    /// Let tokens see what comes after them, too: for weights that were trained for it
+    #[arg(long)]
+    both_ways: bool,
+
+    /// Put this in front of each text, and leave it and BOS out of the pooling
+    #[arg(long, value_name = "T")]
+    instruction: Option<String>,
+
+    /// Cut texts to this many tokens [default: as the checkpoint says, else a text that is longer than
+    /// the context is an error]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    truncate: Option<u64>,
+
+    /// Print a JSON object a line instead of a table: {"vector": [...]} for each text, in their order
     #[arg(long)]
     json: bool,
+
+    /// With --json, print the cosine of each pair at last: {"cosine": [[...]]}
+    #[arg(long, requires = "json")]
+    cosine: bool,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -70,43 +88,76 @@ impl Options {
         Ok(texts)
     }
 
-    fn config(&self) -> EmbedConfig {
-        let pooling = match self.pooling {
-            Pool::Mean => Pooling::Mean,
-            Pool::WeightedMean => Pooling::WeightedMean,
-            Pool::Last => Pooling::LastToken,
-        };
-        let sight = if self.causal { Sight::Causal } else { Sight::Bidirectional };
-        let config = EmbedConfig::default().pooling(pooling).sight(sight).batch_size(BATCH);
-        self.thinking.thinking().into_iter().fold(config, EmbedConfig::thinking)
+    fn config(&self) -> Result<EmbedConfig> {
+        let mut config = EmbedConfig::default().batch_size(BATCH);
+        if let Some(pooling) = self.pooling {
+            config = config.pooling(match pooling {
+                Pool::Mean => Pooling::Mean,
+                Pool::WeightedMean => Pooling::WeightedMean,
+                Pool::Last => Pooling::LastToken,
+            });
+        }
+        if self.causal || self.both_ways {
+            config = config.sight(if self.causal { Sight::Causal } else { Sight::Bidirectional });
+        }
+        if let Some(instruction) = &self.instruction {
+            config = config.instruction(instruction);
+        }
+        if let Some(most) = self.truncate {
+            config = config.max_tokens(usize::try_from(most)?);
+        }
+        Ok(self.thinking.thinking().into_iter().fold(config, EmbedConfig::thinking))
     }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let texts = options.texts()?;
     options.thinking.warn();
-    let config = options.config();
+    let config = options.config()?;
     let (model, _) = options.model.load()?;
-    let vectors = embed(&model, &texts, &config)?; // (texts, hidden)
+    let Some(vectors) = embed(&model, &texts, &config, options)? else { return Ok(()) };
     let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // unit length: no division
     if options.json {
-        let vectors = vectors.to_vec2::<f32>()?;
-        writeln!(stdout(), "{}", json!({ "vectors": vectors, "cosine": cosine }))?;
+        writeln!(stdout(), "{}", json!({ "cosine": cosine }))?;
         return Ok(());
     }
     print_table(&texts, &cosine)
 }
 
-fn embed(model: &HybridModel, texts: &[String], config: &EmbedConfig) -> Result<Tensor> {
+/// All vectors, `(texts, hidden)`, if their cosines are wanted. As JSON they are printed batch by batch, so
+/// that a large corpus need not fit in memory.
+fn embed(
+    model: &HybridModel,
+    texts: &[String],
+    config: &EmbedConfig,
+    options: &Options,
+) -> Result<Option<Tensor>> {
     let bar = terminal::bar(texts.len() as u64, "embedding [{bar:30}] {pos}/{len}");
     bar.tick(); // the first batch may take a while
     let mut batches = Vec::new();
-    for batch in texts.chunks(BATCH) {
-        batches.push(model.embed(batch, config)?);
+    for (index, batch) in texts.chunks(BATCH).enumerate() {
+        let vectors = model.embed(batch, config).map_err(|error| match error {
+            Error::InText { text, source } => {
+                format!("text {}: {source}", index * BATCH + text + 1).into()
+            }
+            other => Box::<dyn std::error::Error>::from(other),
+        })?;
+        if options.json {
+            let mut out = stdout().lock();
+            for vector in vectors.to_vec2::<f32>()? {
+                writeln!(out, "{}", json!({ "vector": vector }))?;
+            }
+        }
+        if !options.json || options.cosine {
+            batches.push(vectors);
+        }
         bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
-    Ok(Tensor::cat(&batches, 0)?)
+    match batches.as_slice() {
+        [] => Ok(None),
+        batches => Ok(Some(Tensor::cat(batches, 0)?)),
+    }
 }
 
 /// A row for each text, numbered; the columns have the same numbers.

@@ -94,9 +94,15 @@ impl CustomOp2 for RmsNorm {
 }
 
 impl RmsNorm {
+    /// NaN where the squares overflow: dividing by infinity would make zeros of the largest numbers, and
+    /// nobody would learn of it.
     #[inline(always)]
     fn scale(&self, x: &[f32]) -> f32 {
-        1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
+        let squares = dot(x, x);
+        if squares == f32::INFINITY {
+            return f32::NAN;
+        }
+        1.0 / (squares / x.len() as f32 + self.eps).sqrt()
     }
 
     #[inline(always)]

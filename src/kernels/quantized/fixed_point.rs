@@ -1,5 +1,5 @@
 //! A row of input in fixed point, so that it can be multiplied with the integers of blocks; the products
-//! themselves are in `block_dot`.
+//! themselves are in `few_rows`.
 //!
 //! Processors multiply four times as many bytes at a time as `f32`. An integer up to 2²¹ takes three
 //! bytes, and is hardly coarser than the largest `f32` beside it; sums of their products are exact,

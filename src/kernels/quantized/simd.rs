@@ -34,9 +34,20 @@ pub(in crate::kernels) trait QuantSimd: Copy {
     fn bits(self, bits: [u8; 4]) -> Self::Bytes;
 
     /// The `f16` with these bits.
-    fn half(self, bits: u16) -> f32;
+    #[inline(always)]
+    fn half(self, bits: u16) -> f32 {
+        from_half(bits)
+    }
+
     /// Several of them, each twice.
-    fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup;
+    #[inline(always)]
+    fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
+        let mut pairs = [0.0; 16];
+        for (pair, half) in pairs.as_chunks_mut().0.iter_mut().zip(halves) {
+            *pair = [from_half(u16::from_le_bytes(half)); 2];
+        }
+        pairs
+    }
 
     /// Adds `Σ (d q - m)·x` over a chunk to the lanes, for numbers from 0 to 63, or to 255 where
     /// [`adds_all_bytes`] holds.
@@ -169,16 +180,6 @@ impl QuantSimd for Plain {
     }
 
     #[inline(always)]
-    fn half(self, bits: u16) -> f32 {
-        from_half(bits)
-    }
-
-    #[inline(always)]
-    fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
-        pairs(halves)
-    }
-
-    #[inline(always)]
     fn add_chunk(
         self,
         q: &Parts<Self>,
@@ -215,16 +216,6 @@ impl QuantSimd for Plain {
     }
 }
 
-/// [`QuantSimd::pairs`] on any processor.
-#[inline(always)]
-fn pairs(halves: [[u8; 2]; 8]) -> PerGroup {
-    let mut pairs = [0.0; 16];
-    for (pair, half) in pairs.as_chunks_mut().0.iter_mut().zip(halves) {
-        *pair = [from_half(u16::from_le_bytes(half)); 2];
-    }
-    pairs
-}
-
 #[inline(always)]
 fn numbers(bytes: [u64; 4]) -> [i8; PART] {
     let mut numbers = [0; PART];
@@ -244,9 +235,7 @@ mod x86 {
     use pulp::x86::{V3, V4};
     use pulp::{cast, f32x8, f32x16, u64x2};
 
-    use super::{
-        FixedPoint, Lanes, OnQuantSimd, PART, Parts, PerGroup, QuantSimd, from_half, pairs,
-    };
+    use super::{FixedPoint, Lanes, OnQuantSimd, PART, Parts, PerGroup, QuantSimd};
 
     /// The steps on bytes, 32 of which fill a register of AVX2.
     macro_rules! bytes {
@@ -335,16 +324,6 @@ mod x86 {
 
     impl QuantSimd for V3 {
         bytes!();
-
-        #[inline(always)]
-        fn half(self, bits: u16) -> f32 {
-            from_half(bits)
-        }
-
-        #[inline(always)]
-        fn pairs(self, halves: [[u8; 2]; 8]) -> PerGroup {
-            pairs(halves)
-        }
 
         #[inline(always)]
         fn add_chunk(

@@ -7,6 +7,7 @@ mod pool;
 mod tests;
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Tensor};
 
@@ -287,8 +288,28 @@ impl KvCache {
 /// Whether this many bytes can be allocated. If they cannot, making a tensor of that size would abort
 /// the process.
 fn fits_memory(bytes: usize) -> bool {
+    if bytes > memory_of_machine() {
+        return false; // where memory is overcommitted, all of it could be had, and not be used
+    }
     let mut memory = Vec::<u8>::new();
     let fits = memory.try_reserve_exact(bytes).is_ok();
     std::hint::black_box(memory); // otherwise the compiler may optimise the allocation away
     fits
+}
+
+/// Bytes of memory and of room to swap; where the system does not say, no limit.
+fn memory_of_machine() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    let kilobytes = |line: &str| -> Option<usize> {
+        let (key, value) = line.split_once(':')?;
+        let counts = ["MemTotal", "SwapTotal"].contains(&key);
+        counts.then(|| value.trim().strip_suffix("kB")?.trim().parse().ok()).flatten()
+    };
+    *BYTES.get_or_init(|| match std::fs::read_to_string("/proc/meminfo") {
+        Ok(text) => match text.lines().filter_map(kilobytes).fold(0, usize::saturating_add) {
+            0 => usize::MAX,
+            sum => sum.saturating_mul(1024),
+        },
+        Err(_) => usize::MAX,
+    })
 }

@@ -30,6 +30,11 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, value_name = "TYPE", requires = "model", conflicts_with = "dtype")]
     pub(crate) quantize: Option<Blocks>,
 
+    /// Read the files whole instead of mapping them, as for a network share where one might be cut short
+    /// meanwhile; needs memory for them beside the weights
+    #[arg(long, requires = "model", hide_short_help = true)]
+    pub(crate) no_mmap: bool,
+
     /// The device to run on; other than cpu needs the feature of that name
     #[arg(long, value_enum, default_value_t = RunOn::Cpu, hide_short_help = true)]
     pub(crate) device: RunOn,
@@ -144,7 +149,11 @@ impl ModelArgs {
             RunOn::Cuda => Device::new_cuda(0)?,
             RunOn::Metal => Device::new_metal(0)?,
         };
-        let checkpoint = self.model.as_ref().map(Checkpoint::open).transpose()?;
+        let checkpoint = match (&self.model, self.no_mmap) {
+            (None, _) => None,
+            (Some(path), true) => Some(Checkpoint::read(path)?),
+            (Some(path), false) => Some(Checkpoint::open(path)?),
+        };
         // Before the weights, which take longer.
         let adapter =
             self.adapter.as_ref().map(|path| Adapter::from_folder(path, &device)).transpose()?;

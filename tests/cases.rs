@@ -144,8 +144,12 @@ fn a_tokenizer_may_have_more_tokens_than_the_table() -> Result {
     let model = load(folder.path())?;
     let refused = model.generate("the cat<pad>", &GenerationConfig::default());
     assert!(matches!(refused, Err(Error::TokenOutOfRange { id: 371, position: 3, .. })));
-    let refused = model.embed(&["<pad>"], &EmbedConfig::default());
-    assert!(matches!(refused, Err(Error::TokenOutOfRange { id: 371, .. })));
+    let Err(Error::InText { text: 1, source }) =
+        model.embed(&["the cat", "<pad>"], &EmbedConfig::default())
+    else {
+        return Err("embedded".into());
+    };
+    assert!(matches!(*source, Error::TokenOutOfRange { id: 371, .. }));
     Ok(())
 }
 

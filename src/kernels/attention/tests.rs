@@ -180,7 +180,8 @@ fn nothing_of_a_sequence_reaches_another() -> Result<()> {
         };
         let [q, k, v] = inputs.each_ref().map(spoiled);
         let (q, k, v) = (q?, k?, v?);
-        let forms: [(&str, &dyn Fn([&Tensor; 3]) -> Result<Tensor>); 3] = [
+        type Form<'a> = &'a dyn Fn([&Tensor; 3]) -> Result<Tensor>;
+        let forms: [(&str, Form<'_>); 3] = [
             ("in place", &|it| attend_packed(it, &spans, 0.3)),
             ("tracked", &|[q, k, v]| {
                 attend_packed([Var::from_tensor(q)?.as_tensor(), k, v], &spans, 0.3)

@@ -701,8 +701,14 @@ fn gguf_tensors() -> Result {
     let name = "output.weight";
     for (row, expected) in [
         (tensor(name, &[4, 4], 0, 32), "the tensors token_embd.weight and output.weight overlap"),
-        (tensor(name, &[4, 4], 16, 0), "output.weight: unknown ggml type 16"),
-        (tensor(name, &[4, 4], 4, 0), "output.weight: unknown ggml type 4"),
+        (
+            tensor(name, &[4, 4], 16, 0),
+            "output.weight: ggml type 16 (IQ2_XXS) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K",
+        ),
+        (
+            tensor(name, &[4, 4], 4, 0),
+            "output.weight: ggml type 4 (unknown) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K",
+        ),
         (
             tensor(name, &[4, 4], 2, 0),
             "output.weight: rows of shape [4, 4] are not whole Q4_0 blocks of 32",

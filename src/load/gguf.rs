@@ -301,9 +301,37 @@ impl<'a> Reader<'a> {
         }
         shape.reverse();
         let dtype = self.u32()?;
-        let dtype = ggml_dtype(dtype).ok_or_else(|| format!("unknown ggml type {dtype}"))?;
+        let dtype = ggml_dtype(dtype).ok_or_else(|| unread_type(dtype))?;
         Ok(Header { shape, dtype, offset: self.u64()? })
     }
+}
+
+/// What to say of a type that is not read; the names are those of `ggml.h`.
+fn unread_type(number: u32) -> String {
+    let name = match number {
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        24 => "I8",
+        25 => "I16",
+        26 => "I32",
+        27 => "I64",
+        28 => "F64",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        39 => "MXFP4",
+        _ => "unknown",
+    };
+    format!(
+        "ggml type {number} ({name}) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, \
+         Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"
+    )
 }
 
 /// The numbers of `enum ggml_type` that candle dequantises.

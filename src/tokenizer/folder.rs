@@ -59,7 +59,17 @@ struct TemplateFile {
 
 pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
     let path = folder.join("tokenizer.json");
-    let Some(bytes) = read_if_present(&path)? else { return Ok(None) };
+    let Some(bytes) = read_if_present(&path)? else {
+        let other =
+            ["tekken.json", "tokenizer.model"].into_iter().find(|it| folder.join(it).is_file());
+        return other.map_or(Ok(None), |other| {
+            let got = format!(
+                "{other} without tokenizer.json, which transformers writes: \
+                 AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            );
+            Err(Error::unsupported("tokenizer", got))
+        });
+    };
     let config_path = folder.join("tokenizer_config.json");
     let config: TokenizerConfig = parse_if_present(&config_path)?.unwrap_or_default();
     let map: TokenizerConfig =

@@ -85,7 +85,7 @@ impl Tokenizer {
     /// [`Error::Io`] if a file cannot be read, [`Error::Malformed`] if it is not what its name
     /// promises, adds a token under an id that is not the next free one, or names a BOS or EOS token
     /// outside the vocabulary, [`Error::Unsupported`] if the tokenizer decodes in a way that cannot be
-    /// streamed, [`Error::Config`] if its steps (`Replace` and the like) can make a text more than 64
+    /// streamed or the folder has `tokenizer.model` or `tekken.json` alone, [`Error::Config`] if its steps (`Replace` and the like) can make a text more than 64
     /// times as long, or are more than 256.
     pub fn from_folder(path: &Path) -> Result<Option<Self>> {
         folder::read(path)

@@ -199,7 +199,11 @@ fn files_of_sentence_transformers_are_followed() -> Result {
     let cls = with("pooling_mode_cls_token")?;
     let error = cls.embed(&text, &default).err().ok_or("embedded")?.to_string();
     assert_eq!(error, "unsupported sentence-transformers pooling: pooling_mode_cls_token");
-    cls.embed(&text, &default.pooling(Pooling::Mean))?;
+    cls.embed(&text, &default.clone().pooling(Pooling::Mean))?;
+    // Nothing outside the folder is read.
+    let outside = checkpoint(&[("modules.json", json!([module("Pooling", "../1_Pooling")]))])?;
+    let error = outside.embed(&text, &default).err().ok_or("embedded")?.to_string();
+    assert!(error.starts_with("unsupported sentence-transformers module: "), "{error}");
     Ok(())
 }
 

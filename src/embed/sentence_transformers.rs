@@ -1,7 +1,6 @@
 //! The files that sentence-transformers puts beside a checkpoint.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use serde_json::Value;
@@ -9,12 +8,13 @@ use serde_json::Value;
 use super::EmbedDefaults;
 use crate::config::Fields;
 use crate::error::{Error, Result};
+use crate::load::read_text;
 use crate::pooling::Pooling;
 
 /// What they say of embedding; nothing where there is no `modules.json`.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::Malformed`], naming the file.
+/// [`Error::Io`] and [`Error::Malformed`], naming the file, and [`Error::Config`], naming the field.
 pub(crate) fn read(folder: &Path) -> Result<EmbedDefaults> {
     let mut defaults = EmbedDefaults::default();
     let Some(modules) = text(&folder.join("modules.json"))? else { return Ok(defaults) };
@@ -25,7 +25,12 @@ pub(crate) fn read(folder: &Path) -> Result<EmbedDefaults> {
         let field = |name: &str| module.get(name).and_then(Value::as_str).unwrap_or_default();
         match field("type").rsplit('.').next() {
             Some("Transformer" | "Normalize") => {}
-            Some("Pooling") => pooling(&folder.join(field("path")), &mut defaults)?,
+            // A path that is more than a name could reach outside the folder.
+            Some("Pooling")
+                if Path::new(field("path")).file_name() == Some(OsStr::new(field("path"))) =>
+            {
+                pooling(&folder.join(field("path")), &mut defaults)?;
+            }
             _ => defaults.unsupported = Some(("module", field("type").to_owned())),
         }
     }
@@ -73,10 +78,8 @@ fn fields(path: &Path) -> Result<Option<Fields>> {
 }
 
 fn text(path: &Path) -> Result<Option<String>> {
-    match fs::metadata(path) {
-        Ok(metadata) if !metadata.is_file() => Err(Error::malformed(path, "not a regular file")),
-        Ok(_) => fs::read_to_string(path).map(Some).map_err(Error::io(path)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io(path)(error)),
+    match path.is_file() {
+        true => read_text(path).map(Some),
+        false => Ok(None),
     }
 }

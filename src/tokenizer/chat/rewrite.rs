@@ -163,8 +163,7 @@ fn expr<'a>(e: &Expr<'a>) -> Expr<'a> {
             wrap(SETTLE, Expr::Slice(same(s, slice)))
         }
         Expr::UnaryOp(s) => {
-            // It is neither Copy nor Clone.
-            #[allow(clippy::needless_match)]
+            #[allow(clippy::needless_match, reason = "it is neither Copy nor Clone")]
             let op = match s.op {
                 ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
                 ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,

@@ -23,7 +23,7 @@ pub use candle_core;
 
 pub use adapter::{Adapter, AdapterConfig, AdapterScope};
 pub use cancel::Cancel;
-pub use config::Config;
+pub use config::{Config, Experts, QueryScaling, RopeScaling};
 pub use embed::EmbedConfig;
 pub use error::{Error, Result};
 pub use generate::{

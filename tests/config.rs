@@ -23,6 +23,10 @@ fn mistral_7b_v01() -> Config {
         sliding_window: Some(4096),
         max_position_embeddings: 32768,
         tie_word_embeddings: false,
+        rope_scaling: None,
+        query_scaling: None,
+        experts: None,
+        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     }
@@ -179,6 +183,10 @@ fn defaults_of_transformers() -> Result {
         sliding_window: Some(4096),
         max_position_embeddings: 131_072,
         tie_word_embeddings: false,
+        rope_scaling: None,
+        query_scaling: None,
+        experts: None,
+        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };

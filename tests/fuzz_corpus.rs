@@ -56,6 +56,10 @@ fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
         sliding_window: Some(3),
         max_position_embeddings: 9,
         tie_word_embeddings: true,
+        rope_scaling: None,
+        query_scaling: None,
+        experts: None,
+        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };

@@ -46,6 +46,10 @@ fn config(context: usize, window: Option<usize>) -> Config {
         sliding_window: window,
         max_position_embeddings: context,
         tie_word_embeddings: false,
+        rope_scaling: None,
+        query_scaling: None,
+        experts: None,
+        attention_bias: false,
         bos_token_id: Some(BOS),
         eos_token_ids: Vec::new(),
     }

@@ -70,6 +70,10 @@ impl Config {
             sliding_window: metadata.size("attention.sliding_window")?.filter(|size| *size > 0),
             max_position_embeddings: metadata.required_size("context_length")?,
             tie_word_embeddings: false,
+            rope_scaling: None,
+            query_scaling: None,
+            experts: None,
+            attention_bias: false,
             bos_token_id: metadata.token("tokenizer.ggml.bos_token_id")?,
             eos_token_ids,
         };

@@ -75,6 +75,10 @@ impl Config {
                 .size("max_position_embeddings")?
                 .unwrap_or(default_positions),
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+            rope_scaling: None,
+            query_scaling: None,
+            experts: None,
+            attention_bias: false,
             bos_token_id,
             eos_token_ids,
         };

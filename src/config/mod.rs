@@ -49,10 +49,46 @@ pub struct Config {
     pub max_position_embeddings: usize,
     /// Whether the vocabulary head is the embedding table.
     pub tie_word_embeddings: bool,
+    /// How rotary frequencies are changed for long texts; `None` is not at all.
+    pub rope_scaling: Option<RopeScaling>,
+    /// How queries grow with their position (Ministral 3); `None` is not at all.
+    pub query_scaling: Option<QueryScaling>,
+    /// The experts that each MLP is made of (Mixtral); `None` is a single MLP.
+    pub experts: Option<Experts>,
+    /// Whether `q_proj`, `k_proj` and `v_proj` have biases.
+    pub attention_bias: bool,
     /// The token that begins a text.
     pub bos_token_id: Option<u32>,
     /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// How rotary frequencies are changed so that a model reads longer texts than it was first trained on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// At least 1.
+        factor: f64,
+    },
+}
+
+/// Queries are multiplied by `1 + beta · ln(1 + floor(position / original_max_position_embeddings))`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QueryScaling {
+    /// `llama_4_scaling_beta`
+    pub beta: f64,
+    /// Positions below it are left as they are; above 0.
+    pub original_max_position_embeddings: usize,
+}
+
+/// A mixture of experts in the place of each MLP (Jiang et al. 2024).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// The MLPs of a layer.
+    pub num_local_experts: usize,
+    /// Of these, how many a token runs through; at most all.
+    pub num_experts_per_tok: usize,
 }
 
 impl Config {

@@ -53,6 +53,10 @@ impl Config {
             sliding_window,
             max_position_embeddings: positions.unwrap_or(32_768),
             tie_word_embeddings: tied.unwrap_or(false),
+            rope_scaling: None,
+            query_scaling: None,
+            experts: None,
+            attention_bias: false,
             bos_token_id: Some(1),
             eos_token_ids: vec![2],
         };

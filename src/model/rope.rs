@@ -124,6 +124,10 @@ mod tests {
             sliding_window: None,
             max_position_embeddings: positions,
             tie_word_embeddings: true,
+            rope_scaling: None,
+            query_scaling: None,
+            experts: None,
+            attention_bias: false,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
         };

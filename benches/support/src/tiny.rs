@@ -26,6 +26,10 @@ pub fn config() -> Config {
         sliding_window: None,
         max_position_embeddings: 2048,
         tie_word_embeddings: false,
+        rope_scaling: None,
+        query_scaling: None,
+        experts: None,
+        attention_bias: false,
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     }

@@ -27,6 +27,10 @@ fn transformer(sliding_window: Option<usize>) -> Result<Transformer> {
         sliding_window,
         max_position_embeddings: 1000,
         tie_word_embeddings: true,
+        rope_scaling: None,
+        query_scaling: None,
+        experts: None,
+        attention_bias: false,
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     };

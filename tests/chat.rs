@@ -70,7 +70,7 @@ fn renders_as_transformers_does() -> Result {
             }
         }
     }
-    assert_eq!((golden.cases.len(), passed_over), (168, 8));
+    assert_eq!((golden.cases.len(), passed_over), (210, 8));
     Ok(())
 }
 

@@ -99,7 +99,7 @@ impl ChatTemplate {
             let message = format!("{} bytes long: at most {LONGEST} are compiled", source.len());
             return Self { source: Err(message), tokens };
         }
-        let source = without_generation_tags(source);
+        let source = with_raw_lines(&without_generation_tags(source));
         let compiled = apart(|| compile(&source, |_, _| ()).map_err(|error| error.to_string()));
         Self { source: compiled.map(|()| source), tokens }
     }
@@ -220,6 +220,25 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     }
     jiff::fmt::strtime::format(format, &jiff::Zoned::now())
         .map_err(|error| failed(format!("strftime_now cannot write {format:?}: {error}")))
+}
+
+/// Jinja keeps a line break behind `{% raw %}`, where minijinja drops it as it does behind other tags: one more
+/// is put there for it to drop.
+fn with_raw_lines(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some((before, tag)) = rest.split_once("{%") {
+        out.extend([before, "{%"]);
+        let name = tag.trim_start_matches(['-', '+']).trim_start();
+        let content = name.strip_prefix("raw").and_then(|end| end.trim_start().strip_prefix("%}"));
+        rest = content.unwrap_or(tag);
+        out.push_str(&tag[..tag.len() - rest.len()]);
+        if content.is_some_and(|content| content.starts_with(['\n', '\r'])) {
+            out.push('\n');
+        }
+    }
+    out.push_str(rest);
+    out
 }
 
 /// `{% generation %}` marks an answer for training. Jinja gives its body a scope of its own, as

@@ -6,7 +6,7 @@ use minijinja::value::{Rest, Tuple, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
 use super::budget::{Budget, raised};
-use super::rewrite::{ADD, CONCAT, HOLD, KEEP, LOOK, MULTIPLY, SETTLE, TOUCH};
+use super::rewrite::{ADD, CONCAT, HOLD, ITERATE, KEEP, LOOK, MULTIPLY, SETTLE, TOUCH};
 
 pub(super) fn add_to(env: &mut Environment<'_>, budget: &Arc<Budget>) {
     let mut one = |name: &'static str, ask: fn(&Budget, Value) -> Result<Value, Error>| {
@@ -17,6 +17,10 @@ pub(super) fn add_to(env: &mut Environment<'_>, budget: &Arc<Budget>) {
     };
     one(LOOK, |budget, value| budget.look(&value).map(|_| value));
     one(TOUCH, |budget, value| budget.touch(&value).map(|()| value));
+    one(ITERATE, |budget, value| match value.is_none() {
+        true => Err(raised("'NoneType' object is not iterable")), // as Python says it
+        false => budget.touch(&value).map(|()| value),
+    });
     one(KEEP, |budget, value| budget.keep(&value).map(|_| value));
     one(HOLD, |budget, value| {
         budget.look(&value)?;

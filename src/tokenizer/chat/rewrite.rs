@@ -13,6 +13,8 @@ use ast::{BinOpKind, CallArg, Expr, Spanned, Stmt};
 pub(super) const LOOK: &str = "look at";
 /// The same, of a text only.
 pub(super) const TOUCH: &str = "touch it";
+/// The same, of what is iterated over; of `none`, an error.
+pub(super) const ITERATE: &str = "iterate over it";
 /// Gives back a value that may be kept in another.
 pub(super) const KEEP: &str = "keep it";
 /// Gives back a new list or map, whose parts it looks at.
@@ -39,7 +41,7 @@ pub(super) fn rewrite<'a>(stmt: &Stmt<'a>) -> Stmt<'a> {
             s,
             ast::ForLoop {
                 target: target(&s.target),
-                iter: assigned(&s.target, wrap(TOUCH, expr(&s.iter))),
+                iter: assigned(&s.target, iterated(expr(&s.iter))),
                 filter_expr: s.filter_expr.as_ref().map(expr),
                 recursive: s.recursive,
                 body: body(&s.body),
@@ -263,6 +265,12 @@ fn look<'a>(e: &Expr<'a>) -> Expr<'a> {
 }
 
 /// Constants are no longer than the template.
+/// What a loop runs over, a constant too: `none` is one.
+fn iterated<'a>(e: Expr<'a>) -> Expr<'a> {
+    let span = e.span();
+    ask(ITERATE, vec![CallArg::Pos(e)], span)
+}
+
 fn wrap<'a>(name: &'a str, e: Expr<'a>) -> Expr<'a> {
     if matches!(e, Expr::Const(_)) {
         return e;

@@ -26,7 +26,6 @@ fn mistral_7b_v01() -> Config {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     }
@@ -186,7 +185,6 @@ fn defaults_of_transformers() -> Result {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };

@@ -59,7 +59,6 @@ fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };

@@ -29,7 +29,6 @@ pub fn config() -> Config {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     }

@@ -13,6 +13,12 @@ pub(crate) struct Fp8 {
     pub(crate) block: (usize, usize),
 }
 
+impl Default for Fp8 {
+    fn default() -> Self {
+        Self { block: Self::BLOCK }
+    }
+}
+
 impl Fp8 {
     const BLOCK: (usize, usize) = (128, 128);
 
@@ -36,7 +42,7 @@ impl Fp8 {
         if format != Some("fp8_e4m3") {
             return Err(Error::unsupported("quantization", brief(value)));
         }
-        Ok(Some(Self { block: Self::BLOCK }))
+        Ok(Some(Self::default()))
     }
 
     /// Reads the text of a `config.json`, or of a `params.json`, that [`Config`](super::Config) has
@@ -61,7 +67,7 @@ fn compressed_tensors(quantization: &Fields) -> Result<Fp8> {
         Some("float-quantized") => {}
         other => return Err(unsupported(other.unwrap_or("no format").to_string())),
     }
-    let mut found = Fp8 { block: Fp8::BLOCK };
+    let mut found = Fp8::default();
     let groups = quantization.object("config_groups")?;
     for (group, value) in groups.iter().flat_map(Fields::iter) {
         let Some(weights) = value.get("weights").filter(|it| !it.is_null()) else { continue };

@@ -94,6 +94,12 @@ impl Config {
             ("rope_theta", "rope.freq_base"),
             ("sliding_window", "attention.sliding_window"),
             ("max_position_embeddings", "context_length"),
+            ("rope_scaling.factor", "rope.scaling.factor"),
+            ("rope_scaling.beta_fast", "rope.scaling.yarn_beta_fast"),
+            ("rope_scaling.beta_slow", "rope.scaling.yarn_beta_slow"),
+            ("rope_scaling.attention_factor", "rope.scaling.attn_factor"),
+            ("rope_scaling.original_max_position_embeddings", ORIGINAL),
+            ("llama_4_scaling_beta", TEMPERATURE),
         ]
         .map(|(ours, theirs)| (ours, metadata.key(theirs)));
         let mut names: Vec<_> = names.iter().map(|(ours, key)| (*ours, key.as_str())).collect();
@@ -124,6 +130,8 @@ const ENDS: [&str; 14] = [
 
 /// Mistral Small 3 and its kin, where something is scaled; others are called `llama`.
 const MISTRAL3: &str = "mistral3";
+const ORIGINAL: &str = "rope.scaling.original_context_length";
+const TEMPERATURE: &str = "attention.temperature_scale";
 const EPSILON: &str = "attention.layer_norm_rms_epsilon";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const INTEGER: &str = "a non-negative integer";
@@ -209,10 +217,9 @@ impl<'a> Metadata<'a> {
     }
 
     fn query_scaling(&self, positions: usize) -> Result<Option<QueryScaling>> {
-        let name = "attention.temperature_scale";
-        let Some(beta) = self.number(name)?.filter(|beta| *beta != 0.0) else { return Ok(None) };
+        let Some(beta) = self.number(TEMPERATURE)?.filter(|beta| *beta != 0.0) else { return Ok(None) };
         if self.architecture != MISTRAL3 {
-            tracing::warn!(key = self.key(name), beta, "only mistral3 scales its queries: ignored");
+            tracing::warn!(key = self.key(TEMPERATURE), beta, "only mistral3 scales its queries: ignored");
             return Ok(None);
         }
         let original_max_position_embeddings = self.original_length(positions)?;
@@ -220,7 +227,7 @@ impl<'a> Metadata<'a> {
     }
 
     fn original_length(&self, positions: usize) -> Result<usize> {
-        Ok(self.size("rope.scaling.original_context_length")?.unwrap_or(positions))
+        Ok(self.size(ORIGINAL)?.unwrap_or(positions))
     }
 
     fn key(&self, name: &str) -> String {

@@ -83,10 +83,17 @@ impl Config {
                 ("num_attention_heads", "n_heads"),
                 ("num_key_value_heads", "n_kv_heads"),
                 ("rms_norm_eps", "norm_eps"),
+                ("rope_scaling.factor", "yarn.factor"),
+                ("rope_scaling.beta_fast", "yarn.beta"),
+                ("rope_scaling.beta_slow", "yarn.alpha"),
+                ("rope_scaling.original_max_position_embeddings", YARN_ORIGINAL),
+                ("llama_4_scaling_beta", "llama_4_scaling.beta"),
             ],
         )
     }
 }
+
+const YARN_ORIGINAL: &str = "yarn.original_max_position_embeddings";
 
 /// `beta` and `alpha` are the bounds that others call `beta_fast` and `beta_slow`, and `apply_scale` says
 /// whether scores grow with the factor.

@@ -22,7 +22,9 @@ pub enum RopeScaling {
     /// that it has in a pass, that of the whole prompt also where a pass runs in chunks. Keys that a cache
     /// holds keep the frequencies of the pass that computed them, as in `transformers`; so from `m` on,
     /// and with this kind of scaling only, decoding with a cache is *not* what computing the whole text
-    /// again would give, and an earlier token changes where later ones are added.
+    /// again would give, and an earlier token changes where later ones are added. (`transformers` also
+    /// keeps the frequencies of the longest text until one shorter than `m` comes; here each pass is by
+    /// itself.)
     Dynamic {
         /// At least 1.
         factor: f64,

@@ -21,10 +21,12 @@ pub(super) enum Naming {
 /// Hugging Face, Mistral, GGUF; each followed by `.weight`.
 type Row = [&'static str; 3];
 
+const HEAD: &str = "lm_head";
+
 const TOP: [Row; 3] = [
     ["model.embed_tokens", "tok_embeddings", "token_embd"],
     ["model.norm", "norm", "output_norm"],
-    ["lm_head", "output", "output"],
+    [HEAD, "output", "output"],
 ];
 
 /// What precedes the number of a layer.
@@ -59,11 +61,13 @@ impl Naming {
         let inner = hugging_face.strip_prefix("model.");
         match (self, inner) {
             (Self::HuggingFaceBase, Some(inner)) => inner.into(),
-            (Self::HuggingFace | Self::HuggingFaceBase, _) => hugging_face.into(),
             (Self::Wrapped { model, .. }, Some(inner)) => format!("{model}{inner}").into(),
-            (Self::Wrapped { head, .. }, None) => format!("{head}{hugging_face}").into(),
+            (Self::Wrapped { head, .. }, None) if hugging_face == HEAD => {
+                format!("{head}{HEAD}").into()
+            }
             (Self::Mistral, _) => mistral.into(),
             (Self::Gguf, _) => gguf.into(),
+            _ => hugging_face.into(),
         }
     }
 
@@ -99,9 +103,9 @@ impl Naming {
         let under = |prefix: &str| name.strip_prefix(prefix).is_some_and(|n| n.starts_with('.'));
         under(THOUGHT)
             || match self {
-                Self::HuggingFace => under("model") || under("lm_head"),
+                Self::HuggingFace => under("model") || under(HEAD),
                 Self::Wrapped { model, head } => {
-                    name.starts_with(model) || under(&format!("{head}lm_head"))
+                    name.starts_with(model) || under(&format!("{head}{HEAD}"))
                 }
                 Self::HuggingFaceBase | Self::Mistral | Self::Gguf => {
                     under(&self.column(LAYERS)) || TOP.into_iter().any(|row| under(&self.column(row)))
@@ -182,6 +186,8 @@ mod tests {
         assert_eq!(Naming::HuggingFaceBase.spell("lm_head.weight"), "lm_head.weight");
         let wrapped = Naming::WRAPPED.map(|naming| naming.spell(name));
         assert_eq!(wrapped[0], "language_model.model.layers.11.mlp.gate_proj.weight");
+        let norm = Naming::WRAPPED.map(|it| it.spell("model.layers.1.input_layernorm.weight"));
+        assert_eq!(norm[0], "language_model.model.layers.1.input_layernorm.weight");
         assert_eq!(wrapped[1], "model.language_model.layers.11.mlp.gate_proj.weight");
         let heads = Naming::WRAPPED.map(|naming| naming.spell("lm_head.weight"));
         assert_eq!(heads, ["language_model.lm_head.weight", "lm_head.weight", "lm_head.weight"]);

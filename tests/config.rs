@@ -330,7 +330,11 @@ fn refused_in_config_json() -> Result {
     for (field, value, expected) in [
         ("model_type", json!("mixtral"), "unsupported model_type: mixtral"),
         ("model_type", json!("mistral4"), "unsupported model_type: mistral4"),
-        ("model_type", json!("mistral3"), "config field text_config: expected an object, got nothing"),
+        (
+            "model_type",
+            json!("mistral3"),
+            "config field text_config: expected an object, got nothing",
+        ),
         ("model_type", json!("qwen2"), "unsupported model_type: qwen2"),
         ("model_type", json!(7), "config field model_type: expected a string, got 7"),
         ("num_local_experts", json!(8), "unsupported num_local_experts: 8"),

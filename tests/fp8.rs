@@ -34,8 +34,7 @@ fn logits_are_those_of_transformers() -> Result {
     for case in ["fp8_tensor", "fp8_block"] {
         let path = fixture("scaled").join(case);
         let golden = candle_core::safetensors::load(path.join("golden.safetensors"), &CPU)?;
-        let ids: Vec<u32> =
-            golden["input_ids"].to_dtype(DType::U32)?.flatten_all()?.to_vec1()?;
+        let ids: Vec<u32> = golden["input_ids"].to_dtype(DType::U32)?.flatten_all()?.to_vec1()?;
         let model = transformer(&path, DType::F32)?;
         let xs = model.embed_ids(&ids)?;
         let h = model.forward(&xs, model.all_layers(), Pass::Causal(&Batch::one(ids.len())?))?;
@@ -246,7 +245,8 @@ fn each_byte_is_the_number_that_candle_takes_it_for() -> Result {
 fn fp8_may_become_blocks_while_it_is_loaded() -> Result {
     let path = fixture("scaled/fp8_block");
     let checkpoint = Checkpoint::open(&path)?;
-    let wide = candle_core::safetensors::load(path.join("golden.safetensors"), &CPU)?["q_proj"].clone();
+    let wide =
+        candle_core::safetensors::load(path.join("golden.safetensors"), &CPU)?["q_proj"].clone();
     let mut weights = checkpoint.weights(GgmlDType::Q8_0, &CPU);
     let linear = weights.linear("model.layers.0.self_attn.q_proj.weight", 64, 32)?;
     let expected = QTensor::quantize(&wide, GgmlDType::Q8_0)?.dequantize(&CPU)?;
@@ -283,7 +283,10 @@ fn refusals() -> Result {
         );
     }
     let overflow = with(1e38)?;
-    assert!(overflow.starts_with(&format!("weight {name} in {place}: expected finite")), "{overflow}");
+    assert!(
+        overflow.starts_with(&format!("weight {name} in {place}: expected finite")),
+        "{overflow}"
+    );
     assert_eq!(
         refusal(&|stored| Ok(drop(stored.remove(&scale))))?,
         format!("weight {scale} is missing from FOLDER")

@@ -8,8 +8,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use hybrid_attention_testing::{Result, hostile, root};
-use proptest::test_runner::{RngAlgorithm, TestRng};
 use proptest::prelude::Rng;
+use proptest::test_runner::{RngAlgorithm, TestRng};
 
 /// Numbers that parsers trip over, as bytes of headers, exponents and the like.
 const EDGES: [u8; 8] = [0, 1, 0x7e, 0x7f, 0x80, 0xfe, 0xff, b'9'];
@@ -45,9 +45,7 @@ fn no_change_of_a_seed_makes_the_loaders_panic() -> Result {
     let seconds: u64 = seconds.as_deref().unwrap_or("2").parse()?;
     let only = std::env::var("HYBRID_ATTENTION_MUTATIONS_OF").unwrap_or_default();
     let mut seeds = Vec::new();
-    for (target, run) in
-        [("folder", hostile::folder as fn(&[u8]) -> _), ("gguf", hostile::gguf)]
-    {
+    for (target, run) in [("folder", hostile::folder as fn(&[u8]) -> _), ("gguf", hostile::gguf)] {
         for entry in fs::read_dir(root().join("tests/fuzz/corpus").join(target))? {
             let path = entry?.path();
             if path.to_string_lossy().contains(&only) {

@@ -37,7 +37,8 @@ struct Case {
 
 /// The weights that all cases share.
 fn weights() -> Result<BTreeMap<String, Tensor>> {
-    let weights = candle_core::safetensors::load(fixture("scaled/weights.safetensors"), &Device::Cpu)?;
+    let weights =
+        candle_core::safetensors::load(fixture("scaled/weights.safetensors"), &Device::Cpu)?;
     Ok(weights.into_iter().collect())
 }
 
@@ -203,11 +204,8 @@ fn a_batch_is_its_rows_each_at_its_position() -> Result {
         let batch = Batch::ragged(&[8, 20])?;
         let new = [&ids[40..], &ids[7..27]].concat();
         let caches = vec![&mut long, &mut brief];
-        let side_by_side = logits(
-            &model,
-            &new,
-            Pass::Remembered { batch: &batch, sight: Sight::Causal, caches },
-        )?;
+        let side_by_side =
+            logits(&model, &new, Pass::Remembered { batch: &batch, sight: Sight::Causal, caches })?;
         let first = logits(&model, &ids[40..], Pass::Cached(&mut long_fork))?;
         let second = logits(&model, &ids[7..27], Pass::Cached(&mut brief_fork))?;
         assert_close(name, &side_by_side, &Tensor::cat(&[first, second], 0)?, TOLERANCE)?;
@@ -233,7 +231,8 @@ fn greedy_tokens_are_those_of_transformers_in_all_spellings() -> Result {
             assert_eq!(answer.ids, greedy, "{}", path.display());
             // a thought pass that changes nothing, with queries scaled in it
             let thinking = Thinking::new(1).refine(Interpolate::new(0.0));
-            let answer = model.generate(case.ids()?.as_slice(), &config.clone().thinking(thinking))?;
+            let answer =
+                model.generate(case.ids()?.as_slice(), &config.clone().thinking(thinking))?;
             assert_eq!(answer.ids, greedy, "{} after a thought", path.display());
         }
     }
@@ -271,7 +270,8 @@ impl Case {
             ("llama3", _) => {
                 let scaled = self.golden("inv_freq")?.to_vec1::<f32>()?;
                 let plain = (0..8).map(|pair| 1e4f32.powf(-2.0 * pair as f32 / 16.0));
-                let ratios: Vec<f32> = plain.zip(scaled).map(|(plain, scaled)| plain / scaled).collect();
+                let ratios: Vec<f32> =
+                    plain.zip(scaled).map(|(plain, scaled)| plain / scaled).collect();
                 factors = Some(Tensor::new(ratios, &Device::Cpu)?);
             }
             _ => return Ok(None),
@@ -306,7 +306,8 @@ impl Case {
             tensors.push((name, QTensor::quantize(&tensor, GgmlDType::F32)?));
         }
         if let Some(factors) = factors {
-            tensors.push(("rope_freqs.weight".into(), QTensor::quantize(&factors, GgmlDType::F32)?));
+            tensors
+                .push(("rope_freqs.weight".into(), QTensor::quantize(&factors, GgmlDType::F32)?));
         }
         let path = folder.join("model.gguf");
         let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();

@@ -19,7 +19,8 @@ impl Config {
     /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
     /// counts as an end of text, and so does every token that is spelled like one, such as `<|im_end|>`,
     /// as in llama.cpp. `rope.scaling.type` may be `linear` or `yarn`, and of a `mistral3`,
-    /// `attention.temperature_scale` scales queries. `tie_word_embeddings` is false: the metadata does not say, and
+    /// `attention.temperature_scale` scales queries; what a tensor `rope_freqs.weight` says (Llama 3.1) is
+    /// added by [`Checkpoint`](crate::load::Checkpoint). `tie_word_embeddings` is false: the metadata does not say, and
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
     ///
     /// # Errors
@@ -217,9 +218,15 @@ impl<'a> Metadata<'a> {
     }
 
     fn query_scaling(&self, positions: usize) -> Result<Option<QueryScaling>> {
-        let Some(beta) = self.number(TEMPERATURE)?.filter(|beta| *beta != 0.0) else { return Ok(None) };
+        let Some(beta) = self.number(TEMPERATURE)?.filter(|beta| *beta != 0.0) else {
+            return Ok(None);
+        };
         if self.architecture != MISTRAL3 {
-            tracing::warn!(key = self.key(TEMPERATURE), beta, "only mistral3 scales its queries: ignored");
+            tracing::warn!(
+                key = self.key(TEMPERATURE),
+                beta,
+                "only mistral3 scales its queries: ignored"
+            );
             return Ok(None);
         }
         let original_max_position_embeddings = self.original_length(positions)?;

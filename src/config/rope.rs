@@ -85,7 +85,7 @@ impl RopeScaling {
         match self {
             Self::Dynamic { factor, original_max_position_embeddings: original }
             | Self::Yarn { factor, original_max_position_embeddings: original, .. } => {
-                stated.max((*original as f64 * factor) as usize)
+                stated.max(((*original as f64 * factor) as usize).min(MAX_SIZE))
             }
             _ => stated,
         }

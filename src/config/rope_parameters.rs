@@ -106,9 +106,7 @@ impl Dictionary {
         let attention_factor = match self.rope.number("attention_factor")? {
             Some(given) => given,
             None => match (number("mscale")?, number("mscale_all_dim")?) {
-                (Some(up), Some(down)) => {
-                    yarn_magnitude(factor, up) / yarn_magnitude(factor, down)
-                }
+                (Some(up), Some(down)) => yarn_magnitude(factor, up) / yarn_magnitude(factor, down),
                 _ => yarn_magnitude(factor, 1.0),
             },
         };
@@ -125,7 +123,10 @@ impl Dictionary {
     fn query_scaling(&self, is_ministral3: bool) -> Result<Option<QueryScaling>> {
         let Some(beta) = self.rope.number("llama_4_scaling_beta")? else { return Ok(None) };
         if !is_ministral3 {
-            tracing::warn!(beta, "only ministral3 scales its queries: llama_4_scaling_beta is ignored");
+            tracing::warn!(
+                beta,
+                "only ministral3 scales its queries: llama_4_scaling_beta is ignored"
+            );
             return Ok(None);
         }
         let original_max_position_embeddings = self.original()?;

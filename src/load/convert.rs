@@ -199,7 +199,8 @@ impl Source<'_> {
     /// A stored row.
     fn row(&self, row: usize) -> Row<'_> {
         let len = self.stored.row_bytes(self.row_len());
-        let bytes = self.bytes.get(row * len..).and_then(|rest| rest.get(..len)).unwrap_or_default();
+        let bytes =
+            self.bytes.get(row * len..).and_then(|rest| rest.get(..len)).unwrap_or_default();
         let unscaled = Row::unscaled(self.stored, bytes);
         match self.scales {
             Some(scales) => Row { scales: scales.of_row(row), width: scales.width(), ..unscaled },

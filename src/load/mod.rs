@@ -162,16 +162,19 @@ impl Checkpoint {
         let file = Arc::new(file);
         let mut config = Config::from_gguf(&metadata)?;
         config.tie_word_embeddings = !tensors.contains_key("output.weight");
-        let tensors: BTreeMap<_, _> = tensors.into_iter().map(|(name, tensor)| {
-            let stored = match tensor.dtype {
-                GgmlDType::F32 => Stored::F32,
-                GgmlDType::F16 => Stored::F16,
-                GgmlDType::BF16 => Stored::BF16,
-                blocks => Stored::Blocks(blocks),
-            };
-            let (shape, range) = (tensor.shape, tensor.range);
-            (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
-        }).collect();
+        let tensors: BTreeMap<_, _> = tensors
+            .into_iter()
+            .map(|(name, tensor)| {
+                let stored = match tensor.dtype {
+                    GgmlDType::F32 => Stored::F32,
+                    GgmlDType::F16 => Stored::F16,
+                    GgmlDType::BF16 => Stored::BF16,
+                    blocks => Stored::Blocks(blocks),
+                };
+                let (shape, range) = (tensor.shape, tensor.range);
+                (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
+            })
+            .collect();
         if let Some(entry) = tensors.get(FREQUENCY_FACTORS) {
             scale_by_factors(&mut config, entry)?;
         }

@@ -108,7 +108,8 @@ impl Naming {
                     name.starts_with(model) || under(&format!("{head}{HEAD}"))
                 }
                 Self::HuggingFaceBase | Self::Mistral | Self::Gguf => {
-                    under(&self.column(LAYERS)) || TOP.into_iter().any(|row| under(&self.column(row)))
+                    under(&self.column(LAYERS))
+                        || TOP.into_iter().any(|row| under(&self.column(row)))
                 }
             }
     }

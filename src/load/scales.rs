@@ -6,11 +6,11 @@ pub(super) const E4M3: [f32; 256] = {
     let mut values = [0.0; 256];
     let mut bits = 0;
     while bits < 256 {
-        let (exponent, mantissa) = (bits as u32 >> 3 & 15, bits as u32 & 7);
+        let (exponent, mantissa) = ((bits as u32 >> 3) & 15, bits as u32 & 7);
         let size = match (exponent, mantissa) {
             (0, _) => mantissa as f32 / 512.0,
             (15, 7) => f32::NAN,
-            _ => f32::from_bits(exponent + 127 - 7 << 23 | mantissa << 20),
+            _ => f32::from_bits(((exponent + 127 - 7) << 23) | (mantissa << 20)),
         };
         values[bits] = if bits < 128 { size } else { -size };
         bits += 1;

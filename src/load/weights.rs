@@ -123,7 +123,8 @@ impl<'a> CheckpointWeights<'a> {
         let Checkpoint { tensors, path, fp8, .. } = self.checkpoint;
         let stem = spelled.strip_suffix("weight").unwrap_or(spelled);
         let mut names = SCALES.iter().map(|name| format!("{stem}{name}"));
-        let Some((name, scale)) = names.find_map(|name| tensors.get_key_value(name.as_str())) else {
+        let Some((name, scale)) = names.find_map(|name| tensors.get_key_value(name.as_str()))
+        else {
             let [first, ..] = SCALES;
             let (name, place) = (format!("{stem}{first}"), path.display().to_string());
             return Err(Error::MissingWeight { name, place });
@@ -178,10 +179,10 @@ impl<'a> CheckpointWeights<'a> {
     pub fn finish(mut self) -> Result<()> {
         let mut strays = BTreeMap::<String, Vec<(&str, &Entry)>>::new();
         for (name, entry) in &self.checkpoint.tensors {
-            if !self.used.contains(name.as_str()) {
-                if let Some(kind) = self.judge(name, entry)? {
-                    strays.entry(kind).or_default().push((name, entry));
-                }
+            if !self.used.contains(name.as_str())
+                && let Some(kind) = self.judge(name, entry)?
+            {
+                strays.entry(kind).or_default().push((name, entry));
             }
         }
         for (kind, tensors) in strays {

@@ -86,13 +86,14 @@ impl Rope {
         let of_keys = if self.frequencies.grow_at(longest) {
             self.grown(batch, ends)?
         } else {
-            self.from_tables(batch)?
+            self.tabled(batch)?
         };
-        let of_queries = self.query_scales(batch)?.map(|scales| of_keys.times(&scales)).transpose()?;
+        let of_queries =
+            self.query_scales(batch)?.map(|scales| of_keys.times(&scales)).transpose()?;
         Ok(Rotation { of_keys, of_queries })
     }
 
-    fn from_tables(&self, batch: &Batch) -> Result<Rows> {
+    fn tabled(&self, batch: &Batch) -> Result<Rows> {
         let ends = (0..batch.sequences()).map(|index| batch.first(index) + batch.rows(index).len());
         let tables = self.tables(ends.max().unwrap_or(0))?;
         if batch.sequences() == 1 {
@@ -123,7 +124,8 @@ impl Rope {
         let (beta, original) =
             (scaling.beta as f32, scaling.original_max_position_embeddings as f32);
         // In f32, as transformers computes it.
-        let scale = |position: usize| 1.0 + beta * (1.0 + (position as f32 / original).floor()).ln();
+        let scale =
+            |position: usize| 1.0 + beta * (1.0 + (position as f32 / original).floor()).ln();
         let scales: Vec<f32> = batch.positions().map(scale).collect();
         if scales.iter().all(|scale| *scale == 1.0) {
             return Ok(None);

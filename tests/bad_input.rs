@@ -378,7 +378,7 @@ fn weights_missing_or_misshapen() -> Result {
         edited_tensors(|tensors| drop(tensors.insert(Q_PROJ.into(), Stored::f32(&[2, 8]))))?,
         format!("weight {Q_PROJ} in model.safetensors: expected shape [4, 4], got [2, 8]")
     );
-    for (dtype, size) in [("I64", 8), ("F8_E4M3", 1), ("BOOL", 1), ("U8", 1)] {
+    for (dtype, size) in [("I64", 8), ("F8_E5M2", 1), ("BOOL", 1), ("U8", 1)] {
         let stored = Stored { dtype, shape: vec![4, 4], bytes: vec![0; 16 * size] };
         assert_eq!(
             edited(|model| drop(model.tensors.insert(EMBED.into(), stored)))?,
@@ -756,13 +756,28 @@ fn gguf_weights() -> Result {
         let used = "belongs to the model but is not used";
         assert_eq!(extra(name)?, format!("weight {name} in model.gguf {used}: {reason}"));
     }
-    assert_eq!(extra("rope_freqs.weight")?, "unsupported rope scaling: rope_freqs.weight");
-    let ones = gguf_edited(|file| {
-        file.tensors.push(tensor("rope_freqs.weight", &[2], 0, file.data.len() as u64));
-        file.data.extend([1f32, 1.0].map(f32::to_le_bytes).concat());
-        file.data.resize(file.data.len() + 24, 0);
-    })?;
-    assert_eq!(ones, "accepted");
+    assert_eq!(
+        extra("rope_freqs.weight")?,
+        "weight rope_freqs.weight in model.gguf: expected shape [1], got [4]"
+    );
+    let factor = |name: &str, factor: f32| {
+        gguf_edited(|file| {
+            file.tensors.push(tensor(name, &[1], 0, file.data.len() as u64));
+            file.data.extend(factor.to_le_bytes());
+            file.data.resize(file.data.len() + 28, 0);
+        })
+    };
+    assert_eq!(factor("rope_freqs.weight", 1.0)?, "accepted");
+    assert_eq!(factor("rope_freqs.weight", 8.0)?, "accepted");
+    assert_eq!(
+        factor("rope_freqs.weight", 0.0)?,
+        "config field rope_scaling.factors: expected 0.001 to 1000000, got 0"
+    );
+    assert_eq!(
+        factor("rope_factors_long.weight", 8.0)?,
+        "unsupported rope scaling: rope_factors_long.weight"
+    );
+    assert_eq!(factor("rope_factors_long.weight", 1.0)?, "accepted");
     assert_eq!(extra("cls.weight")?, "accepted");
     assert_eq!(
         gguf_edited(|file| drop(file.tensors.remove(2)))?,

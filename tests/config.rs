@@ -26,7 +26,6 @@ fn mistral_7b_v01() -> Config {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     }
@@ -186,7 +185,6 @@ fn defaults_of_transformers() -> Result {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };
@@ -331,19 +329,57 @@ fn refused_in_config_json() -> Result {
     };
     for (field, value, expected) in [
         ("model_type", json!("mixtral"), "unsupported model_type: mixtral"),
-        ("model_type", json!("mistral3"), "unsupported model_type: mistral3"),
+        ("model_type", json!("mistral4"), "unsupported model_type: mistral4"),
+        (
+            "model_type",
+            json!("mistral3"),
+            "config field text_config: expected an object, got nothing",
+        ),
         ("model_type", json!("qwen2"), "unsupported model_type: qwen2"),
         ("model_type", json!(7), "config field model_type: expected a string, got 7"),
         ("num_local_experts", json!(8), "unsupported num_local_experts: 8"),
+        ("rope_scaling", json!({"rope_type": "longrope"}), "unsupported rope scaling: longrope"),
+        ("rope_scaling", json!({"rope_type": "su"}), "unsupported rope scaling: su"),
         (
             "rope_scaling",
-            json!({"rope_type": "yarn", "factor": 4}),
-            "unsupported rope scaling: yarn",
+            json!({"type": "linear"}),
+            "config field rope_scaling.factor: expected a number, got nothing",
         ),
-        ("rope_scaling", json!({"type": "linear"}), "unsupported rope scaling: linear"),
-        ("rope_scaling", json!({"type": "dynamic"}), "unsupported rope scaling: dynamic"),
-        ("rope_scaling", json!({"rope_type": "longrope"}), "unsupported rope scaling: longrope"),
-        ("rope_parameters", json!({"rope_type": "llama3"}), "unsupported rope scaling: llama3"),
+        (
+            "rope_scaling",
+            json!({"type": "linear", "factor": 0.5}),
+            "config field rope_scaling.factor: expected 1 to 1000000, got 0.5",
+        ),
+        (
+            "rope_scaling",
+            json!({"type": "dynamic", "factor": "4"}),
+            r#"config field factor: expected a number, got "4""#,
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "llama3", "factor": 8}),
+            "config field rope_parameters.low_freq_factor: expected a number, got nothing",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}),
+            "config field rope_scaling.high_freq_factor: expected more than low_freq_factor, 4, got 4",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4, "beta_fast": -1}),
+            "config field rope_scaling.beta_fast: expected above 0, at most 1000000, got -1",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4, "rope_theta": 1}),
+            "config field rope_theta: expected more than 1, for yarn, got 1",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
+            "config field rope_scaling.original_max_position_embeddings: expected 1 to 2147483647, got 0",
+        ),
         (
             "rope_parameters",
             json!({"full_attention": {"rope_type": "default"}}),
@@ -366,6 +402,22 @@ fn refused_in_config_json() -> Result {
             "quantization_config",
             json!({"quant_method": "gptq", "bits": 4}),
             "unsupported quantization_config: gptq",
+        ),
+        (
+            "quantization_config",
+            json!({"quant_method": "fp8", "weight_block_size": [128]}),
+            "config field weight_block_size: expected two sizes above 0, got [128]",
+        ),
+        (
+            "quantization_config",
+            json!({"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+            "unsupported compressed-tensors: pack-quantized",
+        ),
+        (
+            "quantization_config",
+            json!({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups":
+                {"group_0": {"weights": {"num_bits": 4, "type": "float"}}}}),
+            r#"unsupported compressed-tensors: group_0.weights: {"num_bits":4,"type":"float"}"#,
         ),
         ("partial_rotary_factor", json!(0.5), "unsupported partial_rotary_factor: 0.5"),
         (
@@ -511,7 +563,7 @@ fn refused_in_config_json() -> Result {
         edited(&[("model_type", json!("absent")), ("architectures", json!(["Phi3ForCausalLM"]))])?;
     assert_eq!(refusal(Config::from_json(&text)), "unsupported architecture: Phi3ForCausalLM");
     for (text, expected) in [
-        ("{}", "config field model_type: expected mistral or llama, got nothing"),
+        ("{}", "config field model_type: expected mistral, ministral3 or llama, got nothing"),
         ("[1]", "config.json: expected a JSON object, got [1]"),
         ("", "config.json: not JSON: EOF while parsing a value at line 1 column 0"),
         (r#"{"rope_theta": NaN}"#, "config.json: not JSON: expected value at line 1 column 16"),
@@ -528,13 +580,26 @@ fn refused_in_params_json() -> Result {
     for (field, value, expected) in [
         ("moe", json!({"num_experts": 8}), r#"unsupported moe: {"num_experts":8}"#),
         ("num_experts", json!(8), "unsupported num_experts: 8"),
-        ("yarn", json!({"factor": 4}), r#"unsupported yarn: {"factor":4}"#),
+        (
+            "yarn",
+            json!({"factor": 4}),
+            "config field yarn.original_max_position_embeddings: expected a number, got nothing",
+        ),
+        (
+            "llama_4_scaling",
+            json!({"original_max_position_embeddings": 4}),
+            "config field llama_4_scaling.beta: expected a number, got nothing",
+        ),
+        (
+            "llama_4_scaling",
+            json!({"original_max_position_embeddings": 4, "beta": -0.1}),
+            "config field llama_4_scaling.beta: expected 0 to 1000, got -0.1",
+        ),
         (
             "quantization",
-            json!({"qformat_weight": "fp8_e4m3"}),
-            r#"unsupported quantization: {"qformat_weight":"fp8_e4m3"}"#,
+            json!({"qformat_weight": "int4"}),
+            r#"unsupported quantization: {"qformat_weight":"int4"}"#,
         ),
-        ("vision_encoder", json!({}), "unsupported vision_encoder: {}"),
         ("lora", json!({"rank": 8}), r#"unsupported lora: {"rank":8}"#),
         ("dim", json!(0), "config field dim: expected 1 to 2147483647, got 0"),
         (
@@ -581,8 +646,12 @@ fn refused_in_gguf_metadata() -> Result {
             "config field general.architecture: expected a string, got U32(1)",
         ),
         ("llama.expert_count", number(8), "unsupported llama.expert_count: 8"),
-        ("llama.rope.scaling.type", text("yarn"), "unsupported rope scaling: yarn"),
-        ("llama.rope.scale_linear", Some(Value::F32(4.0)), "unsupported rope scaling: linear"),
+        ("llama.rope.scaling.type", text("longrope"), "unsupported rope scaling: longrope"),
+        (
+            "llama.rope.scale_linear",
+            Some(Value::F32(0.5)),
+            "config field llama.rope.scaling.factor: expected 1 to 1000000, got 0.5",
+        ),
         (
             "llama.rope.scaling.type",
             number(0),
@@ -661,10 +730,12 @@ fn refused_in_gguf_metadata() -> Result {
         };
         assert_eq!(refusal(Config::from_gguf(&metadata)), expected);
     }
-    let mut linear = metadata;
-    linear.insert("llama.rope.scaling.type".into(), Value::String("linear".into()));
-    linear.insert("llama.rope.scaling.factor".into(), Value::F32(2.0));
-    assert_eq!(refusal(Config::from_gguf(&linear)), "unsupported rope scaling: linear");
+    let mut yarn = metadata;
+    yarn.insert("llama.rope.scaling.type".into(), Value::String("yarn".into()));
+    yarn.insert("llama.rope.scaling.factor".into(), Value::F32(2.0));
+    yarn.insert("llama.rope.scaling.yarn_ext_factor".into(), Value::F32(0.5));
+    let expected = "unsupported llama.rope.scaling.yarn_ext_factor: 0.5";
+    assert_eq!(refusal(Config::from_gguf(&yarn)), expected);
     Ok(())
 }
 

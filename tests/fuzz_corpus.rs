@@ -59,7 +59,6 @@ fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };
@@ -135,6 +134,63 @@ fn write_corpus(corpus: &Path) -> Result {
         let mut seed = format!("2{json}\0{generation}\0{index}\0").into_bytes();
         seed.extend(&weights);
         fs::write(corpus.join("folder").join(format!("shard_{name}")), seed)?;
+    }
+
+    // FP8 with a scale for all, each row, and each block; the last as the text part of another model
+    for (name, quantization, shape) in [
+        ("fp8", r#"{"quant_method": "fp8", "weight_block_size": null}"#, [1, 1]),
+        (
+            "fp8_rows",
+            r#"{"quant_method": "compressed-tensors", "format": "float-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}}}"#,
+            [4, 1],
+        ),
+        ("fp8_blocks", r#"{"quant_method": "fp8", "weight_block_size": [2, 3]}"#, [2, 2]),
+    ] {
+        let (wrapped, prefix) = match name {
+            "fp8_blocks" => (true, "language_model."),
+            _ => (false, ""),
+        };
+        let mut stored = std::collections::HashMap::new();
+        for (own, tensor) in &tensors {
+            let own = format!("{prefix}{own}");
+            if !own.contains("_proj") {
+                stored.insert(own, tensor.to_dtype(DType::BF16)?);
+                continue;
+            }
+            stored.insert(own.clone(), tensor.to_dtype(DType::F8E4M3)?);
+            let rows = tensor.dim(0)?;
+            let shape = match shape {
+                [2, 2] => [rows.div_ceil(2), 2],
+                [4, 1] => [rows, 1],
+                one => one,
+            };
+            let suffix = if name == "fp8_rows" { "scale" } else { "scale_inv" };
+            let scales = Tensor::rand(0.5f32, 1.5, &shape, &Device::Cpu)?;
+            stored.insert(format!("{own}_{suffix}"), scales);
+        }
+        let own = json.trim_end_matches('}');
+        let quantization = format!(r#""quantization_config": {quantization}"#);
+        let config = match wrapped {
+            true => {
+                let rope = r#""rope_theta": 1e4, "rope_type": "yarn", "factor": 3, "mscale": 1,
+                    "mscale_all_dim": 1, "original_max_position_embeddings": 3,
+                    "llama_4_scaling_beta": 0.1"#;
+                let text = json
+                    .replace(r#""rope_theta": 1e4, "rope_type": "default""#, rope)
+                    .replace(r#""mistral""#, r#""ministral3""#);
+                format!(
+                    r#"{{"model_type": "mistral3", "text_config": {text}, "tie_word_embeddings": true,
+                        {quantization}}}"#
+                )
+            }
+            false => format!("{own}, {quantization}}}"),
+        };
+        let path = folder.path().join("model.safetensors");
+        candle_core::safetensors::save(&stored, &path)?;
+        let mut seed = format!("0{config}\0").into_bytes();
+        seed.extend(fs::read(&path)?);
+        fs::write(corpus.join("folder").join(name), seed)?;
     }
     Ok(())
 }

@@ -4,9 +4,14 @@ mod fields;
 mod gguf;
 mod hugging_face;
 mod params;
+mod quantization;
+mod rope;
+mod rope_parameters;
 
 pub(crate) use fields::{Fields, brief};
 pub(crate) use gguf::{integer, is_integer};
+pub(crate) use quantization::Fp8;
+pub use rope::{QueryScaling, RopeScaling};
 
 use crate::error::{Error, Result};
 
@@ -55,31 +60,10 @@ pub struct Config {
     pub query_scaling: Option<QueryScaling>,
     /// The experts that each MLP is made of (Mixtral); `None` is a single MLP.
     pub experts: Option<Experts>,
-    /// Whether `q_proj`, `k_proj` and `v_proj` have biases.
-    pub attention_bias: bool,
     /// The token that begins a text.
     pub bos_token_id: Option<u32>,
     /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
-}
-
-/// How rotary frequencies are changed so that a model reads longer texts than it was first trained on.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// All frequencies divided by `factor`.
-    Linear {
-        /// At least 1.
-        factor: f64,
-    },
-}
-
-/// Queries are multiplied by `1 + beta · ln(1 + floor(position / original_max_position_embeddings))`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QueryScaling {
-    /// `llama_4_scaling_beta`
-    pub beta: f64,
-    /// Positions below it are left as they are; above 0.
-    pub original_max_position_embeddings: usize,
 }
 
 /// A mixture of experts in the place of each MLP (Jiang et al. 2024).
@@ -95,7 +79,7 @@ impl Config {
     /// Checks that a model of this shape is possible.
     ///
     /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs) and at most
-    /// 16384, the two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
+    /// 16384, real numbers and scaling lie in the ranges given at their fields, token ids are below `vocab_size`,
     /// and no weight is larger than memory can address.
     ///
     /// # Errors
@@ -133,6 +117,12 @@ impl Config {
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return Err(Error::config("rope_theta", "a finite number above 0", self.rope_theta));
+        }
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.validate(self.head_dim, self.rope_theta)?;
+        }
+        if let Some(scaling) = &self.query_scaling {
+            scaling.validate()?;
         }
         let ids = self.eos_token_ids.iter().map(|id| ("eos_token_id", *id));
         for (field, id) in self.bos_token_id.map(|id| ("bos_token_id", id)).into_iter().chain(ids) {

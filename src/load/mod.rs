@@ -19,6 +19,7 @@ mod generation_defaults;
 mod gguf;
 mod names;
 mod safetensors;
+mod scales;
 mod weight_type;
 mod weights;
 
@@ -40,17 +41,24 @@ use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
 use self::gguf::Gguf;
 use self::names::{Naming, Rows};
+use self::scales::Scales;
 pub use self::weight_type::WeightType;
 pub use self::weights::CheckpointWeights;
-use crate::config::{Config, integer};
+use crate::config::{Config, Fp8, RopeScaling, integer};
 use crate::error::{Error, Result};
 use crate::model::is_or_is_under;
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
-/// shards, saved from the whole model or, without `model.` in its names, from the base class), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
-/// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
+/// shards, saved from the whole model or, without `model.` in its names, from the base class, or within a
+/// model that sees images, whose other parts are left out with a warning), Mistral's own (`params.json` with
+/// `consolidated.safetensors`), and a GGUF file of version 2 or 3. Where a folder holds the weights twice,
+/// the Hugging Face files are taken.
+///
+/// Matrices in FP8 (`F8_E4M3` with a `weight_scale_inv`, `weight_scale` or `qscale_weight` for all, each row
+/// or each block) are widened as they are loaded: `weight · scale`, computed in `f32`, becomes `bf16`
+/// unless another type is asked for. Scales for activations are not used; these are never narrowed.
 ///
 /// The files must not be changed while it lives: they are mapped into memory, and where one is cut short
 /// or cannot be read any more (a share that is gone, a download that starts anew, an editor that
@@ -65,6 +73,8 @@ pub struct Checkpoint {
     /// By their names in the file.
     tensors: BTreeMap<String, Entry>,
     gguf_metadata: Option<HashMap<String, Value>>,
+    /// Whether, and how, some of the weights are in FP8.
+    fp8: Option<Fp8>,
 }
 
 /// A file in memory.
@@ -86,6 +96,14 @@ struct Entry {
     stored: Result<Stored, String>,
     shape: Vec<usize>,
     range: Range<usize>,
+}
+
+/// How the values of a tensor stand in its file.
+#[derive(Debug, Default)]
+struct Layout {
+    rows: Rows,
+    /// What FP8 is multiplied by.
+    scales: Option<Scales>,
 }
 
 impl Checkpoint {
@@ -144,22 +162,29 @@ impl Checkpoint {
         let file = Arc::new(file);
         let mut config = Config::from_gguf(&metadata)?;
         config.tie_word_embeddings = !tensors.contains_key("output.weight");
-        let tensors = tensors.into_iter().map(|(name, tensor)| {
-            let stored = match tensor.dtype {
-                GgmlDType::F32 => Stored::F32,
-                GgmlDType::F16 => Stored::F16,
-                GgmlDType::BF16 => Stored::BF16,
-                blocks => Stored::Blocks(blocks),
-            };
-            let (shape, range) = (tensor.shape, tensor.range);
-            (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
-        });
+        let tensors: BTreeMap<_, _> = tensors
+            .into_iter()
+            .map(|(name, tensor)| {
+                let stored = match tensor.dtype {
+                    GgmlDType::F32 => Stored::F32,
+                    GgmlDType::F16 => Stored::F16,
+                    GgmlDType::BF16 => Stored::BF16,
+                    blocks => Stored::Blocks(blocks),
+                };
+                let (shape, range) = (tensor.shape, tensor.range);
+                (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
+            })
+            .collect();
+        if let Some(entry) = tensors.get(FREQUENCY_FACTORS) {
+            scale_by_factors(&mut config, entry)?;
+        }
         Ok(Self {
             path: file.path.clone(),
             config,
             naming: Naming::Gguf,
-            tensors: tensors.collect(),
+            tensors,
             gguf_metadata: Some(metadata),
+            fp8: None,
         })
     }
 
@@ -176,6 +201,7 @@ impl Checkpoint {
             Error::Malformed { message, .. } => Error::malformed(&folder.config, message),
             other => other,
         })?;
+        let fp8 = Fp8::of(&text, folder.is_params)?;
 
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
@@ -198,11 +224,23 @@ impl Checkpoint {
         {
             naming = Naming::HuggingFaceBase;
         }
+        if naming == Naming::HuggingFace
+            && let Some(wrapped) = Naming::WRAPPED
+                .into_iter()
+                .find(|it| tensors.contains_key(&it.spell("model.embed_tokens.weight")))
+        {
+            naming = wrapped;
+            if tensors.contains_key(&naming.spell("lm_head.weight")) {
+                // What the files say of models within models is not to be relied on: transformers
+                // takes a head of its own, too, where it finds one.
+                config.tie_word_embeddings = false;
+            }
+        }
         if folder.is_params && !tensors.contains_key(&naming.spell("lm_head.weight")) {
             // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None })
+        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None, fp8 })
     }
 
     /// The shape of the model.
@@ -255,6 +293,24 @@ impl Checkpoint {
     }
 }
 
+/// What a GGUF file divides the frequencies of rotation by, where that is not one number for all.
+const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
+
+fn scale_by_factors(config: &mut Config, entry: &Entry) -> Result<()> {
+    let shape = [config.head_dim / 2];
+    let factors = entry.numbers(FREQUENCY_FACTORS, &shape)?;
+    if factors.iter().all(|factor| *factor == 1.0) {
+        tracing::warn!(name = FREQUENCY_FACTORS, "rope scaling by 1 in all places: not used");
+        return Ok(());
+    }
+    if config.rope_scaling.is_some() {
+        let got = format!("{FREQUENCY_FACTORS} beside rope.scaling.type");
+        return Err(Error::unsupported("rope scaling", got));
+    }
+    config.rope_scaling = Some(RopeScaling::Factors(factors));
+    config.validate()
+}
+
 /// The tensors of a single safetensors file, under its own names. As with a [`Checkpoint`], the file
 /// must not be changed meanwhile.
 #[derive(Debug)]
@@ -277,7 +333,7 @@ impl TensorFile {
             return Err(Error::MissingWeight { name: name.to_string(), place });
         };
         let as_f32 = |_| DType::F32;
-        entry.tensor(name, shape, Rows::InOrder, as_f32, device)
+        entry.tensor(name, shape, &Layout::default(), as_f32, device)
     }
 }
 
@@ -325,11 +381,11 @@ impl Entry {
         &self,
         name: &str,
         shape: &[usize],
-        rows: Rows,
+        layout: &Layout,
         dtype: impl FnOnce(Stored) -> DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let source = self.source(name, shape, rows)?;
+        let source = self.source(name, shape, layout)?;
         let dtype = dtype(source.stored);
         let tensor = source.convert(dtype, device);
         let tensor = tensor.map_err(|refusal| self.refused(name, refusal, dtype.as_str()))?;
@@ -342,30 +398,45 @@ impl Entry {
         &self,
         name: &str,
         shape: (usize, usize),
-        rows: Rows,
+        layout: &Layout,
         to: GgmlDType,
         device: &Device,
     ) -> Result<QTensor> {
         let shape = [shape.0, shape.1];
-        let blocks = self.source(name, &shape, rows)?.blocks(to, device);
+        let blocks = self.source(name, &shape, layout)?.blocks(to, device);
         let blocks = blocks.map_err(|refusal| self.refused(name, refusal, &format!("{to:?}")))?;
         self.file.release(&self.range);
         Ok(blocks)
     }
 
-    fn source<'a>(&'a self, name: &str, shape: &'a [usize], rows: Rows) -> Result<Source<'a>> {
+    /// The numbers of the small tensor called `name` in its file, if it has this shape.
+    fn numbers(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let as_f32 = |_| DType::F32;
+        let tensor = self.tensor(name, shape, &Layout::default(), as_f32, &Device::Cpu)?;
+        Ok(tensor.flatten_all()?.to_vec1()?)
+    }
+
+    fn source<'a>(
+        &'a self,
+        name: &str,
+        shape: &'a [usize],
+        layout: &'a Layout,
+    ) -> Result<Source<'a>> {
         let (name, place) = (name.to_string(), self.place());
         if self.shape != shape {
             let (expected, got) = (shape.to_vec(), self.shape.clone());
             return Err(Error::WeightShape { name, place, expected, got });
         }
-        match &self.stored {
-            Ok(stored) => Ok(Source { bytes: self.bytes(), stored: *stored, shape, rows }),
-            Err(got) => {
-                let expected = "F64, F32, F16 or BF16";
-                Err(Error::WeightDType { name, place, expected, got: got.clone() })
+        let got = match &self.stored {
+            Ok(Stored::F8) if layout.scales.is_none() => "F8_E4M3 without a scale".to_string(),
+            Ok(stored) => {
+                let (rows, scales) = (layout.rows, layout.scales.as_ref());
+                return Ok(Source { bytes: self.bytes(), stored: *stored, shape, rows, scales });
             }
-        }
+            Err(got) => got.clone(),
+        };
+        let expected = "F64, F32, F16 or BF16";
+        Err(Error::WeightDType { name, place, expected, got })
     }
 
     /// The error for the tensor called `name`, which was to become a `kept`.
@@ -465,6 +536,7 @@ fn stored(dtype: Dtype) -> Result<Stored, String> {
         Dtype::F32 => Ok(Stored::F32),
         Dtype::F16 => Ok(Stored::F16),
         Dtype::BF16 => Ok(Stored::BF16),
+        Dtype::F8_E4M3 => Ok(Stored::F8),
         other => Err(other.to_string()),
     }
 }

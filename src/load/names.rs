@@ -1,5 +1,7 @@
 //! How the kinds of checkpoint spell a weight, and how they order its rows.
 
+use std::borrow::Cow;
+
 /// Whose names, and whose order of rows, a checkpoint follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Naming {
@@ -7,6 +9,9 @@ pub(super) enum Naming {
     HuggingFace,
     /// `layers.0.self_attn.q_proj.weight`: `transformers`, where the model was saved from its base class.
     HuggingFaceBase,
+    /// The same, where this model is the text part of another: what stands in the place of `model.`, and
+    /// before `lm_head`.
+    Wrapped { model: &'static str, head: &'static str },
     /// `layers.0.attention.wq.weight`: `consolidated.safetensors`, as Mistral publishes it.
     Mistral,
     /// `blk.0.attn_q.weight`: llama.cpp.
@@ -16,10 +21,12 @@ pub(super) enum Naming {
 /// Hugging Face, Mistral, GGUF; each followed by `.weight`.
 type Row = [&'static str; 3];
 
+const HEAD: &str = "lm_head";
+
 const TOP: [Row; 3] = [
     ["model.embed_tokens", "tok_embeddings", "token_embd"],
     ["model.norm", "norm", "output_norm"],
-    ["lm_head", "output", "output"],
+    [HEAD, "output", "output"],
 ];
 
 /// What precedes the number of a layer.
@@ -41,13 +48,26 @@ const LAYER: [Row; 9] = [
 ];
 
 impl Naming {
-    fn column(self, row: Row) -> &'static str {
+    /// As `transformers` has saved text parts: as published, as of the class of version 5, and from the
+    /// base class.
+    pub(super) const WRAPPED: [Self; 3] = [
+        Self::Wrapped { model: "language_model.model.", head: "language_model." },
+        Self::Wrapped { model: "model.language_model.", head: "" },
+        Self::Wrapped { model: "language_model.", head: "" },
+    ];
+
+    fn column(self, row: Row) -> Cow<'static, str> {
         let [hugging_face, mistral, gguf] = row;
-        match self {
-            Self::HuggingFace => hugging_face,
-            Self::HuggingFaceBase => hugging_face.strip_prefix("model.").unwrap_or(hugging_face),
-            Self::Mistral => mistral,
-            Self::Gguf => gguf,
+        let inner = hugging_face.strip_prefix("model.");
+        match (self, inner) {
+            (Self::HuggingFaceBase, Some(inner)) => inner.into(),
+            (Self::Wrapped { model, .. }, Some(inner)) => format!("{model}{inner}").into(),
+            (Self::Wrapped { head, .. }, None) if hugging_face == HEAD => {
+                format!("{head}{HEAD}").into()
+            }
+            (Self::Mistral, _) => mistral.into(),
+            (Self::Gguf, _) => gguf.into(),
+            _ => hugging_face.into(),
         }
     }
 
@@ -69,7 +89,7 @@ impl Naming {
 
     /// `model.layers.3.mlp.up_proj` is layer `3` and `mlp.up_proj`.
     fn split_layer(self, name: &str) -> Option<(&str, &str)> {
-        let rest = name.strip_prefix(self.column(LAYERS))?.strip_prefix('.')?;
+        let rest = name.strip_prefix(&*self.column(LAYERS))?.strip_prefix('.')?;
         rest.split_once('.').filter(|(layer, _)| layer.bytes().all(|byte| byte.is_ascii_digit()))
     }
 
@@ -83,9 +103,13 @@ impl Naming {
         let under = |prefix: &str| name.strip_prefix(prefix).is_some_and(|n| n.starts_with('.'));
         under(THOUGHT)
             || match self {
-                Self::HuggingFace => under("model") || under("lm_head"),
+                Self::HuggingFace => under("model") || under(HEAD),
+                Self::Wrapped { model, head } => {
+                    name.starts_with(model) || under(&format!("{head}{HEAD}"))
+                }
                 Self::HuggingFaceBase | Self::Mistral | Self::Gguf => {
-                    under(self.column(LAYERS)) || TOP.into_iter().any(|row| under(self.column(row)))
+                    under(&self.column(LAYERS))
+                        || TOP.into_iter().any(|row| under(&self.column(row)))
                 }
             }
     }
@@ -117,9 +141,10 @@ impl Naming {
 /// ```
 ///
 /// Whole rows move, so this holds for quantised blocks too: no block spans two rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Rows {
     /// Row `i` is row `i`.
+    #[default]
     InOrder,
     /// The two rows of a pair are neighbours.
     Interleaved {
@@ -160,6 +185,15 @@ mod tests {
         assert_eq!(Naming::HuggingFaceBase.spell(name), "layers.11.mlp.gate_proj.weight");
         assert_eq!(Naming::HuggingFaceBase.spell("model.norm.weight"), "norm.weight");
         assert_eq!(Naming::HuggingFaceBase.spell("lm_head.weight"), "lm_head.weight");
+        let wrapped = Naming::WRAPPED.map(|naming| naming.spell(name));
+        assert_eq!(wrapped[0], "language_model.model.layers.11.mlp.gate_proj.weight");
+        let norm = Naming::WRAPPED.map(|it| it.spell("model.layers.1.input_layernorm.weight"));
+        assert_eq!(norm[0], "language_model.model.layers.1.input_layernorm.weight");
+        assert_eq!(wrapped[1], "model.language_model.layers.11.mlp.gate_proj.weight");
+        let heads = Naming::WRAPPED.map(|naming| naming.spell("lm_head.weight"));
+        assert_eq!(heads, ["language_model.lm_head.weight", "lm_head.weight", "lm_head.weight"]);
+        assert!(Naming::WRAPPED[1].is_ours("model.language_model.norm.bias"));
+        assert!(!Naming::WRAPPED[1].is_ours("model.vision_tower.norm.weight"));
         assert_eq!(Naming::Mistral.spell(name), "layers.11.feed_forward.w1.weight");
         assert_eq!(Naming::Gguf.spell(name), "blk.11.ffn_gate.weight");
         assert_eq!(Naming::Gguf.spell("lm_head.weight"), "output.weight");

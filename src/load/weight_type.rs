@@ -15,9 +15,9 @@ use crate::model::reads_blocks;
 /// A [`DType`], an `Option` of one (`None` is the default) and a [`GgmlDType`] convert into it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightType {
-    /// As they are stored: `f32`, `f16` and `bf16` stay as they are, `f64` becomes `f32`, and matrices
-    /// in blocks of a GGUF type stay in them (those in `Q8_1` and `Q8K`, which no file should hold,
-    /// become `f32`).
+    /// As they are stored: `f32`, `f16` and `bf16` stay as they are, `f64` becomes `f32`, FP8 becomes
+    /// `bf16`, and matrices in blocks of a GGUF type stay in them (those in `Q8_1` and `Q8K`, which no file
+    /// should hold, become `f32`).
     #[default]
     Stored,
     /// In `f32`, `f16` or `bf16`, whatever they are stored as.

@@ -1,12 +1,14 @@
 //! The weights of a checkpoint, taken one by one and accounted for at the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
-use super::names::{Naming, Rows};
-use super::{Checkpoint, Entry, WeightType};
+use super::convert::Stored;
+use super::names::Naming;
+use super::scales::Scales;
+use super::{Checkpoint, Entry, FREQUENCY_FACTORS, Layout, WeightType};
 use crate::error::{Error, Result};
 use crate::model::{Linear, Weights, is_or_is_under};
 
@@ -26,6 +28,12 @@ pub struct CheckpointWeights<'a> {
 /// Besides the head, where rounding costs most for its size: llama.cpp's mixes spare these, too.
 const DEAR: [&str; 2] = ["v_proj.weight", "down_proj.weight"];
 
+/// What follows the name of a projection in that of its scales: transformers, compressed-tensors, Mistral.
+const SCALES: [&str; 3] = ["weight_scale_inv", "weight_scale", "qscale_weight"];
+
+/// The same for those of activations, in this order.
+const ACTIVATION_SCALES: [&str; 3] = ["activation_scale", "input_scale", "qscale_act"];
+
 type Progress<'a> = dyn FnMut(u64, u64) + 'a;
 
 impl std::fmt::Debug for CheckpointWeights<'_> {
@@ -41,9 +49,9 @@ impl std::fmt::Debug for CheckpointWeights<'_> {
 impl Weights for CheckpointWeights<'_> {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let (spelled, entry) = self.find(name)?;
-        let (rows, kept) = (self.rows(name), self.kept);
+        let (layout, kept) = (self.layout(name, spelled, entry)?, self.kept);
         let dtype = |stored| kept.dense(stored);
-        let tensor = entry.tensor(spelled, shape, rows, dtype, &self.device)?;
+        let tensor = entry.tensor(spelled, shape, &layout, dtype, &self.device)?;
         self.take(spelled, entry);
         Ok(tensor)
     }
@@ -58,8 +66,8 @@ impl Weights for CheckpointWeights<'_> {
         let Some(blocks) = blocks else {
             return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
         };
-        let (shape, rows) = ((out_features, in_features), self.rows(name));
-        let blocks = entry.blocks(spelled, shape, rows, blocks, &self.device)?;
+        let (shape, layout) = ((out_features, in_features), self.layout(name, spelled, entry)?);
+        let blocks = entry.blocks(spelled, shape, &layout, blocks, &self.device)?;
         self.take(spelled, entry);
         Linear::quantized(Arc::new(blocks))
     }
@@ -97,9 +105,43 @@ impl<'a> CheckpointWeights<'a> {
         }
     }
 
-    fn rows(&self, name: &str) -> Rows {
+    /// How the weight called `name`, and `spelled` in the file, stands there. Scales that it has are
+    /// taken, too.
+    fn layout(&mut self, name: &str, spelled: &str, entry: &Entry) -> Result<Layout> {
         let Checkpoint { naming, config, .. } = self.checkpoint;
-        naming.rows(name, config.head_dim)
+        let rows = naming.rows(name, config.head_dim);
+        let scales = match entry.stored {
+            Ok(Stored::F8) => Some(self.scales(spelled, entry)?),
+            _ => None,
+        };
+        Ok(Layout { rows, scales })
+    }
+
+    /// What the FP8 weight called `spelled` in the file is multiplied by. Rows are counted as they are
+    /// stored.
+    fn scales(&mut self, spelled: &str, entry: &Entry) -> Result<Scales> {
+        let Checkpoint { tensors, path, fp8, .. } = self.checkpoint;
+        let stem = spelled.strip_suffix("weight").unwrap_or(spelled);
+        let mut names = SCALES.iter().map(|name| format!("{stem}{name}"));
+        let Some((name, scale)) = names.find_map(|name| tensors.get_key_value(name.as_str()))
+        else {
+            let [first, ..] = SCALES;
+            let (name, place) = (format!("{stem}{first}"), path.display().to_string());
+            return Err(Error::MissingWeight { name, place });
+        };
+        let matrix = match entry.shape.as_slice() {
+            &[rows, columns] => (rows, columns),
+            // a vector is one row
+            others => (1, others.iter().product()),
+        };
+        let values = scale.numbers(name, &scale.shape)?;
+        let block = fp8.unwrap_or_default().block;
+        let scales = Scales::fit(values, &scale.shape, matrix, block).map_err(|expected| {
+            let (name, place, got) = (name.clone(), scale.place(), scale.shape.clone());
+            Error::WeightShape { name, place, expected, got }
+        })?;
+        self.take(name, scale);
+        Ok(scales)
     }
 
     /// The weight that computes the logits.
@@ -126,37 +168,60 @@ impl<'a> CheckpointWeights<'a> {
     /// Checks for tensors that nothing asked for, once the model has taken what it needs.
     ///
     /// A model that leaves a weight of its checkpoint unused computes something other than what the
-    /// checkpoint means, so each one among the model's own is an error. Tensors outside the model, and
-    /// the rotary frequencies that old versions of `transformers` saved, are logged as warnings. A copy
-    /// of the embedding table as the head of a model that ties the two is ignored.
+    /// checkpoint means, so each one among the model's own is an error. Tensors outside the model (what
+    /// sees images, of a model that does), the rotary frequencies that old versions of `transformers`
+    /// saved, and beside FP8 weights the scales of activations, are logged as warnings, one for each kind. A
+    /// copy of the embedding table as the head of a model that ties the two is ignored.
     ///
     /// # Errors
     /// [`Error::UnusedWeight`] for the first such weight; [`Error::Unsupported`] for the frequency
-    /// factors of RoPE scaling in a GGUF file that are not all 1.
+    /// factors of LongRoPE in a GGUF file that are not all 1.
     pub fn finish(mut self) -> Result<()> {
+        let mut strays = BTreeMap::<String, Vec<(&str, &Entry)>>::new();
         for (name, entry) in &self.checkpoint.tensors {
-            if !self.used.contains(name.as_str()) {
-                self.judge(name, entry)?;
+            if !self.used.contains(name.as_str())
+                && let Some(kind) = self.judge(name, entry)?
+            {
+                strays.entry(kind).or_default().push((name, entry));
+            }
+        }
+        for (kind, tensors) in strays {
+            match tensors.as_slice() {
+                [(name, entry)] => tracing::warn!(name, file = entry.place(), "tensor not used"),
+                several => tracing::warn!(names = kind, count = several.len(), "tensors not used"),
             }
         }
         self.advance(usize::MAX);
         Ok(())
     }
 
-    fn judge(&self, name: &str, entry: &Entry) -> Result<()> {
-        let Checkpoint { tensors, naming, config, .. } = self.checkpoint;
+    /// Refuses a tensor that nothing asked for, if it should have been. Otherwise, what it and others that
+    /// are left out are called together; `None` if there is nothing to say.
+    fn judge(&self, name: &str, entry: &Entry) -> Result<Option<String>> {
+        let Checkpoint { tensors, naming, config, fp8, .. } = self.checkpoint;
+        if *naming == Naming::Gguf && name == FREQUENCY_FACTORS {
+            return Ok(None); // part of the config
+        }
         if *naming == Naming::Gguf && name.starts_with("rope_f") {
-            let as_f32 = |_| DType::F32;
-            let factors = entry.tensor(name, &entry.shape, Rows::InOrder, as_f32, &Device::Cpu)?;
-            if factors.flatten_all()?.to_vec1::<f32>()?.iter().any(|factor| *factor != 1.0) {
+            let factors = entry.numbers(name, &entry.shape)?;
+            if factors.iter().any(|factor| *factor != 1.0) {
                 return Err(Error::unsupported("rope scaling", name));
             }
             tracing::warn!(name, file = entry.place(), "rope scaling by 1 in all places: not used");
-            return Ok(());
+            return Ok(None);
         }
-        if name.ends_with(".rotary_emb.inv_freq") || !naming.is_ours(name) {
-            tracing::warn!(name, file = entry.place(), "tensor not used");
-            return Ok(());
+        let of_activations = ACTIVATION_SCALES.iter().filter(|_| fp8.is_some());
+        let inert = of_activations.chain(&["rotary_emb.inv_freq"]);
+        for ending in inert.copied() {
+            if name.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')) {
+                return Ok(Some(format!("*.{ending}")));
+            }
+        }
+        if !naming.is_ours(name) {
+            // `vision_tower`, or `model.vision_tower`
+            let depth = if name.starts_with("model.") { 2 } else { 1 };
+            let part: Vec<_> = name.split('.').take(depth).collect();
+            return Ok(Some(format!("{}.*", part.join("."))));
         }
         let reason =
             if let Some(layer) = naming.layer(name).filter(|n| *n >= config.num_hidden_layers) {
@@ -169,7 +234,7 @@ impl<'a> CheckpointWeights<'a> {
                         && other.bytes() == entry.bytes()
                 };
                 if embeddings.is_some_and(same) {
-                    return Ok(());
+                    return Ok(None);
                 }
                 "the head is tied to the embedding table, which differs".to_string()
             } else if name.starts_with("thought") {

@@ -34,6 +34,7 @@
 mod attention;
 mod block;
 mod context;
+mod frequencies;
 mod kv_cache;
 mod linear;
 mod mask;

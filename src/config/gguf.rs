@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use candle_core::quantized::gguf_file::Value;
 
-use super::{Config, head_dim, validate_as};
+use super::{Config, Experts, head_dim, validate_as};
 use crate::error::{Error, Result};
 
 impl Config {
@@ -15,7 +15,8 @@ impl Config {
     /// `attention.head_count` and `attention.layer_norm_rms_epsilon` must be given. Absent,
     /// `attention.head_count_kv` is `attention.head_count`, `attention.key_length` is
     /// `embedding_length / head_count`, `rope.freq_base` is 10000, `vocab_size` is the number of
-    /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
+    /// `tokenizer.ggml.tokens`, and there are no `attention.sliding_window` and no experts. With an
+    /// `expert_count` other than 0 goes an `expert_used_count`. An end-of-turn token
     /// counts as an end of text, and so does every token that is spelled like one, such as `<|im_end|>`,
     /// as in llama.cpp. `tie_word_embeddings` is false: the metadata does not say, and
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
@@ -72,7 +73,7 @@ impl Config {
             tie_word_embeddings: false,
             rope_scaling: None,
             query_scaling: None,
-            experts: None,
+            experts: metadata.experts()?,
             attention_bias: false,
             bos_token_id: metadata.token("tokenizer.ggml.bos_token_id")?,
             eos_token_ids,
@@ -89,6 +90,8 @@ impl Config {
             ("rope_theta", "rope.freq_base"),
             ("sliding_window", "attention.sliding_window"),
             ("max_position_embeddings", "context_length"),
+            ("num_local_experts", "expert_count"),
+            ("num_experts_per_tok", "expert_used_count"),
         ]
         .map(|(ours, theirs)| (ours, metadata.key(theirs)));
         let mut names: Vec<_> = names.iter().map(|(ours, key)| (*ours, key.as_str())).collect();
@@ -140,9 +143,6 @@ impl<'a> Metadata<'a> {
     }
 
     fn refuse_variants(&self) -> Result<()> {
-        if let Some(experts) = self.size("expert_count")?.filter(|experts| *experts > 0) {
-            return Err(Error::unsupported(self.key("expert_count"), experts));
-        }
         // before scaling had types, llama.cpp knew only the linear kind
         if self.number("rope.scale_linear")?.is_some_and(|factor| factor != 1.0) {
             return Err(Error::unsupported("rope scaling", "linear"));
@@ -168,6 +168,17 @@ impl<'a> Metadata<'a> {
         let factor = self.number("rope.scaling.factor")?;
         let attention = self.number("rope.scaling.attn_factor")?;
         Ok(factor == Some(1.0) && attention.is_none_or(|factor| factor == 1.0))
+    }
+
+    /// llama.cpp takes a count of 0 for none, and of 1 for a mixture of one.
+    fn experts(&self) -> Result<Option<Experts>> {
+        match self.size("expert_count")? {
+            None | Some(0) => Ok(None),
+            Some(num_local_experts) => {
+                let num_experts_per_tok = self.required_size("expert_used_count")?;
+                Ok(Some(Experts { num_local_experts, num_experts_per_tok }))
+            }
+        }
     }
 
     fn key(&self, name: &str) -> String {

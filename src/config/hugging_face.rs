@@ -3,46 +3,49 @@
 use serde_json::Value;
 
 use super::fields::{Fields, brief};
-use super::{Config, head_dim};
+use super::{Config, Experts, head_dim};
 use crate::error::{Error, Result};
 
-/// The two architectures that are this model; they differ in their defaults and in the sliding window.
+/// The architectures that are this model; they differ in their defaults, in the sliding window and in
+/// experts.
 #[derive(Clone, Copy, PartialEq)]
 enum Family {
     Mistral,
     Llama,
+    Mixtral,
 }
 
 impl Config {
-    /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral` or `llama`.
+    /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral`, `mixtral` or `llama`.
     ///
     /// The sizes `vocab_size`, `hidden_size`, `intermediate_size`, `num_hidden_layers` and
     /// `num_attention_heads` must be given. Anything else that is absent takes the default of
-    /// `transformers` 4.51 (`MistralConfig`, `LlamaConfig`): for Mistral `sliding_window` 4096 (but none
+    /// `transformers` 4.51 (`MistralConfig`, `MixtralConfig`, `LlamaConfig`): for Mistral `sliding_window` 4096 (but none
     /// where it is `null`), 8 key and value heads, 131072 positions; for Llama no window, as many key
-    /// and value heads as query heads, 2048 positions; for both `rope_theta` 10000, `rms_norm_eps` 1e-6,
+    /// and value heads as query heads, 2048 positions; for Mixtral as for Mistral, but no window, `rope_theta`
+    /// 1000000, `rms_norm_eps` 1e-5, and 8 experts of which a token runs through 2; else `rope_theta` 10000, `rms_norm_eps` 1e-6,
     /// untied embeddings, `head_dim = hidden_size / num_attention_heads`, `bos_token_id` 1 and
     /// `eos_token_id` 2. Ids that are not in the vocabulary, and RoPE scaling by 1, are passed over with a
-    /// warning. A window in a Llama's file is ignored with a warning, as `transformers`
-    /// ignores it.
+    /// warning. A window in a Llama's file, or experts in that of anything but a Mixtral, are ignored with a
+    /// warning, as `transformers` ignores them.
     ///
     /// # Errors
     /// [`Error::Malformed`] if `text` is not a JSON object, [`Error::Config`] for a field that is
     /// missing, mistyped or impossible, and [`Error::Unsupported`] for anything that would change the
-    /// computation: another `model_type`, experts, RoPE scaling, biases, another activation, quantised
+    /// computation: another `model_type`, RoPE scaling, biases, another activation, quantised
     /// weights, partial rotation, layers of different kinds.
     pub fn from_json(text: &str) -> Result<Self> {
         let fields = Fields::parse(text, "config.json")?;
         let family = family(&fields)?;
         refuse_variants(&fields)?;
-        let rope_theta = rope_theta(&fields)?;
+        let rope_theta = rope_theta(&fields)?.unwrap_or(family.rope_theta());
 
         let hidden_size = fields.required_size("hidden_size")?;
         let num_attention_heads = fields.required_size("num_attention_heads")?;
         let num_hidden_layers = fields.required_size("num_hidden_layers")?;
         let num_key_value_heads = match fields.size("num_key_value_heads")? {
             Some(heads) => heads,
-            None if family == Family::Mistral && !fields.contains("num_key_value_heads") => 8,
+            None if family != Family::Llama && !fields.contains("num_key_value_heads") => 8,
             None => num_attention_heads,
         };
         let head_dim = match fields.size("head_dim")? {
@@ -52,7 +55,8 @@ impl Config {
                 ("num_attention_heads", num_attention_heads),
             )?,
         };
-        let default_positions = if family == Family::Mistral { 131_072 } else { 2048 };
+        let default_positions = if family == Family::Llama { 2048 } else { 131_072 };
+        let default_eps = if family == Family::Mixtral { 1e-5 } else { 1e-6 };
         let bos_token_id = match fields.token("bos_token_id")? {
             None if !fields.contains("bos_token_id") => Some(1),
             given => given,
@@ -68,7 +72,7 @@ impl Config {
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
+            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(default_eps),
             rope_theta,
             sliding_window: sliding_window(&fields, family, num_hidden_layers)?,
             max_position_embeddings: fields
@@ -77,7 +81,7 @@ impl Config {
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
             rope_scaling: None,
             query_scaling: None,
-            experts: None,
+            experts: experts(&fields, family)?,
             attention_bias: false,
             bos_token_id,
             eos_token_ids,
@@ -92,16 +96,41 @@ fn family(fields: &Fields) -> Result<Family> {
     if let Some(kind) = fields.text("model_type")? {
         return match kind {
             "mistral" => Ok(Family::Mistral),
+            "mixtral" => Ok(Family::Mixtral),
             "llama" => Ok(Family::Llama),
             other => Err(Error::unsupported("model_type", other)),
         };
     }
     match fields.list("architectures")?.and_then(|list| list.first()).and_then(Value::as_str) {
         Some("MistralForCausalLM" | "MistralModel") => Ok(Family::Mistral),
+        Some("MixtralForCausalLM" | "MixtralModel") => Ok(Family::Mixtral),
         Some("LlamaForCausalLM" | "LlamaModel") => Ok(Family::Llama),
         Some(other) => Err(Error::unsupported("architecture", other)),
-        None => Err(Error::config("model_type", "mistral or llama", "nothing")),
+        None => Err(Error::config("model_type", "mistral, mixtral or llama", "nothing")),
     }
+}
+
+impl Family {
+    /// Where a file does not say.
+    fn rope_theta(self) -> f64 {
+        if self == Self::Mixtral { 1_000_000.0 } else { 10_000.0 }
+    }
+}
+
+/// `num_local_experts` and how many of them a token runs through. Only a Mixtral has any: `transformers`
+/// reads these fields in no other file.
+fn experts(fields: &Fields, family: Family) -> Result<Option<Experts>> {
+    if family == Family::Mixtral {
+        return Ok(Some(Experts {
+            num_local_experts: fields.size("num_local_experts")?.unwrap_or(8),
+            num_experts_per_tok: fields.size("num_experts_per_tok")?.unwrap_or(2),
+        }));
+    }
+    if let Some(experts) = fields.get("num_local_experts") {
+        let num_local_experts = brief(experts);
+        tracing::warn!(num_local_experts, "only a mixtral has experts: ignored");
+    }
+    Ok(None)
 }
 
 /// Refuses the fields that would change the computation, except those about rotation and window.
@@ -114,9 +143,6 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
     if let Some(act) = fields.text("hidden_act")?.filter(|act| *act != "silu") {
         return Err(Error::unsupported("hidden_act", act));
     }
-    if let Some(experts) = fields.get("num_local_experts") {
-        return Err(Error::unsupported("num_local_experts", brief(experts)));
-    }
     if let Some(quantization) = fields.object("quantization_config")? {
         let method = quantization.text("quant_method")?.unwrap_or("no quant_method");
         return Err(Error::unsupported("quantization_config", method));
@@ -125,7 +151,7 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
 }
 
 /// `rope_theta` is beside the sizes or, from `transformers` 5 on, in `rope_parameters`.
-fn rope_theta(fields: &Fields) -> Result<f64> {
+fn rope_theta(fields: &Fields) -> Result<Option<f64>> {
     let mut theta = fields.number("rope_theta")?;
     refuse_partial_rotation(fields)?;
     for name in ["rope_scaling", "rope_parameters"] {
@@ -149,7 +175,7 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
         refuse_partial_rotation(&rope)?;
         theta = rope.number("rope_theta")?.or(theta);
     }
-    Ok(theta.unwrap_or(10_000.0))
+    Ok(theta)
 }
 
 /// Whether RoPE scaling of this kind leaves every angle as it is.

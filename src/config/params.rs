@@ -1,7 +1,7 @@
 //! `params.json`, as Mistral publishes it beside `consolidated.safetensors`.
 
 use super::fields::{Fields, brief};
-use super::{Config, head_dim, validate_as};
+use super::{Config, Experts, head_dim, validate_as};
 use crate::error::{Error, Result};
 
 impl Config {
@@ -11,13 +11,14 @@ impl Config {
     /// `n_kv_heads` is `n_heads`, `head_dim` is `dim / n_heads`, there is no `sliding_window`, and
     /// `rope_theta` is 10000 with such a window (v0.1) and 1000000 without (v0.2 and later), as in
     /// `mistral-inference`. `max_position_embeddings` or `max_seq_len` is 32768, embeddings are
-    /// untied; text begins with token 1 and ends with 2.
+    /// untied; text begins with token 1 and ends with 2. `moe` holds `num_experts` and
+    /// `num_experts_per_tok`.
     ///
     /// # Errors
     /// As for [`Config::from_json`], with the names of this file.
     pub fn from_params_json(text: &str) -> Result<Self> {
         let fields = Fields::parse(text, "params.json")?;
-        for field in ["moe", "num_experts", "yarn", "quantization", "vision_encoder", "lora"] {
+        for field in ["num_experts", "yarn", "quantization", "vision_encoder", "lora"] {
             if let Some(value) = fields.get(field) {
                 return Err(Error::unsupported(field, brief(value)));
             }
@@ -55,7 +56,7 @@ impl Config {
             tie_word_embeddings: tied.unwrap_or(false),
             rope_scaling: None,
             query_scaling: None,
-            experts: None,
+            experts: experts(&fields)?,
             attention_bias: false,
             bos_token_id: Some(1),
             eos_token_ids: vec![2],
@@ -69,7 +70,29 @@ impl Config {
                 ("num_attention_heads", "n_heads"),
                 ("num_key_value_heads", "n_kv_heads"),
                 ("rms_norm_eps", "norm_eps"),
+                ("num_local_experts", "moe.num_experts"),
+                ("num_experts_per_tok", "moe.num_experts_per_tok"),
             ],
         )
     }
+}
+
+fn experts(fields: &Fields) -> Result<Option<Experts>> {
+    const READ: [&str; 2] = ["num_experts", "num_experts_per_tok"];
+    let Some(moe) = fields.object("moe")? else { return Ok(None) };
+    // Shared experts, other scores, layers without experts: each would be another computation.
+    if let Some((field, value)) =
+        moe.iter().find(|(field, value)| !READ.contains(field) && !value.is_null())
+    {
+        return Err(Error::unsupported(format!("moe.{field}"), brief(value)));
+    }
+    let required = |field: &str| {
+        let name = || format!("moe.{field}");
+        moe.size(field)?.ok_or_else(|| Error::config(name(), "a non-negative integer", "nothing"))
+    };
+    let [num_local_experts, num_experts_per_tok] = READ.map(required);
+    Ok(Some(Experts {
+        num_local_experts: num_local_experts?,
+        num_experts_per_tok: num_experts_per_tok?,
+    }))
 }

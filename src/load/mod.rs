@@ -50,7 +50,8 @@ use crate::model::is_or_is_under;
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
 /// shards, saved from the whole model or, without `model.` in its names, from the base class), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
-/// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
+/// version 2 or 3. The experts of a mixture have tensors of their own, or all of a layer are packed in one,
+/// of which each is read by itself. Where a folder holds the weights twice, the Hugging Face files are taken.
 ///
 /// The files must not be changed while it lives: they are mapped into memory, and where one is cut short
 /// or cannot be read any more (a share that is gone, a download that starts anew, an editor that
@@ -62,6 +63,8 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Config,
     naming: Naming,
+    /// Whether the experts of a layer are packed in one tensor.
+    packed: bool,
     /// By their names in the file.
     tensors: BTreeMap<String, Entry>,
     gguf_metadata: Option<HashMap<String, Value>>,
@@ -154,11 +157,13 @@ impl Checkpoint {
             let (shape, range) = (tensor.shape, tensor.range);
             (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
         });
+        let tensors: BTreeMap<_, _> = tensors.collect();
         Ok(Self {
             path: file.path.clone(),
             config,
             naming: Naming::Gguf,
-            tensors: tensors.collect(),
+            packed: tensors.keys().any(|name| Naming::Gguf.is_packed(name)),
+            tensors,
             gguf_metadata: Some(metadata),
         })
     }
@@ -202,7 +207,8 @@ impl Checkpoint {
             // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None })
+        let packed = tensors.keys().any(|name| naming.is_packed(name));
+        Ok(Self { path: path.clone(), config, naming, packed, tensors, gguf_metadata: None })
     }
 
     /// The shape of the model.
@@ -333,7 +339,7 @@ impl Entry {
         let dtype = dtype(source.stored);
         let tensor = source.convert(dtype, device);
         let tensor = tensor.map_err(|refusal| self.refused(name, refusal, dtype.as_str()))?;
-        self.file.release(&self.range);
+        self.file.release(&self.span(shape, rows));
         Ok(tensor)
     }
 
@@ -349,15 +355,15 @@ impl Entry {
         let shape = [shape.0, shape.1];
         let blocks = self.source(name, &shape, rows)?.blocks(to, device);
         let blocks = blocks.map_err(|refusal| self.refused(name, refusal, &format!("{to:?}")))?;
-        self.file.release(&self.range);
+        self.file.release(&self.span(&shape, rows));
         Ok(blocks)
     }
 
     fn source<'a>(&'a self, name: &str, shape: &'a [usize], rows: Rows) -> Result<Source<'a>> {
         let (name, place) = (name.to_string(), self.place());
-        if self.shape != shape {
-            let (expected, got) = (shape.to_vec(), self.shape.clone());
-            return Err(Error::WeightShape { name, place, expected, got });
+        let expected = rows.stored_shape(shape);
+        if self.shape != expected {
+            return Err(Error::WeightShape { name, place, expected, got: self.shape.clone() });
         }
         match &self.stored {
             Ok(stored) => Ok(Source { bytes: self.bytes(), stored: *stored, shape, rows }),
@@ -381,6 +387,14 @@ impl Entry {
             }
             Refusal::Other(error) => error,
         }
+    }
+
+    /// Where in the file a weight of this shape is, in a tensor that has its rows.
+    fn span(&self, shape: &[usize], rows: Rows) -> Range<usize> {
+        let Rows::Packed { first, experts, rows } = rows else { return self.range.clone() };
+        let row = self.range.len() / (experts * rows).max(1);
+        let start = self.range.start + first * row;
+        start..start + shape.first().map_or(0, |count| count * row)
     }
 
     fn bytes(&self) -> &[u8] {

@@ -1,6 +1,7 @@
 //! The weights of a checkpoint, taken one by one and accounted for at the end.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -15,8 +16,8 @@ pub struct CheckpointWeights<'a> {
     checkpoint: &'a Checkpoint,
     kept: WeightType,
     device: Device,
-    /// By their names in the file.
-    used: BTreeSet<&'a str>,
+    /// By their names in the file, what was taken of them: where each run of bytes starts, and its length.
+    used: BTreeMap<&'a str, BTreeMap<usize, usize>>,
     progress: Option<Box<Progress<'a>>>,
     /// Bytes of tensors that were taken, and of all that the files hold.
     done: u64,
@@ -24,7 +25,15 @@ pub struct CheckpointWeights<'a> {
 }
 
 /// Besides the head, where rounding costs most for its size: llama.cpp's mixes spare these, too.
-const DEAR: [&str; 2] = ["v_proj.weight", "down_proj.weight"];
+const DEAR: [&str; 3] = ["v_proj.weight", "down_proj.weight", ".w2.weight"];
+
+/// A weight in a file.
+struct Place<'a> {
+    /// The name of its tensor.
+    name: &'a str,
+    tensor: &'a Entry,
+    rows: Rows,
+}
 
 type Progress<'a> = dyn FnMut(u64, u64) + 'a;
 
@@ -40,27 +49,26 @@ impl std::fmt::Debug for CheckpointWeights<'_> {
 
 impl Weights for CheckpointWeights<'_> {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let (spelled, entry) = self.find(name)?;
-        let (rows, kept) = (self.rows(name), self.kept);
+        let (place, kept) = (self.find(name)?, self.kept);
         let dtype = |stored| kept.dense(stored);
-        let tensor = entry.tensor(spelled, shape, rows, dtype, &self.device)?;
-        self.take(spelled, entry);
+        let tensor = place.tensor.tensor(place.name, shape, place.rows, dtype, &self.device)?;
+        self.take(&place, shape);
         Ok(tensor)
     }
 
     fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
-        let (spelled, entry) = self.find(name)?;
+        let place = self.find(name)?;
         let dear = name == self.head() || DEAR.iter().any(|dear| name.ends_with(dear));
-        let blocks = match entry.stored {
+        let blocks = match place.tensor.stored {
             Ok(stored) => self.kept.blocks(stored, in_features, dear)?,
             Err(_) => None, // an error, which `tensor` reports
         };
         let Some(blocks) = blocks else {
             return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
         };
-        let (shape, rows) = ((out_features, in_features), self.rows(name));
-        let blocks = entry.blocks(spelled, shape, rows, blocks, &self.device)?;
-        self.take(spelled, entry);
+        let shape = (out_features, in_features);
+        let blocks = place.tensor.blocks(place.name, shape, place.rows, blocks, &self.device)?;
+        self.take(&place, &[out_features, in_features]);
         Linear::quantized(Arc::new(blocks))
     }
 
@@ -80,26 +88,23 @@ impl<'a> CheckpointWeights<'a> {
             checkpoint,
             kept,
             device: device.clone(),
-            used: BTreeSet::new(),
+            used: BTreeMap::new(),
             progress: None,
             done: 0,
             total: checkpoint.tensors.values().map(|entry| entry.range.len() as u64).sum(),
         }
     }
 
-    /// A weight by its Hugging Face name: its name in the file, and where it is.
-    fn find(&self, name: &str) -> Result<(&'a str, &'a Entry)> {
-        let Checkpoint { tensors, naming, path, .. } = self.checkpoint;
-        let spelled = naming.spell(name);
+    /// A weight by its Hugging Face name.
+    fn find(&self, name: &str) -> Result<Place<'a>> {
+        let Checkpoint { tensors, naming, path, config, packed, .. } = self.checkpoint;
+        let packed = if *packed { naming.packed(name, config) } else { None };
+        let alone = || (naming.spell(name), naming.rows(name, config.head_dim));
+        let (spelled, rows) = packed.unwrap_or_else(alone);
         match tensors.get_key_value(spelled.as_str()) {
-            Some((spelled, entry)) => Ok((spelled, entry)),
+            Some((name, tensor)) => Ok(Place { name, tensor, rows }),
             None => Err(Error::MissingWeight { name: spelled, place: path.display().to_string() }),
         }
-    }
-
-    fn rows(&self, name: &str) -> Rows {
-        let Checkpoint { naming, config, .. } = self.checkpoint;
-        naming.rows(name, config.head_dim)
     }
 
     /// The weight that computes the logits.
@@ -110,10 +115,17 @@ impl<'a> CheckpointWeights<'a> {
         }
     }
 
-    /// Records that a weight was taken.
-    fn take(&mut self, spelled: &'a str, entry: &Entry) {
-        self.used.insert(spelled);
-        self.advance(entry.range.len());
+    /// Records that a weight of this shape was taken.
+    fn take(&mut self, place: &Place<'a>, shape: &[usize]) {
+        let Range { start, end } = place.tensor.span(shape, place.rows);
+        self.used.entry(place.name).or_default().insert(start, end - start);
+        self.advance(end - start);
+    }
+
+    /// Whether all of a tensor was taken.
+    fn is_used(&self, name: &str, entry: &Entry) -> bool {
+        let taken = self.used.get(name).map(|runs| runs.values().sum::<usize>());
+        taken.is_some_and(|taken| taken >= entry.range.len())
     }
 
     /// Calls `report(done, total)`, in bytes of the files, after every weight and at the end.
@@ -135,7 +147,7 @@ impl<'a> CheckpointWeights<'a> {
     /// factors of RoPE scaling in a GGUF file that are not all 1.
     pub fn finish(mut self) -> Result<()> {
         for (name, entry) in &self.checkpoint.tensors {
-            if !self.used.contains(name.as_str()) {
+            if !self.is_used(name, entry) {
                 self.judge(name, entry)?;
             }
         }
@@ -174,6 +186,8 @@ impl<'a> CheckpointWeights<'a> {
                 "the head is tied to the embedding table, which differs".to_string()
             } else if name.starts_with("thought") {
                 "only thought.gate and thought.layers.0, 1, .. without a gap are read".to_string()
+            } else if self.used.contains_key(name) {
+                "some of its experts were not asked for".to_string()
             } else {
                 "this architecture has no such weight".to_string()
             };

@@ -309,10 +309,13 @@ fn nothing_but_the_weights_is_rounded() -> Result {
             let got = load(kept)?;
             let of_rounded = run(&config, &mut || {
                 let weights = fixture_weights(name)?.into_iter().map(|(name, tensor)| {
-                    let in_blocks = tensor.rank() == 2 && tensor.dim(1)? % 32 == 0;
                     let tensor = match kept {
                         WeightType::Dense(dtype) => tensor.to_dtype(dtype)?.to_dtype(DType::F32)?,
-                        WeightType::Quantized(blocks) if in_blocks => rounded(&tensor, blocks)?,
+                        WeightType::Quantized(blocks)
+                            if common::in_blocks(&name, &tensor, blocks) =>
+                        {
+                            rounded(&tensor, blocks)?
+                        }
                         _ => tensor,
                     };
                     Ok((name, tensor))

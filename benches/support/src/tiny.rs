@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use hybrid_attention::Config;
+use hybrid_attention::{Config, Experts};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use rand::{Rng, SeedableRng};
@@ -35,24 +35,31 @@ pub fn config() -> Config {
     }
 }
 
-/// Any shape of model, with and without a window.
+/// Any shape of model, with and without a window, dense or a mixture of experts.
 pub fn configs() -> impl Strategy<Value = Config> {
     let heads = (1usize..4, 1usize..4, 1usize..7);
     let sizes = (4usize..40, 1usize..40, 1usize..4, 2usize..60);
-    let others = (prop::option::of(1usize..10), 1e2..1e6, any::<bool>());
-    (heads, sizes, others).prop_map(|(heads, sizes, (sliding_window, rope_theta, tied))| Config {
-        num_key_value_heads: heads.0,
-        num_attention_heads: heads.0 * heads.1,
-        head_dim: 2 * heads.2,
-        hidden_size: sizes.0,
-        intermediate_size: sizes.1,
-        num_hidden_layers: sizes.2,
-        vocab_size: sizes.3,
-        sliding_window,
-        rope_theta,
-        tie_word_embeddings: tied,
-        ..config()
-    })
+    let experts = prop::option::of((1usize..6).prop_flat_map(|all| (Just(all), 1..=all)));
+    let others = (prop::option::of(1usize..10), 1e2..1e6, any::<bool>(), experts);
+    (heads, sizes, others).prop_map(
+        |(heads, sizes, (sliding_window, rope_theta, tied, experts))| Config {
+            num_key_value_heads: heads.0,
+            num_attention_heads: heads.0 * heads.1,
+            head_dim: 2 * heads.2,
+            hidden_size: sizes.0,
+            intermediate_size: sizes.1,
+            num_hidden_layers: sizes.2,
+            vocab_size: sizes.3,
+            sliding_window,
+            rope_theta,
+            tie_word_embeddings: tied,
+            experts: experts.map(|(num_local_experts, num_experts_per_tok)| Experts {
+                num_local_experts,
+                num_experts_per_tok,
+            }),
+            ..config()
+        },
+    )
 }
 
 /// Uniform values of mean 0 and standard deviation `scale`.

@@ -155,10 +155,10 @@ impl Input {
         Self::among(0, xs, weights)
     }
 
-    /// [`new`](Self::new) of some of `all` rows. On the CPU, the product of each is the same, to the last
-    /// bit, as if all were there; or, where these are more, as of these alone.
+    /// [`new`](Self::new) of some of `all` rows. On the CPU, unless a gradient for the weight is wanted, the
+    /// product of each is the same, to the last bit, as if all were there.
     pub(crate) fn among(all: usize, xs: &Tensor, weights: &[&Weight]) -> Result<Self> {
-        let rows = match weights.iter().any(|weight| is_frozen(weight, xs)) {
+        let rows = match weights.iter().any(|weight| is_frozen(weight, xs, all)) {
             true => Some(input_rows(xs, all)?),
             false => None,
         };
@@ -178,7 +178,7 @@ impl Input {
     /// `x Wᵀ`, `(…, out_features)`, in the type of `x`.
     pub(crate) fn times(&self, weight: &Weight) -> Result<Fresh> {
         let ys = match weight {
-            weight if is_frozen(weight, &self.xs) => match &self.rows {
+            weight if is_frozen(weight, &self.xs, self.among) => match &self.rows {
                 Some(rows) => frozen(&self.xs, rows, weight)?,
                 None => frozen(&self.xs, &input_rows(&self.xs, self.among)?, weight)?,
             },
@@ -190,13 +190,14 @@ impl Input {
 }
 
 /// Whether a kernel of this crate multiplies `xs` by this weight without a gradient for the weight. For
-/// a dense `f32` weight and a tracked `xs`, it would be no faster.
-fn is_frozen(weight: &Weight, xs: &Tensor) -> bool {
+/// a dense `f32` weight and a tracked `xs`, it would be no faster than candle's; but that rounds a row
+/// `among` others by how many there are.
+fn is_frozen(weight: &Weight, xs: &Tensor, among: usize) -> bool {
     fits_kernels(xs)
         && match weight {
             Weight::Dense(weight) => {
                 let tracked = xs.track_op() || weight.track_op();
-                !tracked || !weight.track_op() && weight.dtype() != DType::F32
+                !tracked || !weight.track_op() && (weight.dtype() != DType::F32 || among > 0)
             }
             Weight::Quantized(_) => true,
         }

@@ -32,7 +32,7 @@ impl FeedForward {
     /// `(tokens, hidden) -> (tokens, hidden)`
     pub(super) fn forward(&self, xs: &Tensor, cx: &BlockContext<'_, '_, '_>) -> Result<Fresh> {
         match self {
-            Self::Mlp(mlp) => mlp.forward(xs, cx.side()?.as_ref(), xs.dim(0)?),
+            Self::Mlp(mlp) => mlp.forward(xs, cx.side()?.as_ref(), 0),
             Self::Experts(mixture) => mixture.forward(xs),
         }
     }

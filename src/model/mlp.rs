@@ -69,8 +69,8 @@ impl Mlp {
         Ok(())
     }
 
-    /// `(tokens, hidden) -> (tokens, hidden)`, for some of `all` tokens, and like these to the last bit. A
-    /// long text runs piece by piece, because the intermediate activations are several times as wide.
+    /// `(tokens, hidden) -> (tokens, hidden)`; `all`, unless 0, is how many tokens there are with those that
+    /// go elsewhere, and that it does not matter to the last bit how many do. A long text runs piece by piece, because the intermediate activations are several times as wide.
     pub(super) fn forward(&self, xs: &Tensor, side: Option<&Tensor>, all: usize) -> Result<Fresh> {
         let tokens = xs.dim(0)?;
         if tokens <= TOKENS_AT_ONCE || xs.track_op() {

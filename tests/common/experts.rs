@@ -28,10 +28,11 @@ pub(crate) fn pack(config: &Config, tensors: &Tensors) -> Result<Tensors> {
     let experts = config.experts.as_ref().map_or(0, |of| of.num_local_experts);
     for layer in 0..config.num_hidden_layers {
         let mut all = |matrix: &str| -> Result<Tensor> {
-            let each = (0..experts).map(|expert| {
-                packed.remove(&single(layer, expert, matrix)).ok_or("no such expert")
-            });
-            Ok(Tensor::stack(&each.collect::<Result<Vec<_>, _>>()?, 0)?)
+            let mut each = Vec::new();
+            for expert in 0..experts {
+                each.push(packed.remove(&single(layer, expert, matrix)).ok_or("no such expert")?);
+            }
+            Ok(Tensor::stack(&each, 0)?)
         };
         let [gate, up, down] = [all("w1")?, all("w3")?, all("w2")?];
         let name = |of: &str| format!("model.layers.{layer}.mlp.{of}");
@@ -56,12 +57,16 @@ pub(crate) fn unpack(tensors: &Tensors) -> Result<Tensors> {
             for expert in 0..tensor.dim(0)? {
                 let halves = tensor.get(expert)?.chunk(2, 0)?;
                 for (half, matrix) in halves.iter().zip(["w1", "w3"]) {
-                    unpacked.insert(single(number(layer)?, expert, matrix), half.contiguous()?);
+                    unpacked
+                        .insert(single(number(layer)?, expert, matrix), half.force_contiguous()?);
                 }
             }
         } else if let Some(layer) = name.strip_suffix(".mlp.experts.down_proj") {
             for expert in 0..tensor.dim(0)? {
-                unpacked.insert(single(number(layer)?, expert, "w2"), tensor.get(expert)?);
+                unpacked.insert(
+                    single(number(layer)?, expert, "w2"),
+                    tensor.get(expert)?.force_contiguous()?,
+                );
             }
         } else {
             unpacked.insert(name.clone(), tensor.clone());

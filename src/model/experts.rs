@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::linear::Linear;
@@ -77,7 +77,7 @@ impl Mixture {
 
     fn piece(&self, xs: &Tensor) -> Result<Fresh> {
         let (tokens, device) = (xs.dim(0)?, xs.device());
-        let logits = self.router.forward(xs)?.to_dtype(candle_core::DType::F32)?; // (tokens, experts)
+        let logits = self.router.forward(xs)?.to_dtype(DType::F32)?; // (tokens, experts)
         let routes = Routes::new(&logits.to_vec2()?, self.chosen);
         let ids = |ids: &[u32]| Tensor::new(ids, device);
         let chosen = ids(&routes.chosen)?.reshape((tokens, self.chosen))?;

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
 use common::{Result, gguf_metadata, logged};
-use hybrid_attention::Config;
+use hybrid_attention::{Config, Experts};
 use serde_json::json;
 
 fn mistral_7b_v01() -> Config {
@@ -252,6 +252,104 @@ fn the_window_of_a_llama_is_ignored_with_a_warning() -> Result {
     Ok(())
 }
 
+/// Mixtral 8x7B v0.1, as it is published in each format; without what has defaults, it is the same.
+#[test]
+fn mixtral() -> Result {
+    let expected = Config {
+        rope_theta: 1e6,
+        sliding_window: None,
+        experts: Some(Experts { num_local_experts: 8, num_experts_per_tok: 2 }),
+        ..mistral_7b_v01()
+    };
+    let published = r#"{"architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": false, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true,
+        "vocab_size": 32000}"#;
+    assert_eq!(Config::from_json(published)?, expected);
+    let sizes = r#"{"architectures": ["MixtralModel"], "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 32768}"#;
+    assert_eq!(Config::from_json(sizes)?, expected);
+
+    let params = r#"{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32,
+        "n_kv_heads": 8, "norm_eps": 1e-05, "vocab_size": 32000,
+        "moe": {"num_experts_per_tok": 2, "num_experts": 8}}"#;
+    assert_eq!(Config::from_params_json(params)?, expected);
+
+    let mut metadata: HashMap<_, _> = gguf_metadata(&expected).into_iter().collect();
+    let expected = Config { rms_norm_eps: f64::from(1e-5f32), ..expected };
+    assert_eq!(Config::from_gguf(&metadata)?, expected);
+    metadata.insert("llama.expert_used_count".into(), Value::U32(9));
+    assert_eq!(
+        refusal(Config::from_gguf(&metadata)),
+        "config field llama.expert_used_count: expected 1 to 8, the experts that there are, got 9"
+    );
+    for (field, value, expected) in [
+        ("num_local_experts", 0, "num_local_experts: expected 1 to 2147483647, got 0"),
+        (
+            "num_experts_per_tok",
+            0,
+            "num_experts_per_tok: expected 1 to 8, the experts that there are, got 0",
+        ),
+        (
+            "num_experts_per_tok",
+            9,
+            "num_experts_per_tok: expected 1 to 8, the experts that there are, got 9",
+        ),
+    ] {
+        let mut file: serde_json::Value = serde_json::from_str(published)?;
+        file[field] = json!(value);
+        assert_eq!(
+            refusal(Config::from_json(&file.to_string())),
+            format!("config field {expected}")
+        );
+    }
+    Ok(())
+}
+
+/// Each weight has a name, and as many as there are experts.
+#[test]
+fn weights_of_a_mixture() {
+    let config = Config {
+        num_hidden_layers: 1,
+        experts: Some(Experts { num_local_experts: 3, num_experts_per_tok: 2 }),
+        ..mistral_7b_v01()
+    };
+    let weights: HashMap<_, _> = config.weights().collect();
+    assert_eq!(weights.len(), 2 + 6 + 1 + 3 * 3 + 1);
+    let shape = |name: &str| {
+        weights.get(&format!("model.layers.0.block_sparse_moe.{name}.weight")).cloned()
+    };
+    assert_eq!(shape("gate"), Some(vec![3, 4096]));
+    for expert in 0..3 {
+        for matrix in ["w1", "w3"] {
+            assert_eq!(shape(&format!("experts.{expert}.{matrix}")), Some(vec![14336, 4096]));
+        }
+        assert_eq!(shape(&format!("experts.{expert}.w2")), Some(vec![4096, 14336]));
+    }
+}
+
+#[test]
+fn experts_of_anything_but_a_mixtral_are_ignored_with_a_warning() -> Result {
+    let text = edited(&[("num_local_experts", json!(8)), ("num_experts_per_tok", json!(2))])?;
+    let events = logged(|| {
+        assert_eq!(Config::from_json(&text)?.experts, None);
+        Ok(())
+    })?;
+    assert_eq!(
+        events,
+        ["WARN message=only a mixtral has experts: ignored num_local_experts=\"8\""]
+    );
+    let text = edited(&[("num_local_experts", json!(null))])?;
+    assert!(logged(|| Ok(drop(Config::from_json(&text)?)))?.is_empty());
+    Ok(())
+}
+
 #[test]
 fn params_json() -> Result {
     let v01 = r#"{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32,
@@ -328,7 +426,6 @@ fn refused_in_config_json() -> Result {
         json!(kinds)
     };
     for (field, value, expected) in [
-        ("model_type", json!("mixtral"), "unsupported model_type: mixtral"),
         ("model_type", json!("mistral4"), "unsupported model_type: mistral4"),
         (
             "model_type",
@@ -337,7 +434,6 @@ fn refused_in_config_json() -> Result {
         ),
         ("model_type", json!("qwen2"), "unsupported model_type: qwen2"),
         ("model_type", json!(7), "config field model_type: expected a string, got 7"),
-        ("num_local_experts", json!(8), "unsupported num_local_experts: 8"),
         ("rope_scaling", json!({"rope_type": "longrope"}), "unsupported rope scaling: longrope"),
         ("rope_scaling", json!({"rope_type": "su"}), "unsupported rope scaling: su"),
         (
@@ -563,7 +659,10 @@ fn refused_in_config_json() -> Result {
         edited(&[("model_type", json!("absent")), ("architectures", json!(["Phi3ForCausalLM"]))])?;
     assert_eq!(refusal(Config::from_json(&text)), "unsupported architecture: Phi3ForCausalLM");
     for (text, expected) in [
-        ("{}", "config field model_type: expected mistral, ministral3 or llama, got nothing"),
+        (
+            "{}",
+            "config field model_type: expected mistral, mixtral, ministral3 or llama, got nothing",
+        ),
         ("[1]", "config.json: expected a JSON object, got [1]"),
         ("", "config.json: not JSON: EOF while parsing a value at line 1 column 0"),
         (r#"{"rope_theta": NaN}"#, "config.json: not JSON: expected value at line 1 column 16"),
@@ -578,7 +677,27 @@ fn refused_in_params_json() -> Result {
     let file = json!({"dim": 64, "n_layers": 2, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2,
         "norm_eps": 1e-5, "vocab_size": 32});
     for (field, value, expected) in [
-        ("moe", json!({"num_experts": 8}), r#"unsupported moe: {"num_experts":8}"#),
+        ("moe", json!(8), "config field moe: expected an object, got 8"),
+        (
+            "moe",
+            json!({"num_experts": 8}),
+            "config field moe.num_experts_per_tok: expected a non-negative integer, got nothing",
+        ),
+        (
+            "moe",
+            json!({"num_experts": 0, "num_experts_per_tok": 0}),
+            "config field moe.num_experts: expected 1 to 2147483647, got 0",
+        ),
+        (
+            "moe",
+            json!({"num_experts": 8, "num_experts_per_tok": 9}),
+            "config field moe.num_experts_per_tok: expected 1 to 8, the experts that there are, got 9",
+        ),
+        (
+            "moe",
+            json!({"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}),
+            "unsupported moe.num_shared_experts: 1",
+        ),
         ("num_experts", json!(8), "unsupported num_experts: 8"),
         (
             "yarn",
@@ -645,7 +764,11 @@ fn refused_in_gguf_metadata() -> Result {
             number(1),
             "config field general.architecture: expected a string, got U32(1)",
         ),
-        ("llama.expert_count", number(8), "unsupported llama.expert_count: 8"),
+        (
+            "llama.expert_count",
+            number(8),
+            "config field llama.expert_used_count: expected a non-negative integer, got nothing",
+        ),
         ("llama.rope.scaling.type", text("longrope"), "unsupported rope scaling: longrope"),
         (
             "llama.rope.scale_linear",

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use candle_core::quantized::gguf_file::Value;
 
 use super::rope::{QueryScaling, RopeScaling, yarn_magnitude};
-use super::{Config, head_dim, validate_as};
+use super::{Config, Experts, head_dim, validate_as};
 use crate::error::{Error, Result};
 
 impl Config {
@@ -16,7 +16,8 @@ impl Config {
     /// `attention.head_count` and `attention.layer_norm_rms_epsilon` must be given. Absent,
     /// `attention.head_count_kv` is `attention.head_count`, `attention.key_length` is
     /// `embedding_length / head_count`, `rope.freq_base` is 10000, `vocab_size` is the number of
-    /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
+    /// `tokenizer.ggml.tokens`, and there are no `attention.sliding_window` and no experts. With an
+    /// `expert_count` other than 0 goes an `expert_used_count`. An end-of-turn token
     /// counts as an end of text, and so does every token that is spelled like one, such as `<|im_end|>`,
     /// as in llama.cpp. `rope.scaling.type` may be `linear` or `yarn`, and of a `mistral3`,
     /// `attention.temperature_scale` scales queries; what a tensor `rope_freqs.weight` says (Llama 3.1) is
@@ -79,7 +80,7 @@ impl Config {
             tie_word_embeddings: false,
             rope_scaling,
             query_scaling: metadata.query_scaling(positions)?,
-            experts: None,
+            experts: metadata.experts()?,
             bos_token_id: metadata.token("tokenizer.ggml.bos_token_id")?,
             eos_token_ids,
         };
@@ -101,6 +102,8 @@ impl Config {
             ("rope_scaling.attention_factor", "rope.scaling.attn_factor"),
             ("rope_scaling.original_max_position_embeddings", ORIGINAL),
             ("llama_4_scaling_beta", TEMPERATURE),
+            ("num_local_experts", "expert_count"),
+            ("num_experts_per_tok", "expert_used_count"),
         ]
         .map(|(ours, theirs)| (ours, metadata.key(theirs)));
         let mut names: Vec<_> = names.iter().map(|(ours, key)| (*ours, key.as_str())).collect();
@@ -156,9 +159,6 @@ impl<'a> Metadata<'a> {
     }
 
     fn refuse_variants(&self) -> Result<()> {
-        if let Some(experts) = self.size("expert_count")?.filter(|experts| *experts > 0) {
-            return Err(Error::unsupported(self.key("expert_count"), experts));
-        }
         Ok(())
     }
 
@@ -235,6 +235,17 @@ impl<'a> Metadata<'a> {
 
     fn original_length(&self, positions: usize) -> Result<usize> {
         Ok(self.size(ORIGINAL)?.unwrap_or(positions))
+    }
+
+    /// llama.cpp takes a count of 0 for none, and of 1 for a mixture of one.
+    fn experts(&self) -> Result<Option<Experts>> {
+        match self.size("expert_count")? {
+            None | Some(0) => Ok(None),
+            Some(num_local_experts) => {
+                let num_experts_per_tok = self.required_size("expert_used_count")?;
+                Ok(Some(Experts { num_local_experts, num_experts_per_tok }))
+            }
+        }
     }
 
     fn key(&self, name: &str) -> String {

@@ -5,48 +5,51 @@ use serde_json::Value;
 use super::fields::{Fields, brief};
 use super::quantization::Fp8;
 use super::rope_parameters::RopeParameters;
-use super::{Config, head_dim};
+use super::{Config, Experts, head_dim};
 use crate::error::{Error, Result};
 
-/// The architectures that are this model; they differ in their defaults and in the sliding window.
+/// The architectures that are this model; they differ in their defaults, in the sliding window and in
+/// experts.
 #[derive(Clone, Copy, PartialEq)]
 enum Family {
     Mistral,
     Ministral3,
     Llama,
+    Mixtral,
 }
 
 /// Models whose text part is described by `text_config`.
 const WRAPPERS: [&str; 2] = ["mistral3", "llava"];
 
 impl Config {
-    /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral`, `ministral`, `ministral3`
-    /// or `llama`; or of `mistral3` or `llava`, whose `text_config` is one of these: what sees images is left
-    /// out.
+    /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral`, `mixtral`, `ministral`,
+    /// `ministral3` or `llama`; or of `mistral3` or `llava`, whose `text_config` is one of these: what sees
+    /// images is left out.
     ///
     /// The sizes `vocab_size`, `hidden_size`, `intermediate_size`, `num_hidden_layers` and
     /// `num_attention_heads` must be given. Anything else that is absent takes the default of
-    /// `transformers` (`MistralConfig`, `LlamaConfig`, `Ministral3Config`): for Mistral `sliding_window` 4096
-    /// (but none where it is `null`), 8 key and value heads, 131072 positions; for Llama no window, as many
-    /// key and value heads as query heads, 2048 positions; for both `rope_theta` 10000, `rms_norm_eps`
-    /// 1e-6, `head_dim = hidden_size / num_attention_heads`; for Ministral 3 no window, 8 key and value
-    /// heads, 262144 positions, `rms_norm_eps` 1e-5, `head_dim` 128, and, if nothing is said about rotation,
-    /// `rope_theta` 1000000 with YaRN by 16 from 16384 positions and `llama_4_scaling_beta` 0.1; for all
-    /// `bos_token_id` 1 and `eos_token_id` 2, and untied embeddings. For `mistral3`, `tie_word_embeddings`
-    /// beside `text_config` goes before the one in it, and embeddings are tied if neither is there;
-    /// [`Checkpoint`](crate::load::Checkpoint) unties them where there is a head among the weights. Ids
-    /// that are not in the vocabulary, and RoPE scaling by 1, are passed over with a warning. A window in a
-    /// Llama's file, and a scaling of queries in any but a Ministral 3's, are ignored with a warning, as
-    /// `transformers` ignores them.
+    /// `transformers` (`MistralConfig`, `MixtralConfig`, `LlamaConfig`, `Ministral3Config`): for Mistral
+    /// `sliding_window` 4096 (but none where it is `null`), 8 key and value heads, 131072 positions; for Llama
+    /// no window, as many key and value heads as query heads, 2048 positions; for both `rope_theta` 10000,
+    /// `rms_norm_eps` 1e-6, `head_dim = hidden_size / num_attention_heads`; for Mixtral as for Mistral, but no
+    /// window, `rope_theta` 1000000, `rms_norm_eps` 1e-5, and 8 experts of which a token runs through 2; for
+    /// Ministral 3 no window, 8 key and value heads, 262144 positions, `rms_norm_eps` 1e-5, `head_dim` 128,
+    /// and, if nothing is said about rotation, `rope_theta` 1000000 with YaRN by 16 from 16384 positions and
+    /// `llama_4_scaling_beta` 0.1; for all `bos_token_id` 1 and `eos_token_id` 2, and untied embeddings. For
+    /// `mistral3`, `tie_word_embeddings` beside `text_config` goes before the one in it, and embeddings are
+    /// tied if neither is there; [`Checkpoint`](crate::load::Checkpoint) unties them where there is a head
+    /// among the weights. Ids that are not in the vocabulary, and RoPE scaling by 1, are passed over with a
+    /// warning. A window in a Llama's file, experts in that of anything but a Mixtral, and a scaling of queries
+    /// in any but a Ministral 3's, are ignored with a warning, as `transformers` ignores them.
     ///
-    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`]. With `dynamic` and `yarn`,
+    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`](crate::RopeScaling). With `dynamic` and `yarn`,
     /// `max_position_embeddings` is at least the scaled length. A `quantization_config` may say that weights
     /// are FP8 (`fp8`, or `compressed-tensors` of format `float-quantized`).
     ///
     /// # Errors
     /// [`Error::Malformed`] if `text` is not a JSON object, [`Error::Config`] for a field that is
     /// missing, mistyped or impossible, and [`Error::Unsupported`] for anything that would change the
-    /// computation: another `model_type`, experts, other kinds of RoPE scaling (`longrope`), biases, another
+    /// computation: another `model_type`, other kinds of RoPE scaling (`longrope`), biases, another
     /// activation, weights quantised in another way, partial rotation, layers of different kinds.
     pub fn from_json(text: &str) -> Result<Self> {
         let file = Fields::parse(text, "config.json")?;
@@ -79,6 +82,7 @@ impl Config {
         };
         let (default_positions, default_eps) = match family {
             Family::Mistral => (131_072, 1e-6),
+            Family::Mixtral => (131_072, 1e-5),
             Family::Ministral3 => (262_144, 1e-5),
             Family::Llama => (2048, 1e-6),
         };
@@ -108,7 +112,7 @@ impl Config {
             num_key_value_heads,
             head_dim,
             rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(default_eps),
-            rope_theta: rope.theta.unwrap_or(10_000.0),
+            rope_theta: rope.theta.unwrap_or(family.rope_theta()),
             sliding_window: sliding_window(fields, family, num_hidden_layers)?,
             max_position_embeddings: rope
                 .scaling
@@ -117,7 +121,7 @@ impl Config {
             tie_word_embeddings: tied.unwrap_or(wrapper == Some("mistral3")),
             rope_scaling: rope.scaling,
             query_scaling: rope.query_scaling,
-            experts: None,
+            experts: experts(fields, family)?,
             bos_token_id,
             eos_token_ids,
         };
@@ -154,18 +158,44 @@ fn family(fields: &Fields, unsaid: Option<Family>) -> Result<Family> {
         return match kind {
             "mistral" | "ministral" => Ok(Family::Mistral),
             "ministral3" => Ok(Family::Ministral3),
+            "mixtral" => Ok(Family::Mixtral),
             "llama" => Ok(Family::Llama),
             other => Err(Error::unsupported("model_type", other)),
         };
     }
     match architecture(fields)? {
         Some("MistralForCausalLM" | "MistralModel") => Ok(Family::Mistral),
+        Some("MixtralForCausalLM" | "MixtralModel") => Ok(Family::Mixtral),
         Some("Ministral3ForCausalLM" | "Ministral3Model") => Ok(Family::Ministral3),
         Some("LlamaForCausalLM" | "LlamaModel") => Ok(Family::Llama),
         Some(other) => Err(Error::unsupported("architecture", other)),
-        None => unsaid
-            .ok_or_else(|| Error::config("model_type", "mistral, ministral3 or llama", "nothing")),
+        None => unsaid.ok_or_else(|| {
+            Error::config("model_type", "mistral, mixtral, ministral3 or llama", "nothing")
+        }),
     }
+}
+
+impl Family {
+    /// Where a file does not say.
+    fn rope_theta(self) -> f64 {
+        if self == Self::Mixtral { 1_000_000.0 } else { 10_000.0 }
+    }
+}
+
+/// `num_local_experts` and how many of them a token runs through. Only a Mixtral has any: `transformers`
+/// reads these fields in no other file.
+fn experts(fields: &Fields, family: Family) -> Result<Option<Experts>> {
+    if family == Family::Mixtral {
+        return Ok(Some(Experts {
+            num_local_experts: fields.size("num_local_experts")?.unwrap_or(8),
+            num_experts_per_tok: fields.size("num_experts_per_tok")?.unwrap_or(2),
+        }));
+    }
+    if let Some(experts) = fields.get("num_local_experts") {
+        let num_local_experts = brief(experts);
+        tracing::warn!(num_local_experts, "only a mixtral has experts: ignored");
+    }
+    Ok(None)
 }
 
 /// Refuses the fields that would change the computation, except those about rotation and window.
@@ -177,9 +207,6 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
     }
     if let Some(act) = fields.text("hidden_act")?.filter(|act| *act != "silu") {
         return Err(Error::unsupported("hidden_act", act));
-    }
-    if let Some(experts) = fields.get("num_local_experts") {
-        return Err(Error::unsupported("num_local_experts", brief(experts)));
     }
     // Weights in FP8 are widened as they are loaded; anything else is refused here.
     Fp8::read(fields)?;

@@ -3,7 +3,7 @@
 use super::fields::{Fields, brief};
 use super::quantization::Fp8;
 use super::rope::{QueryScaling, RopeScaling, yarn_magnitude};
-use super::{Config, head_dim, validate_as};
+use super::{Config, Experts, head_dim, validate_as};
 use crate::error::{Error, Result};
 
 impl Config {
@@ -21,7 +21,7 @@ impl Config {
     /// As for [`Config::from_json`], with the names of this file.
     pub fn from_params_json(text: &str) -> Result<Self> {
         let fields = Fields::parse(text, "params.json")?;
-        for field in ["moe", "num_experts", "lora"] {
+        for field in ["num_experts", "lora"] {
             if let Some(value) = fields.get(field) {
                 return Err(Error::unsupported(field, brief(value)));
             }
@@ -70,7 +70,7 @@ impl Config {
             tie_word_embeddings: tied.unwrap_or(false),
             rope_scaling,
             query_scaling: query_scaling(&fields)?,
-            experts: None,
+            experts: experts(&fields)?,
             bos_token_id: Some(1),
             eos_token_ids: vec![2],
         };
@@ -88,6 +88,8 @@ impl Config {
                 ("rope_scaling.beta_slow", "yarn.alpha"),
                 ("rope_scaling.original_max_position_embeddings", YARN_ORIGINAL),
                 ("llama_4_scaling_beta", "llama_4_scaling.beta"),
+                ("num_local_experts", "moe.num_experts"),
+                ("num_experts_per_tok", "moe.num_experts_per_tok"),
             ],
         )
     }
@@ -127,5 +129,25 @@ fn query_scaling(fields: &Fields) -> Result<Option<QueryScaling>> {
         beta: scaling.number("beta")?.ok_or_else(|| missing("beta"))?,
         original_max_position_embeddings: original
             .ok_or_else(|| missing("original_max_position_embeddings"))?,
+    }))
+}
+
+fn experts(fields: &Fields) -> Result<Option<Experts>> {
+    const READ: [&str; 2] = ["num_experts", "num_experts_per_tok"];
+    let Some(moe) = fields.object("moe")? else { return Ok(None) };
+    // Shared experts, other scores, layers without experts: each would be another computation.
+    if let Some((field, value)) =
+        moe.iter().find(|(field, value)| !READ.contains(field) && !value.is_null())
+    {
+        return Err(Error::unsupported(format!("moe.{field}"), brief(value)));
+    }
+    let required = |field: &str| {
+        let name = || format!("moe.{field}");
+        moe.size(field)?.ok_or_else(|| Error::config(name(), "a non-negative integer", "nothing"))
+    };
+    let [num_local_experts, num_experts_per_tok] = READ.map(required);
+    Ok(Some(Experts {
+        num_local_experts: num_local_experts?,
+        num_experts_per_tok: num_experts_per_tok?,
     }))
 }

@@ -53,8 +53,9 @@ use crate::model::is_or_is_under;
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
 /// shards, saved from the whole model or, without `model.` in its names, from the base class, or within a
 /// model that sees images, whose other parts are left out with a warning), Mistral's own (`params.json` with
-/// `consolidated.safetensors`), and a GGUF file of version 2 or 3. Where a folder holds the weights twice,
-/// the Hugging Face files are taken.
+/// `consolidated.safetensors`), and a GGUF file of version 2 or 3. The experts of a mixture have tensors of
+/// their own, or all of a layer are packed in one, of which each is read by itself. Where a folder holds the
+/// weights twice, the Hugging Face files are taken.
 ///
 /// Matrices in FP8 (`F8_E4M3` with a `weight_scale_inv`, `weight_scale` or `qscale_weight` for all, each row
 /// or each block) are widened as they are loaded: `weight · scale`, computed in `f32`, becomes `bf16`
@@ -70,6 +71,8 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Config,
     naming: Naming,
+    /// Whether the experts of a layer are packed in one tensor.
+    packed: bool,
     /// By their names in the file.
     tensors: BTreeMap<String, Entry>,
     gguf_metadata: Option<HashMap<String, Value>>,
@@ -182,6 +185,7 @@ impl Checkpoint {
             path: file.path.clone(),
             config,
             naming: Naming::Gguf,
+            packed: tensors.keys().any(|name| Naming::Gguf.is_packed(name)),
             tensors,
             gguf_metadata: Some(metadata),
             fp8: None,
@@ -240,7 +244,8 @@ impl Checkpoint {
             // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None, fp8 })
+        let packed = tensors.keys().any(|name| naming.is_packed(name));
+        Ok(Self { path: path.clone(), config, naming, packed, tensors, gguf_metadata: None, fp8 })
     }
 
     /// The shape of the model.
@@ -389,7 +394,7 @@ impl Entry {
         let dtype = dtype(source.stored);
         let tensor = source.convert(dtype, device);
         let tensor = tensor.map_err(|refusal| self.refused(name, refusal, dtype.as_str()))?;
-        self.file.release(&self.range);
+        self.file.release(&self.span(shape, layout.rows));
         Ok(tensor)
     }
 
@@ -405,7 +410,7 @@ impl Entry {
         let shape = [shape.0, shape.1];
         let blocks = self.source(name, &shape, layout)?.blocks(to, device);
         let blocks = blocks.map_err(|refusal| self.refused(name, refusal, &format!("{to:?}")))?;
-        self.file.release(&self.range);
+        self.file.release(&self.span(&shape, layout.rows));
         Ok(blocks)
     }
 
@@ -423,9 +428,9 @@ impl Entry {
         layout: &'a Layout,
     ) -> Result<Source<'a>> {
         let (name, place) = (name.to_string(), self.place());
-        if self.shape != shape {
-            let (expected, got) = (shape.to_vec(), self.shape.clone());
-            return Err(Error::WeightShape { name, place, expected, got });
+        let expected = layout.rows.stored_shape(shape);
+        if self.shape != expected {
+            return Err(Error::WeightShape { name, place, expected, got: self.shape.clone() });
         }
         let got = match &self.stored {
             Ok(Stored::F8) if layout.scales.is_none() => "F8_E4M3 without a scale".to_string(),
@@ -452,6 +457,14 @@ impl Entry {
             }
             Refusal::Other(error) => error,
         }
+    }
+
+    /// Where in the file a weight of this shape is, in a tensor that has its rows.
+    fn span(&self, shape: &[usize], rows: Rows) -> Range<usize> {
+        let Rows::Packed { first, experts, rows } = rows else { return self.range.clone() };
+        let row = self.range.len() / (experts * rows).max(1);
+        let start = self.range.start + first * row;
+        start..start + shape.first().map_or(0, |count| count * row)
     }
 
     fn bytes(&self) -> &[u8] {

@@ -22,10 +22,11 @@ pub enum WeightType {
     Stored,
     /// In `f32`, `f16` or `bf16`, whatever they are stored as.
     Dense(DType),
-    /// Matrices in blocks of a GGUF type, rounded as they are loaded; norms and the like as stored.
+    /// Matrices in blocks of a GGUF type, rounded as they are loaded; norms, the routers of mixtures and the
+    /// like as stored.
     ///
     /// Where rounding costs most, in the head (the embedding table, if that is the head), in `v_proj`
-    /// and in `down_proj`, blocks have at least `Q6K`, much as in llama.cpp's mixes (`Q4_K_M`). Also as
+    /// and in `down_proj`, which in an expert is `w2`, blocks have at least `Q6K`, much as in llama.cpp's mixes (`Q4_K_M`). Also as
     /// there, if the rows of a matrix are not a multiple of the 256 weights of a `K` block, blocks of 32
     /// weights are used instead (`Q2K`, `Q3K`: `Q4_0`; `Q4K`: `Q5_0`; `Q5K`: `Q5_1`; `Q6K`: `Q8_0`).
     /// Rows that are not a multiple of 32 stay as they are stored, and so do matrices that are stored in

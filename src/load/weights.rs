@@ -1,6 +1,7 @@
 //! The weights of a checkpoint, taken one by one and accounted for at the end.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -17,8 +18,8 @@ pub struct CheckpointWeights<'a> {
     checkpoint: &'a Checkpoint,
     kept: WeightType,
     device: Device,
-    /// By their names in the file.
-    used: BTreeSet<&'a str>,
+    /// By their names in the file, what was taken of them: where each run of bytes starts, and its length.
+    used: BTreeMap<&'a str, BTreeMap<usize, usize>>,
     progress: Option<Box<Progress<'a>>>,
     /// Bytes of tensors that were taken, and of all that the files hold.
     done: u64,
@@ -26,7 +27,15 @@ pub struct CheckpointWeights<'a> {
 }
 
 /// Besides the head, where rounding costs most for its size: llama.cpp's mixes spare these, too.
-const DEAR: [&str; 2] = ["v_proj.weight", "down_proj.weight"];
+const DEAR: [&str; 3] = ["v_proj.weight", "down_proj.weight", ".w2.weight"];
+
+/// A weight in a file.
+struct Place<'a> {
+    /// The name of its tensor.
+    name: &'a str,
+    tensor: &'a Entry,
+    rows: Rows,
+}
 
 /// What follows the name of a projection in that of its scales: transformers, compressed-tensors, Mistral.
 const SCALES: [&str; 3] = ["weight_scale_inv", "weight_scale", "qscale_weight"];
@@ -48,27 +57,27 @@ impl std::fmt::Debug for CheckpointWeights<'_> {
 
 impl Weights for CheckpointWeights<'_> {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let (spelled, entry) = self.find(name)?;
-        let (layout, kept) = (self.layout(name, spelled, entry)?, self.kept);
+        let (place, kept) = (self.find(name)?, self.kept);
+        let layout = self.layout(&place)?;
         let dtype = |stored| kept.dense(stored);
-        let tensor = entry.tensor(spelled, shape, &layout, dtype, &self.device)?;
-        self.take(spelled, entry);
+        let tensor = place.tensor.tensor(place.name, shape, &layout, dtype, &self.device)?;
+        self.take(place.name, place.tensor.span(shape, place.rows));
         Ok(tensor)
     }
 
     fn linear(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Linear> {
-        let (spelled, entry) = self.find(name)?;
+        let place = self.find(name)?;
         let dear = name == self.head() || DEAR.iter().any(|dear| name.ends_with(dear));
-        let blocks = match entry.stored {
+        let blocks = match place.tensor.stored {
             Ok(stored) => self.kept.blocks(stored, in_features, dear)?,
             Err(_) => None, // an error, which `tensor` reports
         };
         let Some(blocks) = blocks else {
             return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
         };
-        let (shape, layout) = ((out_features, in_features), self.layout(name, spelled, entry)?);
-        let blocks = entry.blocks(spelled, shape, &layout, blocks, &self.device)?;
-        self.take(spelled, entry);
+        let (shape, layout) = ((out_features, in_features), self.layout(&place)?);
+        let blocks = place.tensor.blocks(place.name, shape, &layout, blocks, &self.device)?;
+        self.take(place.name, place.tensor.span(&[out_features, in_features], place.rows));
         Linear::quantized(Arc::new(blocks))
     }
 
@@ -88,33 +97,32 @@ impl<'a> CheckpointWeights<'a> {
             checkpoint,
             kept,
             device: device.clone(),
-            used: BTreeSet::new(),
+            used: BTreeMap::new(),
             progress: None,
             done: 0,
             total: checkpoint.tensors.values().map(|entry| entry.range.len() as u64).sum(),
         }
     }
 
-    /// A weight by its Hugging Face name: its name in the file, and where it is.
-    fn find(&self, name: &str) -> Result<(&'a str, &'a Entry)> {
-        let Checkpoint { tensors, naming, path, .. } = self.checkpoint;
-        let spelled = naming.spell(name);
+    /// A weight by its Hugging Face name.
+    fn find(&self, name: &str) -> Result<Place<'a>> {
+        let Checkpoint { tensors, naming, path, config, packed, .. } = self.checkpoint;
+        let packed = if *packed { naming.packed(name, config) } else { None };
+        let alone = || (naming.spell(name), naming.rows(name, config.head_dim));
+        let (spelled, rows) = packed.unwrap_or_else(alone);
         match tensors.get_key_value(spelled.as_str()) {
-            Some((spelled, entry)) => Ok((spelled, entry)),
+            Some((name, tensor)) => Ok(Place { name, tensor, rows }),
             None => Err(Error::MissingWeight { name: spelled, place: path.display().to_string() }),
         }
     }
 
-    /// How the weight called `name`, and `spelled` in the file, stands there. Scales that it has are
-    /// taken, too.
-    fn layout(&mut self, name: &str, spelled: &str, entry: &Entry) -> Result<Layout> {
-        let Checkpoint { naming, config, .. } = self.checkpoint;
-        let rows = naming.rows(name, config.head_dim);
-        let scales = match entry.stored {
-            Ok(Stored::F8) => Some(self.scales(spelled, entry)?),
+    /// How a weight stands in its file. Scales that it has are taken, too.
+    fn layout(&mut self, place: &Place<'a>) -> Result<Layout> {
+        let scales = match place.tensor.stored {
+            Ok(Stored::F8) => Some(self.scales(place.name, place.tensor)?),
             _ => None,
         };
-        Ok(Layout { rows, scales })
+        Ok(Layout { rows: place.rows, scales })
     }
 
     /// What the FP8 weight called `spelled` in the file is multiplied by. Rows are counted as they are
@@ -140,7 +148,7 @@ impl<'a> CheckpointWeights<'a> {
             let (name, place, got) = (name.clone(), scale.place(), scale.shape.clone());
             Error::WeightShape { name, place, expected, got }
         })?;
-        self.take(name, scale);
+        self.take(name, scale.range.clone());
         Ok(scales)
     }
 
@@ -152,10 +160,16 @@ impl<'a> CheckpointWeights<'a> {
         }
     }
 
-    /// Records that a weight was taken.
-    fn take(&mut self, spelled: &'a str, entry: &Entry) {
-        self.used.insert(spelled);
-        self.advance(entry.range.len());
+    /// Records that these bytes of a tensor were taken.
+    fn take(&mut self, name: &'a str, Range { start, end }: Range<usize>) {
+        self.used.entry(name).or_default().insert(start, end - start);
+        self.advance(end - start);
+    }
+
+    /// Whether all of a tensor was taken.
+    fn is_used(&self, name: &str, entry: &Entry) -> bool {
+        let taken = self.used.get(name).map(|runs| runs.values().sum::<usize>());
+        taken.is_some_and(|taken| taken >= entry.range.len())
     }
 
     /// Calls `report(done, total)`, in bytes of the files, after every weight and at the end.
@@ -179,7 +193,7 @@ impl<'a> CheckpointWeights<'a> {
     pub fn finish(mut self) -> Result<()> {
         let mut strays = BTreeMap::<String, Vec<(&str, &Entry)>>::new();
         for (name, entry) in &self.checkpoint.tensors {
-            if !self.used.contains(name.as_str())
+            if !self.is_used(name, entry)
                 && let Some(kind) = self.judge(name, entry)?
             {
                 strays.entry(kind).or_default().push((name, entry));
@@ -239,6 +253,8 @@ impl<'a> CheckpointWeights<'a> {
                 "the head is tied to the embedding table, which differs".to_string()
             } else if name.starts_with("thought") {
                 "only thought.gate and thought.layers.0, 1, .. without a gap are read".to_string()
+            } else if self.used.contains_key(name) {
+                "some of its experts were not asked for".to_string()
             } else {
                 "this architecture has no such weight".to_string()
             };

@@ -138,7 +138,7 @@ impl Linear {
     /// [`forward`](Self::forward) of input that several projections share.
     pub(crate) fn times(&self, input: &Input) -> Result<Fresh> {
         let ys = input.times(&self.weight)?;
-        self.low_rank.iter().try_fold(ys, |ys, change| ys + change.product(input.tensor())?)
+        self.low_rank.iter().try_fold(ys, |ys, change| ys + change.product(input)?)
     }
 
     /// What an [`Input`] must be laid out for.
@@ -149,9 +149,11 @@ impl Linear {
 
 impl LowRank {
     /// `scale · x Aᵀ Bᵀ`: the scale is applied to the narrow product in the middle.
-    fn product(&self, xs: &Tensor) -> Result<Fresh> {
-        let narrow = (Linear::dense(&self.a)?.forward(xs)? * self.scale)?; // (…, rank)
-        Linear::dense(&self.b)?.product(&narrow)
+    fn product(&self, input: &Input) -> Result<Fresh> {
+        let (a, b) = (Linear::dense(&self.a)?, Linear::dense(&self.b)?);
+        let narrow = input.with(input.tensor(), &[a.weight()])?;
+        let narrow = (a.times(&narrow)?.into_tensor() * self.scale)?; // (…, rank)
+        b.times(&input.with(&narrow, &[b.weight()])?)
     }
 }
 

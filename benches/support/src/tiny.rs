@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use hybrid_attention::{Config, QueryScaling, RopeScaling};
+use hybrid_attention::{Config, Experts, QueryScaling, RopeScaling};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use rand::{Rng, SeedableRng};
@@ -34,15 +34,19 @@ pub fn config() -> Config {
     }
 }
 
-/// Any shape of model, with and without a window, scaled rotation and scaled queries.
+/// Any shape of model, with and without a window, scaled rotation and scaled queries, dense or a mixture of
+/// experts. Of these every token runs through all: where two of them are nearly equal, which is chosen is for
+/// rounding to say.
 pub fn configs() -> impl Strategy<Value = Config> {
     let queries = (0.0..0.5, 1usize..20).prop_map(|(beta, original_max_position_embeddings)| {
         QueryScaling { beta, original_max_position_embeddings }
     });
     let scaling = (prop::option::of(scalings()), prop::option::of(queries));
-    (shapes(), scaling).prop_map(|(config, (rope_scaling, query_scaling))| {
+    let experts = prop::option::of(1usize..5);
+    (shapes(), scaling, experts).prop_map(|(config, (rope_scaling, query_scaling), experts)| {
+        let all = |all| Experts { num_local_experts: all, num_experts_per_tok: all };
         // of some kinds the head must fit
-        let plain = Config { query_scaling, ..config };
+        let plain = Config { query_scaling, experts: experts.map(all), ..config };
         let scaled = Config { rope_scaling, ..plain.clone() };
         if scaled.validate().is_ok() { scaled } else { plain }
     })
@@ -74,7 +78,7 @@ fn scalings() -> impl Strategy<Value = RopeScaling> {
     })
 }
 
-/// Any shape of model, with and without a window, that scales nothing.
+/// Any shape of dense model, with and without a window, that scales nothing.
 pub fn shapes() -> impl Strategy<Value = Config> {
     let heads = (1usize..4, 1usize..4, 1usize..7);
     let sizes = (4usize..40, 1usize..40, 1usize..4, 2usize..60);

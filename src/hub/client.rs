@@ -67,7 +67,7 @@ impl Client {
         if !(endpoint.starts_with("https://") || endpoint.starts_with("http://")) {
             return Err(refused(&format!("{endpoint:?}")));
         }
-        let wait = Some(Duration::from_secs(30));
+        let wait = Some(hub.silence());
         let config = Agent::config_builder()
             .user_agent(concat!("hybrid-attention/", env!("CARGO_PKG_VERSION")))
             .https_only(endpoint.starts_with("https://"))

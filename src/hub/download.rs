@@ -145,7 +145,8 @@ impl<P: FnMut(Fetched<'_>)> Session<'_, P> {
     /// The content of a file, downloaded unless it is there. Other processes wait meanwhile.
     fn blob(&mut self, file: &str, remote: &Remote) -> Result<PathBuf> {
         let blob = self.repo.join("blobs").join(&remote.etag);
-        if blob.is_file() {
+        let is_whole = || fs::metadata(&blob).is_ok_and(|it| it.len() == remote.size);
+        if is_whole() {
             return Ok(blob);
         }
         let path = self.locks.join(format!("{}.lock", remote.etag));
@@ -162,7 +163,11 @@ impl<P: FnMut(Fetched<'_>)> Session<'_, P> {
             // As on some network shares. Two at once would spoil the file, which its checksum finds.
             tracing::warn!(%error, lock = %path.display(), "downloading without a lock");
         }
-        if !blob.is_file() {
+        if !is_whole() {
+            if blob.is_file() && !Checksum::new(&remote.etag, remote.size).is_known() {
+                let message = "the etag is that of another file, too".to_string();
+                return Err(Error::BadAnswer { url: remote.url.clone(), message });
+            }
             let partial = with_ending(&blob, ".incomplete");
             self.content(file, remote, &partial)?;
             fs::rename(&partial, &blob).map_err(Error::io(&blob))?;

@@ -135,7 +135,7 @@ impl Pretrained {
     /// their checksums before they get their names.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for what is neither a path nor a name, or for the name of a repository with
+    /// [`Error::Io`] for a path that does not exist; [`Error::Parameter`] for what is neither a path nor a name, or for the name of a repository with
     /// several GGUF files; [`Error::NotCached`] and [`Error::IncompleteDownload`] where nothing may be
     /// downloaded; [`Error::Unreachable`], [`Error::Refused`], [`Error::BadAnswer`] and
     /// [`Error::Checksum`] where that failed; [`Error::Io`] and [`Error::Malformed`] for files of the cache.
@@ -144,7 +144,20 @@ impl Pretrained {
         if self.revision.is_none() && self.file.is_none() && path.exists() {
             return Ok(path.to_path_buf());
         }
-        let mut name = Name::parse(&self.model)?;
+        let mut name = match Name::parse(&self.model) {
+            // What can only be a path is spoken of as one.
+            Err(_) if path.is_absolute() || path.starts_with(".") || path.starts_with("..") => {
+                if path.exists() {
+                    let expected =
+                        "a name on the Hugging Face hub where a revision or a file is asked for";
+                    return Err(Error::parameter("model", expected, path.display()));
+                }
+                let message = "No such file or directory, and no name on the Hugging Face hub";
+                let source = std::io::Error::new(std::io::ErrorKind::NotFound, message);
+                return Err(Error::io(path)(source));
+            }
+            name => name?,
+        };
         if let Some(revision) = &self.revision {
             name = name.at(revision)?;
         }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::name::Name;
 
@@ -17,16 +18,18 @@ use super::name::Name;
 /// | `HF_ENDPOINT` | a mirror [default: `https://huggingface.co`] |
 /// | `HF_TOKEN`, formerly `HUGGING_FACE_HUB_TOKEN` | the token; otherwise it is read from the next file |
 /// | `HF_TOKEN_PATH` | the file that `hf auth login` writes [default: `token` in `HF_HOME`] |
+/// | `HF_HUB_DOWNLOAD_TIMEOUT` | seconds of silence after which a connection counts as broken [default: 10] |
 /// | `HF_HUB_DISABLE_IMPLICIT_TOKEN` | 1, on, yes or true: no token is sent that is not set [here](Hub::token) |
 ///
 /// A variable that is empty counts as not set, and `~/` at the beginning of a path is the home folder. Only
-/// with the feature `hub` is any request made, and so are the last five looked at.
+/// with the feature `hub` is any request made, and so are the last six looked at.
 #[derive(Clone)]
 pub struct Hub {
     cache: PathBuf,
     offline: bool,
     endpoint: String,
     token: Token,
+    timeout: Duration,
 }
 
 /// Who asks. Its value is never shown.
@@ -50,6 +53,7 @@ impl fmt::Debug for Hub {
             .field("offline", &self.offline)
             .field("endpoint", &self.endpoint)
             .field("token", &token)
+            .field("timeout", &self.timeout)
             .finish()
     }
 }
@@ -115,6 +119,9 @@ impl Hub {
             },
             endpoint: String::new(),
             token,
+            timeout: Duration::from_secs(
+                text("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|it| it.parse().ok()).unwrap_or(10),
+            ),
         }
         .endpoint(endpoint)
     }
@@ -148,6 +155,13 @@ impl Hub {
         self
     }
 
+    /// Another time of silence after which a connection counts as broken.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
     /// The folder of the cache, which need not exist.
     #[must_use]
     pub fn cache_folder(&self) -> &Path {
@@ -175,6 +189,10 @@ impl Hub {
 impl Hub {
     pub(super) fn url(&self) -> &str {
         &self.endpoint
+    }
+
+    pub(super) fn silence(&self) -> Duration {
+        self.timeout
     }
 
     /// What says who asks; `None` where nobody is logged in.

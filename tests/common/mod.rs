@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub(crate) mod gradient;
+pub(crate) mod hub;
 pub(crate) mod kept;
 pub(crate) mod reference;
 pub(crate) mod tiny;

@@ -46,7 +46,7 @@ impl Weights {
         match name.choice() {
             Choice::File(file) => models.retain(|model, _| *model == stem(file)),
             Choice::Tag(tag) => {
-                models.retain(|model, _| ends_in(model, tag) && !is_projector(model))
+                models.retain(|model, _| ends_in(model, tag) && !is_projector(model));
             }
             Choice::Whole => models.retain(|model, _| !is_projector(model)),
         }

@@ -8,8 +8,8 @@
 //! org/name:Q4_K_M                the one GGUF file whose name ends so, as llama.cpp's -hf has it
 //! ```
 //!
-//! The cache is the one that `huggingface_hub`, and so transformers, `hf download` and llama.cpp share:
-//! what one of them has downloaded the others find, and this crate does, too. It lies where [`Hub`] says.
+//! The cache is the one that `huggingface_hub`, and so transformers and `hf download` share: what one of them
+//! has downloaded the others find, and this crate does, too. It lies where [`Hub`] says.
 //!
 //! ```text
 //! models--org--name/refs/main              holds 0123abc

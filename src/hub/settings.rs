@@ -103,6 +103,7 @@ impl Hub {
         });
         let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_string());
+        let seconds = text("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|it| it.parse().ok());
         let token = if is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
             Token::None
         } else if let Some(token) = text("HF_TOKEN").or_else(|| text("HUGGING_FACE_HUB_TOKEN")) {
@@ -119,9 +120,7 @@ impl Hub {
             },
             endpoint: String::new(),
             token,
-            timeout: Duration::from_secs(
-                text("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|it| it.parse().ok()).unwrap_or(10),
-            ),
+            timeout: Duration::from_secs(seconds.filter(|it| *it > 0).unwrap_or(10)),
         }
         .endpoint(endpoint)
     }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
+use crate::hub::Pretrained;
 use crate::load::{Checkpoint, WeightType};
 use crate::model::{Pass, Sight, Transformer};
 use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
@@ -72,6 +73,29 @@ impl HybridModel {
         device: &Device,
     ) -> Result<Self> {
         Self::from_checkpoint(&Checkpoint::read(path)?, weights, device, |_, _| ())
+    }
+
+    /// Loads a model of the Hugging Face hub by its name, `org/name`: from the cache that transformers and
+    /// `hf download` fill too, and with the feature `hub` from the hub, if it is not there. A path that
+    /// exists is opened as it is. See [`hub`](crate::hub) for names with a revision or a GGUF file, and
+    /// [`Pretrained`] for tokens, mirrors and progress.
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use hybrid_attention::HybridModel;
+    ///
+    /// let model = HybridModel::from_pretrained("mistralai/Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Pretrained::fetch`] and [`HybridModel::from_folder`].
+    pub fn from_pretrained(
+        model: impl Into<Pretrained>,
+        weights: impl Into<WeightType>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::open(model.into().fetch(|_| ())?, weights, device)
     }
 
     /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its

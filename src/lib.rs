@@ -8,6 +8,7 @@ mod embed;
 mod error;
 pub mod evaluate;
 pub mod generate;
+pub mod hub;
 mod hybrid;
 mod kernels;
 mod likelihood;

@@ -14,7 +14,7 @@
 //! ```
 
 mod convert;
-mod folder;
+pub(crate) mod folder;
 mod generation_defaults;
 mod gguf;
 mod names;

@@ -5,6 +5,7 @@
 
 pub(crate) mod experts;
 pub(crate) mod gradient;
+pub(crate) mod hub;
 pub(crate) mod kept;
 pub(crate) mod reference;
 pub(crate) mod tiny;

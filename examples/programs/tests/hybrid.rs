@@ -1075,6 +1075,59 @@ fn measure_needs_enough_text() -> Result {
     Ok(())
 }
 
+// ---- models by name ----
+
+#[test]
+fn models_of_the_cache_go_by_their_names() -> Result {
+    let folder = checkpoint(true)?;
+    let cache = tempfile::tempdir()?;
+    let repo = cache.path().join("models--org--name");
+    let snapshot = repo.join("snapshots/0123abc");
+    fs::create_dir_all(&snapshot)?;
+    fs::create_dir_all(repo.join("refs"))?;
+    fs::write(repo.join("refs/main"), "0123abc")?;
+    for entry in fs::read_dir(folder.path())? {
+        let entry = entry?;
+        fs::copy(entry.path(), snapshot.join(entry.file_name()))?;
+    }
+    let run = |model: &str| -> Result<Output> {
+        let mut command = hybrid();
+        command.env("HF_HUB_CACHE", cache.path()).env("HF_HUB_OFFLINE", "1");
+        command.args([
+            "generate",
+            "--model",
+            model,
+            "--ids",
+            "5,6,7",
+            "--max-tokens",
+            "6",
+            "--json",
+        ]);
+        hybrid_attention_testing::run(&mut command, "")
+    };
+    let ids = |output: Output| -> Result<Value> {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice::<Value>(&output.stdout)?["ids"].clone())
+    };
+    let by_path = ids(run(folder.path().to_str().ok_or("a path that is no text")?)?)?;
+    assert!(by_path.as_array().is_some_and(|ids| !ids.is_empty()), "{by_path}");
+    assert_eq!(ids(run("org/name")?)?, by_path);
+    assert_eq!(ids(run("org/name@main")?)?, by_path);
+
+    for (model, expected) in [
+        ("org/other", "org/other is neither a file or folder here nor in the cache, "),
+        ("org/name:Q4_K_M", "a GGUF file for Q4_K_M is missing: `hf download org/name` fetches it"),
+        ("org", "parameter model: expected a file or folder that exists, or org/name"),
+        ("org/na..me", "parameter model: expected a file or folder that exists, or org/name"),
+    ] {
+        let output = run(model)?;
+        let stderr = String::from_utf8(output.stderr)?;
+        assert!(!output.status.success() && stderr.contains(expected), "{model}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+    Ok(())
+}
+
 // ---- a real model ----
 
 #[test]

@@ -541,6 +541,19 @@ fn chat_answers_each_line_and_reads_only_what_is_new() -> Result {
     assert_eq!((first.0, third), (0, first));
     assert!(second.0 >= first.1, "the first prompt is known in the second turn: {stderr}");
 
+    // Through a pipe a line may be of any length, and what begins with a slash may be said.
+    let long = "the cat sat on the mat ".repeat(200);
+    let input = format!("{long}\n/etc/passwd\n/what\n//what\n");
+    let (_, stderr) = succeed("chat", folder.path(), &["--max-tokens=1"], &input)?;
+    assert!(long.len() > 4095 && stderr.contains("[/what is not a command: "), "{stderr}");
+    let lengths = |messages: &[Message]| -> Result<usize> {
+        Ok(model.tokenizer().ok_or("no tokenizer")?.encode_chat(messages, true)?.len())
+    };
+    let ignored = "[this message leaves no room for an answer in 256 tokens: ignored]";
+    assert!(lengths(&[Message::user(long.trim())])? > 256 && stderr.contains(ignored), "{stderr}");
+    let [(0, first), (_, _)] = known(&stderr)[..] else { return Err(stderr.into()) };
+    assert_eq!(first, lengths(&[Message::user("/etc/passwd")])?);
+
     // The end of the input is the end of the chat, even within a line.
     let (again, _) = succeed("chat", folder.path(), &args, "the cat\nsat on")?;
     assert_eq!(again, format!("{}\n{}\n", answers[0], answers[1]));

@@ -9,6 +9,7 @@ mod chat;
 mod embed;
 mod files;
 mod generate;
+mod input;
 mod inspect;
 mod measure;
 mod options;

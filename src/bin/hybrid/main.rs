@@ -14,6 +14,7 @@ mod inspect;
 mod measure;
 mod options;
 mod terminal;
+mod vectors;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
-use crate::embed::{self, EmbedConfig, EmbedDefaults, Embedder};
+use crate::embed::{self, EmbedConfig, EmbedDefaults, Vectors};
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
@@ -220,7 +220,7 @@ impl HybridModel {
             }
             tokenizer => (tokenizer?, None),
         };
-        let embed = match checkpoint.gguf_metadata() {
+        let mut embed = match checkpoint.gguf_metadata() {
             Some(_) => EmbedDefaults::default(),
             None => embed::sentence_transformers(checkpoint.path())?,
         };
@@ -259,21 +259,23 @@ impl HybridModel {
             Error::malformed(checkpoint.path().join("generation_config.json"), error)
         })?;
 
-        let (thinking_file, thinking) = match checkpoint.hybrid_json()? {
-            Some((path, text)) => (path, Thinking::from_json(&text)),
-            None => (PathBuf::new(), Ok(Thinking::none())),
+        let (own_file, own) = match checkpoint.hybrid_json()? {
+            Some((path, text)) => (path, own_settings(&text)),
+            None => (PathBuf::new(), Ok((Thinking::none(), EmbedConfig::default()))),
         };
         let malformed = |error| match error {
-            Error::Malformed { message, .. } => Error::malformed(&thinking_file, message),
-            other => Error::malformed(&thinking_file, other),
+            Error::Malformed { message, .. } => Error::malformed(&own_file, message),
+            other => Error::malformed(&own_file, other),
         };
-        let thinking = thinking.map_err(malformed)?;
-        thinking.check_as_default().map_err(malformed)?;
+        let (thinking, own_embed) = own.map_err(malformed)?;
 
         let mut weights = checkpoint.weights(weights, device).on_progress(progress);
         let model = ThoughtModel::new(checkpoint.config(), &mut weights)?;
         weights.finish()?;
-        thinking.on(&model).map_err(malformed)?;
+        for thinking in std::iter::once(&thinking).chain(&own_embed.thinking) {
+            thinking.on(&model).map_err(malformed)?;
+        }
+        embed.or_own(own_embed);
 
         Ok(Self::new(model, tokenizer)?.with(|source| {
             source.defaults = defaults;
@@ -551,7 +553,23 @@ impl HybridModel {
     /// range; [`Error::Unsupported`] where the checkpoint's sentence-transformers files ask for what this
     /// crate does not compute and `config` names no pooling.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
-        let Source { model, embed, .. } = &*self.source;
-        Embedder::new(model, self.source.tokenizer()?, embed, config)?.embed(texts)
+        self.embed_many(texts, config)?.collect_all()
     }
+
+    /// The vectors of many texts, each as soon as it is computed, so that all of them need not fit in memory: see
+    /// [`Vectors`]. For no texts at all there are none.
+    ///
+    /// # Errors
+    /// As [`embed`](Self::embed); what is wrong with a text shows here, before anything is computed.
+    pub fn embed_many<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Vectors> {
+        let Source { model, embed, .. } = &*self.source;
+        Vectors::new(model, self.source.tokenizer()?, embed, config, texts)
+    }
+}
+
+/// What a `hybrid.json` says of answers, and of embedding.
+fn own_settings(text: &str) -> Result<(Thinking, EmbedConfig)> {
+    let thinking = Thinking::from_json(text)?;
+    thinking.check_as_default()?;
+    Ok((thinking, EmbedConfig::from_hybrid_json(text)?))
 }

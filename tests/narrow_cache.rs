@@ -41,7 +41,8 @@ fn hand_over(
     cache: Option<&mut KvCache>,
 ) -> Result<Tensor> {
     let text = tiny::text(model.decoder(), batch, 1)?;
-    let thoughts = Thoughts { z: z.clone(), first: first.clone(), trace: Trace::default() };
+    let thoughts =
+        Thoughts { z: z.clone(), first: first.clone(), trace: Trace::default(), origin: None };
     let mind = Thinking::new(1).hand_off(HandOff::Mixed { weight }).on(model)?;
     let entry = match cache {
         Some(cache) => mind.enter(&text, &thoughts, Some(&mut [cache]))?,

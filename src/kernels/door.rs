@@ -149,6 +149,7 @@ impl Input {
             },
             Weight::Dense(weight) => dense(&self.xs, weight)?,
             Weight::Quantized(weight) => quantized(&self.xs, weight)?,
+            Weight::Codebook(weight) => dense(&self.xs, &weight.rows(0..weight.shape().0)?)?,
         };
         Ok(Fresh::new(ys))
     }
@@ -163,7 +164,7 @@ fn is_frozen(weight: &Weight, xs: &Tensor) -> bool {
                 let tracked = xs.track_op() || weight.track_op();
                 !tracked || !weight.track_op() && weight.dtype() != DType::F32
             }
-            Weight::Quantized(_) => true,
+            Weight::Quantized(_) | Weight::Codebook(_) => true,
         }
 }
 

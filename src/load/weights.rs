@@ -1,7 +1,6 @@
 //! The weights of a checkpoint, taken one by one and accounted for at the end.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -52,16 +51,16 @@ impl Weights for CheckpointWeights<'_> {
         let (spelled, entry) = self.find(name)?;
         let dear = name == self.head() || DEAR.iter().any(|dear| name.ends_with(dear));
         let blocks = match entry.stored {
-            Ok(stored) => self.kept.blocks(stored, in_features, dear)?,
+            Ok(stored) => self.kept.blocks(stored, in_features, dear, &self.device)?,
             Err(_) => None, // an error, which `tensor` reports
         };
         let Some(blocks) = blocks else {
             return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
         };
         let (shape, rows) = ((out_features, in_features), self.rows(name));
-        let blocks = entry.blocks(spelled, shape, rows, blocks, &self.device)?;
+        let linear = entry.linear(spelled, shape, rows, blocks, &self.device)?;
         self.take(spelled, entry);
-        Linear::quantized(Arc::new(blocks))
+        Ok(linear)
     }
 
     fn embedding(&mut self, name: &str, vocab_size: usize, hidden_size: usize) -> Result<Linear> {

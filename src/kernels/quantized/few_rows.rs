@@ -25,7 +25,7 @@ pub(in crate::kernels) fn few_rows<'a, B: QuantBlock>(
     if len == 0 || x.is_empty() {
         return;
     }
-    if B::SIGNED && !adds_all_bytes() {
+    if B::LIFT == 128 && !adds_all_bytes() {
         return dense::few_rows(x, w, len, columns);
     }
     let (x, rows, arch) = (fixed_point().as_slice(), x.len() / len, Arch::new());
@@ -155,12 +155,12 @@ fn add_chunk<'a, U: QuantSimd, B: QuantBlock>(
     assert!(chunk.len() >= CHUNK / B::LEN);
     let (mut d, mut m) = ([0.0; CHUNK / SCALE_GROUP], [0.0; CHUNK / SCALE_GROUP]);
     B::scales(simd, chunk, &mut d, &mut m);
-    let numbers = |part| match B::SIGNED {
-        true => simd.without_sign(B::numbers(simd, chunk, part)),
-        false => B::numbers(simd, chunk, part),
+    let numbers = |part| match B::LIFT {
+        0 => B::numbers(simd, chunk, part),
+        lift => simd.add(B::numbers(simd, chunk, part), lift),
     };
-    if B::SIGNED {
-        m = d.map(|d| 128.0 * d);
+    if B::LIFT > 0 {
+        m = d.map(|d| f32::from(B::LIFT) * d);
     }
     let q: Parts<U> = [
         [numbers(0), numbers(1)],

@@ -162,7 +162,9 @@ impl Header {
             .and_then(|(start, size)| Some(start..start.checked_add(size)?))
             .filter(|range| range.end <= len)
             .map(|range| GgufTensor { shape: shape.clone(), stored, range })
-            .ok_or_else(|| format!("{} {shape:?} reaches beyond the end of the file", stored.name()))
+            .ok_or_else(|| {
+                format!("{} {shape:?} reaches beyond the end of the file", stored.name())
+            })
     }
 }
 

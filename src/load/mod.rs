@@ -202,7 +202,8 @@ impl Checkpoint {
 
     /// The path of a GGUF file; of a split model, what it would be if it were one file, `NAME.gguf`.
     pub(crate) fn unsplit_path(&self) -> PathBuf {
-        let part = self.gguf_metadata.as_ref().and_then(|metadata| Part::of(metadata).ok().flatten());
+        let part =
+            self.gguf_metadata.as_ref().and_then(|metadata| Part::of(metadata).ok().flatten());
         match part.and_then(|part| part.stem(&self.path).ok()) {
             Some(stem) => self.path.with_file_name(stem + ".gguf"),
             None => self.path.clone(),

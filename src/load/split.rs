@@ -120,7 +120,9 @@ impl Part {
             Some((_, Some(number))) => Ok(Some(number)),
             Some((value, None)) => Err(format!("{key}: expected a whole number, got {value:?}")),
         };
-        let Some(count) = number("split.count")?.filter(|count| *count > 1) else { return Ok(None) };
+        let Some(count) = number("split.count")?.filter(|count| *count > 1) else {
+            return Ok(None);
+        };
         let Some(no) = number("split.no")? else {
             return Err(format!("a part of {count}, but split.no does not say which"));
         };

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod gguf;
 pub(crate) mod gradient;
 pub(crate) mod kept;
 pub(crate) mod reference;
@@ -197,6 +198,23 @@ pub(crate) fn gguf_metadata(config: &Config) -> Vec<(String, Value)> {
     metadata
 }
 
+/// Parts of the Hugging Face names, and what llama.cpp has in their place.
+pub(crate) const GGUF_NAMES: [(&str, &str); 13] = [
+    ("model.layers.", "blk."),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.up_proj", "ffn_up"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+];
+
 /// Writes a GGUF file: matrices whose rows are whole blocks as `dtype`, all else as f32.
 pub(crate) fn write_gguf(
     path: &Path,
@@ -204,23 +222,8 @@ pub(crate) fn write_gguf(
     tensors: &BTreeMap<String, Tensor>,
     dtype: GgmlDType,
 ) -> Result {
-    let spelling = [
-        ("model.layers.", "blk."),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.down_proj", "ffn_down"),
-        ("mlp.up_proj", "ffn_up"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-    ];
     let mut quantized = Vec::new();
-    for (name, tensor) in rename(tensors, config.head_dim, &spelling)? {
+    for (name, tensor) in rename(tensors, config.head_dim, &GGUF_NAMES)? {
         let blocks = tensor.rank() == 2 && tensor.dim(1)? % dtype.block_size() == 0;
         let dtype = if blocks { dtype } else { GgmlDType::F32 };
         quantized.push((name, QTensor::quantize(&tensor, dtype)?));

@@ -180,7 +180,11 @@ impl CodebookMatrix {
 
     /// Rows by index, `(n)` of `u32`, in `f32`: `(n, in_features)`.
     pub(crate) fn select(&self, rows: &Tensor) -> Result<Tensor> {
-        fn chosen<B: QuantBlock>(w: &[B], (out, len): (usize, usize), rows: &[u32]) -> Result<Tensor> {
+        fn chosen<B: QuantBlock>(
+            w: &[B],
+            (out, len): (usize, usize),
+            rows: &[u32],
+        ) -> Result<Tensor> {
             let of_row = len / B::LEN;
             let mut chosen = Vec::with_capacity(rows.len() * of_row);
             for row in rows {

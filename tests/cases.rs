@@ -247,7 +247,7 @@ fn generation_defaults_that_nothing_uses_are_passed_over() -> Result {
 /// `ffn_up` of the first layer is in `IQ4_NL`; llama.cpp answers so.
 #[test]
 fn blocks_with_a_codebook_are_read() -> Result {
-    let model = load(fixture("cases/iq4_nl.gguf"))?;
+    let model = load(&fixture("cases/iq4_nl.gguf"))?;
     let config = GenerationConfig::default().max_tokens(4).temperature(0.0);
     assert_eq!(model.generate(PROMPT, &config)?.ids, [305, 299, 145, 333]);
     Ok(())

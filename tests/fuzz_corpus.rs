@@ -99,7 +99,7 @@ fn seeds_can_be_written_anew() -> Result {
     Ok(())
 }
 
-/// A model whose matrices are zeros in blocks of this number, of so many weights and bytes, in so many
+/// A model whose matrices, where their rows are whole blocks, are zeros in blocks of this number, of so many weights and bytes, in so many
 /// parts.
 fn zeros(config: &Config, block: (u32, usize, usize), count: u16) -> Result<Vec<GgufFile>> {
     let mut parts = vec![GgufFile::default(); count.into()];
@@ -107,7 +107,7 @@ fn zeros(config: &Config, block: (u32, usize, usize), count: u16) -> Result<Vec<
     for (index, (name, dims)) in config.weights().enumerate() {
         let elements: usize = dims.iter().product();
         let (kind, bytes) = match dims.len() {
-            2 => (block.0, elements / block.1 * block.2),
+            2 if dims[1] % block.1 == 0 => (block.0, elements / block.1 * block.2),
             _ => (0, 4 * elements),
         };
         parts[index % usize::from(count)].push(&name, &dims, kind, &vec![0; bytes]);
@@ -127,7 +127,8 @@ fn write_corpus(corpus: &Path) -> Result {
             fs::write(corpus.join("split").join(format!("{name}_{count}")), seed)?;
         }
     }
-    let (config, _) = tiny(256)?;
+    let few = |config| Config { head_dim: 2, intermediate_size: 2, hidden_size: 256, ..config };
+    let config = few(config);
     fs::write(corpus.join("gguf").join("iq4_xs"), zeros(&config, (23, 256, 136), 1)?[0].bytes())?;
     let (config, tensors) = tiny(32)?;
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q5_1, GgmlDType::Q8_0] {

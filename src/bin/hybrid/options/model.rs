@@ -16,7 +16,8 @@ use crate::terminal::{self, Result};
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file [default: a toy model]
+    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file, of a split one any part
+    /// [default: a toy model]
     ///
     /// The toy model comes with the crate and knows the stories of the flashback suite only.
     #[arg(long, value_name = "PATH")]

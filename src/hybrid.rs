@@ -133,7 +133,8 @@ impl HybridModel {
 
     /// Loads a GGUF file, its tokenizer and its chat template; for `NAME.gguf` without a template that is
     /// `NAME.jinja` or `chat_template.jinja` beside it. With [`WeightType::Stored`], quantised
-    /// weights stay quantised.
+    /// weights stay quantised. A model that is split, into `NAME-00001-of-00003.gguf` and so on, is loaded
+    /// by any of its parts.
     ///
     /// The files must not be cut short or overwritten while they are loaded: see
     /// [`open`](Self::open), and [`read`](Self::read) where that cannot be ruled out.
@@ -204,7 +205,7 @@ impl HybridModel {
         // What is cheap and may fail comes before the weights.
         let tokenizer = match checkpoint.gguf_metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata).and_then(|tokenizer| {
-                tokenizer.map(|it| it.with_template_beside(checkpoint.path())).transpose()
+                tokenizer.map(|it| it.with_template_beside(&checkpoint.unsplit_path())).transpose()
             }),
             None => Tokenizer::from_folder(checkpoint.path()),
         };

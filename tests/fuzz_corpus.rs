@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
+use common::gguf::GgufFile;
 use common::{Result, write_consolidated, write_gguf};
 use hybrid_attention::Config;
 use hybrid_attention_testing::hostile;
@@ -34,6 +35,11 @@ fn run_seeds(corpus: &Path, run: fn(&[u8]) -> hybrid_attention::Result<()>) -> R
 #[test]
 fn gguf_seeds_load() -> Result {
     run_seeds(&committed().join("gguf"), hostile::gguf)
+}
+
+#[test]
+fn split_seeds_load() -> Result {
+    run_seeds(&committed().join("split"), hostile::split)
 }
 
 #[test]
@@ -76,13 +82,14 @@ fn seeds_can_be_written_anew() -> Result {
     let temporary = tempfile::tempdir()?;
     let chosen = std::env::var_os("HYBRID_ATTENTION_CORPUS").map(PathBuf::from);
     let folder = chosen.as_deref().unwrap_or(temporary.path());
-    for target in ["gguf", "folder"] {
+    for target in ["gguf", "split", "folder"] {
         fs::create_dir_all(folder.join(target))?;
     }
     write_corpus(folder)?;
     run_seeds(&folder.join("gguf"), hostile::gguf)?;
+    run_seeds(&folder.join("split"), hostile::split)?;
     run_seeds(&folder.join("folder"), hostile::folder)?;
-    for target in ["gguf", "folder"] {
+    for target in ["gguf", "split", "folder"] {
         let names = |corpus: &Path| -> std::io::Result<BTreeSet<_>> {
             fs::read_dir(corpus.join(target))?.map(|entry| Ok(entry?.file_name())).collect()
         };
@@ -91,7 +98,37 @@ fn seeds_can_be_written_anew() -> Result {
     Ok(())
 }
 
+/// A model whose matrices, where their rows are whole blocks, are zeros in blocks of this number, of so many weights and bytes, in so many
+/// parts.
+fn zeros(config: &Config, block: (u32, usize, usize), count: u16) -> Result<Vec<GgufFile>> {
+    let mut parts = vec![GgufFile::default(); count.into()];
+    parts[0] = GgufFile::of(config)?;
+    for (index, (name, dims)) in config.weights().enumerate() {
+        let elements: usize = dims.iter().product();
+        let (kind, bytes) = match dims.len() {
+            2 if dims[1] % block.1 == 0 => (block.0, elements / block.1 * block.2),
+            _ => (0, 4 * elements),
+        };
+        parts[index % usize::from(count)].push(&name, &dims, kind, &vec![0; bytes]);
+    }
+    let tensors = config.weights().count() as i32;
+    let numbered = parts.into_iter().zip(0..).map(|(part, no)| part.part(no, count, tensors));
+    Ok(numbered.collect())
+}
+
 fn write_corpus(corpus: &Path) -> Result {
+    let (config, _) = tiny(32)?;
+    for (name, block) in [("iq4_nl", (20, 32, 18)), ("mxfp4", (39, 32, 17))] {
+        fs::write(corpus.join("gguf").join(name), zeros(&config, block, 1)?[0].bytes())?;
+        for count in [2, 3] {
+            let mut seed = count.to_string().into_bytes();
+            seed.extend(zeros(&config, block, count)?.iter().flat_map(GgufFile::bytes));
+            fs::write(corpus.join("split").join(format!("{name}_{count}")), seed)?;
+        }
+    }
+    let few = |config| Config { head_dim: 2, intermediate_size: 2, hidden_size: 256, ..config };
+    let config = few(config);
+    fs::write(corpus.join("gguf").join("iq4_xs"), zeros(&config, (23, 256, 136), 1)?[0].bytes())?;
     let (config, tensors) = tiny(32)?;
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q5_1, GgmlDType::Q8_0] {
         let path = corpus.join("gguf").join(format!("{dtype:?}").to_lowercase());

@@ -184,6 +184,7 @@ impl Input {
             },
             Weight::Dense(weight) => dense(&self.xs, weight)?,
             Weight::Quantized(weight) => quantized(&self.xs, weight)?,
+            Weight::Codebook(weight) => dense(&self.xs, &weight.rows(0..weight.shape().0)?)?,
         };
         Ok(Fresh::new(ys))
     }
@@ -199,7 +200,7 @@ fn is_frozen(weight: &Weight, xs: &Tensor, among: usize) -> bool {
                 let tracked = xs.track_op() || weight.track_op();
                 !tracked || !weight.track_op() && (weight.dtype() != DType::F32 || among > 0)
             }
-            Weight::Quantized(_) => true,
+            Weight::Quantized(_) | Weight::Codebook(_) => true,
         }
 }
 

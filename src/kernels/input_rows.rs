@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, Error, Result, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::dense::{self, Element, Tiles};
-use super::quantized::{self, FixedPoint, QuantBlock, for_blocks};
+use super::quantized::{self, FixedPoint, QuantBlock, for_blocks, for_codebook};
 use super::storage::{elements, values};
 use super::weight::Weight;
 
@@ -43,6 +43,9 @@ impl InputRows {
         match weight {
             Weight::Dense(weight) => self.times_dense(weight),
             Weight::Quantized(weight) => self.times_quantized(weight),
+            Weight::Codebook(weight) => {
+                for_codebook!(weight, |blocks| self.times_blocks(blocks, weight.shape().1))
+            }
         }
     }
 

@@ -36,6 +36,6 @@ pub(crate) use door::{
 pub(crate) use fresh::Fresh;
 pub(crate) use memory::FreedMemory;
 pub use memory::keep_freed_memory;
-pub(crate) use quantized::reads_blocks;
+pub(crate) use quantized::{Codebook, CodebookMatrix, reads_blocks};
 pub(crate) use storage::{f32s, gradient_for, values};
 pub(crate) use weight::Weight;

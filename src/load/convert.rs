@@ -11,9 +11,11 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
+use super::block_type::BlockType;
 use super::names::Rows;
 use super::scales::{E4M3, Scales};
 use crate::error::{Error, Result};
+use crate::model::{Codebook, CodebookMatrix};
 
 /// What a weight is stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +27,7 @@ pub(super) enum Stored {
     /// `F8_E4M3`; multiplied by [`Scales`], if there are any.
     F8,
     /// Quantised; the scales are part of the blocks.
-    Blocks(GgmlDType),
+    Blocks(BlockType),
 }
 
 impl Stored {
@@ -40,15 +42,36 @@ impl Stored {
         }
     }
 
+    /// Elements that are stored together.
+    pub(super) fn block_size(self) -> usize {
+        match self {
+            Self::F64 | Self::F32 | Self::F16 | Self::BF16 | Self::F8 => 1,
+            Self::Blocks(blocks) => blocks.block_size(),
+        }
+    }
+
+    /// Bytes of so many elements.
+    pub(super) fn type_size(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::F8 => 1,
+            Self::Blocks(blocks) => blocks.type_size(),
+        }
+    }
+
+    /// As errors name it.
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::Blocks(blocks) => blocks.name(),
+            number => format!("{number:?}"),
+        }
+    }
+
     /// Bytes of one row of `len` elements. Blocks do not span rows: the parser has checked that.
     fn row_bytes(self, len: usize) -> usize {
-        match self {
-            Self::F64 => 8 * len,
-            Self::F32 => 4 * len,
-            Self::F16 | Self::BF16 => 2 * len,
-            Self::F8 => len,
-            Self::Blocks(blocks) => len / blocks.block_size() * blocks.type_size(),
-        }
+        len / self.block_size() * self.type_size()
     }
 }
 
@@ -138,25 +161,44 @@ impl Source<'_> {
     /// The matrix in Hugging Face order in blocks of `to`, of which its rows are a multiple: its own
     /// blocks unchanged, anything else rounded.
     pub(super) fn blocks(&self, to: GgmlDType, device: &Device) -> Result<QTensor, Refusal> {
-        let row_len = self.row_len();
-        let row_bytes = Stored::Blocks(to).row_bytes(row_len);
-        let rows = self.shape.first().copied().unwrap_or_default();
         // A mapping, because candle asserts that blocks are aligned.
-        let map = MmapMut::map_anon(rows * row_bytes);
+        let map = MmapMut::map_anon(self.packed_len(to.into()));
         let mut packed = map.map_err(|error| Error::io("memory")(error))?;
+        self.pack_all(to.into(), &mut packed)?;
+        let storage = QStorage::from_data(Cow::Borrowed(&packed), device, to)?;
+        Ok(QTensor::new(storage, self.shape)?)
+    }
+
+    /// The matrix in Hugging Face order in its own blocks.
+    pub(super) fn codebook(&self, codebook: Codebook) -> Result<CodebookMatrix, Refusal> {
+        let to = codebook.into();
+        let mut packed = vec![0; self.packed_len(to)];
+        self.pack_all(to, &mut packed)?;
+        let rows = self.shape.first().copied().unwrap_or_default();
+        Ok(CodebookMatrix::new(codebook, packed, (rows, self.row_len()))?)
+    }
+
+    /// Bytes of all rows in blocks of `to`.
+    fn packed_len(&self, to: BlockType) -> usize {
+        let rows = self.shape.first().copied().unwrap_or_default();
+        rows * Stored::Blocks(to).row_bytes(self.row_len())
+    }
+
+    /// Writes all rows, in Hugging Face order, as the bytes of their blocks.
+    fn pack_all(&self, to: BlockType, packed: &mut [u8]) -> Result<(), Refusal> {
+        let row_len = self.row_len();
+        let row_bytes = Stored::Blocks(to).row_bytes(row_len).max(1);
         let rows_per_task = TASK.div_ceil(row_len);
         packed.par_chunks_mut(rows_per_task * row_bytes).enumerate().try_for_each(
             |(task, packed)| {
                 let rows = task * rows_per_task..task * rows_per_task + packed.len() / row_bytes;
                 self.pack(rows, to, packed)
             },
-        )?;
-        let storage = QStorage::from_data(Cow::Borrowed(&packed), device, to)?;
-        Ok(QTensor::new(storage, self.shape)?)
+        )
     }
 
-    /// Writes some of the rows, in Hugging Face order, as the bytes of their blocks.
-    fn pack(&self, rows: Range<usize>, to: GgmlDType, packed: &mut [u8]) -> Result<(), Refusal> {
+    /// Writes some of the rows.
+    fn pack(&self, rows: Range<usize>, to: BlockType, packed: &mut [u8]) -> Result<(), Refusal> {
         let row_len = self.row_len();
         let row_bytes = Stored::Blocks(to).row_bytes(row_len);
         let mut wide = vec![0f32; rows.len() * row_len];
@@ -172,8 +214,11 @@ impl Source<'_> {
             }
             return Ok(());
         }
+        let BlockType::Candle(blocks) = to else {
+            return Err(Error::unsupported("rounding", format!("to {}", to.name())).into());
+        };
         let wide = Tensor::from_vec(wide, (rows.len(), row_len), &Device::Cpu)?;
-        packed.copy_from_slice(&QTensor::quantize(&wide, to)?.data()?);
+        packed.copy_from_slice(&QTensor::quantize(&wide, blocks)?.data()?);
         // The scales of blocks are f16: a large value may have become infinite.
         let mut rounded = vec![0f32; row_len];
         for (row, packed) in rows.zip(packed.chunks_exact(row_bytes)) {
@@ -308,7 +353,8 @@ impl<'a> Row<'a> {
                 copy(bytes, out, |[byte]| E4M3[usize::from(byte)]);
                 self.scale(start, out);
             }
-            Stored::Blocks(blocks) => {
+            Stored::Blocks(BlockType::Codebook(codebook)) => codebook.dequantize(bytes, out),
+            Stored::Blocks(BlockType::Candle(blocks)) => {
                 // candle asserts that `bytes` are whole blocks and aligned to them: the GGUF parser makes
                 // rows whole blocks and aligns tensors to 8, and a block is a multiple of its own
                 // alignment, at most 4

@@ -13,6 +13,7 @@
 //! # Ok::<_, hybrid_attention::Error>(())
 //! ```
 
+mod block_type;
 mod convert;
 pub(crate) mod folder;
 mod generation_defaults;
@@ -20,6 +21,7 @@ mod gguf;
 mod names;
 mod safetensors;
 mod scales;
+mod split;
 mod weight_type;
 mod weights;
 
@@ -32,30 +34,34 @@ use std::sync::Arc;
 
 use ::safetensors::tensor::Dtype;
 use candle_core::quantized::gguf_file::Value;
-use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use memmap2::{Mmap, MmapMut};
 
+use self::block_type::BlockType;
 use self::convert::{Refusal, Source, Stored};
 use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
-use self::gguf::Gguf;
 use self::names::{Naming, Rows};
 use self::scales::Scales;
+use self::split::{Model, Part};
 pub use self::weight_type::WeightType;
 pub use self::weights::CheckpointWeights;
-use crate::config::{Config, Fp8, RopeScaling, integer};
+use crate::config::{Config, Fp8, RopeScaling};
 use crate::error::{Error, Result};
-use crate::model::is_or_is_under;
+use crate::model::{Linear, is_or_is_under};
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
 /// shards, saved from the whole model or, without `model.` in its names, from the base class, or within a
 /// model that sees images, whose other parts are left out with a warning), Mistral's own (`params.json` with
-/// `consolidated.safetensors`), and a GGUF file of version 2 or 3. The experts of a mixture have tensors of
+/// `consolidated.safetensors`), and a GGUF file of version 2 or 3, or any part of a split one
+/// (`NAME-00001-of-00003.gguf`), whose other parts are beside it. The experts of a mixture have tensors of
 /// their own, or all of a layer are packed in one, of which each is read by itself. Where a folder holds the
 /// weights twice, the Hugging Face files are taken.
+///
+/// Of GGUF's types these are read: `F32`, `F16`, `BF16`, `Q4_0`, `Q4_1`, `Q5_0`, `Q5_1`, `Q8_0`, `Q2_K`, `Q3_K`,
+/// `Q4_K`, `Q5_K`, `Q6_K`, `IQ4_NL`, `IQ4_XS` and `MXFP4`. A file with a tensor of another type is refused.
 ///
 /// Matrices in FP8 (`F8_E4M3` with a `weight_scale_inv`, `weight_scale` or `qscale_weight` for all, each row
 /// or each block) are widened as they are loaded: `weight · scale`, computed in `f32`, becomes `bf16`
@@ -145,51 +151,25 @@ impl Checkpoint {
             let message = "neither a folder nor a GGUF file, which starts with GGUF";
             return Err(Error::malformed(path, message));
         }
-        Self::open_gguf(into_memory(path)?)
+        Self::open_gguf(path, into_memory)
     }
 
     /// [`Checkpoint::open`] for a GGUF file in memory, which is copied; for fuzzing.
     #[doc(hidden)]
     pub fn from_gguf_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::open_gguf(Mapped::copy(bytes)?)
+        Self::open_gguf(Path::new("memory"), |_| Mapped::copy(bytes))
     }
 
-    fn open_gguf(file: Mapped) -> Result<Self> {
-        let Gguf { metadata, tensors } = gguf::parse(&file.bytes, file.written)
-            .map_err(|message| Error::malformed(&file.path, message))?;
-        if let Some(parts) = metadata.get("split.count").and_then(integer)
-            && parts > 1
-        {
-            return Err(Error::unsupported("GGUF", format!("a model split into {parts} files")));
-        }
-        let file = Arc::new(file);
+    fn open_gguf(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
+        let Model { path, metadata, tensors } = Model::open(path, into_memory)?;
         let mut config = Config::from_gguf(&metadata)?;
         config.tie_word_embeddings = !tensors.contains_key("output.weight");
-        let tensors: BTreeMap<_, _> = tensors
-            .into_iter()
-            .map(|(name, tensor)| {
-                let stored = match tensor.dtype {
-                    GgmlDType::F32 => Stored::F32,
-                    GgmlDType::F16 => Stored::F16,
-                    GgmlDType::BF16 => Stored::BF16,
-                    blocks => Stored::Blocks(blocks),
-                };
-                let (shape, range) = (tensor.shape, tensor.range);
-                (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
-            })
-            .collect();
         if let Some(entry) = tensors.get(FREQUENCY_FACTORS) {
             scale_by_factors(&mut config, entry)?;
         }
-        Ok(Self {
-            path: file.path.clone(),
-            config,
-            naming: Naming::Gguf,
-            packed: tensors.keys().any(|name| Naming::Gguf.is_packed(name)),
-            tensors,
-            gguf_metadata: Some(metadata),
-            fp8: None,
-        })
+        let (naming, gguf_metadata) = (Naming::Gguf, Some(metadata));
+        let packed = tensors.keys().any(|name| naming.is_packed(name));
+        Ok(Self { path, config, naming, packed, tensors, gguf_metadata, fp8: None })
     }
 
     fn open_folder(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
@@ -253,9 +233,20 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot.
+    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot; of a split
+    /// GGUF model, its first part.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The path of a GGUF file; of a split model, what it would be if it were one file, `NAME.gguf`.
+    pub(crate) fn unsplit_path(&self) -> PathBuf {
+        let part =
+            self.gguf_metadata.as_ref().and_then(|metadata| Part::of(metadata).ok().flatten());
+        match part.and_then(|part| part.stem(&self.path).ok()) {
+            Some(stem) => self.path.with_file_name(stem + ".gguf"),
+            None => self.path.clone(),
+        }
     }
 
     /// The metadata of a GGUF file, which holds its tokenizer; `None` for a folder.
@@ -399,19 +390,25 @@ impl Entry {
     }
 
     /// The matrix called `name` in its file, if it has this shape, in blocks of `to`.
-    fn blocks(
+    fn linear(
         &self,
         name: &str,
         shape: (usize, usize),
         layout: &Layout,
-        to: GgmlDType,
+        to: BlockType,
         device: &Device,
-    ) -> Result<QTensor> {
+    ) -> Result<Linear> {
         let shape = [shape.0, shape.1];
-        let blocks = self.source(name, &shape, layout)?.blocks(to, device);
-        let blocks = blocks.map_err(|refusal| self.refused(name, refusal, &format!("{to:?}")))?;
+        let source = self.source(name, &shape, layout)?;
+        let refused = |refusal| self.refused(name, refusal, &to.name());
+        let linear = match to {
+            BlockType::Candle(to) => {
+                Linear::quantized(Arc::new(source.blocks(to, device).map_err(refused)?))?
+            }
+            BlockType::Codebook(to) => Linear::codebook(source.codebook(to).map_err(refused)?),
+        };
         self.file.release(&self.span(&shape, layout.rows));
-        Ok(blocks)
+        Ok(linear)
     }
 
     /// The numbers of the small tensor called `name` in its file, if it has this shape.

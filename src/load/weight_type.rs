@@ -1,11 +1,11 @@
 //! The type that weights are kept in, in memory.
 
-use candle_core::DType;
 use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
 
+use super::block_type::BlockType;
 use super::convert::Stored;
 use crate::error::{Error, Result};
-use crate::model::reads_blocks;
 
 /// The type that weights are kept in, in memory. On the CPU all computing is in `f32`, whatever the
 /// weights are kept in; up to 16 tokens at a time are multiplied with blocks in integers of 21 bits and
@@ -17,7 +17,7 @@ use crate::model::reads_blocks;
 pub enum WeightType {
     /// As they are stored: `f32`, `f16` and `bf16` stay as they are, `f64` becomes `f32`, FP8 becomes
     /// `bf16`, and matrices in blocks of a GGUF type stay in them (those in `Q8_1` and `Q8K`, which no file
-    /// should hold, become `f32`).
+    /// should hold, and on other devices than the CPU those in `IQ4_NL`, `IQ4_XS` and `MXFP4`, become `f32`).
     #[default]
     Stored,
     /// In `f32`, `f16` or `bf16`, whatever they are stored as.
@@ -68,20 +68,23 @@ impl WeightType {
         stored: Stored,
         row_len: usize,
         dear: bool,
-    ) -> Result<Option<GgmlDType>> {
+        device: &Device,
+    ) -> Result<Option<BlockType>> {
         let kept = match stored {
-            Stored::Blocks(blocks) if reads_blocks(blocks) => Some(blocks),
+            Stored::Blocks(BlockType::Codebook(_)) if !device.is_cpu() => None,
+            Stored::Blocks(blocks) if blocks.is_multiplied() => Some(blocks),
             _ => None,
         };
         let wanted = match self {
             Self::Stored => return Ok(kept),
             Self::Dense(_) => return Ok(None),
-            Self::Quantized(wanted) if reads_blocks(wanted) => wanted,
+            Self::Quantized(wanted) if BlockType::from(wanted).is_multiplied() => wanted,
             Self::Quantized(other) => {
                 let expected = "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K or Q6K";
                 return Err(Error::parameter("blocks", expected, format!("{other:?}")));
             }
         };
+        let bits = |blocks: GgmlDType| BlockType::from(blocks).bits();
         let wanted = match dear && bits(wanted) < bits(GgmlDType::Q6K) {
             true => GgmlDType::Q6K,
             false => wanted,
@@ -90,16 +93,12 @@ impl WeightType {
             true => Some(wanted),
             false => Some(smaller(wanted)).filter(|it| row_len.is_multiple_of(it.block_size())),
         };
+        let fitting = fitting.map(BlockType::from);
         Ok(match (kept, fitting) {
-            (Some(kept), Some(fitting)) if bits(kept) > bits(fitting) => Some(fitting),
+            (Some(kept), Some(fitting)) if kept.bits() > fitting.bits() => Some(fitting),
             (kept, fitting) => kept.or(fitting),
         })
     }
-}
-
-/// Bits per weight, times 256: an integer for every type.
-fn bits(blocks: GgmlDType) -> usize {
-    blocks.type_size() * 8 * 256 / blocks.block_size()
 }
 
 /// The type with blocks of 32 weights that replaces one with 256.

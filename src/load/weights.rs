@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
 use super::convert::Stored;
-use super::names::Naming;
+use super::names::{Naming, Rows};
 use super::scales::Scales;
 use super::{Checkpoint, Entry, FREQUENCY_FACTORS, Layout, WeightType};
 use crate::error::{Error, Result};
@@ -69,16 +68,16 @@ impl Weights for CheckpointWeights<'_> {
         let place = self.find(name)?;
         let dear = name == self.head() || DEAR.iter().any(|dear| name.ends_with(dear));
         let blocks = match place.tensor.stored {
-            Ok(stored) => self.kept.blocks(stored, in_features, dear)?,
+            Ok(stored) => self.kept.blocks(stored, in_features, dear, &self.device)?,
             Err(_) => None, // an error, which `tensor` reports
         };
         let Some(blocks) = blocks else {
             return Linear::dense(&self.tensor(name, &[out_features, in_features])?);
         };
         let (shape, layout) = ((out_features, in_features), self.layout(&place)?);
-        let blocks = place.tensor.blocks(place.name, shape, &layout, blocks, &self.device)?;
+        let linear = place.tensor.linear(place.name, shape, &layout, blocks, &self.device)?;
         self.take(place.name, place.tensor.span(&[out_features, in_features], place.rows));
-        Linear::quantized(Arc::new(blocks))
+        Ok(linear)
     }
 
     fn embedding(&mut self, name: &str, vocab_size: usize, hidden_size: usize) -> Result<Linear> {

@@ -71,7 +71,7 @@ pub use self::weights::Weights;
 pub(crate) use self::weights::is_or_is_under;
 pub use crate::batch::Batch;
 pub(crate) use crate::batch::flat;
-pub(crate) use crate::kernels::reads_blocks;
+pub(crate) use crate::kernels::{Codebook, CodebookMatrix, reads_blocks};
 
 /// The weights of a Mistral or a Mixtral, and the forward passes over them.
 ///

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub(crate) mod experts;
+pub(crate) mod gguf;
 pub(crate) mod gradient;
 pub(crate) mod hub;
 pub(crate) mod kept;
@@ -216,6 +217,23 @@ pub(crate) fn gguf_metadata(config: &Config) -> Vec<(String, Value)> {
     metadata
 }
 
+/// Parts of the Hugging Face names, and what llama.cpp has in their place.
+pub(crate) const GGUF_NAMES: [(&str, &str); 13] = [
+    ("model.layers.", "blk."),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.up_proj", "ffn_up"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+];
+
 /// Writes a GGUF file: matrices whose rows are whole blocks as `dtype`, all else as f32. Experts are
 /// packed.
 pub(crate) fn write_gguf(
@@ -235,23 +253,8 @@ pub(crate) fn write_gguf_as_spelled(
     tensors: &BTreeMap<String, Tensor>,
     dtype: GgmlDType,
 ) -> Result {
-    let spelling = [
-        ("model.layers.", "blk."),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.down_proj", "ffn_down"),
-        ("mlp.up_proj", "ffn_up"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-    ];
     let mut quantized = Vec::new();
-    for (name, tensor) in rename(tensors, config.head_dim, &spelling)? {
+    for (name, tensor) in rename(tensors, config.head_dim, &GGUF_NAMES)? {
         let blocks = in_blocks(&name, &tensor, dtype);
         let dtype = if blocks { dtype } else { GgmlDType::F32 };
         quantized.push((name, QTensor::quantize(&tensor, dtype)?));

@@ -17,6 +17,30 @@ pub fn gguf(data: &[u8]) -> Result<()> {
     take_all(&Checkpoint::from_gguf_bytes(data)?)
 }
 
+/// `data` is a digit that chooses the part to open, from 1, and the parts of a split GGUF model, each of
+/// which starts with `GGUF`.
+///
+/// # Errors
+/// What the loaders, or the model, reject.
+pub fn split(data: &[u8]) -> Result<()> {
+    const MAGIC: &[u8] = b"GGUF";
+    let mut starts: Vec<usize> =
+        (0..data.len()).filter(|start| data[*start..].starts_with(MAGIC)).take(9).collect();
+    let count = starts.len();
+    let opened = data.first().map_or(1, |digit| digit.wrapping_sub(b'0'));
+    starts.push(data.len());
+    let name = |no: usize| format!("m-{no:05}-of-{count:05}.gguf");
+    let write = || -> IoResult<_> {
+        let folder = tempfile::tempdir()?;
+        for (no, part) in starts.windows(2).enumerate() {
+            fs::write(folder.path().join(name(no + 1)), &data[part[0]..part[1]])?;
+        }
+        Ok(folder)
+    };
+    let folder = write().map_err(|source| Error::Io { path: "temporary folder".into(), source })?;
+    take_all(&Checkpoint::open(folder.path().join(name(opened.into())))?)
+}
+
 /// `data` is a digit that chooses the layout, then the files of a folder with a zero byte after
 /// each but the last: 0 `config.json` and `model.safetensors`; 1 `params.json` and
 /// `consolidated.safetensors`; 2 `config.json`, `generation_config.json`, the index and one shard.

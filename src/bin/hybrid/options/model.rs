@@ -17,8 +17,8 @@ use crate::terminal::{self, Result};
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// A folder with safetensors, a .gguf file, or a name on the Hugging Face hub, as org/name [default: a
-    /// toy model]
+    /// A folder with safetensors, a .gguf file (of a split one any part), or a name on the Hugging Face hub, as
+    /// org/name [default: a toy model]
     ///
     /// A path that exists comes first, then the cache that transformers and `hf download` fill too; with the
     /// feature hub it is downloaded otherwise. A name may go on with @REVISION, and then with /FILE.gguf or, as

@@ -213,7 +213,11 @@ fn version_of(
         Format::TokenizerJson => {
             let path = folder.join("tekken.json");
             let Some(bytes) = read_if_present(&path)? else { return Ok(None) };
-            tekken::version(&bytes).map_err(|error| Error::malformed(&path, error))
+            Ok(tekken::version(&bytes).unwrap_or_else(|error| {
+                // Tokens come from the other file.
+                tracing::warn!(path = %path.display(), %error, "not read for a chat template");
+                None
+            }))
         }
         // Nothing tells the first version from the vocabulary of Llama.
         Format::SentencePiece if version.is_none() => {

@@ -178,7 +178,7 @@ impl Tokenizer {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use hybrid_attention::Tokenizer;
-    /// # let file = "tests/fixtures/tokenizer/sentencepiece/mistral.model";
+    /// # let file = "tests/fixtures/tokenizer/sentencepiece/v3.model";
     /// let tokenizer = Tokenizer::from_sentencepiece(&std::fs::read(file)?)?;
     /// let ids = tokenizer.encode("the cat", true)?;
     /// assert_eq!(tokenizer.decode(&ids, true), "the cat");

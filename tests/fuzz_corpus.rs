@@ -158,7 +158,7 @@ fn write_corpus(corpus: &Path) -> Result {
 fn write_vocabularies(corpus: &Path) -> Result {
     let bytes = fs::read(fixture("tokenizer/tekken/tekken.json"))?;
     let mut tekken: serde_json::Value = serde_json::from_slice(&bytes)?;
-    let few: Vec<_> = tekken["vocab"].as_array().into_iter().flatten().take(262).collect();
+    let few: Vec<_> = tekken["vocab"].as_array().into_iter().flatten().take(262).cloned().collect();
     tekken["vocab"] = few.into();
     tekken["config"]["default_vocab_size"] = (24 + 260).into();
     fs::write(corpus.join("tekken/v3"), serde_json::to_vec(&tekken)?)?;

@@ -391,7 +391,7 @@ fn bad_tekken_files_are_refused() -> Result {
         ),
         (
             "/config/default_num_special_tokens",
-            json!(1 << 40),
+            json!(1u64 << 40),
             "default_num_special_tokens: expected at most 65536, got 1099511627776",
         ),
         (

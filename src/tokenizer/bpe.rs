@@ -113,15 +113,16 @@ pub(super) fn sentencepiece(
     guard(|| model.build())
 }
 
-/// What turns the tokens of a SentencePiece vocabulary back into text. `prefix`: a space was put before it.
-pub(super) fn sentencepiece_decoder(prefix: bool) -> Result<Decoders> {
+/// What turns the tokens of a SentencePiece vocabulary back into text. `strip`: spaces that are cut from its start, at
+/// most.
+pub(super) fn sentencepiece_decoder(strip: usize) -> Result<Decoders> {
     let mut decoders: Vec<DecoderWrapper> = vec![
         Replace::new("▁", " ").map_err(failed)?.into(),
         ByteFallback::new().into(),
         Fuse::new().into(),
     ];
-    if prefix {
-        decoders.push(Strip::new(' ', 1, 0).into());
+    if strip > 0 {
+        decoders.push(Strip::new(' ', strip, 0).into());
     }
     Ok(Decoders::new(decoders))
 }

@@ -124,7 +124,15 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
                 (_, Some(false)) => Prefix::First,
                 _ => Prefix::Each,
             };
-            sentencepiece::read(&bytes, prefix)
+            sentencepiece::read(&bytes, prefix).map_err(|error| match error {
+                Error::Unsupported { what, got } => {
+                    let made = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)";
+                    let instead =
+                        format!("{got}; transformers makes a tokenizer.json of it: {made}");
+                    Error::unsupported(what, instead)
+                }
+                other => other,
+            })
         }
     };
     let Vocabulary { mut inner, around: own, version } = vocabulary.map_err(in_file)?;

@@ -84,7 +84,7 @@ fn sentencepiece(metadata: &Metadata<'_>) -> Result<Tokenizer> {
 
     let mut inner = tokenizers::Tokenizer::new(model);
     inner.with_normalizer(Some(Normalizers::new(normalizers))).map_err(failed)?;
-    inner.with_decoder(Some(bpe::sentencepiece_decoder(prefix)?));
+    inner.with_decoder(Some(bpe::sentencepiece_decoder(prefix.into())?));
     finish(metadata, inner, &tokens, ids)
 }
 

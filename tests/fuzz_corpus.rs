@@ -1,4 +1,4 @@
-//! The seeds of the fuzz targets load, and no prefix of them makes the loaders panic.
+//! The seeds of the fuzz targets load, and no prefix of them makes the loaders or readers panic.
 
 mod common;
 
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use common::gguf::GgufFile;
-use common::{Result, write_consolidated, write_gguf};
+use common::{Result, fixture, write_consolidated, write_gguf};
 use hybrid_attention::Config;
 use hybrid_attention_testing::hostile;
 
@@ -47,6 +47,19 @@ fn folder_seeds_load() -> Result {
     run_seeds(&committed().join("folder"), hostile::folder)
 }
 
+#[test]
+fn tekken_seeds_load() -> Result {
+    run_seeds(&committed().join("tekken"), hostile::tekken)
+}
+
+#[test]
+fn sentencepiece_seeds_load() -> Result {
+    run_seeds(&committed().join("sentencepiece"), hostile::sentencepiece)
+}
+
+/// The fuzz targets.
+const TARGETS: [&str; 5] = ["gguf", "split", "folder", "tekken", "sentencepiece"];
+
 /// A model of a few KB with `hidden` a multiple of the blocks it is to be stored in.
 fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
     let config = Config {
@@ -82,14 +95,16 @@ fn seeds_can_be_written_anew() -> Result {
     let temporary = tempfile::tempdir()?;
     let chosen = std::env::var_os("HYBRID_ATTENTION_CORPUS").map(PathBuf::from);
     let folder = chosen.as_deref().unwrap_or(temporary.path());
-    for target in ["gguf", "split", "folder"] {
+    for target in TARGETS {
         fs::create_dir_all(folder.join(target))?;
     }
     write_corpus(folder)?;
     run_seeds(&folder.join("gguf"), hostile::gguf)?;
     run_seeds(&folder.join("split"), hostile::split)?;
     run_seeds(&folder.join("folder"), hostile::folder)?;
-    for target in ["gguf", "split", "folder"] {
+    run_seeds(&folder.join("tekken"), hostile::tekken)?;
+    run_seeds(&folder.join("sentencepiece"), hostile::sentencepiece)?;
+    for target in TARGETS {
         let names = |corpus: &Path| -> std::io::Result<BTreeSet<_>> {
             fs::read_dir(corpus.join(target))?.map(|entry| Ok(entry?.file_name())).collect()
         };
@@ -228,6 +243,26 @@ fn write_corpus(corpus: &Path) -> Result {
         let mut seed = format!("0{config}\0").into_bytes();
         seed.extend(fs::read(&path)?);
         fs::write(corpus.join("folder").join(name), seed)?;
+    }
+    write_vocabularies(corpus)
+}
+
+/// Those of the tests, with as few tokens as there may be.
+fn write_vocabularies(corpus: &Path) -> Result {
+    let bytes = fs::read(fixture("tokenizer/tekken/tekken.json"))?;
+    let mut tekken: serde_json::Value = serde_json::from_slice(&bytes)?;
+    let few: Vec<_> = tekken["vocab"].as_array().into_iter().flatten().take(262).cloned().collect();
+    tekken["vocab"] = few.into();
+    tekken["config"]["default_vocab_size"] = (24 + 260).into();
+    fs::write(corpus.join("tekken/v3"), serde_json::to_vec(&tekken)?)?;
+    tekken["config"]["version"] = "v13".into();
+    tekken["special_tokens"] = (["<unk>", "<s>", "</s>", "[INST]", "[/INST]"].iter().enumerate())
+        .map(|(rank, token)| serde_json::json!({"rank": rank, "token_str": token}))
+        .collect();
+    fs::write(corpus.join("tekken/v13"), serde_json::to_vec(&tekken)?)?;
+    for name in ["v1", "v3", "v7", "other"] {
+        let model = fixture("tokenizer/sentencepiece").join(name).with_extension("model");
+        fs::copy(model, corpus.join("sentencepiece").join(name))?;
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
 //! What the fuzz targets do with their bytes: open them as a checkpoint, take every weight, and generate
-//! with the resulting model.
+//! with the resulting model; or open them as a vocabulary, and encode and decode with it.
 
 use std::fs;
 use std::io::Result as IoResult;
@@ -7,7 +7,9 @@ use std::io::Result as IoResult;
 use candle_core::{DType, Device};
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::Weights;
-use hybrid_attention::{Error, GenerationConfig, HybridModel, Result, Thinking};
+use hybrid_attention::{
+    Error, GenerationConfig, HybridModel, Message, Result, Thinking, Tokenizer,
+};
 
 /// `data` is a GGUF file.
 ///
@@ -71,6 +73,39 @@ pub fn folder(data: &[u8]) -> Result<()> {
     let checkpoint = Checkpoint::open(folder.path())?;
     checkpoint.generation_defaults()?;
     take_all(&checkpoint)
+}
+
+/// `data` is a `tekken.json`.
+///
+/// # Errors
+/// What the reader rejects, and texts that it cannot encode.
+pub fn tekken(data: &[u8]) -> Result<()> {
+    use_all(&Tokenizer::from_tekken(data)?)
+}
+
+/// `data` is a `tokenizer.model` by SentencePiece.
+///
+/// # Errors
+/// What the reader rejects, and texts that it cannot encode.
+pub fn sentencepiece(data: &[u8]) -> Result<()> {
+    use_all(&Tokenizer::from_sentencepiece(data)?)
+}
+
+/// Encodes texts, decodes all that comes of them, and writes a chat, if the tokenizer can.
+fn use_all(tokenizer: &Tokenizer) -> Result<()> {
+    let texts =
+        ["", " the  cat sat\n", "<s>[INST] e\u{301} \u{1f680}[/INST]</s>", "▁\0[REF]aaaaaaaaaaaa"];
+    for text in texts {
+        for id in tokenizer.encode(text, true)? {
+            assert!((id as usize) < tokenizer.vocab_size());
+            tokenizer.decode(&[id, id.wrapping_add(1)], false);
+        }
+        if tokenizer.has_chat_template() {
+            let chat = [Message::system(text), Message::user(text), Message::assistant("a")];
+            tokenizer.encode_chat(&chat, true)?;
+        }
+    }
+    Ok(())
 }
 
 /// Ends at the first weight that is missing, so a configuration that asks for a billion layers ends

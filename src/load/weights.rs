@@ -137,9 +137,8 @@ impl<'a> CheckpointWeights<'a> {
             return Err(Error::MissingWeight { name, place });
         };
         let matrix = match entry.shape.as_slice() {
-            &[rows, columns] => (rows, columns),
-            // a vector is one row
-            others => (1, others.iter().product()),
+            [rows, row @ ..] if !row.is_empty() => (*rows, row.iter().product()),
+            vector => (1, vector.iter().product()), // which is one row
         };
         let values = scale.numbers(name, &scale.shape)?;
         let block = fp8.unwrap_or_default().block;

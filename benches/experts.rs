@@ -129,7 +129,7 @@ impl Weights for Repeated {
         let WeightType::Quantized(blocks) = self.0 else {
             return Linear::dense(&rows.to_dtype(DType::BF16)?.repeat((out / drawn, 1))?);
         };
-        if input % blocks.block_size() != 0 {
+        if !input.is_multiple_of(blocks.block_size()) {
             return Linear::dense(&rows.repeat((out / drawn, 1))?);
         }
         let bytes = QTensor::quantize(&rows, blocks)?.data()?.repeat(out / drawn);

@@ -338,11 +338,11 @@ proptest! {
             let batch = Batch::ragged(&lengths)?;
             let xs = tiny::noise(seed, &[batch.tokens(), 32], 1.0)?;
             let together = tiny::logits(&model, &xs, Pass::Causal(&batch))?;
-            for sequence in 0..lengths.len() {
+            for (sequence, length) in lengths.iter().enumerate() {
                 let alone = causal(&model, &tiny::rows_of(&xs, &batch, sequence)?)?;
                 let same = tiny::rows_of(&together, &batch, sequence)?;
                 let few = |tokens: usize| tokens <= 16;
-                match few(batch.tokens()) == few(lengths[sequence]) {
+                match few(batch.tokens()) == few(*length) {
                     true => assert_identical("alone", &same, &alone)?,
                     false => assert_close("alone", &same, &alone, 1e-4)?,
                 }

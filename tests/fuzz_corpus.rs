@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use common::gguf::GgufFile;
-use common::{Result, fixture, write_consolidated, write_gguf};
-use hybrid_attention::Config;
+use common::{Result, experts, fixture, write_consolidated, write_gguf, write_hugging_face};
+use hybrid_attention::{Config, Experts};
 use hybrid_attention_testing::hostile;
 
 fn committed() -> PathBuf {
@@ -61,7 +61,7 @@ fn sentencepiece_seeds_load() -> Result {
 const TARGETS: [&str; 5] = ["gguf", "split", "folder", "tekken", "sentencepiece"];
 
 /// A model of a few KB with `hidden` a multiple of the blocks it is to be stored in.
-fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
+fn tiny(hidden: usize, experts: Option<Experts>) -> Result<(Config, BTreeMap<String, Tensor>)> {
     let config = Config {
         vocab_size: 5,
         hidden_size: hidden,
@@ -77,7 +77,7 @@ fn tiny(hidden: usize) -> Result<(Config, BTreeMap<String, Tensor>)> {
         tie_word_embeddings: true,
         rope_scaling: None,
         query_scaling: None,
-        experts: None,
+        experts,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };
@@ -132,7 +132,7 @@ fn zeros(config: &Config, block: (u32, usize, usize), count: u16) -> Result<Vec<
 }
 
 fn write_corpus(corpus: &Path) -> Result {
-    let (config, _) = tiny(32)?;
+    let (config, _) = tiny(32, None)?;
     for (name, block) in [("iq4_nl", (20, 32, 18)), ("mxfp4", (39, 32, 17))] {
         fs::write(corpus.join("gguf").join(name), zeros(&config, block, 1)?[0].bytes())?;
         for count in [2, 3] {
@@ -144,16 +144,29 @@ fn write_corpus(corpus: &Path) -> Result {
     let few = |config| Config { head_dim: 2, intermediate_size: 2, hidden_size: 256, ..config };
     let config = few(config);
     fs::write(corpus.join("gguf").join("iq4_xs"), zeros(&config, (23, 256, 136), 1)?[0].bytes())?;
-    let (config, tensors) = tiny(32)?;
+    let (config, tensors) = tiny(32, None)?;
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q5_1, GgmlDType::Q8_0] {
         let path = corpus.join("gguf").join(format!("{dtype:?}").to_lowercase());
         write_gguf(&path, &config, &tensors, dtype)?;
     }
-    let (config, tensors) = tiny(4)?;
+    let (config, tensors) = tiny(4, None)?;
     for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16] {
         let path = corpus.join("gguf").join(format!("{dtype:?}").to_lowercase());
         write_gguf(&path, &config, &tensors, dtype)?;
     }
+
+    let mixture = Experts { num_local_experts: 2, num_experts_per_tok: 1 };
+    let (of_experts, packed) = tiny(32, Some(mixture.clone()))?;
+    write_gguf(&corpus.join("gguf/experts"), &of_experts, &packed, GgmlDType::Q8_0)?;
+    let (of_experts, packed) = tiny(4, Some(mixture))?;
+    let folder = tempfile::tempdir()?;
+    let packed = experts::pack(&of_experts, &packed)?;
+    write_hugging_face(folder.path(), &of_experts, &packed)?;
+    let mut seed = b"0".to_vec();
+    seed.extend(fs::read(folder.path().join("config.json"))?);
+    seed.push(0);
+    seed.extend(fs::read(folder.path().join("model.safetensors"))?);
+    fs::write(corpus.join("folder/experts"), seed)?;
 
     let folder = tempfile::tempdir()?;
     write_consolidated(folder.path(), &config, &tensors)?;

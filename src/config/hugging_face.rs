@@ -39,7 +39,7 @@ impl Config {
     /// Llama's file, and a scaling of queries in any but a Ministral 3's, are ignored with a warning, as
     /// `transformers` ignores them.
     ///
-    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`]. With `dynamic` and `yarn`,
+    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`](super::RopeScaling). With `dynamic` and `yarn`,
     /// `max_position_embeddings` is at least the scaled length. A `quantization_config` may say that weights
     /// are FP8 (`fp8`, or `compressed-tensors` of format `float-quantized`).
     ///

@@ -42,7 +42,8 @@ impl Config {
     /// warning. A window in a Llama's file, experts in that of anything but a Mixtral, and a scaling of queries
     /// in any but a Ministral 3's, are ignored with a warning, as `transformers` ignores them.
     ///
-    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`](crate::RopeScaling). With `dynamic` and `yarn`,
+    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`](super::RopeScaling). With
+    /// `dynamic` and `yarn`,
     /// `max_position_embeddings` is at least the scaled length. A `quantization_config` may say that weights
     /// are FP8 (`fp8`, or `compressed-tensors` of format `float-quantized`).
     ///

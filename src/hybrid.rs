@@ -99,8 +99,8 @@ impl HybridModel {
     }
 
     /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its
-    /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
-    /// `tokenizer_config.json` and `generation_config.json` where there are any.
+    /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; the tokenizer in any of the
+    /// formats of [`Tokenizer::from_folder`], `tokenizer_config.json` and `generation_config.json` where there are any.
     ///
     /// `weights` is the type to keep them in: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to
     /// quantise them to while loading, or [`WeightType::Stored`]. On the CPU everything is computed in

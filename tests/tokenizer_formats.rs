@@ -238,7 +238,8 @@ fn a_template_is_chosen_by_what_the_folder_says() -> Result {
         [br#"{"model_type": "mistral"}"#, br#"{"model_type": "llama"}"#];
     let named = br#"{"bos_token": "<s>"}"#;
     let (spaced, plain) = ("<s>[INST] x [/INST]", "<s>[INST]x[/INST]");
-    let cases: [(&[(&str, &[u8])], Option<&str>); 11] = [
+    type Files<'f> = &'f [(&'f str, &'f [u8])];
+    let cases: [(Files<'_>, Option<&str>); 11] = [
         (&[("tokenizer.model", &v3)], Some(plain)),
         (&[("tokenizer.model", &v1)], None),
         (&[("tokenizer.model", &v1), ("config.json", llama)], None),

@@ -39,6 +39,20 @@ fn repository(golden: &Golden, files: &[&str]) -> Result<tempfile::TempDir> {
     Ok(cache)
 }
 
+/// Where a path was meant to be a name, it is said who takes names.
+#[test]
+fn a_name_in_the_place_of_a_path_is_pointed_on() -> Result {
+    let error = |path: &str| -> Result<String> {
+        let opened = HybridModel::from_folder(path, None, &Device::Cpu);
+        Ok(opened.err().ok_or("opened")?.to_string())
+    };
+    assert!(error("org/no-such-model")?.contains("HybridModel::from_pretrained"));
+    for path in ["no-such-model", "/org/no-such-model", "a/b/c"] {
+        assert!(!error(path)?.contains("from_pretrained"), "{path}");
+    }
+    Ok(())
+}
+
 #[test]
 #[cfg(unix)] // its paths are
 fn the_cache_is_where_huggingface_hub_has_it() -> Result {

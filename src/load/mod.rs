@@ -137,7 +137,8 @@ impl Checkpoint {
     }
 
     fn open_by(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+        let metadata =
+            std::fs::metadata(path).map_err(|error| Error::io(path)(or_a_name(path, error)))?;
         if metadata.is_dir() {
             return Self::open_folder(path, into_memory);
         }
@@ -331,6 +332,18 @@ impl TensorFile {
         let as_f32 = |_| DType::F32;
         entry.tensor(name, shape, &Layout::default(), as_f32, device)
     }
+}
+
+/// What the system says of a path, and if that is not there but may be the name of a model, who takes names.
+fn or_a_name(path: &Path, error: std::io::Error) -> std::io::Error {
+    let is_name = path.is_relative() && path.components().count() == 2;
+    if error.kind() != ErrorKind::NotFound || !is_name {
+        return error;
+    }
+    let message = format!(
+        "{error}; HybridModel::from_pretrained takes the name of a model on the Hugging Face hub"
+    );
+    std::io::Error::new(ErrorKind::NotFound, message)
 }
 
 /// A text of a checkpoint, of at most so many bytes: a file may claim more than were ever written.

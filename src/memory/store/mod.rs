@@ -146,6 +146,44 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn page(&self, after: Option<NoteId>, most: usize) -> Result<Vec<Record>>;
 }
 
+impl Store for Box<dyn Store> {
+    fn place(&self) -> String {
+        (**self).place()
+    }
+
+    fn manifest(&self) -> Result<Option<String>> {
+        (**self).manifest()
+    }
+
+    fn claim(&self, manifest: &str) -> Result<String> {
+        (**self).claim(manifest)
+    }
+
+    fn put(&self, records: &[Record]) -> Result<()> {
+        (**self).put(records)
+    }
+
+    fn get(&self, id: NoteId) -> Result<Option<Record>> {
+        (**self).get(id)
+    }
+
+    fn remove(&self, id: NoteId) -> Result<bool> {
+        (**self).remove(id)
+    }
+
+    fn nearest(&self, search: &Search) -> Result<Vec<Hit>> {
+        (**self).nearest(search)
+    }
+
+    fn len(&self) -> Result<usize> {
+        (**self).len()
+    }
+
+    fn page(&self, after: Option<NoteId>, most: usize) -> Result<Vec<Record>> {
+        (**self).page(after, most)
+    }
+}
+
 /// Refuses records without vectors, and vectors that are of no use.
 fn check(records: &[Record], width: Option<usize>) -> Result<()> {
     let mut width = width;

@@ -269,6 +269,12 @@ impl Batch {
         (Self { sequences: cut.collect() }, from..to)
     }
 
+    /// The positions that each sequence reaches: one more than its last.
+    pub(crate) fn ends(&self) -> Vec<usize> {
+        let end = |this: &Sequence| this.first.saturating_add(this.rows.len());
+        self.sequences.iter().map(end).collect()
+    }
+
     /// Refuses a stream that does not have one row for each token.
     ///
     /// # Errors

@@ -27,6 +27,71 @@ pub enum Error {
         message: String,
     },
 
+    /// A model of the Hugging Face hub is not on this machine.
+    #[error("{model} is neither a file or folder here nor in the cache, {}: {hint}", looked_in.display())]
+    NotCached {
+        /// The model, as in `org/name`.
+        model: String,
+        /// The folder that would hold it.
+        looked_in: PathBuf,
+        /// How to get it.
+        hint: String,
+    },
+
+    /// The cache holds a part of a model of the Hugging Face hub.
+    #[error("{}: the download of {model} is incomplete, {missing} is missing: {hint}", snapshot.display())]
+    IncompleteDownload {
+        /// The model, as in `org/name`.
+        model: String,
+        /// The folder that holds the rest.
+        snapshot: PathBuf,
+        /// A file that it lacks, or what kind of file.
+        missing: String,
+        /// How to complete it.
+        hint: String,
+    },
+
+    /// The hub did not answer, or its answers broke off again and again. What has arrived is kept, and the
+    /// next download goes on from there.
+    #[error("{url}: {message}; what has arrived is kept for the next try")]
+    Unreachable {
+        /// What was asked for.
+        url: String,
+        /// What happened at the last try.
+        message: String,
+    },
+
+    /// The hub does not give out what it was asked for.
+    #[error("{url}: {message} (HTTP {status})")]
+    Refused {
+        /// What was asked for.
+        url: String,
+        /// 401 and 403 of models that need a token or a permission, 404 of what does not exist.
+        status: u16,
+        /// What to do about it.
+        message: String,
+    },
+
+    /// An answer of the hub is not what its protocol promises.
+    #[error("{url}: {message}")]
+    BadAnswer {
+        /// What was asked for.
+        url: String,
+        /// What is wrong with the answer.
+        message: String,
+    },
+
+    /// What was downloaded is not what the hub announced. It was thrown away.
+    #[error("{url}: expected content with the checksum {expected}, got {got}; it was thrown away")]
+    Checksum {
+        /// What was asked for.
+        url: String,
+        /// The checksum announced: SHA-256, or SHA-1 as git counts it.
+        expected: String,
+        /// The checksum of what came.
+        got: String,
+    },
+
     /// A field of a configuration has an impossible value.
     #[error("config field {field}: expected {expected}, got {got}")]
     Config {

@@ -8,11 +8,12 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
-use crate::embed::{self, EmbedConfig, EmbedDefaults, Embedder};
+use crate::embed::{self, EmbedConfig, EmbedDefaults, Vectors};
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
+use crate::hub::Pretrained;
 use crate::load::{Checkpoint, WeightType};
 use crate::model::{Pass, Sight, Transformer};
 use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
@@ -74,9 +75,32 @@ impl HybridModel {
         Self::from_checkpoint(&Checkpoint::read(path)?, weights, device, |_, _| ())
     }
 
+    /// Loads a model of the Hugging Face hub by its name, `org/name`: from the cache that transformers and
+    /// `hf download` fill too, and with the feature `hub` from the hub, if it is not there. A path that
+    /// exists is opened as it is. See [`hub`](crate::hub) for names with a revision or a GGUF file, and
+    /// [`Pretrained`] for tokens, mirrors and progress.
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use hybrid_attention::HybridModel;
+    ///
+    /// let model = HybridModel::from_pretrained("mistralai/Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Pretrained::fetch`] and [`HybridModel::from_folder`].
+    pub fn from_pretrained(
+        model: impl Into<Pretrained>,
+        weights: impl Into<WeightType>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::open(model.into().fetch(|_| ())?, weights, device)
+    }
+
     /// Loads a folder as it is downloaded from a hub: `config.json` with `model.safetensors` or its
-    /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; `tokenizer.json`,
-    /// `tokenizer_config.json` and `generation_config.json` where there are any.
+    /// shards, or Mistral's own `params.json` with `consolidated.safetensors`; the tokenizer in any of the
+    /// formats of [`Tokenizer::from_folder`], `tokenizer_config.json` and `generation_config.json` where there are any.
     ///
     /// `weights` is the type to keep them in: a `DType` (`F32`, `BF16` or `F16`), a `GgmlDType` to
     /// quantise them to while loading, or [`WeightType::Stored`]. On the CPU everything is computed in
@@ -109,7 +133,8 @@ impl HybridModel {
 
     /// Loads a GGUF file, its tokenizer and its chat template; for `NAME.gguf` without a template that is
     /// `NAME.jinja` or `chat_template.jinja` beside it. With [`WeightType::Stored`], quantised
-    /// weights stay quantised.
+    /// weights stay quantised. A model that is split, into `NAME-00001-of-00003.gguf` and so on, is loaded
+    /// by any of its parts.
     ///
     /// The files must not be cut short or overwritten while they are loaded: see
     /// [`open`](Self::open), and [`read`](Self::read) where that cannot be ruled out.
@@ -180,7 +205,7 @@ impl HybridModel {
         // What is cheap and may fail comes before the weights.
         let tokenizer = match checkpoint.gguf_metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata).and_then(|tokenizer| {
-                tokenizer.map(|it| it.with_template_beside(checkpoint.path())).transpose()
+                tokenizer.map(|it| it.with_template_beside(&checkpoint.unsplit_path())).transpose()
             }),
             None => Tokenizer::from_folder(checkpoint.path()),
         };
@@ -196,7 +221,7 @@ impl HybridModel {
             }
             tokenizer => (tokenizer?, None),
         };
-        let embed = match checkpoint.gguf_metadata() {
+        let mut embed = match checkpoint.gguf_metadata() {
             Some(_) => EmbedDefaults::default(),
             None => embed::sentence_transformers(checkpoint.path())?,
         };
@@ -235,21 +260,23 @@ impl HybridModel {
             Error::malformed(checkpoint.path().join("generation_config.json"), error)
         })?;
 
-        let (thinking_file, thinking) = match checkpoint.hybrid_json()? {
-            Some((path, text)) => (path, Thinking::from_json(&text)),
-            None => (PathBuf::new(), Ok(Thinking::none())),
+        let (own_file, own) = match checkpoint.hybrid_json()? {
+            Some((path, text)) => (path, own_settings(&text)),
+            None => (PathBuf::new(), Ok((Thinking::none(), EmbedConfig::default()))),
         };
         let malformed = |error| match error {
-            Error::Malformed { message, .. } => Error::malformed(&thinking_file, message),
-            other => Error::malformed(&thinking_file, other),
+            Error::Malformed { message, .. } => Error::malformed(&own_file, message),
+            other => Error::malformed(&own_file, other),
         };
-        let thinking = thinking.map_err(malformed)?;
-        thinking.check_as_default().map_err(malformed)?;
+        let (thinking, own_embed) = own.map_err(malformed)?;
 
         let mut weights = checkpoint.weights(weights, device).on_progress(progress);
         let model = ThoughtModel::new(checkpoint.config(), &mut weights)?;
         weights.finish()?;
-        thinking.on(&model).map_err(malformed)?;
+        for thinking in std::iter::once(&thinking).chain(&own_embed.thinking) {
+            thinking.on(&model).map_err(malformed)?;
+        }
+        embed.or_own(own_embed);
 
         Ok(Self::new(model, tokenizer)?.with(|source| {
             source.defaults = defaults;
@@ -535,7 +562,23 @@ impl HybridModel {
     /// range; [`Error::Unsupported`] where the checkpoint's sentence-transformers files ask for what this
     /// crate does not compute and `config` names no pooling.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
-        let Source { model, embed, .. } = &*self.source;
-        Embedder::new(model, self.source.tokenizer()?, embed, config)?.embed(texts)
+        self.embed_many(texts, config)?.collect_all()
     }
+
+    /// The vectors of many texts, each as soon as it is computed, so that all of them need not fit in memory: see
+    /// [`Vectors`]. For no texts at all there are none.
+    ///
+    /// # Errors
+    /// As [`embed`](Self::embed); what is wrong with a text shows here, before anything is computed.
+    pub fn embed_many<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Vectors> {
+        let Source { model, embed, .. } = &*self.source;
+        Vectors::new(model, self.source.tokenizer()?, embed, config, texts)
+    }
+}
+
+/// What a `hybrid.json` says of answers, and of embedding.
+fn own_settings(text: &str) -> Result<(Thinking, EmbedConfig)> {
+    let thinking = Thinking::from_json(text)?;
+    thinking.check_as_default()?;
+    Ok((thinking, EmbedConfig::from_hybrid_json(text)?))
 }

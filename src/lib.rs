@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod adapter;
+mod apart;
 mod batch;
 mod cancel;
 mod config;
@@ -8,6 +9,7 @@ mod embed;
 mod error;
 pub mod evaluate;
 pub mod generate;
+pub mod hub;
 mod hybrid;
 mod kernels;
 mod likelihood;
@@ -25,7 +27,7 @@ pub use candle_core;
 pub use adapter::{Adapter, AdapterConfig, AdapterScope};
 pub use cancel::Cancel;
 pub use config::{Config, Experts, QueryScaling, RopeScaling};
-pub use embed::EmbedConfig;
+pub use embed::{EmbedConfig, Vectors};
 pub use error::{Error, Result};
 pub use generate::{
     Answer, Answers, Conversation, GenerationConfig, Progress, Prompt, StopReason, Token,

@@ -39,6 +39,7 @@
 //! # }
 //! ```
 
+mod export;
 mod halting;
 mod hand_off;
 mod measure;
@@ -60,6 +61,7 @@ use crate::error::{Error, Result};
 use crate::model::{Batch, ForwardContext, Pass, Transformer, flat};
 use crate::refine::{Seq, Step, Thinks};
 
+pub use self::export::Origin;
 pub use self::halting::Halt;
 pub use self::hand_off::Entry;
 pub use self::model::ThoughtModel;
@@ -120,6 +122,8 @@ pub struct Thoughts {
     pub first: Tensor,
     /// What each pass did.
     pub trace: Trace,
+    /// How they came about; `None` for thoughts that are put together by hand.
+    pub origin: Option<Origin>,
 }
 
 /// The verbs of the method, for one [`Thinking`] on one [`ThoughtModel`].
@@ -229,7 +233,7 @@ impl ThoughtLoop {
         if passes > 0 {
             progress(trace.passes.len(), passes);
         }
-        Ok(Thoughts { z, first, trace })
+        Ok(Thoughts { z, first, trace, origin: Some(Origin::new(self, text)) })
     }
 
     /// [`think_once`](Self::think_once) without the plain tokens after all context of their sequence,

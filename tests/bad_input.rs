@@ -8,6 +8,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use common::Result;
+use common::gguf::{GgufFile, key, string, tensor};
 use half::f16;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::Weights;
@@ -378,7 +379,7 @@ fn weights_missing_or_misshapen() -> Result {
         edited_tensors(|tensors| drop(tensors.insert(Q_PROJ.into(), Stored::f32(&[2, 8]))))?,
         format!("weight {Q_PROJ} in model.safetensors: expected shape [4, 4], got [2, 8]")
     );
-    for (dtype, size) in [("I64", 8), ("F8_E4M3", 1), ("BOOL", 1), ("U8", 1)] {
+    for (dtype, size) in [("I64", 8), ("F8_E5M2", 1), ("BOOL", 1), ("U8", 1)] {
         let stored = Stored { dtype, shape: vec![4, 4], bytes: vec![0; 16 * size] };
         assert_eq!(
             edited(|model| drop(model.tensors.insert(EMBED.into(), stored)))?,
@@ -497,33 +498,6 @@ fn names_are_those_of_the_file() -> Result {
     Ok(())
 }
 
-/// A GGUF file, written byte by byte so that any of it can be wrong.
-#[derive(Clone)]
-struct GgufFile {
-    start: Vec<u8>,
-    keys: Vec<Vec<u8>>,
-    tensors: Vec<Vec<u8>>,
-    data: Vec<u8>,
-}
-
-fn string(text: &str) -> Vec<u8> {
-    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-}
-
-fn key(name: &str, kind: u32, value: &[u8]) -> Vec<u8> {
-    [&string(name), &kind.to_le_bytes()[..], value].concat()
-}
-
-/// A row of the tensor directory; `dims` fastest first, as in the file.
-fn tensor(name: &str, dims: &[u64], kind: u32, offset: u64) -> Vec<u8> {
-    let mut row = string(name);
-    row.extend((dims.len() as u32).to_le_bytes());
-    row.extend(dims.iter().flat_map(|dim| dim.to_le_bytes()));
-    row.extend(kind.to_le_bytes());
-    row.extend(offset.to_le_bytes());
-    row
-}
-
 /// A whole model of the shape of [`model`], with a head of its own.
 fn gguf() -> GgufFile {
     let mut keys = vec![key("general.architecture", 8, &string("llama"))];
@@ -559,20 +533,7 @@ fn gguf() -> GgufFile {
         data.extend(std::iter::repeat_n(0.5f32.to_le_bytes(), len).flatten());
         data.resize(data.len().next_multiple_of(32), 0);
     }
-    GgufFile { start: [&b"GGUF"[..], &3u32.to_le_bytes()].concat(), keys, tensors, data }
-}
-
-impl GgufFile {
-    fn bytes(&self) -> Vec<u8> {
-        let mut file = self.start.clone();
-        file.extend((self.tensors.len() as u64).to_le_bytes());
-        file.extend((self.keys.len() as u64).to_le_bytes());
-        file.extend(self.keys.concat());
-        file.extend(self.tensors.concat());
-        file.resize(file.len().next_multiple_of(32), 0);
-        file.extend(&self.data);
-        file
-    }
+    GgufFile { keys, tensors, data, ..GgufFile::default() }
 }
 
 fn gguf_refusal(bytes: &[u8]) -> Result<String> {
@@ -688,7 +649,7 @@ fn gguf_keys() -> Result {
     );
     assert_eq!(
         gguf_edited(|file| file.keys.push(key("split.count", 2, &2u16.to_le_bytes())))?,
-        "unsupported GGUF: a model split into 2 files"
+        "model.gguf: a part of 2, but split.no does not say which"
     );
     // not all tokens of real vocabularies are UTF-8
     let token = [&1u64.to_le_bytes()[..], b"\xff"].concat();
@@ -703,11 +664,11 @@ fn gguf_tensors() -> Result {
         (tensor(name, &[4, 4], 0, 32), "the tensors token_embd.weight and output.weight overlap"),
         (
             tensor(name, &[4, 4], 16, 0),
-            "output.weight: ggml type 16 (IQ2_XXS) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K",
+            "output.weight: ggml type 16 (IQ2_XXS) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4",
         ),
         (
             tensor(name, &[4, 4], 4, 0),
-            "output.weight: ggml type 4 (unknown) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K",
+            "output.weight: ggml type 4 (Q4_2) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4",
         ),
         (
             tensor(name, &[4, 4], 2, 0),
@@ -716,6 +677,14 @@ fn gguf_tensors() -> Result {
         (
             tensor(name, &[128, 2], 12, 0),
             "output.weight: rows of shape [2, 128] are not whole Q4K blocks of 256",
+        ),
+        (
+            tensor(name, &[128, 2], 23, 0),
+            "output.weight: rows of shape [2, 128] are not whole IQ4_XS blocks of 256",
+        ),
+        (
+            tensor(name, &[1 << 30, 1 << 10], 39, 0),
+            "output.weight: MXFP4 [1024, 1073741824] reaches beyond the end of the file",
         ),
         (
             tensor(name, &[1 << 40, 1 << 40], 0, 0),
@@ -756,13 +725,28 @@ fn gguf_weights() -> Result {
         let used = "belongs to the model but is not used";
         assert_eq!(extra(name)?, format!("weight {name} in model.gguf {used}: {reason}"));
     }
-    assert_eq!(extra("rope_freqs.weight")?, "unsupported rope scaling: rope_freqs.weight");
-    let ones = gguf_edited(|file| {
-        file.tensors.push(tensor("rope_freqs.weight", &[2], 0, file.data.len() as u64));
-        file.data.extend([1f32, 1.0].map(f32::to_le_bytes).concat());
-        file.data.resize(file.data.len() + 24, 0);
-    })?;
-    assert_eq!(ones, "accepted");
+    assert_eq!(
+        extra("rope_freqs.weight")?,
+        "weight rope_freqs.weight in model.gguf: expected shape [1], got [4]"
+    );
+    let factor = |name: &str, factor: f32| {
+        gguf_edited(|file| {
+            file.tensors.push(tensor(name, &[1], 0, file.data.len() as u64));
+            file.data.extend(factor.to_le_bytes());
+            file.data.resize(file.data.len() + 28, 0);
+        })
+    };
+    assert_eq!(factor("rope_freqs.weight", 1.0)?, "accepted");
+    assert_eq!(factor("rope_freqs.weight", 8.0)?, "accepted");
+    assert_eq!(
+        factor("rope_freqs.weight", 0.0)?,
+        "config field rope_scaling.factors: expected 0.001 to 1000000, got 0"
+    );
+    assert_eq!(
+        factor("rope_factors_long.weight", 8.0)?,
+        "unsupported rope scaling: rope_factors_long.weight"
+    );
+    assert_eq!(factor("rope_factors_long.weight", 1.0)?, "accepted");
     assert_eq!(extra("cls.weight")?, "accepted");
     assert_eq!(
         gguf_edited(|file| drop(file.tensors.remove(2)))?,

@@ -244,6 +244,15 @@ fn generation_defaults_that_nothing_uses_are_passed_over() -> Result {
     Ok(())
 }
 
+/// `ffn_up` of the first layer is in `IQ4_NL`; llama.cpp answers so.
+#[test]
+fn blocks_with_a_codebook_are_read() -> Result {
+    let model = load(&fixture("cases/iq4_nl.gguf"))?;
+    let config = GenerationConfig::default().max_tokens(4).temperature(0.0);
+    assert_eq!(model.generate(PROMPT, &config)?.ids, [305, 299, 145, 333]);
+    Ok(())
+}
+
 #[test]
 fn a_tokenizer_of_another_kind_keeps_no_ids_from_being_answered() -> Result {
     let path = fixture("cases/deepseek_llm.gguf");

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
 use common::{Result, gguf_metadata, logged};
-use hybrid_attention::Config;
+use hybrid_attention::{Config, Experts};
 use serde_json::json;
 
 fn mistral_7b_v01() -> Config {
@@ -26,7 +26,6 @@ fn mistral_7b_v01() -> Config {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     }
@@ -186,7 +185,6 @@ fn defaults_of_transformers() -> Result {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
     };
@@ -251,6 +249,104 @@ fn the_window_of_a_llama_is_ignored_with_a_warning() -> Result {
         Ok(())
     })?;
     assert_eq!(events, ["WARN message=a llama has no sliding window: ignored sliding_window=4096"]);
+    Ok(())
+}
+
+/// Mixtral 8x7B v0.1, as it is published in each format; without what has defaults, it is the same.
+#[test]
+fn mixtral() -> Result {
+    let expected = Config {
+        rope_theta: 1e6,
+        sliding_window: None,
+        experts: Some(Experts { num_local_experts: 8, num_experts_per_tok: 2 }),
+        ..mistral_7b_v01()
+    };
+    let published = r#"{"architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": false, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true,
+        "vocab_size": 32000}"#;
+    assert_eq!(Config::from_json(published)?, expected);
+    let sizes = r#"{"architectures": ["MixtralModel"], "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 32768}"#;
+    assert_eq!(Config::from_json(sizes)?, expected);
+
+    let params = r#"{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32,
+        "n_kv_heads": 8, "norm_eps": 1e-05, "vocab_size": 32000,
+        "moe": {"num_experts_per_tok": 2, "num_experts": 8}}"#;
+    assert_eq!(Config::from_params_json(params)?, expected);
+
+    let mut metadata: HashMap<_, _> = gguf_metadata(&expected).into_iter().collect();
+    let expected = Config { rms_norm_eps: f64::from(1e-5f32), ..expected };
+    assert_eq!(Config::from_gguf(&metadata)?, expected);
+    metadata.insert("llama.expert_used_count".into(), Value::U32(9));
+    assert_eq!(
+        refusal(Config::from_gguf(&metadata)),
+        "config field llama.expert_used_count: expected 1 to 8, the experts that there are, got 9"
+    );
+    for (field, value, expected) in [
+        ("num_local_experts", 0, "num_local_experts: expected 1 to 2147483647, got 0"),
+        (
+            "num_experts_per_tok",
+            0,
+            "num_experts_per_tok: expected 1 to 8, the experts that there are, got 0",
+        ),
+        (
+            "num_experts_per_tok",
+            9,
+            "num_experts_per_tok: expected 1 to 8, the experts that there are, got 9",
+        ),
+    ] {
+        let mut file: serde_json::Value = serde_json::from_str(published)?;
+        file[field] = json!(value);
+        assert_eq!(
+            refusal(Config::from_json(&file.to_string())),
+            format!("config field {expected}")
+        );
+    }
+    Ok(())
+}
+
+/// Each weight has a name, and as many as there are experts.
+#[test]
+fn weights_of_a_mixture() {
+    let config = Config {
+        num_hidden_layers: 1,
+        experts: Some(Experts { num_local_experts: 3, num_experts_per_tok: 2 }),
+        ..mistral_7b_v01()
+    };
+    let weights: HashMap<_, _> = config.weights().collect();
+    assert_eq!(weights.len(), 2 + 6 + 1 + 3 * 3 + 1);
+    let shape = |name: &str| {
+        weights.get(&format!("model.layers.0.block_sparse_moe.{name}.weight")).cloned()
+    };
+    assert_eq!(shape("gate"), Some(vec![3, 4096]));
+    for expert in 0..3 {
+        for matrix in ["w1", "w3"] {
+            assert_eq!(shape(&format!("experts.{expert}.{matrix}")), Some(vec![14336, 4096]));
+        }
+        assert_eq!(shape(&format!("experts.{expert}.w2")), Some(vec![4096, 14336]));
+    }
+}
+
+#[test]
+fn experts_of_anything_but_a_mixtral_are_ignored_with_a_warning() -> Result {
+    let text = edited(&[("num_local_experts", json!(8)), ("num_experts_per_tok", json!(2))])?;
+    let events = logged(|| {
+        assert_eq!(Config::from_json(&text)?.experts, None);
+        Ok(())
+    })?;
+    assert_eq!(
+        events,
+        ["WARN message=only a mixtral has experts: ignored num_local_experts=\"8\""]
+    );
+    let text = edited(&[("num_local_experts", json!(null))])?;
+    assert!(logged(|| Ok(drop(Config::from_json(&text)?)))?.is_empty());
     Ok(())
 }
 
@@ -330,20 +426,56 @@ fn refused_in_config_json() -> Result {
         json!(kinds)
     };
     for (field, value, expected) in [
-        ("model_type", json!("mixtral"), "unsupported model_type: mixtral"),
-        ("model_type", json!("mistral3"), "unsupported model_type: mistral3"),
+        ("model_type", json!("mistral4"), "unsupported model_type: mistral4"),
+        (
+            "model_type",
+            json!("mistral3"),
+            "config field text_config: expected an object, got nothing",
+        ),
         ("model_type", json!("qwen2"), "unsupported model_type: qwen2"),
         ("model_type", json!(7), "config field model_type: expected a string, got 7"),
-        ("num_local_experts", json!(8), "unsupported num_local_experts: 8"),
+        ("rope_scaling", json!({"rope_type": "longrope"}), "unsupported rope scaling: longrope"),
+        ("rope_scaling", json!({"rope_type": "su"}), "unsupported rope scaling: su"),
         (
             "rope_scaling",
-            json!({"rope_type": "yarn", "factor": 4}),
-            "unsupported rope scaling: yarn",
+            json!({"type": "linear"}),
+            "config field rope_scaling.factor: expected a number, got nothing",
         ),
-        ("rope_scaling", json!({"type": "linear"}), "unsupported rope scaling: linear"),
-        ("rope_scaling", json!({"type": "dynamic"}), "unsupported rope scaling: dynamic"),
-        ("rope_scaling", json!({"rope_type": "longrope"}), "unsupported rope scaling: longrope"),
-        ("rope_parameters", json!({"rope_type": "llama3"}), "unsupported rope scaling: llama3"),
+        (
+            "rope_scaling",
+            json!({"type": "linear", "factor": 0.5}),
+            "config field rope_scaling.factor: expected 1 to 1000000, got 0.5",
+        ),
+        (
+            "rope_scaling",
+            json!({"type": "dynamic", "factor": "4"}),
+            r#"config field factor: expected a number, got "4""#,
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "llama3", "factor": 8}),
+            "config field rope_parameters.low_freq_factor: expected a number, got nothing",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}),
+            "config field rope_scaling.high_freq_factor: expected more than low_freq_factor, 4, got 4",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4, "beta_fast": -1}),
+            "config field rope_scaling.beta_fast: expected above 0, at most 1000000, got -1",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4, "rope_theta": 1}),
+            "config field rope_theta: expected more than 1, for yarn, got 1",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
+            "config field rope_scaling.original_max_position_embeddings: expected 1 to 2147483647, got 0",
+        ),
         (
             "rope_parameters",
             json!({"full_attention": {"rope_type": "default"}}),
@@ -366,6 +498,22 @@ fn refused_in_config_json() -> Result {
             "quantization_config",
             json!({"quant_method": "gptq", "bits": 4}),
             "unsupported quantization_config: gptq",
+        ),
+        (
+            "quantization_config",
+            json!({"quant_method": "fp8", "weight_block_size": [128]}),
+            "config field weight_block_size: expected two sizes above 0, got [128]",
+        ),
+        (
+            "quantization_config",
+            json!({"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+            "unsupported compressed-tensors: pack-quantized",
+        ),
+        (
+            "quantization_config",
+            json!({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups":
+                {"group_0": {"weights": {"num_bits": 4, "type": "float"}}}}),
+            r#"unsupported compressed-tensors: group_0.weights: {"num_bits":4,"type":"float"}"#,
         ),
         ("partial_rotary_factor", json!(0.5), "unsupported partial_rotary_factor: 0.5"),
         (
@@ -511,7 +659,10 @@ fn refused_in_config_json() -> Result {
         edited(&[("model_type", json!("absent")), ("architectures", json!(["Phi3ForCausalLM"]))])?;
     assert_eq!(refusal(Config::from_json(&text)), "unsupported architecture: Phi3ForCausalLM");
     for (text, expected) in [
-        ("{}", "config field model_type: expected mistral or llama, got nothing"),
+        (
+            "{}",
+            "config field model_type: expected mistral, mixtral, ministral3 or llama, got nothing",
+        ),
         ("[1]", "config.json: expected a JSON object, got [1]"),
         ("", "config.json: not JSON: EOF while parsing a value at line 1 column 0"),
         (r#"{"rope_theta": NaN}"#, "config.json: not JSON: expected value at line 1 column 16"),
@@ -526,15 +677,48 @@ fn refused_in_params_json() -> Result {
     let file = json!({"dim": 64, "n_layers": 2, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2,
         "norm_eps": 1e-5, "vocab_size": 32});
     for (field, value, expected) in [
-        ("moe", json!({"num_experts": 8}), r#"unsupported moe: {"num_experts":8}"#),
+        ("moe", json!(8), "config field moe: expected an object, got 8"),
+        (
+            "moe",
+            json!({"num_experts": 8}),
+            "config field moe.num_experts_per_tok: expected a non-negative integer, got nothing",
+        ),
+        (
+            "moe",
+            json!({"num_experts": 0, "num_experts_per_tok": 0}),
+            "config field moe.num_experts: expected 1 to 2147483647, got 0",
+        ),
+        (
+            "moe",
+            json!({"num_experts": 8, "num_experts_per_tok": 9}),
+            "config field moe.num_experts_per_tok: expected 1 to 8, the experts that there are, got 9",
+        ),
+        (
+            "moe",
+            json!({"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}),
+            "unsupported moe.num_shared_experts: 1",
+        ),
         ("num_experts", json!(8), "unsupported num_experts: 8"),
-        ("yarn", json!({"factor": 4}), r#"unsupported yarn: {"factor":4}"#),
+        (
+            "yarn",
+            json!({"factor": 4}),
+            "config field yarn.original_max_position_embeddings: expected a number, got nothing",
+        ),
+        (
+            "llama_4_scaling",
+            json!({"original_max_position_embeddings": 4}),
+            "config field llama_4_scaling.beta: expected a number, got nothing",
+        ),
+        (
+            "llama_4_scaling",
+            json!({"original_max_position_embeddings": 4, "beta": -0.1}),
+            "config field llama_4_scaling.beta: expected 0 to 1000, got -0.1",
+        ),
         (
             "quantization",
-            json!({"qformat_weight": "fp8_e4m3"}),
-            r#"unsupported quantization: {"qformat_weight":"fp8_e4m3"}"#,
+            json!({"qformat_weight": "int4"}),
+            r#"unsupported quantization: {"qformat_weight":"int4"}"#,
         ),
-        ("vision_encoder", json!({}), "unsupported vision_encoder: {}"),
         ("lora", json!({"rank": 8}), r#"unsupported lora: {"rank":8}"#),
         ("dim", json!(0), "config field dim: expected 1 to 2147483647, got 0"),
         (
@@ -580,9 +764,17 @@ fn refused_in_gguf_metadata() -> Result {
             number(1),
             "config field general.architecture: expected a string, got U32(1)",
         ),
-        ("llama.expert_count", number(8), "unsupported llama.expert_count: 8"),
-        ("llama.rope.scaling.type", text("yarn"), "unsupported rope scaling: yarn"),
-        ("llama.rope.scale_linear", Some(Value::F32(4.0)), "unsupported rope scaling: linear"),
+        (
+            "llama.expert_count",
+            number(8),
+            "config field llama.expert_used_count: expected a non-negative integer, got nothing",
+        ),
+        ("llama.rope.scaling.type", text("longrope"), "unsupported rope scaling: longrope"),
+        (
+            "llama.rope.scale_linear",
+            Some(Value::F32(0.5)),
+            "config field llama.rope.scaling.factor: expected 1 to 1000000, got 0.5",
+        ),
         (
             "llama.rope.scaling.type",
             number(0),
@@ -661,10 +853,12 @@ fn refused_in_gguf_metadata() -> Result {
         };
         assert_eq!(refusal(Config::from_gguf(&metadata)), expected);
     }
-    let mut linear = metadata;
-    linear.insert("llama.rope.scaling.type".into(), Value::String("linear".into()));
-    linear.insert("llama.rope.scaling.factor".into(), Value::F32(2.0));
-    assert_eq!(refusal(Config::from_gguf(&linear)), "unsupported rope scaling: linear");
+    let mut yarn = metadata;
+    yarn.insert("llama.rope.scaling.type".into(), Value::String("yarn".into()));
+    yarn.insert("llama.rope.scaling.factor".into(), Value::F32(2.0));
+    yarn.insert("llama.rope.scaling.yarn_ext_factor".into(), Value::F32(0.5));
+    let expected = "unsupported llama.rope.scaling.yarn_ext_factor: 0.5";
+    assert_eq!(refusal(Config::from_gguf(&yarn)), expected);
     Ok(())
 }
 

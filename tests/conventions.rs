@@ -260,26 +260,34 @@ fn a_repository_in_the_hubs_cache_is_its_main_snapshot() -> Result {
     Ok(())
 }
 
-/// A folder as vllm#4989 has it: token ids work, and for text the message says what to do.
+/// Token ids work where the tokenizer is of a kind that is not read, and for text the message says what to do.
 #[test]
-fn a_tokenizer_of_another_format_is_named() -> Result {
-    for name in ["tokenizer.model", "tekken.json"] {
-        let folder = tempfile::tempdir()?;
-        for file in ["config.json", "model.safetensors"] {
-            fs::copy(Path::new(CASES).join("plain").join(file), folder.path().join(file))?;
-        }
-        fs::write(folder.path().join(name), "")?;
-        let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
-        let config = GenerationConfig::default().max_tokens(4);
-        assert_eq!(model.generate([1, 315, 296], &config)?.ids, [305, 79, 72, 365]);
-        let chat = [Message::user("the cat")];
-        let answers = [model.generate("the cat", &config), model.chat(&chat, &config)];
-        let vectors = model.embed(&["the cat"], &EmbedConfig::default()).map(drop);
-        for result in answers.map(|answer| answer.map(drop)).into_iter().chain([vectors]) {
-            let error = result.err().ok_or("no error")?.to_string();
-            let said = format!("unsupported tokenizer: {name} without tokenizer.json, which");
-            assert!(error.starts_with(&said), "{error}");
-        }
+fn a_tokenizer_that_is_not_read_is_named() -> Result {
+    let folder = tempfile::tempdir()?;
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(Path::new(CASES).join("plain").join(file), folder.path().join(file))?;
     }
+    let unigram = [0x12, 2, 0x18, 1];
+    fs::write(folder.path().join("tokenizer.model"), unigram)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let config = GenerationConfig::default().max_tokens(4);
+    assert_eq!(model.generate([1, 315, 296], &config)?.ids, [305, 79, 72, 365]);
+    let chat = [Message::user("the cat")];
+    let answers = [model.generate("the cat", &config), model.chat(&chat, &config)];
+    let vectors = model.embed(&["the cat"], &EmbedConfig::default()).map(drop);
+    for result in answers.map(|answer| answer.map(drop)).into_iter().chain([vectors]) {
+        let error = result.err().ok_or("no error")?.to_string();
+        let said =
+            "unsupported SentencePiece model type: unigram; transformers makes a tokenizer.json";
+        assert!(error.starts_with(said), "{error}");
+    }
+    // One that is broken is not passed over.
+    fs::write(folder.path().join("tekken.json"), "{")?;
+    let error = HybridModel::from_folder(folder.path(), None, &Device::Cpu).err();
+    let error = error.ok_or("no error")?.to_string();
+    assert!(
+        error.ends_with("tekken.json: EOF while parsing an object at line 1 column 1"),
+        "{error}"
+    );
     Ok(())
 }

@@ -5,7 +5,9 @@ mod common;
 use candle_core::{Device, IndexOp, Tensor};
 use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::Interpolate;
-use hybrid_attention::{Config, EmbedConfig, Error, HybridModel, Pooling, Thinking, Tokenizer};
+use hybrid_attention::{
+    Cancel, Config, EmbedConfig, Error, HybridModel, Pooling, Thinking, Tokenizer,
+};
 
 use common::tiny;
 use common::{Result, TEXTS, assert_close, fixture};
@@ -82,8 +84,8 @@ fn a_batch_of_texts_is_each_by_itself() -> Result {
         for config in embed_configs() {
             let together = model.embed(&TEXTS, &config)?;
             assert_eq!(together.dims(), [TEXTS.len(), model.config().hidden_size]);
-            for batch_size in [1, 2, 100] {
-                let some = model.embed(&TEXTS, &config.clone().batch_size(batch_size))?;
+            for batch_tokens in [1, 20, 10_000] {
+                let some = model.embed(&TEXTS, &config.clone().batch_tokens(batch_tokens))?;
                 assert_close("batches", &some, &together, 1e-5)?;
             }
             for (row, text) in TEXTS.iter().enumerate() {
@@ -163,8 +165,8 @@ fn nothing_to_embed_is_an_error() -> Result {
     };
     assert!(matches!(refused(&["a", ""])?, (1, Error::EmptyPrompt)));
 
-    let zero = bytes.embed(&["a"], &config.clone().batch_size(0)).map_err(|e| e.to_string());
-    assert_eq!(zero.err().as_deref(), Some("parameter batch_size: expected at least 1, got 0"));
+    let zero = bytes.embed(&["a"], &config.clone().batch_tokens(0)).map_err(|e| e.to_string());
+    assert_eq!(zero.err().as_deref(), Some("parameter batch_tokens: expected at least 1, got 0"));
     let long = "a ".repeat(3000);
     assert!(matches!(refused(&["a", &long, ""])?, (1, Error::ContextFull { .. })));
     let refused = tiny::hybrid(&tiny::config(), 1)?.embed(&["a"], &config);
@@ -240,5 +242,44 @@ fn texts_are_cut_when_asked() -> Result {
     assert_eq!(cut.to_vec2::<f32>()?, alone.to_vec2::<f32>()?);
     let refused = model.embed(&["a"], &config.max_tokens(0)).map_err(|error| error.to_string());
     assert_eq!(refused.err().as_deref(), Some("parameter max_tokens: expected at least 1, got 0"));
+    Ok(())
+}
+
+/// Each text once, and each with the vector that it has alone, however they are packed.
+#[test]
+fn many_texts_come_each_with_its_vector() -> Result {
+    let model = model("llama", None)?;
+    let words = ["the ", "cat ", "sat on ", "a mat ", "and thought about it, "];
+    let texts: Vec<String> = (0..60usize)
+        .map(|text| (0..=text * 7 % 23).map(|word| words[(text + word * word) % 5]).collect())
+        .collect();
+    let config = EmbedConfig::default();
+    for batch_tokens in [1, 40, 300, EmbedConfig::BATCH_TOKENS] {
+        let mut seen = vec![false; texts.len()];
+        let mut vectors = model.embed_many(&texts, &config.clone().batch_tokens(batch_tokens))?;
+        for left in (0..texts.len()).rev() {
+            let (index, vector) = vectors.next().ok_or("too few")??;
+            assert!(!std::mem::replace(&mut seen[index], true), "{index} twice");
+            assert_eq!(vectors.len(), left);
+            let alone = model.embed(&texts[index..=index], &config)?;
+            let vector = Tensor::new(vec![vector], &Device::Cpu)?;
+            assert_close(&texts[index], &vector, &alone, 1e-5)?;
+        }
+        assert!(vectors.next().is_none());
+    }
+    let none: [&str; 0] = [];
+    assert_eq!(model.embed_many(&none, &config)?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn many_vectors_can_be_cancelled() -> Result {
+    let (model, cancel) = (model("llama", None)?, Cancel::default());
+    let vectors = model.embed_many(&TEXTS, &EmbedConfig::default().batch_tokens(1))?;
+    let mut vectors = vectors.cancel(cancel.clone());
+    assert!(matches!(vectors.next(), Some(Ok(_))));
+    cancel.cancel();
+    assert!(matches!(vectors.next(), Some(Err(Error::Cancelled))));
+    assert!(vectors.next().is_none());
     Ok(())
 }

@@ -49,7 +49,6 @@ fn config(context: usize, window: Option<usize>) -> Config {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: Some(BOS),
         eos_token_ids: Vec::new(),
     }

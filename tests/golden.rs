@@ -1,5 +1,5 @@
 //! Hidden states, logits and greedy tokens against transformers' own, written by
-//! `tests/fixtures/make_fixtures.py`. `HYBRID_ATTENTION_FIXTURES` may name a folder with more
+//! `tests/fixtures/make_fixtures.py` and `make_mixtral.py`. `HYBRID_ATTENTION_FIXTURES` may name a folder with more
 //! cases from the same script.
 
 #![allow(clippy::print_stderr, reason = "the largest deviation is worth seeing")]
@@ -16,7 +16,10 @@ use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::{Batch, Pass, Transformer};
 use hybrid_attention::{GenerationConfig, HybridModel};
 
-use common::{Result, fixture, fixture_config, fixture_weights, write_consolidated, write_gguf};
+use common::{
+    Result, experts, fixture, fixture_config, fixture_weights, write_consolidated, write_gguf,
+    write_gguf_as_spelled, write_hugging_face,
+};
 
 /// Of the largest value of the golden tensor.
 const TOLERANCE: f64 = 1e-4;
@@ -78,13 +81,28 @@ impl Case {
         Ok(off)
     }
 
-    /// The same checkpoint as a Hugging Face folder, as Mistral's own and as GGUF.
-    fn rewritten(&self, folder: &Path) -> Result<[PathBuf; 3]> {
+    /// The same checkpoint as a Hugging Face folder, as Mistral's own and as GGUF; a mixture also as the
+    /// other Hugging Face folder, and as a GGUF file of old.
+    fn rewritten(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let (config, weights) = (fixture_config(&self.name())?, fixture_weights(&self.name())?);
         write_consolidated(folder, &config, &weights)?;
         let gguf = folder.join("model.gguf");
         write_gguf(&gguf, &config, &weights, GgmlDType::F32)?;
-        Ok([self.path.clone(), folder.to_path_buf(), gguf])
+        let mut paths = vec![self.path.clone(), folder.to_path_buf(), gguf];
+        if config.experts.is_some() {
+            let (packed, single) = (folder.join("packed"), folder.join("single"));
+            for (folder, weights) in
+                [(&packed, &experts::pack(&config, &weights)?), (&single, &weights)]
+            {
+                fs::create_dir(folder)?;
+                write_hugging_face(folder, &config, weights)?;
+            }
+            let old = folder.join("old.gguf");
+            let each = experts::for_gguf(&config, &weights, true)?;
+            write_gguf_as_spelled(&old, &config, &each, GgmlDType::F32)?;
+            paths.extend([packed, single, old]);
+        }
+        Ok(paths)
     }
 }
 

@@ -259,7 +259,7 @@ fn handing_over_needs_no_cache_and_may_be_causal() -> Result {
         assert_close(&format!("{hand_off:?}"), &uncached, &h, 1e-5)?;
     }
     let (first, z) = (text.embeddings().clone(), tiny::noise(10, &[8, 16], 1.0)?);
-    let thoughts = Thoughts { z, first, trace: Trace::default() };
+    let thoughts = Thoughts { z, first, trace: Trace::default(), origin: None };
     let thinking = thinking(0..3, HandOff::Mixed { weight: 1.0 }).sight(Sight::Causal);
     let expected = model.decoder().forward(&thoughts.z, 0..3, Pass::Causal(&batch))?;
     let mind = thinking.on(&model)?;

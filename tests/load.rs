@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use common::tiny::holds;
 use common::{
     FIXTURES, Result, assert_identical, config_of_large_blocks, fixture, fixture_config,
-    fixture_weights, interleave, logged, smollm2, write_consolidated, write_gguf,
+    fixture_weights, in_blocks, interleave, logged, smollm2, write_consolidated, write_gguf,
 };
 use half::{bf16, f16};
 use hybrid_attention::Config;
@@ -132,8 +132,7 @@ fn gguf_equals_hugging_face_and_candles_blocks() -> Result {
             config.rms_norm_eps = f64::from(config.rms_norm_eps as f32);
             assert_eq!(loaded_config, config);
             for (name, tensor) in &tensors {
-                let blocks = tensor.rank() == 2 && tensor.dim(1)? % dtype.block_size() == 0;
-                let expected = if blocks {
+                let expected = if in_blocks(name, tensor, dtype) {
                     QTensor::quantize(tensor, dtype)?.dequantize(&Device::Cpu)?
                 } else {
                     tensor.clone()

@@ -5,7 +5,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
@@ -18,6 +18,7 @@ use hybrid_attention::refine::Interpolate;
 use hybrid_attention::{Config, Error, GenerationConfig, HybridModel, Message, Thinking};
 use serde_json::json;
 
+use common::gguf::GgufFile;
 use common::{Result, fixture, tiny, write_gguf, write_hugging_face};
 
 /// Four layers whose largest matrices have four million weights: 147 MB in `bf16`.
@@ -51,6 +52,31 @@ fn write_zeros(folder: &Path, config: &Config, foreign: usize) -> Result {
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
     Ok(file.set_len((8 + header.len() + end) as u64)?)
+}
+
+/// Writes the same as a GGUF model in two parts, with the matrices in `MXFP4`, 17 bytes for 32 of them.
+fn write_zeros_gguf(folder: &Path, config: &Config, foreign: usize) -> Result<PathBuf> {
+    let mut parts = [GgufFile::of(config)?, GgufFile::default()];
+    let (mut ends, others) = ([0, 0], [("score.weight".to_string(), vec![foreign])]);
+    let weights: Vec<_> = config.weights().chain(others).collect();
+    let count = weights.len() as i32;
+    for (index, (name, shape)) in weights.into_iter().enumerate() {
+        let (part, elements) = (index % 2, shape.iter().product::<usize>());
+        let (kind, bytes) = match shape.len() {
+            2 => (39, elements / 32 * 17),
+            _ => (0, 4 * elements),
+        };
+        parts[part].place(&name, &shape, kind, ends[part]);
+        ends[part] = (ends[part] + bytes).next_multiple_of(32);
+    }
+    let path = |no| folder.join(format!("model-0000{no}-of-00002.gguf"));
+    for (no, (part, end)) in parts.into_iter().zip(ends).enumerate() {
+        let header = part.part(no as u16, 2, count).header();
+        let mut file = File::create(path(no + 1))?;
+        file.write_all(&header)?;
+        file.set_len((header.len() + end) as u64)?;
+    }
+    Ok(path(1))
 }
 
 /// A number of kilobytes, in bytes, of a file that Linux makes of this process.
@@ -138,7 +164,7 @@ impl Weights for Watched<'_> {
     }
 }
 
-/// 64 GB, of which a model of 147 MB is loaded: opening reads the header, loading each weight once
+/// 64 GB, a folder or a GGUF model in two parts, of which a model of 147 MB is loaded: opening reads the header, loading each weight once
 /// and by itself, and the rest of the file is never read.
 #[test]
 fn nothing_is_read_before_it_is_needed() -> Result {
@@ -147,21 +173,27 @@ fn nothing_is_read_before_it_is_needed() -> Result {
     }
     let (config, folder) = (config(), tempfile::tempdir()?);
     write_zeros(folder.path(), &config, 32 << 30)?;
-    let checkpoint = Checkpoint::open(folder.path())?;
-    let (size, resident) = mapped(folder.path())?;
-    assert!(size > 64 << 30, "{size} bytes are mapped");
-    assert!(resident <= AROUND, "opened with {resident} bytes in memory");
+    let gguf = write_zeros_gguf(folder.path(), &config, 16 << 30)?;
+    for (path, kept) in [
+        (folder.path(), [WeightType::Stored, WeightType::Quantized(GgmlDType::Q8_0)]),
+        (&gguf, [WeightType::Stored, WeightType::Quantized(GgmlDType::Q2K)]),
+    ] {
+        let checkpoint = Checkpoint::open(path)?;
+        let (size, resident) = mapped(folder.path())?;
+        assert!(size > 64 << 30, "{size} bytes are mapped");
+        assert!(resident <= AROUND, "opened with {resident} bytes in memory");
 
-    for kept in [WeightType::Stored, WeightType::Quantized(GgmlDType::Q8_0)] {
-        let weights = checkpoint.weights(kept, &Device::Cpu);
-        let mut watched = Watched { weights, folder: folder.path(), asked: BTreeSet::new() };
-        Transformer::new(&config, &mut watched)?;
-        let expected: BTreeSet<String> = config.weights().map(|(name, _)| name).collect();
-        assert_eq!(watched.asked, expected);
-        watched.weights.finish()?;
+        for kept in kept {
+            let weights = checkpoint.weights(kept, &Device::Cpu);
+            let mut watched = Watched { weights, folder: folder.path(), asked: BTreeSet::new() };
+            Transformer::new(&config, &mut watched)?;
+            let expected: BTreeSet<String> = config.weights().map(|(name, _)| name).collect();
+            assert_eq!(watched.asked, expected);
+            watched.weights.finish()?;
+        }
+        drop(checkpoint);
+        assert_eq!(mapped(folder.path())?, (0, 0));
     }
-    drop(checkpoint);
-    assert_eq!(mapped(folder.path())?, (0, 0));
     Ok(())
 }
 
@@ -201,13 +233,17 @@ fn loading_needs_room_for_the_result_and_two_weights() -> Result {
     let tensors: BTreeMap<_, _> = one.weights().map(zeros).collect::<Result<_>>()?;
     write_gguf(&gguf, &one, &tensors, GgmlDType::Q8_0)?;
 
+    let parts = write_zeros_gguf(folder.path(), &one, 1)?;
+
     let bf16 = 2 * 4096 * 1024;
     let q8_0 = 4096 * 1024 / 32 * 34;
+    let mxfp4 = 4096 * 1024 / 32 * 17;
     let runs = [("stored", folder.path(), bf16), ("f32", folder.path(), bf16)];
     for (kept, path, weight) in runs.into_iter().chain([
         ("q8_0", folder.path(), bf16),
         ("stored", gguf.as_path(), q8_0),
         ("f32", gguf.as_path(), q8_0),
+        ("stored", parts.as_path(), mxfp4),
     ]) {
         let name = "loading_needs_room_for_the_result_and_two_weights";
         let output = Command::new(std::env::current_exe()?)

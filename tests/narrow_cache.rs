@@ -41,7 +41,8 @@ fn hand_over(
     cache: Option<&mut KvCache>,
 ) -> Result<Tensor> {
     let text = tiny::text(model.decoder(), batch, 1)?;
-    let thoughts = Thoughts { z: z.clone(), first: first.clone(), trace: Trace::default() };
+    let thoughts =
+        Thoughts { z: z.clone(), first: first.clone(), trace: Trace::default(), origin: None };
     let mind = Thinking::new(1).hand_off(HandOff::Mixed { weight }).on(model)?;
     let entry = match cache {
         Some(cache) => mind.enter(&text, &thoughts, Some(&mut [cache]))?,
@@ -164,7 +165,8 @@ fn decoding_is_the_full_recomputation_with_rounded_keys_and_values() -> Result {
     for config in [tiny::config(), windowed] {
         models.push((config.clone(), tiny::weights(&config, 21)?, 1.0));
     }
-    for name in FIXTURES {
+    // A score that is off may send a token of a mixture elsewhere: what is said of sizes holds of the others.
+    for name in FIXTURES.into_iter().filter(|name| !name.starts_with("mixtral")) {
         models.push((fixture_config(name)?, fixture_weights(name)?.into_iter().collect(), 4.0));
     }
     for ((config, weights, larger), (dtype, unit)) in

@@ -184,6 +184,83 @@ fn a_hybrid_json_that_is_none_is_refused() -> Result {
     Ok(())
 }
 
+/// The `embed` object of a `hybrid.json` is what a caller who says nothing gets; the caller goes before it.
+#[test]
+fn a_hybrid_json_says_how_to_embed() -> Result {
+    let texts = ["the cat", "the dog sat on the mat and thought about it"];
+    let own = r#"{"passes": 1, "embed": {
+        "pooling": "last_token", "sight": "bidirectional", "normalize": false, "instruction": "about ",
+        "max_tokens": 7, "thinking": {"passes": 2, "span": [0, 2]}
+    }}"#;
+    let same = EmbedConfig::default()
+        .pooling(Pooling::LastToken)
+        .sight(Sight::Bidirectional)
+        .normalize(false)
+        .instruction("about ")
+        .max_tokens(7)
+        .thinking(Thinking::new(2).span(0..2));
+    assert_eq!(EmbedConfig::from_hybrid_json(own)?, same);
+    let (told, bare) = (folder(Some(own))?, folder(None)?);
+    let (told, bare) = (load(told.path())?, load(bare.path())?);
+    let vectors = |model: &HybridModel, config: &EmbedConfig| -> Result<Vec<Vec<f32>>> {
+        Ok(model.embed(&texts, config)?.to_vec2()?)
+    };
+    assert_eq!(vectors(&told, &EmbedConfig::default())?, vectors(&bare, &same)?);
+    // One setting at a time, from the caller.
+    for change in [
+        |config: EmbedConfig| config.pooling(Pooling::Mean),
+        |config: EmbedConfig| config.sight(Sight::Causal),
+        |config: EmbedConfig| config.normalize(true),
+        |config: EmbedConfig| config.instruction("the "),
+        |config: EmbedConfig| config.max_tokens(5),
+        |config: EmbedConfig| config.thinking(Thinking::none()),
+    ] {
+        let changed = vectors(&told, &change(EmbedConfig::default()))?;
+        assert_eq!(changed, vectors(&bare, &change(same.clone()))?);
+        assert_ne!(changed, vectors(&bare, &same)?);
+    }
+    // It is not about answers.
+    assert_eq!(told.thinking(), &Thinking::new(1));
+    let none = EmbedConfig::from_hybrid_json(r#"{"passes": 3}"#)?;
+    assert_eq!(none, EmbedConfig::default());
+    Ok(())
+}
+
+#[test]
+fn an_embed_object_that_is_none_is_refused() -> Result {
+    let long = format!(r#"{{"embed": {{"instruction": "{}"}}}}"#, "a".repeat(4097));
+    for (text, expected) in [
+        (r#"{"embed": []}"#, "embed: expected an object"),
+        (r#"{"embed": null}"#, "embed: expected an object"),
+        (r#"{"embed": {"pool": "mean"}}"#, "embed: unknown field `pool`"),
+        (r#"{"embed": {"pooling": "max"}}"#, "embed: unknown variant `max`"),
+        (r#"{"embed": {}, "passes": 1, "embed": {}}"#, "duplicate field `embed`"),
+        (r#"{"embed": {"max_tokens": 0}}"#, "parameter max_tokens: expected at least 1, got 0"),
+        (r#"{"embed": {"batch_tokens": 9}}"#, "parameter batch_tokens: expected nothing, as the"),
+        (&long, "parameter instruction: expected at most 4096 bytes, as the default of a"),
+        (r#"{"embed": {"thinking": {"passes": 1024}}}"#, "expected at most 1000 readings"),
+        (r#"{"embed": {"thinking": {"passes": 1, "span": [1, 9]}}}"#, "within 0..3"),
+        (r#"{"embed": {"thinking": {"embed": {}}}}"#, "unknown field `embed`"),
+        ("7", "invalid type: integer `7`, expected a JSON object"),
+    ] {
+        if !text.contains("span") {
+            let refused = EmbedConfig::from_hybrid_json(text).err().ok_or(text)?.to_string();
+            assert!(refused.contains(expected), "{text}: {refused}");
+        }
+        if text != "7" {
+            let folder = folder(Some(text))?;
+            match load(folder.path()) {
+                Err(Error::Malformed { path, message }) => {
+                    assert!(path.ends_with("hybrid.json"), "{path:?}");
+                    assert!(message.contains(expected), "{text}: {message}");
+                }
+                other => return Err(format!("{text}: {:?}", other.map(|_| "loaded")).into()),
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Beside a GGUF file it counts as in a folder, and a file elsewhere does not.
 #[test]
 fn a_gguf_file_has_its_hybrid_json_beside_it() -> Result {
@@ -349,9 +426,9 @@ fn embeddings() -> impl Strategy<Value = EmbedConfig> {
     let pooling = select(vec![Pooling::Mean, Pooling::WeightedMean, Pooling::LastToken]);
     let sight = select(vec![Sight::Causal, Sight::Bidirectional]);
     (pooling, sight, any::<bool>(), thinkings(), 0usize..20).prop_map(
-        |(pooling, sight, normalize, thinking, batch_size)| {
+        |(pooling, sight, normalize, thinking, batch_tokens)| {
             let config = EmbedConfig::default().pooling(pooling).sight(sight);
-            config.normalize(normalize).thinking(thinking).batch_size(batch_size)
+            config.normalize(normalize).thinking(thinking).batch_tokens(batch_tokens)
         },
     )
 }
@@ -472,10 +549,10 @@ fn settings_are_spelled_plainly() -> Result {
     survives(&config)?;
 
     let config = EmbedConfig::default().pooling(Pooling::LastToken).sight(Sight::Causal);
-    let config = config.normalize(false).thinking(refined).batch_size(3);
+    let config = config.normalize(false).thinking(refined).batch_tokens(3);
     let expected = json!({
         "pooling": "last_token", "sight": "causal", "normalize": false, "thinking": written,
-        "batch_size": 3, "instruction": null, "max_tokens": null,
+        "batch_tokens": 3, "instruction": null, "max_tokens": null,
     });
     assert_eq!(serde_json::to_value(&config)?, expected);
     Ok(())

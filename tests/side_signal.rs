@@ -208,7 +208,7 @@ proptest! {
     /// Any shape of model, any layers and widths, packed or alone, remembered or not.
     #[test]
     fn a_signal_is_a_wider_input(
-        config in tiny::configs(), lengths in prop::collection::vec(1usize..20, 1..4),
+        config in tiny::shapes(), lengths in prop::collection::vec(1usize..20, 1..4),
         widths in prop::collection::vec(prop::option::of(1usize..9), 3), seed in 0u64..1000,
         sight in prop::sample::select(&SIGHTS), remembered: bool,
     ) {

@@ -465,7 +465,7 @@ proptest! {
     /// Any shape of model, any sequences, of which nothing is remembered.
     #[test]
     fn what_is_shown_is_the_reference(
-        config in tiny::configs(), sequences in sequences(), seed in 0u64..1000,
+        config in tiny::shapes(), sequences in sequences(), seed in 0u64..1000,
         sight in prop::sample::select(&SIGHTS),
     ) {
         let run = || -> Result {

@@ -197,7 +197,7 @@ fn vectors_of_texts() -> Result {
         for thinking in [Thinking::none(), Thinking::new(3).span(1..3)] {
             for sight in [Sight::Causal, Sight::Bidirectional] {
                 let config = EmbedConfig::default().pooling(pooling).sight(sight);
-                let config = config.thinking(thinking.clone()).batch_size(3);
+                let config = config.thinking(thinking.clone()).batch_tokens(300);
                 check(&format!("{config:?}"), || {
                     Ok(vec![bits("vectors", &model.embed(&texts, &config)?)?])
                 })?;

@@ -275,7 +275,7 @@ fn loss_by_hand(run: &Run, model: &ThoughtModel, refine: &Seq, k: usize) -> Resu
         };
         z = refine.refine(&step)?;
     }
-    let thoughts = Thoughts { z, first, trace: Trace::default() };
+    let thoughts = Thoughts { z, first, trace: Trace::default(), origin: None };
     loss(model, &text, &mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))?)
 }
 

@@ -181,7 +181,8 @@ impl AdapterConfig {
     }
 
     /// The projections that are adapted, by the ends of their names: `q_proj` matches every layer's,
-    /// `layers.3.mlp.up_proj` a single one, `lm_head` the head. Default `q_proj` and `v_proj`.
+    /// `layers.3.mlp.up_proj` a single one, `lm_head` the head; of a mixture, `w1` matches that of every
+    /// expert, and `block_sparse_moe.gate` the router. Default `q_proj` and `v_proj`.
     #[must_use]
     pub fn target_modules<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
         self.target_modules = Modules::Names(names.into_iter().map(Into::into).collect());

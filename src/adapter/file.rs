@@ -64,9 +64,13 @@ impl Adapter {
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let tensors = self.tensors().map(|(name, tensor)| Ok((name, Values::of(tensor)?)));
-        let weights = serialize(tensors.collect::<Result<Vec<_>>>()?, folder)?;
+        // As PEFT writes it; transformers requires it.
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let weights = serialize(tensors.collect::<Result<Vec<_>>>()?, metadata.clone(), folder)?;
         let gate = match &self.thought_gate {
-            Some(gate) => Some(serialize(vec![(GATE.to_string(), Values::of(gate)?)], folder)?),
+            Some(gate) => {
+                Some(serialize(vec![(GATE.to_string(), Values::of(gate)?)], metadata, folder)?)
+            }
             None => None,
         };
         replace(&folder.join(WEIGHTS), &weights)?;
@@ -201,13 +205,13 @@ fn read_gate(path: &Path, device: &Device) -> Result<Tensor> {
 }
 
 /// A tensor as it is written: `f32`, little-endian.
-struct Values {
+pub(crate) struct Values {
     shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
 impl Values {
-    fn of(tensor: &Tensor) -> Result<Self> {
+    pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
         let values = tensor.detach().flatten_all()?.to_vec1::<f32>()?;
         let bytes = values.into_iter().flat_map(f32::to_le_bytes).collect();
         Ok(Self { shape: tensor.dims().to_vec(), bytes })
@@ -232,15 +236,17 @@ impl View for Values {
     }
 }
 
-fn serialize(tensors: Vec<(String, Values)>, folder: &Path) -> Result<Vec<u8>> {
-    // As PEFT writes it; transformers requires it.
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+pub(crate) fn serialize(
+    tensors: Vec<(String, Values)>,
+    metadata: HashMap<String, String>,
+    path: &Path,
+) -> Result<Vec<u8>> {
     safetensors::tensor::serialize(tensors, Some(metadata))
-        .map_err(|error| Error::malformed(folder, error))
+        .map_err(|error| Error::malformed(path, error))
 }
 
 /// Replaces a file atomically: it is written under another name first.
-fn replace(path: &Path, content: &[u8]) -> Result<()> {
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);

@@ -66,6 +66,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use self::config::AdapterConfig;
+pub(crate) use self::file::{Values, replace, serialize};
 pub use self::scope::AdapterScope;
 
 use crate::config::Config;
@@ -236,9 +237,11 @@ impl Adapter {
 /// The modules that can have an adapter, and their `(out_features, in_features)`.
 fn projections(model: &Config) -> impl Iterator<Item = (String, (usize, usize))> {
     let matrix = |(name, shape): (String, Vec<usize>)| {
-        let module = name.strip_suffix(".weight")?.to_string();
+        let module = name.strip_suffix(".weight")?;
         match shape.as_slice() {
-            [out, input] if module.ends_with("_proj") => Some((module, (*out, *input))),
+            [out, input] if module.starts_with("model.layers.") => {
+                Some((module.to_string(), (*out, *input)))
+            }
             _ => None,
         }
     };

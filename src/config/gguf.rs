@@ -4,20 +4,24 @@ use std::collections::{HashMap, HashSet};
 
 use candle_core::quantized::gguf_file::Value;
 
-use super::{Config, head_dim, validate_as};
+use super::rope::{QueryScaling, RopeScaling, yarn_magnitude};
+use super::{Config, Experts, head_dim, validate_as};
 use crate::error::{Error, Result};
 
 impl Config {
-    /// Reads the metadata of a GGUF file of `general.architecture` `llama` or `mistral`; llama.cpp
-    /// calls a Mistral `llama` too.
+    /// Reads the metadata of a GGUF file of `general.architecture` `llama`, `mistral` or `mistral3`;
+    /// llama.cpp calls a Mistral `llama` too.
     ///
     /// `block_count`, `context_length`, `embedding_length`, `feed_forward_length`,
     /// `attention.head_count` and `attention.layer_norm_rms_epsilon` must be given. Absent,
     /// `attention.head_count_kv` is `attention.head_count`, `attention.key_length` is
     /// `embedding_length / head_count`, `rope.freq_base` is 10000, `vocab_size` is the number of
-    /// `tokenizer.ggml.tokens`, and there is no `attention.sliding_window`. An end-of-turn token
+    /// `tokenizer.ggml.tokens`, and there are no `attention.sliding_window` and no experts. With an
+    /// `expert_count` other than 0 goes an `expert_used_count`. An end-of-turn token
     /// counts as an end of text, and so does every token that is spelled like one, such as `<|im_end|>`,
-    /// as in llama.cpp. `tie_word_embeddings` is false: the metadata does not say, and
+    /// as in llama.cpp. `rope.scaling.type` may be `linear` or `yarn`, and of a `mistral3`,
+    /// `attention.temperature_scale` scales queries; what a tensor `rope_freqs.weight` says (Llama 3.1) is
+    /// added by [`Checkpoint`](crate::load::Checkpoint). `tie_word_embeddings` is false: the metadata does not say, and
     /// [`Checkpoint`](crate::load::Checkpoint) sets it where the file holds no `output.weight`.
     ///
     /// # Errors
@@ -54,6 +58,8 @@ impl Config {
         eos_token_ids.extend(metadata.ends_by_text());
         let mut seen = HashSet::new();
         eos_token_ids.retain(|id| seen.insert(*id));
+        let positions = metadata.required_size("context_length")?;
+        let rope_scaling = metadata.rope_scaling(positions)?;
         let config = Self {
             vocab_size,
             hidden_size: hidden,
@@ -68,12 +74,13 @@ impl Config {
             rope_theta: metadata.number("rope.freq_base")?.unwrap_or(10_000.0),
             // llama.cpp reads 0 as none
             sliding_window: metadata.size("attention.sliding_window")?.filter(|size| *size > 0),
-            max_position_embeddings: metadata.required_size("context_length")?,
+            max_position_embeddings: rope_scaling
+                .as_ref()
+                .map_or(positions, |scaling| scaling.positions(positions)),
             tie_word_embeddings: false,
-            rope_scaling: None,
-            query_scaling: None,
-            experts: None,
-            attention_bias: false,
+            rope_scaling,
+            query_scaling: metadata.query_scaling(positions)?,
+            experts: metadata.experts()?,
             bos_token_id: metadata.token("tokenizer.ggml.bos_token_id")?,
             eos_token_ids,
         };
@@ -89,6 +96,14 @@ impl Config {
             ("rope_theta", "rope.freq_base"),
             ("sliding_window", "attention.sliding_window"),
             ("max_position_embeddings", "context_length"),
+            ("rope_scaling.factor", "rope.scaling.factor"),
+            ("rope_scaling.beta_fast", "rope.scaling.yarn_beta_fast"),
+            ("rope_scaling.beta_slow", "rope.scaling.yarn_beta_slow"),
+            ("rope_scaling.attention_factor", "rope.scaling.attn_factor"),
+            ("rope_scaling.original_max_position_embeddings", ORIGINAL),
+            ("llama_4_scaling_beta", TEMPERATURE),
+            ("num_local_experts", "expert_count"),
+            ("num_experts_per_tok", "expert_used_count"),
         ]
         .map(|(ours, theirs)| (ours, metadata.key(theirs)));
         let mut names: Vec<_> = names.iter().map(|(ours, key)| (*ours, key.as_str())).collect();
@@ -117,6 +132,10 @@ const ENDS: [&str; 14] = [
     "<｜end▁of▁sentence｜>",
 ];
 
+/// Mistral Small 3 and its kin, where something is scaled; others are called `llama`.
+const MISTRAL3: &str = "mistral3";
+const ORIGINAL: &str = "rope.scaling.original_context_length";
+const TEMPERATURE: &str = "attention.temperature_scale";
 const EPSILON: &str = "attention.layer_norm_rms_epsilon";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const INTEGER: &str = "a non-negative integer";
@@ -133,41 +152,100 @@ impl<'a> Metadata<'a> {
             Some(Value::String(architecture)) => architecture.as_str(),
             other => return Err(mistyped("general.architecture", "a string", other)),
         };
-        if !["llama", "mistral"].contains(&architecture) {
+        if !["llama", "mistral", MISTRAL3].contains(&architecture) {
             return Err(Error::unsupported("general.architecture", architecture));
         }
         Ok(Self { values, architecture })
     }
 
     fn refuse_variants(&self) -> Result<()> {
-        if let Some(experts) = self.size("expert_count")?.filter(|experts| *experts > 0) {
-            return Err(Error::unsupported(self.key("expert_count"), experts));
-        }
-        // before scaling had types, llama.cpp knew only the linear kind
-        if self.number("rope.scale_linear")?.is_some_and(|factor| factor != 1.0) {
-            return Err(Error::unsupported("rope scaling", "linear"));
-        }
-        let scaling = self.key("rope.scaling.type");
-        match self.values.get(&scaling) {
-            None => Ok(()),
-            Some(Value::String(kind)) => match kind.as_str() {
-                "none" => Ok(()),
-                "linear" if self.number("rope.scaling.factor")?.is_none_or(|f| f == 1.0) => Ok(()),
-                "yarn" if self.yarn_by_one()? => {
-                    tracing::warn!(key = scaling, "rope scaling by 1 changes nothing: passed over");
-                    Ok(())
-                }
-                other => Err(Error::unsupported("rope scaling", other)),
-            },
-            other => Err(mistyped(&scaling, "a string", other)),
-        }
+        Ok(())
     }
 
-    /// Whether a YaRN, if that is what there is, leaves every angle and every score as it is.
-    fn yarn_by_one(&self) -> Result<bool> {
-        let factor = self.number("rope.scaling.factor")?;
-        let attention = self.number("rope.scaling.attn_factor")?;
-        Ok(factor == Some(1.0) && attention.is_none_or(|factor| factor == 1.0))
+    /// How llama.cpp scales frequencies. What the tensor `rope_freqs.weight` says comes in addition.
+    fn rope_scaling(&self, positions: usize) -> Result<Option<RopeScaling>> {
+        // before scaling had types, llama.cpp knew only the linear kind
+        let factor = match self.number("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.number("rope.scale_linear")?,
+        };
+        let factor = factor.filter(|factor| *factor != 0.0).unwrap_or(1.0);
+        let key = self.key("rope.scaling.type");
+        let kind = match self.values.get(&key) {
+            None => "linear",
+            Some(Value::String(kind)) => kind.as_str(),
+            other => return Err(mistyped(&key, "a string", other)),
+        };
+        let magnitude = self.number("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        match kind {
+            "none" => return Ok(None),
+            "linear" | "yarn" if factor == 1.0 && magnitude == 1.0 => {
+                if kind == "yarn" {
+                    tracing::warn!(key, "rope scaling by 1 changes nothing: passed over");
+                }
+                return Ok(None);
+            }
+            "linear" if magnitude == 1.0 => return Ok(Some(RopeScaling::Linear { factor })),
+            "yarn" => {}
+            other => return Err(Error::unsupported("rope scaling", other)),
+        }
+        if let Some(mixed) = self.number("rope.scaling.yarn_ext_factor")?
+            && mixed >= 0.0
+            && mixed != 1.0
+        {
+            return Err(Error::unsupported(self.key("rope.scaling.yarn_ext_factor"), mixed));
+        }
+        if let Some(given) = self.number("rope.scaling.yarn_attn_factor")? {
+            let key = self.key("rope.scaling.yarn_attn_factor");
+            tracing::warn!(key, given, "llama.cpp computes this factor itself: ignored");
+        }
+        // Of other architectures llama.cpp does not read it.
+        let log = "rope.scaling.yarn_log_multiplier";
+        let log = if self.architecture == MISTRAL3 { self.number(log)? } else { None };
+        let whole = yarn_magnitude(factor, 1.0);
+        let attention_factor = match log.filter(|log| *log != 0.0) {
+            Some(log) => whole / yarn_magnitude(factor, log),
+            None => whole,
+        };
+        Ok(Some(RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: self.original_length(positions)?,
+            beta_fast: self.number("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+            beta_slow: self.number("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            truncate: true,
+            attention_factor: attention_factor * magnitude,
+        }))
+    }
+
+    fn query_scaling(&self, positions: usize) -> Result<Option<QueryScaling>> {
+        let Some(beta) = self.number(TEMPERATURE)?.filter(|beta| *beta != 0.0) else {
+            return Ok(None);
+        };
+        if self.architecture != MISTRAL3 {
+            tracing::warn!(
+                key = self.key(TEMPERATURE),
+                beta,
+                "only mistral3 scales its queries: ignored"
+            );
+            return Ok(None);
+        }
+        let original_max_position_embeddings = self.original_length(positions)?;
+        Ok(Some(QueryScaling { beta, original_max_position_embeddings }))
+    }
+
+    fn original_length(&self, positions: usize) -> Result<usize> {
+        Ok(self.size(ORIGINAL)?.unwrap_or(positions))
+    }
+
+    /// llama.cpp takes a count of 0 for none, and of 1 for a mixture of one.
+    fn experts(&self) -> Result<Option<Experts>> {
+        match self.size("expert_count")? {
+            None | Some(0) => Ok(None),
+            Some(num_local_experts) => {
+                let num_experts_per_tok = self.required_size("expert_used_count")?;
+                Ok(Some(Experts { num_local_experts, num_experts_per_tok }))
+            }
+        }
     }
 
     fn key(&self, name: &str) -> String {

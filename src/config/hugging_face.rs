@@ -3,62 +3,106 @@
 use serde_json::Value;
 
 use super::fields::{Fields, brief};
-use super::{Config, head_dim};
+use super::quantization::Fp8;
+use super::rope_parameters::RopeParameters;
+use super::{Config, Experts, head_dim};
 use crate::error::{Error, Result};
 
-/// The two architectures that are this model; they differ in their defaults and in the sliding window.
+/// The architectures that are this model; they differ in their defaults, in the sliding window and in
+/// experts.
 #[derive(Clone, Copy, PartialEq)]
 enum Family {
     Mistral,
+    Ministral3,
     Llama,
+    Mixtral,
 }
 
+/// Models whose text part is described by `text_config`.
+const WRAPPERS: [&str; 2] = ["mistral3", "llava"];
+
 impl Config {
-    /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral` or `llama`.
+    /// Reads the text of a Hugging Face `config.json` of `model_type` `mistral`, `mixtral`, `ministral`,
+    /// `ministral3` or `llama`; or of `mistral3` or `llava`, whose `text_config` is one of these: what sees
+    /// images is left out.
     ///
     /// The sizes `vocab_size`, `hidden_size`, `intermediate_size`, `num_hidden_layers` and
     /// `num_attention_heads` must be given. Anything else that is absent takes the default of
-    /// `transformers` 4.51 (`MistralConfig`, `LlamaConfig`): for Mistral `sliding_window` 4096 (but none
-    /// where it is `null`), 8 key and value heads, 131072 positions; for Llama no window, as many key
-    /// and value heads as query heads, 2048 positions; for both `rope_theta` 10000, `rms_norm_eps` 1e-6,
-    /// untied embeddings, `head_dim = hidden_size / num_attention_heads`, `bos_token_id` 1 and
-    /// `eos_token_id` 2. Ids that are not in the vocabulary, and RoPE scaling by 1, are passed over with a
-    /// warning. A window in a Llama's file is ignored with a warning, as `transformers`
-    /// ignores it.
+    /// `transformers` (`MistralConfig`, `MixtralConfig`, `LlamaConfig`, `Ministral3Config`): for Mistral
+    /// `sliding_window` 4096 (but none where it is `null`), 8 key and value heads, 131072 positions; for Llama
+    /// no window, as many key and value heads as query heads, 2048 positions; for both `rope_theta` 10000,
+    /// `rms_norm_eps` 1e-6, `head_dim = hidden_size / num_attention_heads`; for Mixtral as for Mistral, but no
+    /// window, `rope_theta` 1000000, `rms_norm_eps` 1e-5, and 8 experts of which a token runs through 2; for
+    /// Ministral 3 no window, 8 key and value heads, 262144 positions, `rms_norm_eps` 1e-5, `head_dim` 128,
+    /// and, if nothing is said about rotation, `rope_theta` 1000000 with YaRN by 16 from 16384 positions and
+    /// `llama_4_scaling_beta` 0.1; for all `bos_token_id` 1 and `eos_token_id` 2, and untied embeddings. For
+    /// `mistral3`, `tie_word_embeddings` beside `text_config` goes before the one in it, and embeddings are
+    /// tied if neither is there; [`Checkpoint`](crate::load::Checkpoint) unties them where there is a head
+    /// among the weights. Ids that are not in the vocabulary, and RoPE scaling by 1, are passed over with a
+    /// warning. A window in a Llama's file, experts in that of anything but a Mixtral, and a scaling of queries
+    /// in any but a Ministral 3's, are ignored with a warning, as `transformers` ignores them.
+    ///
+    /// `rope_scaling` or `rope_parameters` may be of the kinds of [`RopeScaling`](super::RopeScaling). With
+    /// `dynamic` and `yarn`,
+    /// `max_position_embeddings` is at least the scaled length. A `quantization_config` may say that weights
+    /// are FP8 (`fp8`, or `compressed-tensors` of format `float-quantized`).
     ///
     /// # Errors
     /// [`Error::Malformed`] if `text` is not a JSON object, [`Error::Config`] for a field that is
     /// missing, mistyped or impossible, and [`Error::Unsupported`] for anything that would change the
-    /// computation: another `model_type`, experts, RoPE scaling, biases, another activation, quantised
-    /// weights, partial rotation, layers of different kinds.
+    /// computation: another `model_type`, other kinds of RoPE scaling (`longrope`), biases, another
+    /// activation, weights quantised in another way, partial rotation, layers of different kinds.
     pub fn from_json(text: &str) -> Result<Self> {
-        let fields = Fields::parse(text, "config.json")?;
-        let family = family(&fields)?;
-        refuse_variants(&fields)?;
-        let rope_theta = rope_theta(&fields)?;
+        let file = Fields::parse(text, "config.json")?;
+        let wrapper = wrapper(&file)?;
+        let inside = wrapper.map(|kind| text_config(&file, kind)).transpose()?;
+        let fields = inside.as_ref().unwrap_or(&file);
+        let family = match wrapper {
+            Some("llava") => family(fields, Some(Family::Llama))?,
+            Some(_) => family(fields, Some(Family::Mistral))?,
+            None => family(fields, None)?,
+        };
+        refuse_variants(&file)?;
+        refuse_variants(fields)?;
 
         let hidden_size = fields.required_size("hidden_size")?;
         let num_attention_heads = fields.required_size("num_attention_heads")?;
         let num_hidden_layers = fields.required_size("num_hidden_layers")?;
         let num_key_value_heads = match fields.size("num_key_value_heads")? {
             Some(heads) => heads,
-            None if family == Family::Mistral && !fields.contains("num_key_value_heads") => 8,
+            None if family != Family::Llama && !fields.contains("num_key_value_heads") => 8,
             None => num_attention_heads,
         };
         let head_dim = match fields.size("head_dim")? {
             Some(size) => size,
+            None if family == Family::Ministral3 && !fields.contains("head_dim") => 128,
             None => head_dim(
                 ("hidden_size", hidden_size),
                 ("num_attention_heads", num_attention_heads),
             )?,
         };
-        let default_positions = if family == Family::Mistral { 131_072 } else { 2048 };
-        let bos_token_id = match fields.token("bos_token_id")? {
-            None if !fields.contains("bos_token_id") => Some(1),
-            given => given,
+        let (default_positions, default_eps) = match family {
+            Family::Mistral => (131_072, 1e-6),
+            Family::Mixtral => (131_072, 1e-5),
+            Family::Ministral3 => (262_144, 1e-5),
+            Family::Llama => (2048, 1e-6),
         };
-        let eos_token_ids =
-            if fields.contains("eos_token_id") { fields.tokens("eos_token_id")? } else { vec![2] };
+        let positions = fields.size("max_position_embeddings")?.unwrap_or(default_positions);
+        let rope = RopeParameters::read(fields, family == Family::Ministral3, positions)?;
+        // Tokens may be said beside the text model's other fields, or in it.
+        let said = |name: &str| [fields, &file].into_iter().find(|it| it.contains(name));
+        let bos_token_id = match said("bos_token_id") {
+            Some(fields) => fields.token("bos_token_id")?,
+            None => Some(1),
+        };
+        let eos_token_ids = match said("eos_token_id") {
+            Some(fields) => fields.tokens("eos_token_id")?,
+            None => vec![2],
+        };
+        let tied = match file.flag("tie_word_embeddings")? {
+            Some(tied) => Some(tied),
+            None => fields.flag("tie_word_embeddings")?,
+        };
 
         let config = Self {
             vocab_size: fields.required_size("vocab_size")?,
@@ -68,17 +112,17 @@ impl Config {
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            sliding_window: sliding_window(&fields, family, num_hidden_layers)?,
-            max_position_embeddings: fields
-                .size("max_position_embeddings")?
-                .unwrap_or(default_positions),
-            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
-            rope_scaling: None,
-            query_scaling: None,
-            experts: None,
-            attention_bias: false,
+            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(default_eps),
+            rope_theta: rope.theta.unwrap_or(family.rope_theta()),
+            sliding_window: sliding_window(fields, family, num_hidden_layers)?,
+            max_position_embeddings: rope
+                .scaling
+                .as_ref()
+                .map_or(positions, |scaling| scaling.positions(positions)),
+            tie_word_embeddings: tied.unwrap_or(wrapper == Some("mistral3")),
+            rope_scaling: rope.scaling,
+            query_scaling: rope.query_scaling,
+            experts: experts(fields, family)?,
             bos_token_id,
             eos_token_ids,
         };
@@ -88,20 +132,71 @@ impl Config {
     }
 }
 
-fn family(fields: &Fields) -> Result<Family> {
+/// The kind of model around the text model, if there is one.
+fn wrapper(file: &Fields) -> Result<Option<&'static str>> {
+    let kind = file.text("model_type")?;
+    if kind.is_none() && architecture(file)? == Some("Mistral3ForConditionalGeneration") {
+        return Ok(Some("mistral3"));
+    }
+    Ok(WRAPPERS.into_iter().find(|wrapper| kind == Some(wrapper)))
+}
+
+/// The fields of the text model.
+fn text_config(file: &Fields, kind: &str) -> Result<Fields> {
+    tracing::warn!(model_type = kind, "only the text part of this model is read");
+    let missing = || Error::config("text_config", "an object", "nothing");
+    file.object("text_config")?.ok_or_else(missing)
+}
+
+fn architecture(fields: &Fields) -> Result<Option<&str>> {
+    let list = fields.list("architectures")?;
+    Ok(list.and_then(|list| list.first()).and_then(Value::as_str))
+}
+
+/// `unsaid` is what it is if the file does not say.
+fn family(fields: &Fields, unsaid: Option<Family>) -> Result<Family> {
     if let Some(kind) = fields.text("model_type")? {
         return match kind {
-            "mistral" => Ok(Family::Mistral),
+            "mistral" | "ministral" => Ok(Family::Mistral),
+            "ministral3" => Ok(Family::Ministral3),
+            "mixtral" => Ok(Family::Mixtral),
             "llama" => Ok(Family::Llama),
             other => Err(Error::unsupported("model_type", other)),
         };
     }
-    match fields.list("architectures")?.and_then(|list| list.first()).and_then(Value::as_str) {
+    match architecture(fields)? {
         Some("MistralForCausalLM" | "MistralModel") => Ok(Family::Mistral),
+        Some("MixtralForCausalLM" | "MixtralModel") => Ok(Family::Mixtral),
+        Some("Ministral3ForCausalLM" | "Ministral3Model") => Ok(Family::Ministral3),
         Some("LlamaForCausalLM" | "LlamaModel") => Ok(Family::Llama),
         Some(other) => Err(Error::unsupported("architecture", other)),
-        None => Err(Error::config("model_type", "mistral or llama", "nothing")),
+        None => unsaid.ok_or_else(|| {
+            Error::config("model_type", "mistral, mixtral, ministral3 or llama", "nothing")
+        }),
     }
+}
+
+impl Family {
+    /// Where a file does not say.
+    fn rope_theta(self) -> f64 {
+        if self == Self::Mixtral { 1_000_000.0 } else { 10_000.0 }
+    }
+}
+
+/// `num_local_experts` and how many of them a token runs through. Only a Mixtral has any: `transformers`
+/// reads these fields in no other file.
+fn experts(fields: &Fields, family: Family) -> Result<Option<Experts>> {
+    if family == Family::Mixtral {
+        return Ok(Some(Experts {
+            num_local_experts: fields.size("num_local_experts")?.unwrap_or(8),
+            num_experts_per_tok: fields.size("num_experts_per_tok")?.unwrap_or(2),
+        }));
+    }
+    if let Some(experts) = fields.get("num_local_experts") {
+        let num_local_experts = brief(experts);
+        tracing::warn!(num_local_experts, "only a mixtral has experts: ignored");
+    }
+    Ok(None)
 }
 
 /// Refuses the fields that would change the computation, except those about rotation and window.
@@ -114,63 +209,9 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
     if let Some(act) = fields.text("hidden_act")?.filter(|act| *act != "silu") {
         return Err(Error::unsupported("hidden_act", act));
     }
-    if let Some(experts) = fields.get("num_local_experts") {
-        return Err(Error::unsupported("num_local_experts", brief(experts)));
-    }
-    if let Some(quantization) = fields.object("quantization_config")? {
-        let method = quantization.text("quant_method")?.unwrap_or("no quant_method");
-        return Err(Error::unsupported("quantization_config", method));
-    }
+    // Weights in FP8 are widened as they are loaded; anything else is refused here.
+    Fp8::read(fields)?;
     Ok(())
-}
-
-/// `rope_theta` is beside the sizes or, from `transformers` 5 on, in `rope_parameters`.
-fn rope_theta(fields: &Fields) -> Result<f64> {
-    let mut theta = fields.number("rope_theta")?;
-    refuse_partial_rotation(fields)?;
-    for name in ["rope_scaling", "rope_parameters"] {
-        let Some(rope) = fields.object(name)? else { continue };
-        // `type` is how transformers spelled it before 4.43
-        let kind = rope.text("rope_type")?.or(rope.text("type")?);
-        match kind {
-            Some("default") => {}
-            Some(kind) if scales_by_one(&rope, kind)? => {
-                tracing::warn!(kind, "rope scaling by a factor of 1 changes nothing: passed over");
-            }
-            Some(other) => return Err(Error::unsupported("rope scaling", other)),
-            None if name == "rope_scaling" => {
-                return Err(Error::config("rope_scaling.rope_type", "a string", "nothing"));
-            }
-            None => {}
-        }
-        if let Some(layers) = rope.nested().next() {
-            return Err(Error::unsupported("rope scaling", format!("per kind of layer: {layers}")));
-        }
-        refuse_partial_rotation(&rope)?;
-        theta = rope.number("rope_theta")?.or(theta);
-    }
-    Ok(theta.unwrap_or(10_000.0))
-}
-
-/// Whether RoPE scaling of this kind leaves every angle as it is.
-fn scales_by_one(rope: &Fields, kind: &str) -> Result<bool> {
-    let factor = rope.number("factor")? == Some(1.0);
-    Ok(match kind {
-        "linear" | "dynamic" | "llama3" => factor,
-        // Where these are given, they say how much is scaled, whatever the factor says.
-        "yarn" => {
-            let others = ["attention_factor", "original_max_position_embeddings"];
-            factor && others.iter().all(|field| rope.get(field).is_none())
-        }
-        _ => false,
-    })
-}
-
-fn refuse_partial_rotation(fields: &Fields) -> Result<()> {
-    match fields.number("partial_rotary_factor")? {
-        None | Some(1.0) => Ok(()),
-        Some(factor) => Err(Error::unsupported("partial_rotary_factor", factor)),
-    }
 }
 
 fn sliding_window(fields: &Fields, family: Family, layers: usize) -> Result<Option<usize>> {

@@ -1,12 +1,22 @@
 //! The shape of a model: what `config.json`, `params.json` and GGUF metadata have in common.
 
+mod experts;
 mod fields;
 mod gguf;
 mod hugging_face;
 mod params;
+mod quantization;
+mod rope;
+mod rope_parameters;
 
+pub use experts::Experts;
+pub(crate) use experts::{EXPERT, ROUTER, of_expert, split_expert};
 pub(crate) use fields::{Fields, brief};
 pub(crate) use gguf::{integer, is_integer};
+pub(crate) use quantization::Fp8;
+pub use rope::{QueryScaling, RopeScaling};
+
+use std::borrow::Cow;
 
 use crate::error::{Error, Result};
 
@@ -18,7 +28,7 @@ const MAX_SIZE: usize = i32::MAX as usize;
 /// many columns, which no weight has to pay for.
 const MAX_HEAD_DIM: usize = 1 << 14;
 
-/// The shape of a Mistral, under the names that Hugging Face gives its fields.
+/// The shape of a Mistral or a Mixtral, under the names that Hugging Face gives its fields.
 ///
 /// Read from a checkpoint with [`Config::from_json`], [`Config::from_params_json`] or
 /// [`Config::from_gguf`], which refuse what this crate does not compute; or written by hand and
@@ -55,52 +65,24 @@ pub struct Config {
     pub query_scaling: Option<QueryScaling>,
     /// The experts that each MLP is made of (Mixtral); `None` is a single MLP.
     pub experts: Option<Experts>,
-    /// Whether `q_proj`, `k_proj` and `v_proj` have biases.
-    pub attention_bias: bool,
     /// The token that begins a text.
     pub bos_token_id: Option<u32>,
     /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
 }
 
-/// How rotary frequencies are changed so that a model reads longer texts than it was first trained on.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// All frequencies divided by `factor`.
-    Linear {
-        /// At least 1.
-        factor: f64,
-    },
-}
-
-/// Queries are multiplied by `1 + beta · ln(1 + floor(position / original_max_position_embeddings))`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QueryScaling {
-    /// `llama_4_scaling_beta`
-    pub beta: f64,
-    /// Positions below it are left as they are; above 0.
-    pub original_max_position_embeddings: usize,
-}
-
-/// A mixture of experts in the place of each MLP (Jiang et al. 2024).
-#[derive(Clone, Debug, PartialEq)]
-pub struct Experts {
-    /// The MLPs of a layer.
-    pub num_local_experts: usize,
-    /// Of these, how many a token runs through; at most all.
-    pub num_experts_per_tok: usize,
-}
-
 impl Config {
     /// Checks that a model of this shape is possible.
     ///
     /// Sizes lie in `1..=2147483647`, heads divide, `head_dim` is even (rotation turns pairs) and at most
-    /// 16384, the two real numbers lie in the ranges given at their fields, token ids are below `vocab_size`,
-    /// and no weight is larger than memory can address.
+    /// 16384, real numbers and scaling lie in the ranges given at their fields, a token chooses at least one
+    /// expert and at most all, token ids are below `vocab_size`, and no weight, nor those of all experts, is
+    /// larger than memory can address.
     ///
     /// # Errors
     /// [`Error::Config`] naming the first field that is wrong.
     pub fn validate(&self) -> Result<()> {
+        let experts = self.experts.as_ref().map_or(1, |experts| experts.num_local_experts);
         for (field, size) in [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -110,8 +92,9 @@ impl Config {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_position_embeddings),
-            // no window constrains nothing
+            // no window constrains nothing, nor do no experts
             ("sliding_window", self.sliding_window.unwrap_or(1)),
+            ("num_local_experts", experts),
         ] {
             if !(1..=MAX_SIZE).contains(&size) {
                 return Err(Error::config(field, format!("1 to {MAX_SIZE}"), size));
@@ -134,6 +117,18 @@ impl Config {
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return Err(Error::config("rope_theta", "a finite number above 0", self.rope_theta));
         }
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.validate(self.head_dim, self.rope_theta)?;
+        }
+        if let Some(scaling) = &self.query_scaling {
+            scaling.validate()?;
+        }
+        if let Some(Experts { num_local_experts: all, num_experts_per_tok: chosen }) = self.experts
+            && !(1..=all).contains(&chosen)
+        {
+            let expected = format!("1 to {all}, the experts that there are");
+            return Err(Error::config("num_experts_per_tok", expected, chosen));
+        }
         let ids = self.eos_token_ids.iter().map(|id| ("eos_token_id", *id));
         for (field, id) in self.bos_token_id.map(|id| ("bos_token_id", id)).into_iter().chain(ids) {
             if id as usize >= self.vocab_size {
@@ -145,6 +140,7 @@ impl Config {
             ("vocab_size", [self.vocab_size, 1, self.hidden_size]),
             ("intermediate_size", [self.intermediate_size, 1, self.hidden_size]),
             ("num_attention_heads", [heads, self.head_dim, self.hidden_size]),
+            ("num_local_experts", [experts, self.intermediate_size, self.hidden_size]),
         ] {
             let bytes = shape.iter().try_fold(size_of::<f32>(), |n, size| n.checked_mul(*size));
             if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
@@ -161,11 +157,9 @@ impl Config {
     /// `lm_head.weight` is among them unless `tie_word_embeddings`.
     pub fn weights(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
         let hidden = self.hidden_size;
-        let block = self.block_weights();
         let blocks = (0..self.num_hidden_layers).flat_map(move |layer| {
-            block
-                .clone()
-                .map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape))
+            self.block_weights()
+                .map(move |(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape))
         });
         let table = vec![self.vocab_size, hidden];
         let head = (!self.tie_word_embeddings).then(|| ("lm_head.weight".into(), table.clone()));
@@ -176,8 +170,8 @@ impl Config {
     }
 
     /// The weights of one block, without the `.weight` of their names.
-    fn block_weights(&self) -> [(&'static str, Vec<usize>); 9] {
-        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
+    fn block_weights(&self) -> impl Iterator<Item = (Cow<'static, str>, Vec<usize>)> {
+        let hidden = self.hidden_size;
         let queries = self.num_attention_heads.saturating_mul(self.head_dim);
         let keys = self.num_key_value_heads.saturating_mul(self.head_dim);
         [
@@ -187,16 +181,48 @@ impl Config {
             ("self_attn.v_proj", vec![keys, hidden]),
             ("self_attn.o_proj", vec![hidden, queries]),
             ("post_attention_layernorm", vec![hidden]),
-            ("mlp.gate_proj", vec![intermediate, hidden]),
-            ("mlp.up_proj", vec![intermediate, hidden]),
-            ("mlp.down_proj", vec![hidden, intermediate]),
         ]
+        .map(|(name, shape)| (Cow::from(name), shape))
+        .into_iter()
+        .chain(self.mlp_weights())
+    }
+
+    /// Those of its MLP, or of the router and the experts in the place of one.
+    fn mlp_weights(&self) -> impl Iterator<Item = (Cow<'static, str>, Vec<usize>)> {
+        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
+        let shapes = move || {
+            [vec![intermediate, hidden], vec![intermediate, hidden], vec![hidden, intermediate]]
+        };
+        let single = self.experts.is_none().then(|| {
+            ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+                .map(Cow::from)
+                .into_iter()
+                .zip(shapes())
+        });
+        let router = self
+            .experts
+            .iter()
+            .map(move |of| (Cow::from(ROUTER), vec![of.num_local_experts, hidden]));
+        let experts = self.experts.iter().flat_map(|of| 0..of.num_local_experts);
+        let experts = experts.flat_map(move |index| {
+            EXPERT.map(|it| Cow::from(of_expert(index, it))).into_iter().zip(shapes())
+        });
+        single.into_iter().flatten().chain(router).chain(experts)
     }
 
     /// `(out_features, in_features)` of the projection of a block that is called `self_attn.q_proj` or
     /// similar; zeros for a name that is not a projection's.
     pub(crate) fn projection(&self, name: &str) -> (usize, usize) {
-        let shape = self.block_weights().into_iter().find(|(own, _)| *own == name);
+        // All experts have one shape.
+        let first = match split_expert(name) {
+            Some((index, matrix))
+                if self.experts.as_ref().is_some_and(|of| index < of.num_local_experts) =>
+            {
+                Cow::from(of_expert(0, matrix))
+            }
+            _ => Cow::from(name),
+        };
+        let shape = self.block_weights().find(|(own, _)| *own == first);
         match shape.as_ref().map(|(_, shape)| shape.as_slice()) {
             Some([out, input]) => (*out, *input),
             _ => (0, 0),

@@ -1,14 +1,20 @@
 //! How texts become vectors.
 
-use serde::{Deserialize, Serialize};
+use std::fmt::Display;
 
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::apart;
+use crate::error::{Error, Result};
 use crate::model::Sight;
 use crate::pooling::Pooling;
 use crate::thought::Thinking;
 
 /// How [`HybridModel::embed`](crate::HybridModel::embed) turns a text into one vector.
 ///
-/// What is not set here is as the checkpoint says: in the files of sentence-transformers beside it
+/// What is not set here is as the checkpoint says: in the `embed` object of its `hybrid.json`
+/// ([`EmbedConfig::from_hybrid_json`]), in the files of sentence-transformers beside it
 /// (`modules.json`, the pooling module's `config.json`, `sentence_bert_config.json`,
 /// `config_sentence_transformers.json`), or by an adapter that is active in
 /// [`AdapterScope::Thinking`](crate::AdapterScope::Thinking) alone, which was trained to read both ways. A
@@ -21,9 +27,9 @@ use crate::thought::Thinking;
 pub struct EmbedConfig {
     pub(crate) pooling: Option<Pooling>,
     pub(crate) sight: Option<Sight>,
-    pub(crate) normalize: bool,
-    pub(crate) thinking: Thinking,
-    pub(crate) batch_size: usize,
+    pub(crate) normalize: Option<bool>,
+    pub(crate) thinking: Option<Thinking>,
+    pub(crate) batch_tokens: usize,
     pub(crate) instruction: Option<String>,
     pub(crate) max_tokens: Option<usize>,
 }
@@ -33,9 +39,9 @@ impl Default for EmbedConfig {
         Self {
             pooling: None,
             sight: None,
-            normalize: true,
-            thinking: Thinking::none(),
-            batch_size: 8,
+            normalize: None,
+            thinking: None,
+            batch_tokens: Self::BATCH_TOKENS,
             instruction: None,
             max_tokens: None,
         }
@@ -43,6 +49,77 @@ impl Default for EmbedConfig {
 }
 
 impl EmbedConfig {
+    /// The default of [`batch_tokens`](Self::batch_tokens).
+    pub const BATCH_TOKENS: usize = 1024;
+
+    /// The most bytes of an instruction that comes from a `hybrid.json`: it is read again with every text.
+    pub const MOST_INSTRUCTION_FROM_FILE: usize = 4096;
+
+    /// Reads the `embed` object of a `hybrid.json`, the rest of which is about answers
+    /// ([`Thinking::from_json`]): these settings as JSON, where what is left out has its default; all
+    /// defaults where there is no such object.
+    ///
+    /// What it asks for has a budget, as all of the file has, which is checked here: thinking that costs no more
+    /// than [`Thinking::MOST_READS_FROM_FILE`], an instruction of at most
+    /// [`MOST_INSTRUCTION_FROM_FILE`](Self::MOST_INSTRUCTION_FROM_FILE) bytes, and nothing said of
+    /// [`batch_tokens`](Self::batch_tokens), which is for the machine and not for the model.
+    ///
+    /// ```
+    /// use hybrid_attention::{EmbedConfig, Pooling, Sight};
+    ///
+    /// let own = EmbedConfig::from_hybrid_json(r#"{
+    ///     "passes": 4,
+    ///     "embed": {"instruction": "query: ", "pooling": "mean", "sight": "bidirectional"}
+    /// }"#)?;
+    /// let same = EmbedConfig::default().instruction("query: ").pooling(Pooling::Mean);
+    /// assert_eq!(own, same.sight(Sight::Bidirectional));
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for text that is no JSON object, or names a setting that does not exist;
+    /// [`Error::Parameter`] for a value outside its range or budget.
+    pub fn from_hybrid_json(text: &str) -> Result<Self> {
+        let malformed =
+            |error: &dyn Display| Error::malformed("JSON text of an EmbedConfig", error);
+        let (_, own): (Map<String, Value>, _) =
+            apart::read(text, "embed").map_err(|error| malformed(&error))?;
+        let own: Self = match own {
+            None => return Ok(Self::default()),
+            Some(own @ Value::Object(_)) => serde_json::from_value(own)
+                .map_err(|error| malformed(&format_args!("embed: {error}")))?,
+            Some(_) => return Err(malformed(&"embed: expected an object")),
+        };
+        own.validate()?;
+        if own.batch_tokens != Self::BATCH_TOKENS {
+            let expected = "nothing, as the default of a checkpoint";
+            return Err(Error::parameter("batch_tokens", expected, own.batch_tokens));
+        }
+        let bytes = own.instruction.as_ref().map_or(0, String::len);
+        if bytes > Self::MOST_INSTRUCTION_FROM_FILE {
+            let most = Self::MOST_INSTRUCTION_FROM_FILE;
+            let expected = format!("at most {most} bytes, as the default of a checkpoint");
+            return Err(Error::parameter("instruction", expected, bytes));
+        }
+        own.thinking.as_ref().map_or(Ok(()), Thinking::check_as_default)?;
+        Ok(own)
+    }
+
+    /// Checks what does not depend on the model.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] and [`Error::Refinement`], as [`Thinking::validate`] for its thinking.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in
+            [("batch_tokens", Some(self.batch_tokens)), ("max_tokens", self.max_tokens)]
+        {
+            if value == Some(0) {
+                return Err(Error::parameter(name, "at least 1", 0));
+            }
+        }
+        self.thinking.as_ref().map_or(Ok(()), Thinking::validate)
+    }
+
     /// How the tokens' vectors become one. Default: as the checkpoint says, else [`Pooling::Mean`] where
     /// tokens see what comes after them, and [`Pooling::WeightedMean`] where they do not.
     #[must_use]
@@ -58,32 +135,35 @@ impl EmbedConfig {
         self
     }
 
-    /// Whether vectors are scaled to length 1. Default: yes.
+    /// Whether vectors are scaled to length 1. Default: as the checkpoint's `hybrid.json` says, else yes.
     #[must_use]
     pub fn normalize(mut self, normalize: bool) -> Self {
-        self.normalize = normalize;
+        self.normalize = Some(normalize);
         self
     }
 
-    /// How to think about a text before it is read. Default: not at all; a checkpoint's `hybrid.json`
-    /// is about answers.
+    /// How to think about a text before it is read. Default: as the `embed` object of the checkpoint's
+    /// `hybrid.json` says, else not at all; the rest of that file is about answers.
     #[must_use]
     pub fn thinking(mut self, thinking: Thinking) -> Self {
-        self.thinking = thinking;
+        self.thinking = Some(thinking);
         self
     }
 
-    /// Texts that run side by side, at least 1. Default: 8.
+    /// Tokens that run side by side, at least 1: texts are sorted by their length and packed, without
+    /// padding, until they hold this many; one that is longer runs alone. More need more memory, and on a GPU
+    /// may be faster. Default: [`BATCH_TOKENS`](Self::BATCH_TOKENS).
     #[must_use]
-    pub fn batch_size(mut self, batch_size: usize) -> Self {
-        self.batch_size = batch_size;
+    pub fn batch_tokens(mut self, batch_tokens: usize) -> Self {
+        self.batch_tokens = batch_tokens;
         self
     }
 
     /// What is put in front of each text: the text's tokens see it, but its own vectors, and that of BOS,
     /// are left out of the pooling (GritLM, Muennighoff 2024; LLM2Vec, BehnamGhader 2024). An empty
-    /// instruction leaves out BOS alone. Default: the checkpoint's default prompt, if there is one, and
-    /// whether it is pooled as its pooling module says; else nothing is put in front or left out.
+    /// instruction leaves out BOS alone. Default: as the checkpoint's `hybrid.json` says, else
+    /// the default prompt that sentence-transformers would use, if there is one, and whether it is pooled as its
+    /// pooling module says; else nothing is put in front or left out.
     ///
     /// ```
     /// use candle_core::Device;

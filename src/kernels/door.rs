@@ -11,7 +11,7 @@ use candle_core::{D, DType, Module, Tensor};
 use candle_nn::ops;
 
 use super::attention::{self, Attend, KeyValues, Spans, gather};
-use super::elementwise::{AddTo, RmsNorm, SplitHeads, SwiGlu};
+use super::elementwise::{AddTo, Mix, RmsNorm, SplitHeads, SwiGlu};
 use super::fresh::Fresh;
 use super::gradients::{Frozen, Product};
 use super::input_rows::InputRows;
@@ -117,22 +117,57 @@ pub(crate) fn swiglu(gate: Fresh, up: &Tensor) -> Result<Fresh> {
     Ok(Fresh::new(gate))
 }
 
+/// `ys[t] = Σ shares[t, s] · rows[places[t, s]]`: each row of the result is the sum of some of `rows`, of
+/// `(.., width)`, with `shares` of `(count, several)` in the same type: `(count, width)`.
+///
+/// # Errors
+/// Where `places` are not as many as shares, or not rows; when a device fails.
+pub(crate) fn mix(rows: &Tensor, places: &[u32], shares: &Tensor) -> Result<Fresh> {
+    let tracked = rows.track_op() || shares.track_op();
+    if !tracked && fits_kernels(rows) && fits_kernels(shares) {
+        let mixed = rows.contiguous()?.apply_op2_no_bwd(&shares.contiguous()?, &Mix { places })?;
+        return Ok(Fresh::new(mixed));
+    }
+    let (count, several) = shares.dims2()?;
+    let places = Tensor::new(places, rows.device())?.reshape((count, several))?;
+    let mut sum = Tensor::zeros((count, rows.dim(1)?), rows.dtype(), rows.device())?;
+    for column in 0..several {
+        let these = places.narrow(1, column, 1)?.flatten_all()?.contiguous()?;
+        let part = rows.index_select(&these, 0)?.broadcast_mul(&shares.narrow(1, column, 1)?)?;
+        sum = (sum + part)?;
+    }
+    Ok(Fresh::new(sum))
+}
+
 /// What one or several weights multiply.
 pub(crate) struct Input {
     /// `(…, in_features)`
     xs: Tensor,
     /// The same as this crate's CPU kernels read it, if one of them multiplies one of the weights.
     rows: Option<InputRows>,
+    /// Rows that it is rounded like.
+    among: usize,
 }
 
 impl Input {
     /// Lays `xs`, `(…, in_features)`, out for all of these weights.
     pub(crate) fn new(xs: &Tensor, weights: &[&Weight]) -> Result<Self> {
-        let rows = match weights.iter().any(|weight| is_frozen(weight, xs)) {
-            true => Some(input_rows(xs)?),
+        Self::among(0, xs, weights)
+    }
+
+    /// [`new`](Self::new) of some of `all` rows. On the CPU, unless a gradient for the weight is wanted, the
+    /// product of each is the same, to the last bit, as if all were there.
+    pub(crate) fn among(all: usize, xs: &Tensor, weights: &[&Weight]) -> Result<Self> {
+        let rows = match weights.iter().any(|weight| is_frozen(weight, xs, all)) {
+            true => Some(input_rows(xs, all)?),
             false => None,
         };
-        Ok(Self { xs: xs.clone(), rows })
+        Ok(Self { xs: xs.clone(), rows, among: all })
+    }
+
+    /// Other numbers for the same rows.
+    pub(crate) fn with(&self, xs: &Tensor, weights: &[&Weight]) -> Result<Self> {
+        Self::among(self.among, xs, weights)
     }
 
     /// `(…, in_features)`
@@ -143,32 +178,34 @@ impl Input {
     /// `x Wᵀ`, `(…, out_features)`, in the type of `x`.
     pub(crate) fn times(&self, weight: &Weight) -> Result<Fresh> {
         let ys = match weight {
-            weight if is_frozen(weight, &self.xs) => match &self.rows {
+            weight if is_frozen(weight, &self.xs, self.among) => match &self.rows {
                 Some(rows) => frozen(&self.xs, rows, weight)?,
-                None => frozen(&self.xs, &input_rows(&self.xs)?, weight)?,
+                None => frozen(&self.xs, &input_rows(&self.xs, self.among)?, weight)?,
             },
             Weight::Dense(weight) => dense(&self.xs, weight)?,
             Weight::Quantized(weight) => quantized(&self.xs, weight)?,
+            Weight::Codebook(weight) => dense(&self.xs, &weight.rows(0..weight.shape().0)?)?,
         };
         Ok(Fresh::new(ys))
     }
 }
 
 /// Whether a kernel of this crate multiplies `xs` by this weight without a gradient for the weight. For
-/// a dense `f32` weight and a tracked `xs`, it would be no faster.
-fn is_frozen(weight: &Weight, xs: &Tensor) -> bool {
+/// a dense `f32` weight and a tracked `xs`, it would be no faster than candle's; but that rounds a row
+/// `among` others by how many there are.
+fn is_frozen(weight: &Weight, xs: &Tensor, among: usize) -> bool {
     fits_kernels(xs)
         && match weight {
             Weight::Dense(weight) => {
                 let tracked = xs.track_op() || weight.track_op();
-                !tracked || !weight.track_op() && weight.dtype() != DType::F32
+                !tracked || !weight.track_op() && (weight.dtype() != DType::F32 || among > 0)
             }
-            Weight::Quantized(_) => true,
+            Weight::Quantized(_) | Weight::Codebook(_) => true,
         }
 }
 
-fn input_rows(xs: &Tensor) -> Result<InputRows> {
-    Ok(InputRows::new(&xs.detach().reshape(((), xs.dim(D::Minus1)?))?)?)
+fn input_rows(xs: &Tensor, among: usize) -> Result<InputRows> {
+    Ok(InputRows::new(&xs.detach().reshape(((), xs.dim(D::Minus1)?))?, among)?)
 }
 
 /// On the CPU, with a gradient for `x` alone.
@@ -343,6 +380,30 @@ mod tests {
             };
             let differences = run().map_err(|error| TestCaseError::fail(error.to_string()))?;
             prop_assert!(differences.iter().all(|d| *d < 2e-5), "{differences:?}");
+        }
+
+        #[test]
+        fn mixtures_agree(count in 1usize..40, several in 1usize..5, width in 1usize..80) {
+            let run = || -> Result<f32> {
+                let rows = Tensor::randn(0f32, 2.0, (count * several, width), &Device::Cpu)?;
+                let shares = Tensor::randn(0f32, 1.0, (count, several), &Device::Cpu)?;
+                let all = count * several;
+                let places: Vec<u32> = (0..all).map(|place| (place * 7 % all) as u32).collect();
+                let picked = Tensor::new(places.as_slice(), &Device::Cpu)?;
+                let beyond = vec![all as u32; all];
+                assert!(mix(&rows, &beyond, &shares).is_err() && mix(&rows, &[], &shares).is_err());
+                forms_differ_by(
+                    &[rows, shares],
+                    |it| Ok(mix(&it[0], &places, &it[1])?.into_tensor()),
+                    |it| {
+                        let picked = it[0].index_select(&picked, 0)?;
+                        let picked = picked.broadcast_mul(&it[1].reshape((all, 1))?)?;
+                        Ok(picked.reshape((count, several, width))?.sum(1)?)
+                    },
+                )
+            };
+            let difference = run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+            prop_assert!(difference < 2e-5, "{difference}");
         }
 
         #[test]

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, Error, Result, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::dense::{self, Element, Tiles};
-use super::quantized::{self, FixedPoint, QuantBlock, for_blocks};
+use super::quantized::{self, FixedPoint, QuantBlock, for_blocks, for_codebook};
 use super::storage::{elements, values};
 use super::weight::Weight;
 
@@ -26,12 +26,12 @@ pub(super) struct InputRows {
 }
 
 impl InputRows {
-    /// `xs` is `(rows, in)` in `f32`.
-    pub(super) fn new(xs: &Tensor) -> Result<Self> {
+    /// `xs` is `(rows, in)` in `f32`. They are multiplied by what multiplies `among` rows, if that is more.
+    pub(super) fn new(xs: &Tensor, among: usize) -> Result<Self> {
         let (rows, len) = xs.dims2()?;
         let xs = xs.contiguous()?;
         // Not on first use: that would be on several threads at a time.
-        let tiles = match rows > FEW_ROWS && len > 0 {
+        let tiles = match rows.max(among) > FEW_ROWS && rows > 0 && len > 0 {
             true => Some(Tiles::new(values(&xs).get()?, len)),
             false => None,
         };
@@ -43,6 +43,9 @@ impl InputRows {
         match weight {
             Weight::Dense(weight) => self.times_dense(weight),
             Weight::Quantized(weight) => self.times_quantized(weight),
+            Weight::Codebook(weight) => {
+                for_codebook!(weight, |blocks| self.times_blocks(blocks, weight.shape().1))
+            }
         }
     }
 

@@ -31,11 +31,11 @@ pub(crate) use attention::{
     HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans, gather, scores, shares, write_block,
 };
 pub(crate) use door::{
-    Input, attend, fits_kernels, log_softmax, rms_norm, softmax, split_heads, swiglu,
+    Input, attend, fits_kernels, log_softmax, mix, rms_norm, softmax, split_heads, swiglu,
 };
 pub(crate) use fresh::Fresh;
 pub(crate) use memory::FreedMemory;
 pub use memory::keep_freed_memory;
-pub(crate) use quantized::reads_blocks;
+pub(crate) use quantized::{Codebook, CodebookMatrix, reads_blocks};
 pub(crate) use storage::{f32s, gradient_for, values};
 pub(crate) use weight::Weight;

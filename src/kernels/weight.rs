@@ -7,7 +7,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{Device, Result, Tensor};
 
 use super::storage::widen;
-use super::{quantized, reads_blocks};
+use super::{CodebookMatrix, quantized, reads_blocks};
 
 /// `W`, `(out_features, in_features)`, of a product `x Wᵀ`.
 #[derive(Clone, Debug)]
@@ -17,6 +17,8 @@ pub(crate) enum Weight {
     /// Blocks of a GGUF type. On the CPU they are unpacked a few at a time as they are multiplied; on
     /// other devices candle multiplies.
     Quantized(Arc<QTensor>),
+    /// Blocks of a GGUF type that candle does not have, on the CPU.
+    Codebook(Arc<CodebookMatrix>),
 }
 
 impl Weight {
@@ -38,6 +40,7 @@ impl Weight {
         match self {
             Self::Dense(weight) => weight.dims2(),
             Self::Quantized(weight) => weight.shape().dims2(),
+            Self::Codebook(weight) => Ok(weight.shape()),
         }
     }
 
@@ -45,6 +48,7 @@ impl Weight {
         match self {
             Self::Dense(weight) => weight.device().clone(),
             Self::Quantized(weight) => weight.device(),
+            Self::Codebook(_) => Device::Cpu,
         }
     }
 
@@ -53,6 +57,7 @@ impl Weight {
         match self {
             Self::Dense(weight) => widen(&weight.narrow(0, rows.start, rows.len())?),
             Self::Quantized(weight) => quantized::rows(weight, rows),
+            Self::Codebook(weight) => weight.rows(rows),
         }
     }
 }

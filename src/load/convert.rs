@@ -11,8 +11,11 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
+use super::block_type::BlockType;
 use super::names::Rows;
+use super::scales::{E4M3, Scales};
 use crate::error::{Error, Result};
+use crate::model::{Codebook, CodebookMatrix};
 
 /// What a weight is stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,29 +24,54 @@ pub(super) enum Stored {
     F32,
     F16,
     BF16,
+    /// `F8_E4M3`; multiplied by [`Scales`], if there are any.
+    F8,
     /// Quantised; the scales are part of the blocks.
-    Blocks(GgmlDType),
+    Blocks(BlockType),
 }
 
 impl Stored {
     /// The type that holds these values unchanged: that of the file where candle's models compute in it,
-    /// otherwise f32.
+    /// otherwise f32. FP8 times a scale is rounded to bf16, which has the range of f32 and 16 times as many
+    /// steps.
     pub(super) fn dtype(self) -> DType {
         match self {
             Self::F64 | Self::F32 | Self::Blocks(_) => DType::F32,
             Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
+            Self::BF16 | Self::F8 => DType::BF16,
+        }
+    }
+
+    /// Elements that are stored together.
+    pub(super) fn block_size(self) -> usize {
+        match self {
+            Self::F64 | Self::F32 | Self::F16 | Self::BF16 | Self::F8 => 1,
+            Self::Blocks(blocks) => blocks.block_size(),
+        }
+    }
+
+    /// Bytes of so many elements.
+    pub(super) fn type_size(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::F8 => 1,
+            Self::Blocks(blocks) => blocks.type_size(),
+        }
+    }
+
+    /// As errors name it.
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::Blocks(blocks) => blocks.name(),
+            number => format!("{number:?}"),
         }
     }
 
     /// Bytes of one row of `len` elements. Blocks do not span rows: the parser has checked that.
     fn row_bytes(self, len: usize) -> usize {
-        match self {
-            Self::F64 => 8 * len,
-            Self::F32 => 4 * len,
-            Self::F16 | Self::BF16 => 2 * len,
-            Self::Blocks(blocks) => len / blocks.block_size() * blocks.type_size(),
-        }
+        len / self.block_size() * self.type_size()
     }
 }
 
@@ -55,6 +83,18 @@ pub(super) struct Source<'a> {
     pub(super) stored: Stored,
     pub(super) shape: &'a [usize],
     pub(super) rows: Rows,
+    /// What FP8 is multiplied by.
+    pub(super) scales: Option<&'a Scales>,
+}
+
+/// A row of a weight in a file.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    stored: Stored,
+    bytes: &'a [u8],
+    /// Of FP8, one for each run of `width` elements.
+    scales: &'a [f32],
+    width: usize,
 }
 
 /// Why a weight was not converted.
@@ -107,7 +147,7 @@ impl Source<'_> {
                 let rows = rows.chunks_exact_mut(row_len).enumerate();
                 let bad_rows = rows.filter_map(|(i, out)| {
                     let row = self.rows.source(task * rows_per_task + i);
-                    (!T::read(self.stored, self.row(row), out)).then_some(row)
+                    (!T::read(self.row(row), out)).then_some(row)
                 });
                 bad_rows.min()
             })
@@ -121,46 +161,68 @@ impl Source<'_> {
     /// The matrix in Hugging Face order in blocks of `to`, of which its rows are a multiple: its own
     /// blocks unchanged, anything else rounded.
     pub(super) fn blocks(&self, to: GgmlDType, device: &Device) -> Result<QTensor, Refusal> {
-        let row_len = self.row_len();
-        let row_bytes = Stored::Blocks(to).row_bytes(row_len);
-        let rows = self.shape.first().copied().unwrap_or_default();
         // A mapping, because candle asserts that blocks are aligned.
-        let map = MmapMut::map_anon(rows * row_bytes);
+        let map = MmapMut::map_anon(self.packed_len(to.into()));
         let mut packed = map.map_err(|error| Error::io("memory")(error))?;
+        self.pack_all(to.into(), &mut packed)?;
+        let storage = QStorage::from_data(Cow::Borrowed(&packed), device, to)?;
+        Ok(QTensor::new(storage, self.shape)?)
+    }
+
+    /// The matrix in Hugging Face order in its own blocks.
+    pub(super) fn codebook(&self, codebook: Codebook) -> Result<CodebookMatrix, Refusal> {
+        let to = codebook.into();
+        let mut packed = vec![0; self.packed_len(to)];
+        self.pack_all(to, &mut packed)?;
+        let rows = self.shape.first().copied().unwrap_or_default();
+        Ok(CodebookMatrix::new(codebook, packed, (rows, self.row_len()))?)
+    }
+
+    /// Bytes of all rows in blocks of `to`.
+    fn packed_len(&self, to: BlockType) -> usize {
+        let rows = self.shape.first().copied().unwrap_or_default();
+        rows * Stored::Blocks(to).row_bytes(self.row_len())
+    }
+
+    /// Writes all rows, in Hugging Face order, as the bytes of their blocks.
+    fn pack_all(&self, to: BlockType, packed: &mut [u8]) -> Result<(), Refusal> {
+        let row_len = self.row_len();
+        let row_bytes = Stored::Blocks(to).row_bytes(row_len).max(1);
         let rows_per_task = TASK.div_ceil(row_len);
         packed.par_chunks_mut(rows_per_task * row_bytes).enumerate().try_for_each(
             |(task, packed)| {
                 let rows = task * rows_per_task..task * rows_per_task + packed.len() / row_bytes;
                 self.pack(rows, to, packed)
             },
-        )?;
-        let storage = QStorage::from_data(Cow::Borrowed(&packed), device, to)?;
-        Ok(QTensor::new(storage, self.shape)?)
+        )
     }
 
-    /// Writes some of the rows, in Hugging Face order, as the bytes of their blocks.
-    fn pack(&self, rows: Range<usize>, to: GgmlDType, packed: &mut [u8]) -> Result<(), Refusal> {
+    /// Writes some of the rows.
+    fn pack(&self, rows: Range<usize>, to: BlockType, packed: &mut [u8]) -> Result<(), Refusal> {
         let row_len = self.row_len();
         let row_bytes = Stored::Blocks(to).row_bytes(row_len);
         let mut wide = vec![0f32; rows.len() * row_len];
         for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(row_len)) {
             let row = self.rows.source(row);
-            if !f32::read(self.stored, self.row(row), wide) {
+            if !f32::read(self.row(row), wide) {
                 return Err(self.not_finite::<f32>(row));
             }
         }
         if self.stored == Stored::Blocks(to) {
             for (row, packed) in rows.zip(packed.chunks_exact_mut(row_bytes)) {
-                packed.copy_from_slice(self.row(self.rows.source(row)));
+                packed.copy_from_slice(self.row(self.rows.source(row)).bytes);
             }
             return Ok(());
         }
+        let BlockType::Candle(blocks) = to else {
+            return Err(Error::unsupported("rounding", format!("to {}", to.name())).into());
+        };
         let wide = Tensor::from_vec(wide, (rows.len(), row_len), &Device::Cpu)?;
-        packed.copy_from_slice(&QTensor::quantize(&wide, to)?.data()?);
+        packed.copy_from_slice(&QTensor::quantize(&wide, blocks)?.data()?);
         // The scales of blocks are f16: a large value may have become infinite.
         let mut rounded = vec![0f32; row_len];
         for (row, packed) in rows.zip(packed.chunks_exact(row_bytes)) {
-            if !f32::read(Stored::Blocks(to), packed, &mut rounded) {
+            if !f32::read(Row::unscaled(Stored::Blocks(to), packed), &mut rounded) {
                 let column = rounded.iter().position(|value| !value.is_finite()).unwrap_or(0);
                 let index = self.rows.source(row) * row_len + column;
                 let got = rounded.get(column).copied().unwrap_or(f32::NAN);
@@ -179,18 +241,24 @@ impl Source<'_> {
         row.iter().product::<usize>().max(1)
     }
 
-    /// The bytes of a stored row.
-    fn row(&self, row: usize) -> &[u8] {
+    /// A stored row.
+    fn row(&self, row: usize) -> Row<'_> {
         let len = self.stored.row_bytes(self.row_len());
-        self.bytes.get(row * len..).and_then(|rest| rest.get(..len)).unwrap_or_default()
+        let bytes =
+            self.bytes.get(row * len..).and_then(|rest| rest.get(..len)).unwrap_or_default();
+        let unscaled = Row::unscaled(self.stored, bytes);
+        match self.scales {
+            Some(scales) => Row { scales: scales.of_row(row), width: scales.width(), ..unscaled },
+            None => unscaled,
+        }
     }
 
     /// Reads again a row that `T::read` rejected, to find which value it was and where.
     fn not_finite<T: Float>(&self, row: usize) -> Refusal {
         let mut converted = T::zeros(self.row_len());
-        T::read(self.stored, self.row(row), &mut converted);
+        T::read(self.row(row), &mut converted);
         let mut stored = vec![0.0; self.row_len()];
-        read_f64(self.stored, self.row(row), &mut stored);
+        self.row(row).read_f64(&mut stored);
         let converted = converted.into_iter().map(T::to_f64);
         let mut elements = converted.zip(stored).enumerate();
         let (column, (got, stored)) = elements
@@ -206,7 +274,7 @@ trait Float: WithDType + Send + Sync {
     /// Memory that the system zeroes when it is first touched, so that filling it takes a single pass.
     fn zeros(len: usize) -> Vec<Self>;
     /// Converts one row; false if a value of `out` is not finite.
-    fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool;
+    fn read(row: Row<'_>, out: &mut [Self]) -> bool;
 }
 
 impl Float for f32 {
@@ -214,8 +282,8 @@ impl Float for f32 {
         vec![0.0; len]
     }
 
-    fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool {
-        read_f32(stored, bytes, out);
+    fn read(row: Row<'_>, out: &mut [Self]) -> bool {
+        row.read_f32(0, out);
         out.iter().fold(true, |finite, value| finite & value.is_finite())
     }
 }
@@ -228,11 +296,11 @@ macro_rules! half_float {
                 vec![0u16; len].reinterpret_into()
             }
 
-            fn read(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool {
-                if let $same = stored {
-                    copy(bytes, out, |bits| Self::from_bits(u16::from_le_bytes(bits)));
+            fn read(row: Row<'_>, out: &mut [Self]) -> bool {
+                if let $same = row.stored {
+                    copy(row.bytes, out, |bits| Self::from_bits(u16::from_le_bytes(bits)));
                 } else {
-                    through_f32(stored, bytes, out, |from, to| to.convert_from_f32_slice(from));
+                    row.through_f32(out, |from, to| to.convert_from_f32_slice(from));
                 }
                 out.iter().fold(true, |finite, value| finite & value.is_finite())
             }
@@ -247,52 +315,82 @@ half_float!(bf16, Stored::BF16);
 /// cache, and a multiple of every block.
 const BUFFER: usize = 1024;
 
-fn through_f32<T>(stored: Stored, bytes: &[u8], out: &mut [T], convert: impl Fn(&[f32], &mut [T])) {
-    let mut buffer = [0f32; BUFFER];
-    let buffer_bytes = stored.row_bytes(BUFFER);
-    for (bytes, out) in bytes.chunks(buffer_bytes).zip(out.chunks_mut(BUFFER)) {
-        let Some(buffer) = buffer.get_mut(..out.len()) else { return };
-        read_f32(stored, bytes, buffer);
-        convert(buffer, out);
+impl<'a> Row<'a> {
+    fn unscaled(stored: Stored, bytes: &'a [u8]) -> Self {
+        Self { stored, bytes, scales: &[], width: usize::MAX }
     }
-}
 
-fn read_f32(stored: Stored, bytes: &[u8], out: &mut [f32]) {
-    match stored {
-        Stored::F32 => copy(bytes, out, f32::from_le_bytes),
-        Stored::F64 => copy(bytes, out, |bytes| f64::from_le_bytes(bytes) as f32),
-        Stored::BF16 => copy(bytes, out, |bytes| bf16::from_bits(u16::from_le_bytes(bytes)).into()),
-        Stored::F16 => {
-            // half converts slices with the processor's own instruction, but single values without it
-            let mut buffer = [f16::ZERO; BUFFER];
-            for (bytes, out) in bytes.chunks(2 * BUFFER).zip(out.chunks_mut(BUFFER)) {
-                let Some(buffer) = buffer.get_mut(..out.len()) else { return };
-                copy(bytes, buffer, |bits| f16::from_bits(u16::from_le_bytes(bits)));
-                buffer.convert_to_f32_slice(out);
-            }
-        }
-        Stored::Blocks(blocks) => {
-            // candle asserts that `bytes` are whole blocks and aligned to them: the GGUF parser makes
-            // rows whole blocks and aligns tensors to 8, and a block is a multiple of its own alignment,
-            // at most 4
-            let blocks = blocks.from_data(Cow::Borrowed(bytes));
-            match blocks.dequantize(out.len()) {
-                Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
-                // candle does not get here today; if it ever does, the caller refuses NaN
-                _ => out.fill(f32::NAN),
-            }
+    fn through_f32<T>(&self, out: &mut [T], convert: impl Fn(&[f32], &mut [T])) {
+        let mut buffer = [0f32; BUFFER];
+        for (start, out) in (0..).step_by(BUFFER).zip(out.chunks_mut(BUFFER)) {
+            let Some(buffer) = buffer.get_mut(..out.len()) else { return };
+            self.read_f32(start, buffer);
+            convert(buffer, out);
         }
     }
-}
 
-/// [`read_f32`] without overflowing f64 values to f32.
-fn read_f64(stored: Stored, bytes: &[u8], out: &mut [f64]) {
-    if stored == Stored::F64 {
-        return copy(bytes, out, f64::from_le_bytes);
+    /// The elements from `start`, a multiple of every block, as many as `out` has room for.
+    fn read_f32(&self, start: usize, out: &mut [f32]) {
+        let len = self.stored.row_bytes(out.len());
+        let from = self.bytes.get(self.stored.row_bytes(start)..).unwrap_or_default();
+        let bytes = from.get(..len).unwrap_or_default();
+        match self.stored {
+            Stored::F32 => copy(bytes, out, f32::from_le_bytes),
+            Stored::F64 => copy(bytes, out, |bytes| f64::from_le_bytes(bytes) as f32),
+            Stored::BF16 => {
+                copy(bytes, out, |bytes| bf16::from_bits(u16::from_le_bytes(bytes)).into());
+            }
+            Stored::F16 => {
+                // half converts slices with the processor's own instruction, but single values without it
+                let mut buffer = [f16::ZERO; BUFFER];
+                for (bytes, out) in bytes.chunks(2 * BUFFER).zip(out.chunks_mut(BUFFER)) {
+                    let Some(buffer) = buffer.get_mut(..out.len()) else { return };
+                    copy(bytes, buffer, |bits| f16::from_bits(u16::from_le_bytes(bits)));
+                    buffer.convert_to_f32_slice(out);
+                }
+            }
+            Stored::F8 => {
+                copy(bytes, out, |[byte]| E4M3[usize::from(byte)]);
+                self.scale(start, out);
+            }
+            Stored::Blocks(BlockType::Codebook(codebook)) => codebook.dequantize(bytes, out),
+            Stored::Blocks(BlockType::Candle(blocks)) => {
+                // candle asserts that `bytes` are whole blocks and aligned to them: the GGUF parser makes
+                // rows whole blocks and aligns tensors to 8, and a block is a multiple of its own
+                // alignment, at most 4
+                let blocks = blocks.from_data(Cow::Borrowed(bytes));
+                match blocks.dequantize(out.len()) {
+                    Ok(CpuStorage::F32(values)) => out.copy_from_slice(&values),
+                    // candle does not get here today; if it ever does, the caller refuses NaN
+                    _ => out.fill(f32::NAN),
+                }
+            }
+        }
     }
-    let mut values = vec![0f32; out.len()];
-    read_f32(stored, bytes, &mut values);
-    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.into());
+
+    /// Multiplies the elements from `start` on by their scales.
+    fn scale(&self, start: usize, mut out: &mut [f32]) {
+        let mut at = start;
+        while let Some(scale) = self.scales.get(at / self.width) {
+            let run = (self.width - at % self.width).min(out.len());
+            let (scaled, rest) = out.split_at_mut(run);
+            scaled.iter_mut().for_each(|value| *value *= scale);
+            if rest.is_empty() {
+                return;
+            }
+            (at, out) = (at + run, rest);
+        }
+    }
+
+    /// The whole row, as [`read_f32`](Self::read_f32) but without overflowing f64 values to f32.
+    fn read_f64(&self, out: &mut [f64]) {
+        if self.stored == Stored::F64 {
+            return copy(self.bytes, out, f64::from_le_bytes);
+        }
+        let mut values = vec![0f32; out.len()];
+        self.read_f32(0, &mut values);
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = value.into());
+    }
 }
 
 /// `out[i] = read(bytes of element i)`. The bytes need no alignment: safetensors promises none.

@@ -68,19 +68,43 @@ impl Folder {
 /// models--org--name/snapshots/0123abc      holds the checkpoint
 /// ```
 pub(super) fn snapshot(folder: &Path) -> Result<PathBuf> {
-    let (snapshots, main) = (folder.join("snapshots"), folder.join("refs").join("main"));
-    if !snapshots.is_dir() || !main.is_file() {
+    let snapshots = folder.join("snapshots");
+    if !snapshots.is_dir() {
         return Ok(folder.to_path_buf());
     }
-    let text = std::fs::read_to_string(&main).map_err(Error::io(&main))?;
-    let commit = text.trim();
-    if Path::new(commit).file_name() != Some(OsStr::new(commit)) {
-        return Err(Error::malformed(&main, format!("{commit:?} is not the name of a snapshot")));
-    }
-    match snapshots.join(commit) {
+    let Some(commit) = commit(folder, "main")? else { return Ok(folder.to_path_buf()) };
+    match snapshots.join(&commit) {
         snapshot if snapshot.is_dir() => Ok(snapshot),
-        _ => Err(Error::malformed(&main, format!("there is no snapshot {commit} beside it"))),
+        _ => {
+            let main = folder.join("refs").join("main");
+            Err(Error::malformed(main, format!("there is no snapshot {commit} beside it")))
+        }
     }
+}
+
+/// The commit that a branch or tag stands for in a repository of the cache; `None` if it holds neither.
+pub(crate) fn commit(folder: &Path, revision: &str) -> Result<Option<String>> {
+    let path = folder.join("refs").join(revision);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = super::read_text(&path)?;
+    let commit = text.trim();
+    if !is_file_name(commit) {
+        return Err(Error::malformed(&path, format!("{commit:?} is not the name of a snapshot")));
+    }
+    Ok(Some(commit.to_string()))
+}
+
+/// The shards that the index at `path` names.
+pub(crate) fn shards(path: &Path) -> Result<BTreeSet<String>> {
+    Index::read(path.to_path_buf())?.names()
+}
+
+/// Whether `name` is a plain name, which cannot reach outside the folder it is looked up in.
+fn is_file_name(name: &str) -> bool {
+    // a backslash is a separator on Windows only, but folders are shared between systems
+    Path::new(name).file_name() == Some(OsStr::new(name)) && !name.contains('\\')
 }
 
 impl Index {
@@ -95,28 +119,28 @@ impl Index {
         Ok(Self { path, weight_map: content.weight_map })
     }
 
-    /// The shards, each once. A name that is more than a plain file name could reach outside the folder,
-    /// so it is refused.
-    fn shards(&self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let mut shards = BTreeSet::new();
+    /// The names of the shards, each once. One that is more than a plain file name is refused.
+    fn names(&self) -> Result<BTreeSet<String>> {
         for (weight, shard) in &self.weight_map {
-            let one_name = Path::new(shard).file_name() == Some(OsStr::new(shard));
-            // a backslash is a separator on Windows only, but shards are shared between systems
-            if !one_name || shard.contains('\\') {
+            if !is_file_name(shard) {
                 let message = format!("{weight} is in {shard:?}, which is not a file name");
                 return Err(Error::malformed(&self.path, message));
             }
-            let path = folder.join(shard);
-            if !shards.contains(&path) && !path.is_file() {
-                let message = format!("the shard {shard} is not in the folder");
-                return Err(Error::malformed(&self.path, message));
-            }
-            shards.insert(path);
         }
-        if shards.is_empty() {
+        if self.weight_map.is_empty() {
             return Err(Error::malformed(&self.path, "weight_map is empty"));
         }
-        Ok(shards.into_iter().collect())
+        Ok(self.weight_map.values().cloned().collect())
+    }
+
+    /// The shards.
+    fn shards(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let names = self.names()?;
+        if let Some(shard) = names.iter().find(|shard| !folder.join(shard).is_file()) {
+            let message = format!("the shard {shard} is not in the folder");
+            return Err(Error::malformed(&self.path, message));
+        }
+        Ok(names.into_iter().map(|shard| folder.join(shard)).collect())
     }
 
     /// Warns of tensors that are in another file than the index says, or in none: weights are taken where

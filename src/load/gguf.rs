@@ -11,7 +11,9 @@ use std::ops::Range;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
 
+use super::convert::Stored;
 use crate::config::integer;
+use crate::model::Codebook;
 
 /// What a GGUF file starts with.
 pub(super) const MAGIC: &[u8] = b"GGUF";
@@ -43,7 +45,7 @@ pub(super) struct Gguf {
 pub(super) struct GgufTensor {
     /// Row-major: the file's dimensions, slowest first.
     pub(super) shape: Vec<usize>,
-    pub(super) dtype: GgmlDType,
+    pub(super) stored: Stored,
     /// Where in the file; starts at a multiple of 8.
     pub(super) range: Range<usize>,
 }
@@ -135,22 +137,21 @@ fn refuse_overlap(tensors: &BTreeMap<String, GgufTensor>) -> Result<()> {
 /// A row of the directory before its place is checked.
 struct Header {
     shape: Vec<usize>,
-    dtype: GgmlDType,
+    stored: Stored,
     offset: u64,
 }
 
 impl Header {
     /// `data` is where the tensors of a file of `len` bytes begin.
     fn place(self, data: usize, alignment: usize, len: usize) -> Result<GgufTensor> {
-        let Self { shape, dtype, offset } = self;
-        let block = dtype.block_size();
+        let Self { shape, stored, offset } = self;
+        let (block, bytes) = (stored.block_size(), stored.type_size());
         if !shape.last().is_some_and(|row| row.is_multiple_of(block)) {
-            return Err(format!(
-                "rows of shape {shape:?} are not whole {dtype:?} blocks of {block}"
-            ));
+            let name = stored.name();
+            return Err(format!("rows of shape {shape:?} are not whole {name} blocks of {block}"));
         }
         let size = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
-        let size = size.and_then(|elements| (elements / block).checked_mul(dtype.type_size()));
+        let size = size.and_then(|elements| (elements / block).checked_mul(bytes));
         let offset = usize::try_from(offset).ok();
         if offset.is_none_or(|offset| !offset.is_multiple_of(alignment)) {
             return Err(format!("its offset is not a multiple of the alignment of {alignment}"));
@@ -160,8 +161,10 @@ impl Header {
             .zip(size)
             .and_then(|(start, size)| Some(start..start.checked_add(size)?))
             .filter(|range| range.end <= len)
-            .map(|range| GgufTensor { shape: shape.clone(), dtype, range })
-            .ok_or_else(|| format!("{dtype:?} {shape:?} reaches beyond the end of the file"))
+            .map(|range| GgufTensor { shape: shape.clone(), stored, range })
+            .ok_or_else(|| {
+                format!("{} {shape:?} reaches beyond the end of the file", stored.name())
+            })
     }
 }
 
@@ -300,45 +303,57 @@ impl<'a> Reader<'a> {
             shape.push(dim as usize);
         }
         shape.reverse();
-        let dtype = self.u32()?;
-        let dtype = ggml_dtype(dtype).ok_or_else(|| unread_type(dtype))?;
-        Ok(Header { shape, dtype, offset: self.u64()? })
+        let number = self.u32()?;
+        let stored = ggml_type(number).ok_or_else(|| unread_type(number))?;
+        Ok(Header { shape, stored, offset: self.u64()? })
     }
 }
 
-/// What to say of a type that is not read; the names are those of `ggml.h`.
+/// What to say of a type that is not read; the names are those of `ggml.h`, also of types that newer
+/// versions have removed.
 fn unread_type(number: u32) -> String {
     let name = match number {
+        4 => "Q4_2",
+        5 => "Q4_3",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
-        23 => "IQ4_XS",
         24 => "I8",
         25 => "I16",
         26 => "I32",
         27 => "I64",
         28 => "F64",
         29 => "IQ1_M",
+        31 => "Q4_0_4_4",
+        32 => "Q4_0_4_8",
+        33 => "Q4_0_8_8",
         34 => "TQ1_0",
         35 => "TQ2_0",
-        39 => "MXFP4",
+        36 => "IQ4_NL_4_4",
+        37 => "IQ4_NL_4_8",
+        38 => "IQ4_NL_8_8",
+        40 => "NVFP4",
+        41 => "Q1_0",
         _ => "unknown",
     };
     format!(
         "ggml type {number} ({name}) is not read; these are: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, \
-         Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"
+         Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4"
     )
 }
 
-/// The numbers of `enum ggml_type` that candle dequantises.
-fn ggml_dtype(number: u32) -> Option<GgmlDType> {
-    Some(match number {
-        0 => GgmlDType::F32,
-        1 => GgmlDType::F16,
+/// The numbers of `enum ggml_type` that are read.
+fn ggml_type(number: u32) -> Option<Stored> {
+    let blocks = match number {
+        0 => return Some(Stored::F32),
+        1 => return Some(Stored::F16),
+        30 => return Some(Stored::BF16),
+        20 => return Some(Stored::Blocks(Codebook::Iq4Nl.into())),
+        23 => return Some(Stored::Blocks(Codebook::Iq4Xs.into())),
+        39 => return Some(Stored::Blocks(Codebook::Mxfp4.into())),
         2 => GgmlDType::Q4_0,
         3 => GgmlDType::Q4_1,
         6 => GgmlDType::Q5_0,
@@ -351,7 +366,7 @@ fn ggml_dtype(number: u32) -> Option<GgmlDType> {
         13 => GgmlDType::Q5K,
         14 => GgmlDType::Q6K,
         15 => GgmlDType::Q8K,
-        30 => GgmlDType::BF16,
         _ => return None,
-    })
+    };
+    Some(Stored::Blocks(blocks.into()))
 }

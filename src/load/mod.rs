@@ -13,12 +13,15 @@
 //! # Ok::<_, hybrid_attention::Error>(())
 //! ```
 
+mod block_type;
 mod convert;
-mod folder;
+pub(crate) mod folder;
 mod generation_defaults;
 mod gguf;
 mod names;
 mod safetensors;
+mod scales;
+mod split;
 mod weight_type;
 mod weights;
 
@@ -31,26 +34,38 @@ use std::sync::Arc;
 
 use ::safetensors::tensor::Dtype;
 use candle_core::quantized::gguf_file::Value;
-use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use memmap2::{Mmap, MmapMut};
 
+use self::block_type::BlockType;
 use self::convert::{Refusal, Source, Stored};
 use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
-use self::gguf::Gguf;
 use self::names::{Naming, Rows};
+use self::scales::Scales;
+use self::split::{Model, Part};
 pub use self::weight_type::WeightType;
 pub use self::weights::CheckpointWeights;
-use crate::config::{Config, integer};
+use crate::config::{Config, Fp8, RopeScaling};
 use crate::error::{Error, Result};
-use crate::model::is_or_is_under;
+use crate::model::{Linear, is_or_is_under};
 
 /// A checkpoint whose headers are read and checked; the weights are mapped, not yet read.
 ///
 /// Three kinds are read: a Hugging Face folder (`config.json` with `model.safetensors` or its
-/// shards, saved from the whole model or, without `model.` in its names, from the base class), Mistral's own (`params.json` with `consolidated.safetensors`), and a GGUF file of
-/// version 2 or 3. Where a folder holds the weights twice, the Hugging Face files are taken.
+/// shards, saved from the whole model or, without `model.` in its names, from the base class, or within a
+/// model that sees images, whose other parts are left out with a warning), Mistral's own (`params.json` with
+/// `consolidated.safetensors`), and a GGUF file of version 2 or 3, or any part of a split one
+/// (`NAME-00001-of-00003.gguf`), whose other parts are beside it. The experts of a mixture have tensors of
+/// their own, or all of a layer are packed in one, of which each is read by itself. Where a folder holds the
+/// weights twice, the Hugging Face files are taken.
+///
+/// Of GGUF's types these are read: `F32`, `F16`, `BF16`, `Q4_0`, `Q4_1`, `Q5_0`, `Q5_1`, `Q8_0`, `Q2_K`, `Q3_K`,
+/// `Q4_K`, `Q5_K`, `Q6_K`, `IQ4_NL`, `IQ4_XS` and `MXFP4`. A file with a tensor of another type is refused.
+///
+/// Matrices in FP8 (`F8_E4M3` with a `weight_scale_inv`, `weight_scale` or `qscale_weight` for all, each row
+/// or each block) are widened as they are loaded: `weight · scale`, computed in `f32`, becomes `bf16`
+/// unless another type is asked for. Scales for activations are not used; these are never narrowed.
 ///
 /// The files must not be changed while it lives: they are mapped into memory, and where one is cut short
 /// or cannot be read any more (a share that is gone, a download that starts anew, an editor that
@@ -62,9 +77,13 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Config,
     naming: Naming,
+    /// Whether the experts of a layer are packed in one tensor.
+    packed: bool,
     /// By their names in the file.
     tensors: BTreeMap<String, Entry>,
     gguf_metadata: Option<HashMap<String, Value>>,
+    /// Whether, and how, some of the weights are in FP8.
+    fp8: Option<Fp8>,
 }
 
 /// A file in memory.
@@ -86,6 +105,14 @@ struct Entry {
     stored: Result<Stored, String>,
     shape: Vec<usize>,
     range: Range<usize>,
+}
+
+/// How the values of a tensor stand in its file.
+#[derive(Debug, Default)]
+struct Layout {
+    rows: Rows,
+    /// What FP8 is multiplied by.
+    scales: Option<Scales>,
 }
 
 impl Checkpoint {
@@ -110,7 +137,8 @@ impl Checkpoint {
     }
 
     fn open_by(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+        let metadata =
+            std::fs::metadata(path).map_err(|error| Error::io(path)(or_a_name(path, error)))?;
         if metadata.is_dir() {
             return Self::open_folder(path, into_memory);
         }
@@ -124,43 +152,25 @@ impl Checkpoint {
             let message = "neither a folder nor a GGUF file, which starts with GGUF";
             return Err(Error::malformed(path, message));
         }
-        Self::open_gguf(into_memory(path)?)
+        Self::open_gguf(path, into_memory)
     }
 
     /// [`Checkpoint::open`] for a GGUF file in memory, which is copied; for fuzzing.
     #[doc(hidden)]
     pub fn from_gguf_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::open_gguf(Mapped::copy(bytes)?)
+        Self::open_gguf(Path::new("memory"), |_| Mapped::copy(bytes))
     }
 
-    fn open_gguf(file: Mapped) -> Result<Self> {
-        let Gguf { metadata, tensors } = gguf::parse(&file.bytes, file.written)
-            .map_err(|message| Error::malformed(&file.path, message))?;
-        if let Some(parts) = metadata.get("split.count").and_then(integer)
-            && parts > 1
-        {
-            return Err(Error::unsupported("GGUF", format!("a model split into {parts} files")));
-        }
-        let file = Arc::new(file);
+    fn open_gguf(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
+        let Model { path, metadata, tensors } = Model::open(path, into_memory)?;
         let mut config = Config::from_gguf(&metadata)?;
         config.tie_word_embeddings = !tensors.contains_key("output.weight");
-        let tensors = tensors.into_iter().map(|(name, tensor)| {
-            let stored = match tensor.dtype {
-                GgmlDType::F32 => Stored::F32,
-                GgmlDType::F16 => Stored::F16,
-                GgmlDType::BF16 => Stored::BF16,
-                blocks => Stored::Blocks(blocks),
-            };
-            let (shape, range) = (tensor.shape, tensor.range);
-            (name, Entry { file: Arc::clone(&file), stored: Ok(stored), shape, range })
-        });
-        Ok(Self {
-            path: file.path.clone(),
-            config,
-            naming: Naming::Gguf,
-            tensors: tensors.collect(),
-            gguf_metadata: Some(metadata),
-        })
+        if let Some(entry) = tensors.get(FREQUENCY_FACTORS) {
+            scale_by_factors(&mut config, entry)?;
+        }
+        let (naming, gguf_metadata) = (Naming::Gguf, Some(metadata));
+        let packed = tensors.keys().any(|name| naming.is_packed(name));
+        Ok(Self { path, config, naming, packed, tensors, gguf_metadata, fp8: None })
     }
 
     fn open_folder(path: &Path, into_memory: impl Fn(&Path) -> Result<Mapped>) -> Result<Self> {
@@ -176,6 +186,7 @@ impl Checkpoint {
             Error::Malformed { message, .. } => Error::malformed(&folder.config, message),
             other => other,
         })?;
+        let fp8 = Fp8::of(&text, folder.is_params)?;
 
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
@@ -198,11 +209,24 @@ impl Checkpoint {
         {
             naming = Naming::HuggingFaceBase;
         }
+        if naming == Naming::HuggingFace
+            && let Some(wrapped) = Naming::WRAPPED
+                .into_iter()
+                .find(|it| tensors.contains_key(&it.spell("model.embed_tokens.weight")))
+        {
+            naming = wrapped;
+            if tensors.contains_key(&naming.spell("lm_head.weight")) {
+                // What the files say of models within models is not to be relied on: transformers
+                // takes a head of its own, too, where it finds one.
+                config.tie_word_embeddings = false;
+            }
+        }
         if folder.is_params && !tensors.contains_key(&naming.spell("lm_head.weight")) {
             // `params.json` has no settled way to say so: a head that is not there is tied.
             config.tie_word_embeddings = true;
         }
-        Ok(Self { path: path.clone(), config, naming, tensors, gguf_metadata: None })
+        let packed = tensors.keys().any(|name| naming.is_packed(name));
+        Ok(Self { path: path.clone(), config, naming, packed, tensors, gguf_metadata: None, fp8 })
     }
 
     /// The shape of the model.
@@ -210,9 +234,20 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot.
+    /// The folder or file that was opened; of a repository in the hub's cache, the snapshot; of a split
+    /// GGUF model, its first part.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The path of a GGUF file; of a split model, what it would be if it were one file, `NAME.gguf`.
+    pub(crate) fn unsplit_path(&self) -> PathBuf {
+        let part =
+            self.gguf_metadata.as_ref().and_then(|metadata| Part::of(metadata).ok().flatten());
+        match part.and_then(|part| part.stem(&self.path).ok()) {
+            Some(stem) => self.path.with_file_name(stem + ".gguf"),
+            None => self.path.clone(),
+        }
     }
 
     /// The metadata of a GGUF file, which holds its tokenizer; `None` for a folder.
@@ -255,6 +290,24 @@ impl Checkpoint {
     }
 }
 
+/// What a GGUF file divides the frequencies of rotation by, where that is not one number for all.
+const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
+
+fn scale_by_factors(config: &mut Config, entry: &Entry) -> Result<()> {
+    let shape = [config.head_dim / 2];
+    let factors = entry.numbers(FREQUENCY_FACTORS, &shape)?;
+    if factors.iter().all(|factor| *factor == 1.0) {
+        tracing::warn!(name = FREQUENCY_FACTORS, "rope scaling by 1 in all places: not used");
+        return Ok(());
+    }
+    if config.rope_scaling.is_some() {
+        let got = format!("{FREQUENCY_FACTORS} beside rope.scaling.type");
+        return Err(Error::unsupported("rope scaling", got));
+    }
+    config.rope_scaling = Some(RopeScaling::Factors(factors));
+    config.validate()
+}
+
 /// The tensors of a single safetensors file, under its own names. As with a [`Checkpoint`], the file
 /// must not be changed meanwhile.
 #[derive(Debug)]
@@ -277,8 +330,20 @@ impl TensorFile {
             return Err(Error::MissingWeight { name: name.to_string(), place });
         };
         let as_f32 = |_| DType::F32;
-        entry.tensor(name, shape, Rows::InOrder, as_f32, device)
+        entry.tensor(name, shape, &Layout::default(), as_f32, device)
     }
+}
+
+/// What the system says of a path, and if that is not there but may be the name of a model, who takes names.
+fn or_a_name(path: &Path, error: std::io::Error) -> std::io::Error {
+    let is_name = path.is_relative() && path.components().count() == 2;
+    if error.kind() != ErrorKind::NotFound || !is_name {
+        return error;
+    }
+    let message = format!(
+        "{error}; HybridModel::from_pretrained takes the name of a model on the Hugging Face hub"
+    );
+    std::io::Error::new(ErrorKind::NotFound, message)
 }
 
 /// A text of a checkpoint, of at most so many bytes: a file may claim more than were ever written.
@@ -325,47 +390,68 @@ impl Entry {
         &self,
         name: &str,
         shape: &[usize],
-        rows: Rows,
+        layout: &Layout,
         dtype: impl FnOnce(Stored) -> DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let source = self.source(name, shape, rows)?;
+        let source = self.source(name, shape, layout)?;
         let dtype = dtype(source.stored);
         let tensor = source.convert(dtype, device);
         let tensor = tensor.map_err(|refusal| self.refused(name, refusal, dtype.as_str()))?;
-        self.file.release(&self.range);
+        self.file.release(&self.span(shape, layout.rows));
         Ok(tensor)
     }
 
     /// The matrix called `name` in its file, if it has this shape, in blocks of `to`.
-    fn blocks(
+    fn linear(
         &self,
         name: &str,
         shape: (usize, usize),
-        rows: Rows,
-        to: GgmlDType,
+        layout: &Layout,
+        to: BlockType,
         device: &Device,
-    ) -> Result<QTensor> {
+    ) -> Result<Linear> {
         let shape = [shape.0, shape.1];
-        let blocks = self.source(name, &shape, rows)?.blocks(to, device);
-        let blocks = blocks.map_err(|refusal| self.refused(name, refusal, &format!("{to:?}")))?;
-        self.file.release(&self.range);
-        Ok(blocks)
+        let source = self.source(name, &shape, layout)?;
+        let refused = |refusal| self.refused(name, refusal, &to.name());
+        let linear = match to {
+            BlockType::Candle(to) => {
+                Linear::quantized(Arc::new(source.blocks(to, device).map_err(refused)?))?
+            }
+            BlockType::Codebook(to) => Linear::codebook(source.codebook(to).map_err(refused)?),
+        };
+        self.file.release(&self.span(&shape, layout.rows));
+        Ok(linear)
     }
 
-    fn source<'a>(&'a self, name: &str, shape: &'a [usize], rows: Rows) -> Result<Source<'a>> {
+    /// The numbers of the small tensor called `name` in its file, if it has this shape.
+    fn numbers(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let as_f32 = |_| DType::F32;
+        let tensor = self.tensor(name, shape, &Layout::default(), as_f32, &Device::Cpu)?;
+        Ok(tensor.flatten_all()?.to_vec1()?)
+    }
+
+    fn source<'a>(
+        &'a self,
+        name: &str,
+        shape: &'a [usize],
+        layout: &'a Layout,
+    ) -> Result<Source<'a>> {
         let (name, place) = (name.to_string(), self.place());
-        if self.shape != shape {
-            let (expected, got) = (shape.to_vec(), self.shape.clone());
-            return Err(Error::WeightShape { name, place, expected, got });
+        let expected = layout.rows.stored_shape(shape);
+        if self.shape != expected {
+            return Err(Error::WeightShape { name, place, expected, got: self.shape.clone() });
         }
-        match &self.stored {
-            Ok(stored) => Ok(Source { bytes: self.bytes(), stored: *stored, shape, rows }),
-            Err(got) => {
-                let expected = "F64, F32, F16 or BF16";
-                Err(Error::WeightDType { name, place, expected, got: got.clone() })
+        let got = match &self.stored {
+            Ok(Stored::F8) if layout.scales.is_none() => "F8_E4M3 without a scale".to_string(),
+            Ok(stored) => {
+                let (rows, scales) = (layout.rows, layout.scales.as_ref());
+                return Ok(Source { bytes: self.bytes(), stored: *stored, shape, rows, scales });
             }
-        }
+            Err(got) => got.clone(),
+        };
+        let expected = "F64, F32, F16 or BF16";
+        Err(Error::WeightDType { name, place, expected, got })
     }
 
     /// The error for the tensor called `name`, which was to become a `kept`.
@@ -381,6 +467,14 @@ impl Entry {
             }
             Refusal::Other(error) => error,
         }
+    }
+
+    /// Where in the file a weight of this shape is, in a tensor that has its rows.
+    fn span(&self, shape: &[usize], rows: Rows) -> Range<usize> {
+        let Rows::Packed { first, experts, rows } = rows else { return self.range.clone() };
+        let row = self.range.len() / (experts * rows).max(1);
+        let start = self.range.start + first * row;
+        start..start + shape.first().map_or(0, |count| count * row)
     }
 
     fn bytes(&self) -> &[u8] {
@@ -465,6 +559,7 @@ fn stored(dtype: Dtype) -> Result<Stored, String> {
         Dtype::F32 => Ok(Stored::F32),
         Dtype::F16 => Ok(Stored::F16),
         Dtype::BF16 => Ok(Stored::BF16),
+        Dtype::F8_E4M3 => Ok(Stored::F8),
         other => Err(other.to_string()),
     }
 }

@@ -65,17 +65,14 @@ impl Attention {
     fn project(&self, xs: &Tensor, rotation: &Rotation) -> Result<(Tensor, Tensor, Tensor)> {
         let input =
             Input::new(xs, &[&self.q_proj, &self.k_proj, &self.v_proj].map(Linear::weight))?;
-        let rotated = |projection: &Linear, heads| {
-            rotation.split_heads(&projection.times(&input)?.into_tensor(), heads)
-        };
-        let values =
-            || kernels::split_heads(&self.v_proj.times(&input)?.into_tensor(), self.kv_heads, None);
+        let projected =
+            |projection: &Linear| -> Result<_> { Ok(projection.times(&input)?.into_tensor()) };
+        let queries = || rotation.split_queries(&projected(&self.q_proj)?, self.heads);
+        let keys = || rotation.split_keys(&projected(&self.k_proj)?, self.kv_heads);
+        let values = || kernels::split_heads(&projected(&self.v_proj)?, self.kv_heads, None);
         // Side by side: while one waits for memory, another multiplies (a sixth of the time of 2048
         // tokens of SmolLM2; nothing for one).
-        let (q, (keys, values)) = rayon::join(
-            || rotated(&self.q_proj, self.heads),
-            || rayon::join(|| rotated(&self.k_proj, self.kv_heads), values),
-        );
+        let (q, (keys, values)) = rayon::join(queries, || rayon::join(keys, values));
         Ok((q?, keys?, values?))
     }
 }

@@ -1,24 +1,27 @@
 //! One pre-norm transformer block.
 
+use std::borrow::Cow;
+
 use candle_core::{DType, Tensor};
 
 use super::attention::Attention;
 use super::context::BlockContext;
+use super::feed_forward::FeedForward;
 use super::linear::Linear;
-use super::mlp::{Mlp, SideProjection};
+use super::mlp::SideProjection;
 use super::tap::Site;
 use super::weights::Weights;
 use crate::config::Config;
 use crate::error::Result;
 use crate::kernels;
 
-/// Attention, then MLP, each after its norm and added to the residual stream.
+/// Attention, then MLP or experts, each after its norm and added to the residual stream.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
+    feed_forward: FeedForward,
 }
 
 impl Block {
@@ -34,7 +37,7 @@ impl Block {
             input_layernorm: RmsNorm::new(config, &name("input_layernorm.weight"), dtype, weights)?,
             self_attn: Attention::new(config, prefix, weights)?,
             post_attention_layernorm: RmsNorm::new(config, &after, dtype, weights)?,
-            mlp: Mlp::new(config, prefix, weights)?,
+            feed_forward: FeedForward::new(config, prefix, weights)?,
         })
     }
 
@@ -42,21 +45,24 @@ impl Block {
     pub(super) fn forward(&self, xs: &Tensor, cx: &mut BlockContext<'_, '_, '_>) -> Result<Tensor> {
         let xs = (xs + self.self_attn.forward(&self.input_layernorm.forward(xs)?, cx)?)?;
         cx.show(Site::AfterAttention, &xs)?;
-        &xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?, cx)?
+        &xs + self.feed_forward.forward(&self.post_attention_layernorm.forward(&xs)?, cx)?
     }
 
     /// All of its projections, by the names they have in a checkpoint: `self_attn.q_proj` and so on.
-    pub(super) fn projections_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Linear)> {
-        self.self_attn.projections_mut().into_iter().chain(self.mlp.projections_mut())
+    pub(super) fn projections_mut(
+        &mut self,
+    ) -> impl Iterator<Item = (Cow<'static, str>, &mut Linear)> {
+        let attention = self.self_attn.projections_mut().into_iter();
+        attention.map(|(name, it)| (name.into(), it)).chain(self.feed_forward.projections_mut())
     }
 
-    /// Refuses a side signal of a width that its MLP does not read.
+    /// Refuses a side signal of a width that it does not read.
     pub(super) fn check_side(&self, width: usize) -> Result<()> {
-        self.mlp.side_columns(width).map(|_| ())
+        self.feed_forward.check_side(width)
     }
 
     pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {
-        self.mlp.set_side(side)
+        self.feed_forward.set_side(side)
     }
 }
 

@@ -137,7 +137,7 @@ impl std::fmt::Debug for ForwardContext<'_> {
 
 /// What goes into the MLPs of some layers beside the residual stream: for each of those layers a tensor
 /// `(tokens, width)`, one row for each row of the pass. There the MLP reads `[context ; side]`, through
-/// its [`SideProjection`](super::SideProjection)s.
+/// its [`SideProjection`](super::SideProjection)s. A mixture of experts reads none.
 #[derive(Clone, Debug, Default)]
 pub struct SideSignal {
     layers: BTreeMap<usize, Tensor>,

@@ -8,7 +8,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Fresh, Input, Weight};
+use crate::kernels::{CodebookMatrix, Fresh, Input, Weight};
 
 /// `y = x Wᵀ`, with `W` of shape `(out_features, in_features)`.
 #[derive(Clone, Debug)]
@@ -50,6 +50,12 @@ impl Linear {
         Ok(Self { weight: Weight::quantized(weight)?, shape, low_rank: Vec::new() })
     }
 
+    /// A projection by a weight in blocks of a type that candle does not have, on the CPU.
+    pub(crate) fn codebook(weight: CodebookMatrix) -> Self {
+        let shape = weight.shape();
+        Self { weight: Weight::Codebook(Arc::new(weight)), shape, low_rank: Vec::new() }
+    }
+
     /// `(out_features, in_features)`
     pub(crate) fn shape(&self) -> (usize, usize) {
         self.shape
@@ -63,7 +69,7 @@ impl Linear {
     pub(crate) fn dtype(&self) -> DType {
         match &self.weight {
             Weight::Dense(weight) => weight.dtype(),
-            Weight::Quantized(_) => DType::F32,
+            Weight::Quantized(_) | Weight::Codebook(_) => DType::F32,
         }
     }
 
@@ -82,6 +88,10 @@ impl Linear {
                 };
                 (name, weight.storage_size_in_bytes())
             }
+            Weight::Codebook(weight) => {
+                let (codebook, blocks) = weight.blocks();
+                (codebook.name().to_lowercase(), blocks.len())
+            }
         }
     }
 
@@ -97,6 +107,7 @@ impl Linear {
         match &self.weight {
             Weight::Dense(weight) => Ok(weight.index_select(rows, 0)?),
             Weight::Quantized(weight) => Ok(weight.embedding(rows)?),
+            Weight::Codebook(weight) => Ok(weight.select(rows)?),
         }
     }
 
@@ -138,7 +149,7 @@ impl Linear {
     /// [`forward`](Self::forward) of input that several projections share.
     pub(crate) fn times(&self, input: &Input) -> Result<Fresh> {
         let ys = input.times(&self.weight)?;
-        self.low_rank.iter().try_fold(ys, |ys, change| ys + change.product(input.tensor())?)
+        self.low_rank.iter().try_fold(ys, |ys, change| ys + change.product(input)?)
     }
 
     /// What an [`Input`] must be laid out for.
@@ -149,9 +160,11 @@ impl Linear {
 
 impl LowRank {
     /// `scale · x Aᵀ Bᵀ`: the scale is applied to the narrow product in the middle.
-    fn product(&self, xs: &Tensor) -> Result<Fresh> {
-        let narrow = (Linear::dense(&self.a)?.forward(xs)? * self.scale)?; // (…, rank)
-        Linear::dense(&self.b)?.product(&narrow)
+    fn product(&self, input: &Input) -> Result<Fresh> {
+        let (a, b) = (Linear::dense(&self.a)?, Linear::dense(&self.b)?);
+        let narrow = input.with(input.tensor(), &[a.weight()])?;
+        let narrow = (a.times(&narrow)?.into_tensor() * self.scale)?; // (…, rank)
+        b.times(&input.with(&narrow, &[b.weight()])?)
     }
 }
 

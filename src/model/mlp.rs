@@ -1,8 +1,9 @@
 //! The gated feed-forward half of a block (SwiGLU, Shazeer 2020).
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
-use super::context::BlockContext;
 use super::linear::Linear;
 use super::weights::{Weights, projection};
 use crate::config::Config;
@@ -34,24 +35,25 @@ pub struct SideProjection {
 }
 
 impl Mlp {
-    /// Its weights are `{prefix}.mlp.*`.
-    pub(super) fn new(config: &Config, prefix: &str, weights: &mut impl Weights) -> Result<Self> {
+    /// Its weights are `{prefix}.{name}` with these names for gate, up and down.
+    pub(super) fn new(
+        config: &Config,
+        prefix: &str,
+        [gate, up, down]: [&str; 3],
+        weights: &mut impl Weights,
+    ) -> Result<Self> {
         let mut linear = |name| projection(weights, config, prefix, name);
         Ok(Self {
-            gate_proj: linear("mlp.gate_proj")?,
-            up_proj: linear("mlp.up_proj")?,
-            down_proj: linear("mlp.down_proj")?,
+            gate_proj: linear(gate)?,
+            up_proj: linear(up)?,
+            down_proj: linear(down)?,
             side: None,
         })
     }
 
-    /// By their names in a checkpoint.
-    pub(super) fn projections_mut(&mut self) -> [(&'static str, &mut Linear); 3] {
-        [
-            ("mlp.gate_proj", &mut self.gate_proj),
-            ("mlp.up_proj", &mut self.up_proj),
-            ("mlp.down_proj", &mut self.down_proj),
-        ]
+    /// Gate, up and down.
+    pub(super) fn projections_mut(&mut self) -> [&mut Linear; 3] {
+        [&mut self.gate_proj, &mut self.up_proj, &mut self.down_proj]
     }
 
     pub(super) fn set_side(&mut self, side: Option<SideProjection>) -> Result<()> {
@@ -67,37 +69,33 @@ impl Mlp {
         Ok(())
     }
 
-    /// `(tokens, hidden) -> (tokens, hidden)`. A long text runs piece by piece, because the intermediate
-    /// activations are several times as wide.
-    pub(super) fn forward(&self, xs: &Tensor, cx: &BlockContext<'_, '_, '_>) -> Result<Fresh> {
-        let (tokens, side) = (xs.dim(0)?, cx.side()?);
+    /// `(tokens, hidden) -> (tokens, hidden)`; `all`, unless 0, is how many tokens there are with those that
+    /// go elsewhere, and that it does not matter to the last bit how many do. A long text runs piece by piece, because the intermediate activations are several times as wide.
+    pub(super) fn forward(&self, xs: &Tensor, side: Option<&Tensor>, all: usize) -> Result<Fresh> {
+        let tokens = xs.dim(0)?;
         if tokens <= TOKENS_AT_ONCE || xs.track_op() {
-            return self.piece(xs, side.as_ref());
+            return self.piece(xs, side, all);
         }
-        // Pieces of about equal size: a last piece of only a few rows would be rounded as few rows are.
-        let step = tokens.div_ceil(tokens.div_ceil(TOKENS_AT_ONCE));
-        let pieces = (0..tokens).step_by(step).map(|start| {
-            let some = |of: &Tensor| -> Result<Tensor> {
-                Ok(of.narrow(0, start, step.min(tokens - start))?.contiguous()?)
-            };
-            let side = side.as_ref().map(some).transpose()?;
-            self.piece(&some(xs)?, side.as_ref())
+        let pieces = pieces(tokens, TOKENS_AT_ONCE).map(|rows| {
+            let some = |of: &Tensor| of.narrow(0, rows.start, rows.len())?.contiguous();
+            self.piece(&some(xs)?, side.map(some).transpose()?.as_ref(), all)
         });
         Fresh::cat(pieces.collect::<Result<Vec<_>>>()?, 0)
     }
 
-    fn piece(&self, xs: &Tensor, side: Option<&Tensor>) -> Result<Fresh> {
-        let input = Input::new(xs, &[&self.gate_proj, &self.up_proj].map(Linear::weight))?;
+    fn piece(&self, xs: &Tensor, side: Option<&Tensor>, all: usize) -> Result<Fresh> {
+        let input = Input::among(all, xs, &[&self.gate_proj, &self.up_proj].map(Linear::weight))?;
         let (gate, up) =
             rayon::join(|| self.gate_proj.times(&input), || self.up_proj.times(&input));
         let (mut gate, mut up) = (gate?, up?); // (tokens, intermediate)
         if let Some(side) = side {
             let columns = self.side_columns(side.dim(1)?)?;
-            let input = Input::new(side, &[&columns.gate, &columns.up].map(Linear::weight))?;
+            let input = input.with(side, &[&columns.gate, &columns.up].map(Linear::weight))?;
             gate = (gate + columns.gate.times(&input)?)?;
             up = (up + columns.up.times(&input)?)?;
         }
-        self.down_proj.product(kernels::swiglu(gate, up.tensor())?.tensor())
+        let inner = kernels::swiglu(gate, up.tensor())?;
+        self.down_proj.times(&input.with(inner.tensor(), &[self.down_proj.weight()])?)
     }
 
     /// The columns that read a signal of this width.
@@ -109,4 +107,11 @@ impl Mlp {
         };
         Err(Error::parameter("side signal", expected, format!("a width of {width}")))
     }
+}
+
+/// So many rows in pieces of at most `most`, all about equal: a last piece of only a few rows would be
+/// rounded as few rows are.
+pub(super) fn pieces(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
+    (0..rows).step_by(step).map(move |start| start..rows.min(start + step))
 }

@@ -34,6 +34,9 @@
 mod attention;
 mod block;
 mod context;
+mod experts;
+mod feed_forward;
+mod frequencies;
 mod kv_cache;
 mod linear;
 mod mask;
@@ -68,9 +71,9 @@ pub use self::weights::Weights;
 pub(crate) use self::weights::is_or_is_under;
 pub use crate::batch::Batch;
 pub(crate) use crate::batch::flat;
-pub(crate) use crate::kernels::reads_blocks;
+pub(crate) use crate::kernels::{Codebook, CodebookMatrix, reads_blocks};
 
-/// The weights of a Mistral, and the forward passes over them.
+/// The weights of a Mistral or a Mixtral, and the forward passes over them.
 ///
 /// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices it
 /// has the type of the weights. It is a tensor with a row of `hidden` numbers for each token of all
@@ -78,7 +81,8 @@ pub(crate) use crate::kernels::reads_blocks;
 /// many rows, which a pass keeps.
 ///
 /// Every pass is differentiable in its input, unless weights are quantised on a device other than the
-/// CPU, and in its weights where these are not quantised. To train a model, pass the tensors of candle
+/// CPU, and in its weights where these are not quantised: in those of a router through the shares of the
+/// experts that it has chosen, not through the choice. To train a model, pass the tensors of candle
 /// `Var`s as its weights: it then sees every step an optimiser takes, as long as they are `f32`. It
 /// keeps a wider copy of half-precision norms, so with those it must be rebuilt after a step. Gradients
 /// are of first order only.
@@ -293,7 +297,8 @@ impl Transformer {
     /// without those that it has there. All other tensors are shared.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a layer that does not exist, or projections that do not fit its MLP.
+    /// [`Error::Parameter`] for a layer that does not exist, or projections that do not fit its MLP;
+    /// [`Error::Unsupported`] for a mixture of experts, where each would need columns of its own.
     pub fn with_side(&self, layer: usize, side: Option<SideProjection>) -> Result<Self> {
         let mut variant = self.variant();
         variant.stack.set_side(layer, side)?;

@@ -1,19 +1,21 @@
 //! Rotary position embeddings: tables that grow with the longest position asked for.
 
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::frequencies::Frequencies;
 use crate::batch::Batch;
-use crate::config::Config;
+use crate::config::{Config, QueryScaling};
 use crate::error::Result;
 use crate::kernels;
 
-/// Cosines and sines of `position · theta^(-2i / head_dim)`, shared by all layers.
+/// Cosines and sines of `position · frequency`, shared by all layers.
 #[derive(Debug)]
 pub(super) struct Rope {
-    /// `theta^(-2i / head_dim)` for `i` in `0..head_dim / 2`.
-    inv_freq: Vec<f32>,
+    frequencies: Frequencies,
+    query_scaling: Option<QueryScaling>,
     dtype: DType,
     device: Device,
     /// Tables for the positions seen so far; replaced by longer ones for a longer text.
@@ -23,23 +25,36 @@ pub(super) struct Rope {
 #[derive(Debug)]
 struct Tables {
     positions: usize,
+    rows: Rows,
+}
+
+/// The rotation of some positions.
+#[derive(Clone, Debug)]
+struct Rows {
     /// `(positions, head_dim / 2)`
     cos: Tensor,
     /// `(positions, head_dim / 2)`
     sin: Tensor,
 }
 
-/// The rotation of one pass: the rows of the tables for its positions, `(tokens, head_dim / 2)` each.
+/// The rotation of one pass: the rows of the tables for its tokens.
 #[derive(Debug)]
 pub(super) struct Rotation {
-    cos: Tensor,
-    sin: Tensor,
+    of_keys: Rows,
+    /// Where queries also grow with their position. To multiply cosines and sines, which a pass does once,
+    /// is to multiply what they rotate.
+    of_queries: Option<Rows>,
 }
 
 impl Rotation {
-    /// Cuts `(tokens, heads · head_dim)` into rotated heads, `(heads, tokens, head_dim)`.
-    pub(super) fn split_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
-        kernels::split_heads(xs, heads, Some((&self.cos, &self.sin)))
+    /// Cuts keys `(tokens, heads · head_dim)` into rotated heads, `(heads, tokens, head_dim)`.
+    pub(super) fn split_keys(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
+        self.of_keys.split_heads(xs, heads)
+    }
+
+    /// The same for queries.
+    pub(super) fn split_queries(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
+        self.of_queries.as_ref().unwrap_or(&self.of_keys).split_heads(xs, heads)
     }
 }
 
@@ -51,31 +66,72 @@ impl Rope {
     const FIRST_ANGLES: usize = 1 << 18;
 
     pub(super) fn new(config: &Config, dtype: DType, device: &Device) -> Result<Self> {
-        // In f32 throughout, as transformers computes it: distant positions then round the same way.
-        let dim = config.head_dim as f32;
-        let frequency = |i: usize| {
-            let exponent = (2 * i) as f32 / dim;
-            1.0 / (config.rope_theta.powf(f64::from(exponent)) as f32)
-        };
-        let inv_freq: Vec<f32> = (0..config.head_dim / 2).map(frequency).collect();
-        let rows = Self::FIRST.min(Self::FIRST_ANGLES / inv_freq.len().max(1));
+        let frequencies = Frequencies::new(config);
+        let rows = Self::FIRST.min(Self::FIRST_ANGLES / frequencies.len().max(1));
         let first = rows.min(config.max_position_embeddings).max(1);
-        let tables = RwLock::new(Arc::new(Tables::new(&inv_freq, first, dtype, device)?));
-        Ok(Self { inv_freq, dtype, device: device.clone(), tables })
+        let tables = Tables::new(&frequencies, first, dtype, device)?;
+        Ok(Self {
+            frequencies,
+            query_scaling: config.query_scaling.clone(),
+            dtype,
+            device: device.clone(),
+            tables: RwLock::new(Arc::new(tables)),
+        })
     }
 
-    /// The rotation of the tokens of `batch`, each at its position.
-    pub(super) fn at(&self, batch: &Batch) -> Result<Rotation> {
+    /// The rotation of the tokens of `batch`, each at its position. `ends` are the positions that the
+    /// sequences reach in the whole pass, of which `batch` may be a piece.
+    pub(super) fn at(&self, batch: &Batch, ends: &[usize]) -> Result<Rotation> {
+        let longest = ends.iter().copied().max().unwrap_or(0);
+        let of_keys = if self.frequencies.grow_at(longest) {
+            self.grown(batch, ends)?
+        } else {
+            self.tabled(batch)?
+        };
+        let of_queries =
+            self.query_scales(batch)?.map(|scales| of_keys.times(&scales)).transpose()?;
+        Ok(Rotation { of_keys, of_queries })
+    }
+
+    fn tabled(&self, batch: &Batch) -> Result<Rows> {
         let ends = (0..batch.sequences()).map(|index| batch.first(index) + batch.rows(index).len());
         let tables = self.tables(ends.max().unwrap_or(0))?;
         if batch.sequences() == 1 {
-            let rows = |table: &Tensor| table.narrow(0, batch.first(0), batch.tokens());
-            return Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? });
+            return tables.rows.map(|table| table.narrow(0, batch.first(0), batch.tokens()));
         }
         let positions: Vec<u32> = batch.positions().map(|position| position as u32).collect();
         let positions = Tensor::new(positions, &self.device)?;
-        let rows = |table: &Tensor| table.index_select(&positions, 0);
-        Ok(Rotation { cos: rows(&tables.cos)?, sin: rows(&tables.sin)? })
+        tables.rows.map(|table| table.index_select(&positions, 0))
+    }
+
+    /// Each sequence by the frequencies of its own length.
+    fn grown(&self, batch: &Batch, ends: &[usize]) -> Result<Rows> {
+        let rows = (0..batch.sequences()).zip(ends).map(|(sequence, end)| {
+            let first = batch.first(sequence);
+            let positions = first..first + batch.rows(sequence).len();
+            Rows::new(&self.frequencies.at(*end), positions, &self.frequencies, self.place())
+        });
+        let rows: Vec<Rows> = rows.collect::<Result<_>>()?;
+        let cat = |column: fn(&Rows) -> &Tensor| {
+            Tensor::cat(&rows.iter().map(column).collect::<Vec<_>>(), 0)
+        };
+        Ok(Rows { cos: cat(|rows| &rows.cos)?, sin: cat(|rows| &rows.sin)? })
+    }
+
+    /// What queries are multiplied by, `(tokens, 1)`; `None` where that is 1 for all of them.
+    fn query_scales(&self, batch: &Batch) -> Result<Option<Tensor>> {
+        let Some(scaling) = &self.query_scaling else { return Ok(None) };
+        let (beta, original) =
+            (scaling.beta as f32, scaling.original_max_position_embeddings as f32);
+        // In f32, as transformers computes it.
+        let scale =
+            |position: usize| 1.0 + beta * (1.0 + (position as f32 / original).floor()).ln();
+        let scales: Vec<f32> = batch.positions().map(scale).collect();
+        if scales.iter().all(|scale| *scale == 1.0) {
+            return Ok(None);
+        }
+        let shape = (scales.len(), 1);
+        Ok(Some(Tensor::from_vec(scales, shape, &self.device)?.to_dtype(self.dtype)?))
     }
 
     fn tables(&self, positions: usize) -> Result<Arc<Tables>> {
@@ -85,24 +141,59 @@ impl Rope {
             return Ok(current);
         }
         let longer = positions.next_power_of_two();
-        let grown = Arc::new(Tables::new(&self.inv_freq, longer, self.dtype, &self.device)?);
+        let grown = Arc::new(Tables::new(&self.frequencies, longer, self.dtype, &self.device)?);
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         if tables.positions < longer {
             *tables = Arc::clone(&grown);
         }
         Ok(grown)
     }
+
+    fn place(&self) -> (DType, &Device) {
+        (self.dtype, &self.device)
+    }
 }
 
 impl Tables {
-    fn new(inv_freq: &[f32], positions: usize, dtype: DType, device: &Device) -> Result<Self> {
+    fn new(
+        frequencies: &Frequencies,
+        positions: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let rows = Rows::new(&frequencies.at(0), 0..positions, frequencies, (dtype, device))?;
+        Ok(Self { positions, rows })
+    }
+}
+
+impl Rows {
+    fn new(
+        inv_freq: &[f32],
+        positions: Range<usize>,
+        frequencies: &Frequencies,
+        (dtype, device): (DType, &Device),
+    ) -> Result<Self> {
         let angle = |position: usize| inv_freq.iter().map(move |freq| position as f32 * freq);
+        let magnitude = frequencies.magnitude();
         let table = |function: fn(f32) -> f32| -> Result<Tensor> {
-            let values: Vec<f32> = (0..positions).flat_map(angle).map(function).collect();
-            let shape = (positions, inv_freq.len());
-            Ok(Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?)
+            let values = positions.clone().flat_map(angle).map(|it| function(it) * magnitude);
+            let shape = (positions.len(), inv_freq.len());
+            Ok(Tensor::from_vec(values.collect(), shape, device)?.to_dtype(dtype)?)
         };
-        Ok(Self { positions, cos: table(f32::cos)?, sin: table(f32::sin)? })
+        Ok(Self { cos: table(f32::cos)?, sin: table(f32::sin)? })
+    }
+
+    fn map(&self, change: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        Ok(Self { cos: change(&self.cos)?, sin: change(&self.sin)? })
+    }
+
+    /// Each row multiplied by one of `scales`, `(positions, 1)`.
+    fn times(&self, scales: &Tensor) -> Result<Self> {
+        self.map(|table| table.broadcast_mul(scales))
+    }
+
+    fn split_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
+        kernels::split_heads(xs, heads, Some((&self.cos, &self.sin)))
     }
 }
 
@@ -127,27 +218,30 @@ mod tests {
             rope_scaling: None,
             query_scaling: None,
             experts: None,
-            attention_bias: false,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
         };
         Rope::new(&config, DType::F32, &Device::Cpu)
     }
 
+    fn at(rope: &Rope, batch: &Batch) -> Result<Rows> {
+        Ok(rope.at(batch, &batch.ends())?.of_keys)
+    }
+
     #[test]
     fn tables_grow_with_the_text_not_with_the_model() -> Result<()> {
         let rope = rope(1_000_000_000)?;
         assert_eq!(rope.tables(1)?.positions, Rope::FIRST);
-        let before = rope.at(&Batch::one(24)?.starting_at(0, 1000)?)?;
+        let before = at(&rope, &Batch::one(24)?.starting_at(0, 1000)?)?;
         assert_eq!(rope.tables(5000)?.positions, 8192);
-        let after = rope.at(&Batch::one(24)?.starting_at(0, 1000)?)?;
+        let after = at(&rope, &Batch::one(24)?.starting_at(0, 1000)?)?;
         assert_eq!(before.cos.to_vec2::<f32>()?, after.cos.to_vec2::<f32>()?);
         Ok(())
     }
 
     #[test]
     fn a_position_turns_pair_i_by_theta_to_the_minus_2i_over_dim() -> Result<()> {
-        let rotation = rope(4096)?.at(&Batch::one(4096)?)?;
+        let rotation = at(&rope(4096)?, &Batch::one(4096)?)?;
         let (cos, sin) = (rotation.cos.to_vec2::<f32>()?, rotation.sin.to_vec2::<f32>()?);
         for position in [0, 1, 77, 4095] {
             for pair in 0..4 {
@@ -164,8 +258,8 @@ mod tests {
     #[test]
     fn each_sequence_counts_from_its_own_first_token() -> Result<()> {
         let rope = rope(64)?;
-        let both = rope.at(&Batch::ragged(&[6, 4])?.starting_at(1, 7)?)?;
-        let alone = rope.at(&Batch::one(4)?.starting_at(0, 7)?)?;
+        let both = at(&rope, &Batch::ragged(&[6, 4])?.starting_at(1, 7)?)?;
+        let alone = at(&rope, &Batch::one(4)?.starting_at(0, 7)?)?;
         let second = both.cos.narrow(0, 6, 4)?;
         assert_eq!(second.to_vec2::<f32>()?, alone.cos.to_vec2::<f32>()?);
         Ok(())

@@ -145,11 +145,12 @@ impl Stack {
         mut tap: Onlooker<'_>,
     ) -> Result<Tensor> {
         batch.check(xs)?;
-        for (sequence, rows) in batch.all_rows().enumerate() {
-            self.check_context(batch.first(sequence).saturating_add(rows.len()))?;
+        let ends = batch.ends();
+        for end in &ends {
+            self.check_context(*end)?;
         }
         let context = BlockContext {
-            rotation: self.rope.at(batch)?,
+            rotation: self.rope.at(batch, &ends)?,
             mask: Mask::new(batch, running.sight, self.window)?,
             rows: 0..batch.tokens(),
             caches: None,
@@ -183,6 +184,7 @@ impl Stack {
             self.check_context(first.saturating_add(new))?;
             batch = batch.starting_at(sequence, first)?;
         }
+        let ends = batch.ends();
         let piece = |rows: Range<usize>| (rows.clone(), batch.piece(&rows));
         let pieces: Vec<_> = match running.sight {
             Sight::Causal if batch.tokens() > CHUNK => {
@@ -198,7 +200,7 @@ impl Stack {
             open.reserve(&which, &piece.lengths())?;
             let oldest = open.oldest(&which);
             let context = BlockContext {
-                rotation: self.rope.at(&piece)?,
+                rotation: self.rope.at(&piece, ends.get(which.clone()).unwrap_or_default())?,
                 mask: Mask::with_past(&piece, running.sight, self.window, &oldest)?,
                 rows: rows.clone(),
                 caches: Some((&mut open, which)),

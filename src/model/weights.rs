@@ -12,7 +12,10 @@ use crate::error::{Error, Result};
 ///
 /// Names are those of a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`) and rows of
 /// `q_proj` and `k_proj` are in Hugging Face order (the two halves of a head one after the other),
-/// whatever names and order the source itself uses.
+/// whatever names and order the source itself uses. Each matrix of an expert is one by itself, under the
+/// names of `transformers` 4 (`model.layers.0.block_sparse_moe.experts.7.w1.weight`, beside `w3`, the up
+/// projection, and `w2`, the down projection), even where the source packs them; and
+/// `model.layers.0.block_sparse_moe.gate.weight` is the router.
 pub trait Weights {
     /// The tensor called `name`, checked to have `shape`.
     ///

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::halting::Halt;
 use super::trace::Detail;
 use super::{ThoughtLoop, ThoughtModel};
+use crate::apart;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::Sight;
@@ -137,7 +138,7 @@ impl Thinking {
     }
 
     /// Reads what a checkpoint's `hybrid.json` holds: these settings as JSON, where what is left out has its
-    /// default. The budget that such a file has is checked when a checkpoint is loaded, not here.
+    /// default, and maybe an object `embed`, which [`EmbedConfig::from_hybrid_json`] reads. The budget that such a file has is checked when a checkpoint is loaded, not here.
     ///
     /// ```
     /// use hybrid_attention::Thinking;
@@ -152,6 +153,8 @@ impl Thinking {
     /// # Ok::<_, hybrid_attention::Error>(())
     /// ```
     ///
+    /// [`EmbedConfig::from_hybrid_json`]: crate::EmbedConfig::from_hybrid_json
+    ///
     /// # Errors
     /// [`Error::Malformed`] for text that is something else, or names a setting that does not exist; as
     /// [`Thinking::validate`] for values.
@@ -160,7 +163,8 @@ impl Thinking {
         if !text.trim_start().starts_with('{') {
             return Err(malformed(&"expected a JSON object")); // serde would take a list, too
         }
-        let thinking: Self = serde_json::from_str(text).map_err(|error| malformed(&error))?;
+        let (thinking, _): (Self, _) =
+            apart::read(text, "embed").map_err(|error| malformed(&error))?;
         thinking.validate()?;
         Ok(thinking)
     }

@@ -124,6 +124,18 @@ fn byte_of(c: char) -> Option<u8> {
     u8::try_from(byte).ok()
 }
 
+/// The character that stands for a byte: the inverse of [`byte_of`].
+pub(super) fn letter_of(byte: u8) -> char {
+    let code = u32::from(byte);
+    let code = match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => code,
+        0x00..=0x20 => 0x100 + code,
+        0x7f..=0xa0 => 0x121 + code - 0x7f,
+        0xad => 0x143,
+    };
+    char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
+}
+
 /// `<0xE6>` -> 0xE6
 fn fallback_byte(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
@@ -209,5 +221,20 @@ impl DecodeStream {
             }
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::{byte_of, letter_of};
+
+    #[test]
+    fn every_byte_has_a_letter_of_its_own() {
+        let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+        let letters: HashSet<char> = (0..=255).map(letter_of).collect();
+        assert_eq!(letters, alphabet.into_iter().collect());
+        assert!((0..=255).all(|byte| byte_of(letter_of(byte)) == Some(byte)));
     }
 }

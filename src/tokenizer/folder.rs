@@ -1,14 +1,16 @@
-//! The tokenizer files of a Hugging Face checkpoint.
+//! The tokenizer files of a checkpoint, Hugging Face's and Mistral's.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::{Surroundings, Tokenizer, added, parse};
+use super::instruct::Version;
+use super::sentencepiece::Prefix;
+use super::{Surroundings, Tokenizer, Vocabulary, added, parse, sentencepiece, tekken};
 use crate::error::{Error, Result};
 use crate::load::read_bytes;
 
@@ -26,6 +28,9 @@ struct TokenizerConfig {
     tokenizer_class: Option<String>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
+    /// Of SentencePiece's vocabularies.
+    legacy: Option<bool>,
+    add_prefix_space: Option<bool>,
     chat_template: Option<Templates>,
 }
 
@@ -57,19 +62,15 @@ struct TemplateFile {
     chat_template: Templates,
 }
 
+/// In the order in which they are looked for.
+enum Format {
+    TokenizerJson,
+    Tekken,
+    SentencePiece,
+}
+
 pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
-    let path = folder.join("tokenizer.json");
-    let Some(bytes) = read_if_present(&path)? else {
-        let other =
-            ["tekken.json", "tokenizer.model"].into_iter().find(|it| folder.join(it).is_file());
-        return other.map_or(Ok(None), |other| {
-            let got = format!(
-                "{other} without tokenizer.json, which transformers writes: \
-                 AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            );
-            Err(Error::unsupported("tokenizer", got))
-        });
-    };
+    let Some((path, format, bytes)) = find(folder)? else { return Ok(None) };
     let config_path = folder.join("tokenizer_config.json");
     let config: TokenizerConfig = parse_if_present(&config_path)?.unwrap_or_default();
     let map: TokenizerConfig =
@@ -105,33 +106,152 @@ pub(super) fn read(folder: &Path) -> Result<Option<Tokenizer>> {
             file.unwrap_or_else(HashMap::new).into_iter().map(entry).collect()
         }
     };
-    let token = |config: Option<Token>, map: Option<Token>| config.or(map).map(Token::text);
-    let around = Surroundings {
-        bos_token: token(config.bos_token, map.bos_token),
-        eos_token: token(config.eos_token, map.eos_token),
-        unk_token: token(config.unk_token, map.unk_token),
-        pad_token: token(config.pad_token, map.pad_token),
-        chat_template,
-    };
     // Nothing below reads a file, so errors must be told which file they are about.
     let in_file = |error| match error {
         Error::Tokenizer { message } => Error::malformed(&path, message),
         other => other,
     };
-    let mut inner = parse(&bytes).map_err(in_file)?;
+    let vocabulary = match format {
+        Format::TokenizerJson => parse(&bytes).map(|inner| Vocabulary {
+            inner,
+            around: Surroundings::default(),
+            version: None,
+        }),
+        Format::Tekken => tekken::read(&bytes),
+        Format::SentencePiece => {
+            let prefix = match (config.add_prefix_space, config.legacy) {
+                (Some(false), _) => Prefix::Never,
+                (_, Some(false)) => Prefix::First,
+                _ => Prefix::Each,
+            };
+            sentencepiece::read(&bytes, prefix).map_err(|error| match error {
+                Error::Unsupported { what, got } => {
+                    let made = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)";
+                    let instead =
+                        format!("{got}; transformers makes a tokenizer.json of it: {made}");
+                    Error::unsupported(what, instead)
+                }
+                other => other,
+            })
+        }
+    };
+    let Vocabulary { mut inner, around: own, version } = vocabulary.map_err(in_file)?;
+    let chat_template = match chat_template {
+        Some(template) => Some(template),
+        None => version_of(folder, &path, &format, version)?
+            .and_then(Version::template)
+            .map(str::to_owned),
+    };
+    let token = |config: Option<Token>, map: Option<Token>, own| {
+        config.or(map).map_or(own, |it| Some(it.text()))
+    };
+    let around = Surroundings {
+        bos_token: token(config.bos_token, map.bos_token, own.bos_token),
+        eos_token: token(config.eos_token, map.eos_token, own.eos_token),
+        unk_token: token(config.unk_token, map.unk_token, own.unk_token),
+        pad_token: token(config.pad_token, map.pad_token, own.pad_token),
+        chat_template,
+    };
     added::add(&mut inner, &tokens).map_err(|error| match error {
         Error::Tokenizer { message } => Error::malformed(&config_path, message),
         other => other,
     })?;
+    let is_json = matches!(format, Format::TokenizerJson);
     // The class that stands for `tokenizer.json` as it is looks at neither flag.
-    if config.tokenizer_class.as_deref() != Some("PreTrainedTokenizerFast") {
+    if !is_json || config.tokenizer_class.as_deref() != Some("PreTrainedTokenizerFast") {
+        // The other files do not say what stands around a text: with them, it is BOS.
+        let adds_bos = (!is_json && around.bos_token.is_some()).then_some(true);
         let ends = [
-            (config.add_bos_token, around.bos_token.as_deref()),
+            (config.add_bos_token.or(adds_bos), around.bos_token.as_deref()),
             (config.add_eos_token, around.eos_token.as_deref()),
         ];
         added::surround(&mut inner, ends).map_err(in_file)?;
     }
     Tokenizer::new(inner, around).map(Some).map_err(in_file)
+}
+
+/// The file that holds the vocabulary, and its bytes.
+fn find(folder: &Path) -> Result<Option<(PathBuf, Format, Vec<u8>)>> {
+    for (name, format) in
+        [("tokenizer.json", Format::TokenizerJson), ("tekken.json", Format::Tekken)]
+    {
+        let path = folder.join(name);
+        if let Some(bytes) = read_if_present(&path)? {
+            return Ok(Some((path, format, bytes)));
+        }
+    }
+    let path = versioned(folder)?.unwrap_or_else(|| folder.join("tokenizer.model"));
+    let bytes = read_if_present(&path)?;
+    Ok(bytes.map(|bytes| (path, Format::SentencePiece, bytes)))
+}
+
+/// The file of the highest version of those that Mistral calls `tokenizer.model.v3`,
+/// `mistral_instruct_tokenizer_241114.model.v7m1` and the like; `m1` is for images.
+fn versioned(folder: &Path) -> Result<Option<PathBuf>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(folder)(error)),
+    };
+    let mut highest = None;
+    for entry in entries {
+        let name = entry.map_err(Error::io(folder))?.file_name();
+        let Some(name) = name.to_str() else { continue };
+        highest = highest.max(name_version(name).map(|version| (version, name.to_owned())));
+    }
+    Ok(highest.map(|(_, name)| folder.join(name)))
+}
+
+/// `tokenizer.model.v7m1` -> v7
+fn name_version(name: &str) -> Option<Version> {
+    let (_, version) = name.rsplit_once(".model.")?;
+    Version::parse(version.split_once('m').map_or(version, |(version, _)| version))
+}
+
+/// How a chat is written for this model, which may be by Mistral.
+fn version_of(
+    folder: &Path,
+    path: &Path,
+    format: &Format,
+    version: Option<Version>,
+) -> Result<Option<Version>> {
+    match format {
+        Format::Tekken => Ok(version),
+        // Mistral's newer models come with both, and without a template.
+        Format::TokenizerJson => {
+            let path = folder.join("tekken.json");
+            let Some(bytes) = read_if_present(&path)? else { return Ok(None) };
+            Ok(tekken::version(&bytes).unwrap_or_else(|error| {
+                // Tokens come from the other file.
+                tracing::warn!(path = %path.display(), %error, "not read for a chat template");
+                None
+            }))
+        }
+        // Nothing tells the first version from the vocabulary of Llama.
+        Format::SentencePiece if version.is_none() => {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let is_first = match name_version(name) {
+                Some(version) => version == Version::V1,
+                None => is_mistral(folder)?,
+            };
+            Ok(is_first.then_some(Version::V1))
+        }
+        Format::SentencePiece => Ok(version),
+    }
+}
+
+/// Whether the model is called so, or comes in Mistral's own format.
+fn is_mistral(folder: &Path) -> Result<bool> {
+    #[derive(Deserialize)]
+    struct Config {
+        model_type: Option<String>,
+    }
+    Ok(match parse_if_present(&folder.join("config.json"))? {
+        Some(Config { model_type }) => {
+            matches!(model_type.as_deref(), Some("mistral" | "mixtral"))
+        }
+        None => folder.join("params.json").is_file(),
+    })
 }
 
 /// The chat template that lies beside a GGUF file `NAME.gguf`: `NAME.jinja`, else `chat_template.jinja`.

@@ -5,17 +5,12 @@
 use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
-use tokenizers::decoders::{
-    byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as Decoders, strip::Strip,
-};
-use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::AddedToken;
+use tokenizers::models::bpe::{BPE, Merges};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
-use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
+use super::bpe::{self, Kind, merges_by_score, vocab};
 use super::{Surroundings, Tokenizer, failed, guard};
 use crate::config::{integer, is_integer};
 use crate::error::{Error, Result};
@@ -28,23 +23,6 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 
 /// Mistral Nemo's pattern, as in its `tokenizer.json`; llama.cpp approximates it.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// Bytes of the longest token that merges are derived for, since the work grows with the square.
-/// SentencePiece trains tokens of at most 16 characters by default.
-const LONGEST_MERGE: usize = 1024;
-
-/// What `tokenizer.ggml.token_type` says about a token.
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    /// Text, as BPE merges it.
-    Text,
-    /// `<unk>`, or a control token such as `</s>`.
-    Special,
-    /// A symbol that is never split, and counts as text.
-    UserDefined,
-    /// `<0x41>`
-    Byte,
-}
 
 /// `tokenizer.ggml.*`, with errors that name the key.
 struct Metadata<'m>(&'m HashMap<String, Value>);
@@ -79,17 +57,7 @@ fn byte_level(metadata: &Metadata<'_>) -> Result<Tokenizer> {
         BPE::builder().vocab_and_merges(vocab(&tokens), merges).ignore_merges(whole_words).build()
     })?;
 
-    let mut splits = Vec::with_capacity(patterns.len() + 1);
-    for &pattern in patterns {
-        let pattern = SplitPattern::Regex(pattern.to_owned());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(failed)?;
-        splits.push(PreTokenizerWrapper::from(split));
-    }
-    splits.push(ByteLevel::new(false, false, false).into());
-
-    let mut inner = tokenizers::Tokenizer::new(model);
-    inner.with_pre_tokenizer(Some(PreTokenizers::new(splits)));
-    inner.with_decoder(Some(ByteLevel::default()));
+    let inner = bpe::byte_level(model, patterns)?;
     let ids = NamedTokens { bos: None, eos: None, unk: None, add_bos: whole_words };
     finish(metadata, inner, &tokens, ids)
 }
@@ -98,36 +66,25 @@ fn sentencepiece(metadata: &Metadata<'_>) -> Result<Tokenizer> {
     let tokens = metadata.tokens()?;
     let merges = match metadata.merges(&tokens)? {
         Some(merges) => merges,
-        None => merges_by_score(
-            &tokens,
-            &metadata.scores(tokens.len())?,
-            &metadata.kinds(tokens.len())?,
-        ),
+        None => {
+            let (scores, kinds) = (metadata.scores(tokens.len())?, metadata.kinds(tokens.len())?);
+            merges_by_score(&tokens, &scores, &kinds)?
+        }
     };
     let ids = NamedTokens { bos: Some(1), eos: Some(2), unk: Some(0), add_bos: true };
-    let mut model =
-        BPE::builder().vocab_and_merges(vocab(&tokens), merges).byte_fallback(true).fuse_unk(true);
-    if let Some((_, unk)) = metadata.token("unknown_token_id", ids.unk, &tokens)? {
-        model = model.unk_token(unk.to_owned());
-    }
-    let model = guard(|| model.build())?;
+    let unk = metadata.token("unknown_token_id", ids.unk, &tokens)?.map(|(_, unk)| unk);
+    let model = bpe::sentencepiece(&tokens, merges, unk, true)?;
 
     let prefix = metadata.bool("add_space_prefix")?.unwrap_or(true);
     let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
-    let mut decoders: Vec<DecoderWrapper> = vec![
-        Replace::new("▁", " ").map_err(failed)?.into(),
-        ByteFallback::new().into(),
-        Fuse::new().into(),
-    ];
     if prefix {
         normalizers.push(Prepend::new("▁".to_owned()).into());
-        decoders.push(Strip::new(' ', 1, 0).into());
     }
     normalizers.push(Replace::new(" ", "▁").map_err(failed)?.into());
 
     let mut inner = tokenizers::Tokenizer::new(model);
     inner.with_normalizer(Some(Normalizers::new(normalizers))).map_err(failed)?;
-    inner.with_decoder(Some(Decoders::new(decoders)));
+    inner.with_decoder(Some(bpe::sentencepiece_decoder(prefix.into())?));
     finish(metadata, inner, &tokens, ids)
 }
 
@@ -193,40 +150,6 @@ fn finish(
         },
     };
     Tokenizer::new(inner, around)
-}
-
-fn vocab(tokens: &[&str]) -> Vocab {
-    tokens.iter().map(|&token| token.to_owned()).zip(0..).collect()
-}
-
-/// The merges of a SentencePiece vocabulary, which stores none: each way to split a token into two
-/// tokens, the best score first, as transformers converts them. Bytes and control tokens are left out,
-/// since no text is merged into one.
-fn merges_by_score(tokens: &[&str], scores: &[f32], kinds: &[Kind]) -> Merges {
-    let text = |&(id, _): &(usize, &str)| {
-        kinds.get(id).is_some_and(|kind| matches!(kind, Kind::Text | Kind::UserDefined))
-    };
-    let ids: HashMap<&str, usize> =
-        tokens.iter().copied().enumerate().filter(text).map(|(id, token)| (token, id)).collect();
-    let mut merges = Vec::with_capacity(2 * tokens.len());
-    for (&token, &score) in tokens.iter().zip(scores) {
-        if token.len() > LONGEST_MERGE || !ids.contains_key(token) {
-            continue;
-        }
-        let first = merges.len();
-        for (length, (at, _)) in token.char_indices().enumerate().skip(1) {
-            let (left, right) = token.split_at(at);
-            if let (Some(&l), Some(&r)) = (ids.get(left), ids.get(right)) {
-                merges.push((score, length, right.chars().count(), (l, r), left, right));
-            }
-        }
-        if let Some(ways) = merges.get_mut(first..) {
-            ways.sort_by_key(|&(.., ids, _, _)| ids);
-        }
-    }
-    // Stable, so that ties stay in the order of the vocabulary.
-    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((b.1, b.2).cmp(&(a.1, a.2))));
-    merges.into_iter().map(|(.., left, right)| (left.to_owned(), right.to_owned())).collect()
 }
 
 impl<'m> Metadata<'m> {

@@ -4,12 +4,17 @@
 //! (which token begins a text, how a chat is written) and a decoder that can stream.
 
 mod added;
+mod bpe;
 mod chat;
 mod decode;
 mod folder;
 mod gguf;
 mod growth;
+mod instruct;
+mod protobuf;
 mod said;
+mod sentencepiece;
+mod tekken;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -71,8 +76,33 @@ struct Surroundings {
     chat_template: Option<String>,
 }
 
+/// A vocabulary in a format other than `tokenizer.json`, with what the file itself names.
+#[derive(Debug)]
+struct Vocabulary {
+    inner: tokenizers::Tokenizer,
+    around: Surroundings,
+    /// How a chat is written, if the file shows it.
+    version: Option<instruct::Version>,
+}
+
+impl Vocabulary {
+    /// A tokenizer that puts BOS before a text, as Mistral's and Llama's do.
+    fn into_tokenizer(mut self) -> Result<Tokenizer> {
+        let bos = self.around.bos_token.as_deref();
+        added::surround(&mut self.inner, [(bos.map(|_| true), bos), (None, None)])?;
+        let template = self.version.and_then(instruct::Version::template);
+        self.around.chat_template = template.map(str::to_owned);
+        Tokenizer::new(self.inner, self.around)
+    }
+}
+
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a Hugging Face checkpoint; `None` if the folder has none.
+    /// Reads the tokenizer of a checkpoint: `tokenizer.json` of Hugging Face, else Mistral's `tekken.json`, else
+    /// SentencePiece's `tokenizer.model` (also under the names that Mistral gives it, `tokenizer.model.v3` and the
+    /// like, of which the highest version is read); `None` if the folder has none.
+    ///
+    /// The last two are read as [`from_tekken`](Self::from_tekken) and
+    /// [`from_sentencepiece`](Self::from_sentencepiece) say, but that what else lies in the folder comes first.
     ///
     /// The named tokens come from `tokenizer_config.json`, and those it leaves out from
     /// `special_tokens_map.json`. The chat template is `chat_template.jinja`, else that of
@@ -82,12 +112,18 @@ impl Tokenizer {
     /// `add_eos_token` overrule what `tokenizer.json` puts around a text, as in transformers 4.57. All
     /// these files are optional.
     ///
+    /// Beside a `tokenizer.model`, a `legacy` of false in `tokenizer_config.json` puts the space before a text
+    /// only where the text begins, not after control tokens too, and an `add_prefix_space` of false puts none, as in
+    /// transformers. If the folder has no chat template, that of the version of Mistral's tokenizer is taken, which
+    /// `tekken.json` names and the control tokens of `tokenizer.model` show; without any in it, it is v1 if
+    /// the file or the model is called Mistral's.
+    ///
     /// # Errors
     /// [`Error::Io`] if a file cannot be read, [`Error::Malformed`] if it is not what its name
     /// promises, adds a token under an id that is not the next free one, or names a BOS or EOS token
     /// outside the vocabulary, [`Error::Unsupported`] if the tokenizer decodes in a way that cannot be
-    /// streamed or the folder has `tokenizer.model` or `tekken.json` alone, [`Error::Config`] if its steps (`Replace` and the like) can make a text more than 64
-    /// times as long, or are more than 256.
+    /// streamed, or as [`from_sentencepiece`](Self::from_sentencepiece), [`Error::Config`] if its steps
+    /// (`Replace` and the like) can make a text more than 64 times as long, or are more than 256.
     pub fn from_folder(path: &Path) -> Result<Option<Self>> {
         folder::read(path)
     }
@@ -113,6 +149,49 @@ impl Tokenizer {
     /// that cannot be streamed, [`Error::Config`] as [`Tokenizer::from_folder`].
     pub fn from_bytes(tokenizer_json: &[u8]) -> Result<Self> {
         Self::new(parse(tokenizer_json)?, Surroundings::default())
+    }
+
+    /// Reads the content of a `tekken.json`, Mistral's own format: control tokens and BOS as `mistral-common` has
+    /// them, and the chat template of the version, of v1 to v13.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use hybrid_attention::{Message, Tokenizer};
+    ///
+    /// # let file = "tests/fixtures/tokenizer/tekken/tekken.json";
+    /// let tokenizer = Tokenizer::from_tekken(&std::fs::read(file)?)?;
+    /// let chat = [Message::system("Be brief."), Message::user("hello")];
+    /// assert_eq!(tokenizer.render_chat(&chat, true)?, "<s>[INST]Be brief.\n\nhello[/INST]");
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if it is not such a file, or contradicts itself.
+    pub fn from_tekken(tekken_json: &[u8]) -> Result<Self> {
+        tekken::read(tekken_json)?.into_tokenizer()
+    }
+
+    /// Reads the content of a `tokenizer.model` by SentencePiece: byte-pair encoding with a plain normalizer, as
+    /// Llama and Mistral have it. BOS stands before a text. Each stretch between control tokens is encoded as
+    /// SentencePiece encodes a text. Where the control tokens of Mistral's versions v2 to v7 are
+    /// among the tokens, it has their chat template.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use hybrid_attention::Tokenizer;
+    /// # let file = "tests/fixtures/tokenizer/sentencepiece/v3.model";
+    /// let tokenizer = Tokenizer::from_sentencepiece(&std::fs::read(file)?)?;
+    /// let ids = tokenizer.encode("the cat", true)?;
+    /// assert_eq!(tokenizer.decode(&ids, true), "the cat");
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if it is not such a file, or contradicts itself; [`Error::Unsupported`] for other
+    /// kinds of model (unigram, word, char), rules of normalization such as `nmt_nfkc`, and tokens that it
+    /// marks as unused.
+    pub fn from_sentencepiece(tokenizer_model: &[u8]) -> Result<Self> {
+        sentencepiece::read(tokenizer_model, sentencepiece::Prefix::Each)?.into_tokenizer()
     }
 
     fn new(mut inner: tokenizers::Tokenizer, around: Surroundings) -> Result<Self> {
@@ -461,4 +540,13 @@ fn guard<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
 
 fn failed(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
     Error::Tokenizer { message: reason.into().to_string() }
+}
+
+/// What a field of a file must not be.
+fn wrong(
+    field: impl std::fmt::Display,
+    expected: impl std::fmt::Display,
+    got: impl std::fmt::Display,
+) -> Error {
+    failed(format!("{field}: expected {expected}, got {got}"))
 }

@@ -3,7 +3,10 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod experts;
+pub(crate) mod gguf;
 pub(crate) mod gradient;
+pub(crate) mod hub;
 pub(crate) mod kept;
 pub(crate) mod reference;
 pub(crate) mod tiny;
@@ -26,7 +29,8 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 /// The checkpoints under `tests/fixtures`.
-pub(crate) const FIXTURES: [&str; 3] = ["window", "head_dim", "tied_sharded"];
+pub(crate) const FIXTURES: [&str; 5] =
+    ["window", "head_dim", "tied_sharded", "mixtral", "mixtral_packed"];
 
 /// Texts to be embedded, of unequal length.
 pub(crate) const TEXTS: [&str; 5] = [
@@ -56,7 +60,7 @@ pub(crate) fn config_of_large_blocks() -> Result<Config> {
     })
 }
 
-/// Every tensor of a fixture, read by candle.
+/// Every tensor of a fixture, read by candle, with one for each matrix of each expert.
 pub(crate) fn fixture_weights(name: &str) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for entry in fs::read_dir(fixture(name))? {
@@ -66,7 +70,7 @@ pub(crate) fn fixture_weights(name: &str) -> Result<BTreeMap<String, Tensor>> {
             tensors.extend(candle_core::safetensors::load(&path, &Device::Cpu)?);
         }
     }
-    Ok(tensors)
+    experts::unpack(&tensors)
 }
 
 /// `a0 b0 .. a1 b1 ..` to `a0 a1 b0 b1 ..`, for the rows of every head.
@@ -104,7 +108,7 @@ pub(crate) fn write_hugging_face(
     config: &Config,
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result {
-    let json = serde_json::json!({
+    let mut json = serde_json::json!({
         "model_type": "mistral",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -119,6 +123,11 @@ pub(crate) fn write_hugging_face(
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
     });
+    if let Some(of) = &config.experts {
+        json["model_type"] = "mixtral".into();
+        json["num_local_experts"] = of.num_local_experts.into();
+        json["num_experts_per_tok"] = of.num_experts_per_tok.into();
+    }
     fs::write(folder.join("config.json"), json.to_string())?;
     let tensors: HashMap<_, _> = tensors.clone().into_iter().collect();
     Ok(candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?)
@@ -136,6 +145,7 @@ pub(crate) fn write_consolidated(
         ("self_attn.k_proj", "attention.wk"),
         ("self_attn.v_proj", "attention.wv"),
         ("self_attn.o_proj", "attention.wo"),
+        ("block_sparse_moe.", "feed_forward."),
         ("mlp.gate_proj", "feed_forward.w1"),
         ("mlp.down_proj", "feed_forward.w2"),
         ("mlp.up_proj", "feed_forward.w3"),
@@ -145,7 +155,7 @@ pub(crate) fn write_consolidated(
         ("model.norm", "norm"),
         ("lm_head", "output"),
     ];
-    let params = serde_json::json!({
+    let mut params = serde_json::json!({
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "head_dim": config.head_dim,
@@ -159,6 +169,12 @@ pub(crate) fn write_consolidated(
         "max_position_embeddings": config.max_position_embeddings,
         "tied_embeddings": config.tie_word_embeddings,
     });
+    if let Some(of) = &config.experts {
+        params["moe"] = serde_json::json!({
+            "num_experts": of.num_local_experts,
+            "num_experts_per_tok": of.num_experts_per_tok,
+        });
+    }
     fs::write(folder.join("params.json"), params.to_string())?;
     let tensors: HashMap<_, _> = rename(tensors, config.head_dim, &spelling)?.into_iter().collect();
     Ok(candle_core::safetensors::save(&tensors, folder.join("consolidated.safetensors"))?)
@@ -180,6 +196,10 @@ pub(crate) fn gguf_metadata(config: &Config) -> Vec<(String, Value)> {
     size("attention.value_length", config.head_dim);
     size("rope.dimension_count", config.head_dim);
     size("vocab_size", config.vocab_size);
+    if let Some(of) = &config.experts {
+        size("expert_count", of.num_local_experts);
+        size("expert_used_count", of.num_experts_per_tok);
+    }
     if let Some(window) = config.sliding_window {
         size("attention.sliding_window", window);
     }
@@ -197,31 +217,45 @@ pub(crate) fn gguf_metadata(config: &Config) -> Vec<(String, Value)> {
     metadata
 }
 
-/// Writes a GGUF file: matrices whose rows are whole blocks as `dtype`, all else as f32.
+/// Parts of the Hugging Face names, and what llama.cpp has in their place.
+pub(crate) const GGUF_NAMES: [(&str, &str); 13] = [
+    ("model.layers.", "blk."),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.up_proj", "ffn_up"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+];
+
+/// Writes a GGUF file: matrices whose rows are whole blocks as `dtype`, all else as f32. Experts are
+/// packed.
 pub(crate) fn write_gguf(
     path: &Path,
     config: &Config,
     tensors: &BTreeMap<String, Tensor>,
     dtype: GgmlDType,
 ) -> Result {
-    let spelling = [
-        ("model.layers.", "blk."),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.down_proj", "ffn_down"),
-        ("mlp.up_proj", "ffn_up"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-    ];
+    let tensors = experts::for_gguf(config, tensors, false)?;
+    write_gguf_as_spelled(path, config, &tensors, dtype)
+}
+
+/// [`write_gguf`] of tensors among which those of experts are called as in such a file.
+pub(crate) fn write_gguf_as_spelled(
+    path: &Path,
+    config: &Config,
+    tensors: &BTreeMap<String, Tensor>,
+    dtype: GgmlDType,
+) -> Result {
     let mut quantized = Vec::new();
-    for (name, tensor) in rename(tensors, config.head_dim, &spelling)? {
-        let blocks = tensor.rank() == 2 && tensor.dim(1)? % dtype.block_size() == 0;
+    for (name, tensor) in rename(tensors, config.head_dim, &GGUF_NAMES)? {
+        let blocks = in_blocks(&name, &tensor, dtype);
         let dtype = if blocks { dtype } else { GgmlDType::F32 };
         quantized.push((name, QTensor::quantize(&tensor, dtype)?));
     }
@@ -229,6 +263,13 @@ pub(crate) fn write_gguf(
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<_> = quantized.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     Ok(gguf_file::write(&mut fs::File::create(path)?, &metadata, &tensors)?)
+}
+
+/// Whether [`write_gguf`], or the loader, puts a tensor in blocks.
+pub(crate) fn in_blocks(name: &str, tensor: &Tensor, dtype: GgmlDType) -> bool {
+    let router = experts::is_router(name) || name.contains("ffn_gate_inp");
+    let whole = tensor.dims().last().is_some_and(|row| row % dtype.block_size() == 0);
+    tensor.rank() > 1 && !router && whole
 }
 
 /// What `run` logs, each event as its fields in order.

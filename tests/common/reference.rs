@@ -1,4 +1,4 @@
-//! A Mistral in plain loops over `f64`, one token and one number at a time. It shares nothing with
+//! A Mistral, or a mixture of its blocks, in plain loops over `f64`, one token and one number at a time. It shares nothing with
 //! the crate but the names of the weights.
 
 use std::collections::HashMap;
@@ -173,11 +173,27 @@ impl Reference {
     pub(crate) fn after_mlp(&self, layer: &str, x: &[f64], side: &[f64]) -> Vec<f64> {
         let mut input = self.norm(&format!("{layer}.post_attention_layernorm.weight"), x);
         input.extend_from_slice(side);
-        let gate = times(self.matrix(&format!("{layer}.mlp.gate_proj.weight")), &input);
-        let up = times(self.matrix(&format!("{layer}.mlp.up_proj.weight")), &input);
-        let inner: Vec<f64> =
-            gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect();
-        plus(x, &times(self.matrix(&format!("{layer}.mlp.down_proj.weight")), &inner))
+        let mlp = |names: [&str; 3]| {
+            let [gate, up, down] = names.map(|it| self.matrix(&format!("{layer}.{it}.weight")));
+            let (gate, up) = (times(gate, &input), times(up, &input));
+            let inner = gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up);
+            times(down, &inner.collect::<Vec<_>>())
+        };
+        let Some(of) = &self.config.experts else {
+            return plus(x, &mlp(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]));
+        };
+        // By the book: the softmax over all experts, of which the largest are taken and made to sum to 1.
+        let router = self.matrix(&format!("{layer}.block_sparse_moe.gate.weight"));
+        let shares = softmax(&times(router, &input));
+        let mut order: Vec<usize> = (0..of.num_local_experts).collect();
+        order.sort_by(|a, b| shares[*b].total_cmp(&shares[*a]));
+        order.truncate(of.num_experts_per_tok);
+        let total: f64 = order.iter().map(|expert| shares[*expert]).sum();
+        order.iter().fold(x.to_vec(), |sum, expert| {
+            let name = |matrix| format!("block_sparse_moe.experts.{expert}.{matrix}");
+            let ys = mlp([name("w1"), name("w3"), name("w2")].each_ref().map(String::as_str));
+            sum.iter().zip(&ys).map(|(sum, y)| sum + shares[*expert] / total * y).collect()
+        })
     }
 
     /// One token `x` at `position` through `layer`, over the keys and values of `sees`; and the share

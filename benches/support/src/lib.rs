@@ -58,6 +58,25 @@ pub fn smollm2() -> Option<PathBuf> {
     found
 }
 
+/// The folder with Mistral's own vocabularies, and real lines encoded by them: `HYBRID_ATTENTION_MISTRAL_COMMON`, or
+/// where `.ci/run` makes it. If it is missing, a message says so, and a test that needs it has nothing to do.
+#[must_use]
+pub fn mistral_common() -> Option<PathBuf> {
+    let variable = "HYBRID_ATTENTION_MISTRAL_COMMON";
+    let chosen = std::env::var_os(variable).map(PathBuf::from);
+    let folder = root().join(chosen.unwrap_or_else(|| "target/mistral_common".into()));
+    let found = folder.join("lines.json").is_file();
+    if !found {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("a test");
+        let _ = writeln!(
+            stderr(),
+            "skipped: {name}: no lines.json; tests/fixtures/tokenizer/real_lines.py writes it, or {variable} says where it is"
+        );
+    }
+    found.then_some(folder)
+}
+
 /// The configuration of [`checkpoint`].
 pub const CONFIG: &str = r#"{
     "model_type": "mistral", "vocab_size": 371, "hidden_size": 16, "intermediate_size": 24,

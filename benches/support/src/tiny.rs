@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use hybrid_attention::Config;
+use hybrid_attention::{Config, Experts, QueryScaling, RopeScaling};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use rand::{Rng, SeedableRng};
@@ -29,14 +29,57 @@ pub fn config() -> Config {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     }
 }
 
-/// Any shape of model, with and without a window.
+/// Any shape of model, with and without a window, scaled rotation and scaled queries, dense or a mixture of
+/// experts. Of these every token runs through all: where two of them are nearly equal, which is chosen is for
+/// rounding to say.
 pub fn configs() -> impl Strategy<Value = Config> {
+    let queries = (0.0..0.5, 1usize..20).prop_map(|(beta, original_max_position_embeddings)| {
+        QueryScaling { beta, original_max_position_embeddings }
+    });
+    let scaling = (prop::option::of(scalings()), prop::option::of(queries));
+    let experts = prop::option::of(1usize..5);
+    (shapes(), scaling, experts).prop_map(|(config, (rope_scaling, query_scaling), experts)| {
+        let all = |all| Experts { num_local_experts: all, num_experts_per_tok: all };
+        // of some kinds the head must fit
+        let plain = Config { query_scaling, experts: experts.map(all), ..config };
+        let scaled = Config { rope_scaling, ..plain.clone() };
+        if scaled.validate().is_ok() { scaled } else { plain }
+    })
+}
+
+/// Scaling of any kind that depends on positions alone: all but `Dynamic`.
+fn scalings() -> impl Strategy<Value = RopeScaling> {
+    let numbers = (1.0..8.0, 1usize..20, 0.1..2.0, 2.0..40.0, any::<bool>(), 0.8..1.3);
+    (0..4, numbers).prop_map(|(kind, (factor, original, low, high, truncate, magnitude))| {
+        let original_max_position_embeddings = original;
+        match kind {
+            0 => RopeScaling::Linear { factor },
+            1 => RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings,
+            },
+            2 => RopeScaling::Factors(vec![1.0, factor as f32, high as f32]),
+            _ => RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                beta_fast: high,
+                beta_slow: low,
+                truncate,
+                attention_factor: magnitude,
+            },
+        }
+    })
+}
+
+/// Any shape of dense model, with and without a window, that scales nothing.
+pub fn shapes() -> impl Strategy<Value = Config> {
     let heads = (1usize..4, 1usize..4, 1usize..7);
     let sizes = (4usize..40, 1usize..40, 1usize..4, 2usize..60);
     let others = (prop::option::of(1usize..10), 1e2..1e6, any::<bool>());

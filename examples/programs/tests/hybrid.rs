@@ -74,6 +74,8 @@ fn help_lists_every_option() -> Result {
         "--truncate",
         "--json",
         "--cosine",
+        "--out",
+        "--batch-tokens",
         "weighted-mean",
     ];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
@@ -541,6 +543,19 @@ fn chat_answers_each_line_and_reads_only_what_is_new() -> Result {
     assert_eq!((first.0, third), (0, first));
     assert!(second.0 >= first.1, "the first prompt is known in the second turn: {stderr}");
 
+    // Through a pipe a line may be of any length, and what begins with a slash may be said.
+    let long = "the cat sat on the mat ".repeat(200);
+    let input = format!("{long}\n/etc/passwd\n/what\n//what\n");
+    let (_, stderr) = succeed("chat", folder.path(), &["--max-tokens=1"], &input)?;
+    assert!(long.len() > 4095 && stderr.contains("[/what is not a command: "), "{stderr}");
+    let lengths = |messages: &[Message]| -> Result<usize> {
+        Ok(model.tokenizer().ok_or("no tokenizer")?.encode_chat(messages, true)?.len())
+    };
+    let ignored = "[this message leaves no room for an answer in 256 tokens: ignored]";
+    assert!(lengths(&[Message::user(long.trim())])? > 256 && stderr.contains(ignored), "{stderr}");
+    let [(0, first), (_, _)] = known(&stderr)[..] else { return Err(stderr.into()) };
+    assert_eq!(first, lengths(&[Message::user("/etc/passwd")])?);
+
     // The end of the input is the end of the chat, even within a line.
     let (again, _) = succeed("chat", folder.path(), &args, "the cat\nsat on")?;
     assert_eq!(again, format!("{}\n{}\n", answers[0], answers[1]));
@@ -688,6 +703,86 @@ fn embed_gives_the_librarys_vectors_and_their_cosines() -> Result {
         assert!((cosine[0][2] - 1.0).abs() < 1e-5, "a text and itself");
         assert!(cosine[0][1] < 0.999, "a text and another");
     }
+    Ok(())
+}
+
+/// A file of vectors, read by candle.
+fn read_vectors(path: &Path) -> Result<Tensor> {
+    if path.extension().is_some_and(|it| it == "npy") {
+        return Ok(Tensor::read_npy(path)?);
+    }
+    let mut tensors = candle_core::safetensors::load(path, &Device::Cpu)?;
+    assert_eq!(tensors.len(), 1);
+    Ok(tensors.remove("vectors").ok_or("no vectors")?)
+}
+
+#[test]
+fn embed_writes_files_that_others_read() -> Result {
+    let folder = checkpoint(true)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let words = ["the cat ", "sat ", "on the mat "];
+    for count in [1, 9, 113] {
+        let text = |at: usize| (0..=at * 5 % 17).map(|it| words[(at + it) % 3]).collect();
+        let texts: Vec<String> = (0..count).map(text).collect();
+        let file = folder.path().join("texts.txt");
+        fs::write(&file, texts.join("\n"))?;
+        let expected = model.embed(&texts, &EmbedConfig::default())?;
+        for name in ["out.safetensors", "out.npy"] {
+            let out = folder.path().join(name);
+            let (file, arg) = (file.display().to_string(), format!("--out={}", out.display()));
+            let args = ["--file", &file, &arg, "--batch-tokens=100"];
+            let (stdout, stderr) = succeed("embed", folder.path(), &args, "")?;
+            assert_eq!((stdout.as_str(), stderr), ("", format!("[wrote {}]\n", out.display())));
+            let got = read_vectors(&out)?;
+            hybrid_attention_testing::assert_close(name, &got, &expected, 1e-5)?;
+            let size = fs::metadata(&out)?.len() - count as u64 * 16 * 4;
+            assert_eq!(size % 8, 0, "the numbers are aligned");
+            assert!(!folder.path().join(format!("{name}.part")).exists());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn embed_leaves_no_half_file() -> Result {
+    let folder = checkpoint(true)?;
+    let (out, other) = (folder.path().join("out.npy"), folder.path().join("out.txt"));
+    fs::write(&out, "what was there")?;
+    let long = "the cat ".repeat(300);
+    let arg = |path: &Path| format!("--out={}", path.display());
+    let stderr = fail("embed", folder.path(), &[&arg(&out), "the cat", &long])?;
+    assert!(stderr.starts_with("error: text 2: context full"), "{stderr}");
+    assert_eq!(fs::read_to_string(&out)?, "what was there");
+    assert!(!folder.path().join("out.npy.part").exists());
+    let stderr = fail("embed", folder.path(), &[&arg(&other), "the cat"])?;
+    let expected = "expected a name that ends in .safetensors or .npy";
+    assert_eq!(stderr, format!("error: {}: {expected}\n", other.display()));
+    let nowhere = folder.path().join("absent").join("out.npy");
+    let stderr = fail("embed", folder.path(), &[&arg(&nowhere), "the cat"])?;
+    assert!(stderr.contains("its folder does not exist"), "{stderr}");
+    let stderr = fail("embed", folder.path(), &[&arg(&out), "--json", "the cat"])?;
+    assert!(stderr.contains("cannot be used with"), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn embed_prints_many_vectors_and_no_table_of_them() -> Result {
+    let folder = checkpoint(true)?;
+    let texts: Vec<String> = (0..65).map(|at| "the cat ".repeat(1 + at * 7 % 13)).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let (table, _) = succeed("embed", folder.path(), &texts[..64], "")?;
+    assert_eq!(table.lines().count(), 65);
+    let stderr = fail("embed", folder.path(), &texts)?;
+    assert!(
+        stderr.starts_with("error: a table of 65 texts would be too large: --json "),
+        "{stderr}"
+    );
+    let args = [&["--json", "--cosine"], &texts[..]].concat();
+    let Embedded { vectors, cosine } =
+        Embedded::parse(&succeed("embed", folder.path(), &args, "")?.0)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    assert_eq!(vectors, model.embed(&texts, &EmbedConfig::default())?.to_vec2::<f32>()?);
+    assert_eq!((cosine.len(), cosine[64].len()), (65, 65));
     Ok(())
 }
 
@@ -1071,6 +1166,59 @@ fn measure_needs_enough_text() -> Result {
     ] {
         let stderr = fail("measure", folder.path(), &[&args[..], &[&text]].concat())?;
         assert_eq!(stderr, format!("error: {expected}\n"));
+    }
+    Ok(())
+}
+
+// ---- models by name ----
+
+#[test]
+fn models_of_the_cache_go_by_their_names() -> Result {
+    let folder = checkpoint(true)?;
+    let cache = tempfile::tempdir()?;
+    let repo = cache.path().join("models--org--name");
+    let snapshot = repo.join("snapshots/0123abc");
+    fs::create_dir_all(&snapshot)?;
+    fs::create_dir_all(repo.join("refs"))?;
+    fs::write(repo.join("refs/main"), "0123abc")?;
+    for entry in fs::read_dir(folder.path())? {
+        let entry = entry?;
+        fs::copy(entry.path(), snapshot.join(entry.file_name()))?;
+    }
+    let run = |model: &str| -> Result<Output> {
+        let mut command = hybrid();
+        command.env("HF_HUB_CACHE", cache.path()).env("HF_HUB_OFFLINE", "1");
+        command.args([
+            "generate",
+            "--model",
+            model,
+            "--ids",
+            "5,6,7",
+            "--max-tokens",
+            "6",
+            "--json",
+        ]);
+        hybrid_attention_testing::run(&mut command, "")
+    };
+    let ids = |output: Output| -> Result<Value> {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice::<Value>(&output.stdout)?["ids"].clone())
+    };
+    let by_path = ids(run(folder.path().to_str().ok_or("a path that is no text")?)?)?;
+    assert!(by_path.as_array().is_some_and(|ids| !ids.is_empty()), "{by_path}");
+    assert_eq!(ids(run("org/name")?)?, by_path);
+    assert_eq!(ids(run("org/name@main")?)?, by_path);
+
+    for (model, expected) in [
+        ("org/other", "org/other is neither a file or folder here nor in the cache, "),
+        ("org/name:Q4_K_M", "a GGUF file for Q4_K_M is missing: `hf download org/name` fetches it"),
+        ("org", "parameter model: expected a file or folder that exists, or org/name"),
+        ("org/na..me", "parameter model: expected a file or folder that exists, or org/name"),
+    ] {
+        let output = run(model)?;
+        let stderr = String::from_utf8(output.stderr)?;
+        assert!(!output.status.success() && stderr.contains(expected), "{model}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
     }
     Ok(())
 }

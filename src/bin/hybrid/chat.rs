@@ -2,18 +2,21 @@
 //! only what is new; with thinking, which looks at everything anew, the whole chat is read each time. What is said is
 //! text: a control token that it spells is none.
 
-use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
+use std::io::{Write, stdout};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 use hybrid_attention::{
-    Conversation, GenerationConfig, HybridModel, Message, StopReason, Tokenizer,
+    Cancel, Conversation, Error, GenerationConfig, HybridModel, Message, StopReason, Tokenizer,
 };
 
+use crate::input::{Input, Said};
 use crate::options::{CacheArgs, ModelArgs, SamplingArgs, ThinkingArgs, kept, with_chat_template};
 use crate::terminal::{self, Result, say};
 
 #[derive(Args, Debug)]
+#[command(after_long_help = KEYS)]
 pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
@@ -30,6 +33,16 @@ pub(crate) struct Options {
     #[command(flatten)]
     sampling: SamplingArgs,
 }
+
+/// What is said of the keys at the end of the long help.
+const KEYS: &str = "\
+In a terminal the keys of a shell edit a message: arrows, Ctrl-A, Ctrl-E, Ctrl-W; the arrow up and Ctrl-R call back \
+earlier ones, which are kept in memory until the chat ends and never written to a file. A pasted text is one message, \
+however many lines and bytes it has, where the terminal marks pastes, as most do; Ctrl-V Ctrl-J begins a new line. Ctrl-C \
+stops an answer. Where the input is no terminal, each line is a message.
+
+/reset begins anew, /quit or Ctrl-D leaves; //reset says \"/reset\". All else that begins with a slash, but for a \
+single word, is a message.";
 
 /// What the chat is and how long it may become.
 #[derive(Args, Debug)]
@@ -62,28 +75,52 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut chat = Chat::new(options, &model)?;
     let kept = kept(&model);
     say(&format!("[loaded in {load:.1} s as {kept}; /reset begins anew, /quit leaves]"));
-    let interactive = stdin().is_terminal();
+    let mut input = Input::new()?;
+    if input.is_terminal() {
+        chat.interrupt.listen()?;
+    }
     loop {
-        if interactive {
-            write!(stderr(), "> ")?;
-        }
-        let mut line = Vec::new();
-        if stdin().lock().read_until(b'\n', &mut line)? == 0 {
-            return Ok(());
-        }
-        let Ok(line) = String::from_utf8(line) else {
-            say("[not UTF-8: ignored]");
-            continue;
-        };
-        match line.trim() {
-            "" => {}
-            "/quit" => return Ok(()),
-            "/reset" => chat.reset(),
-            command if command.starts_with('/') => {
-                say(&format!("[{command} is not a command: there are /reset and /quit]"));
+        match input.next()? {
+            Said::Nothing => {}
+            Said::Quit => return Ok(()),
+            Said::Reset => chat.reset(),
+            Said::Unknown(word) => {
+                say(&format!(
+                    "[{word} is not a command: there are /reset and /quit; to say it, write /{word}]"
+                ));
             }
-            message => chat.answer(message)?,
+            Said::Message(message) => chat.answer(&message)?,
         }
+    }
+}
+
+/// Ctrl-C stops the answer in progress; where there is none, or it does not stop, it ends the program.
+#[derive(Clone, Default)]
+struct Interrupt {
+    answer: Arc<Mutex<Option<Cancel>>>,
+}
+
+impl Interrupt {
+    fn listen(&self) -> Result<()> {
+        let this = self.clone();
+        Ok(ctrlc::set_handler(move || match &*this.lock() {
+            Some(cancel) if !cancel.is_cancelled() => cancel.cancel(),
+            _ => std::process::exit(130), // as a shell reports SIGINT
+        })?)
+    }
+
+    fn begin(&self) -> Cancel {
+        let cancel = Cancel::default();
+        *self.lock() = Some(cancel.clone());
+        cancel
+    }
+
+    fn end(&self) {
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Cancel>> {
+        self.answer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -97,6 +134,7 @@ struct Chat<'a> {
     system: Option<Message>,
     /// The messages of the user and the model, alternating.
     turns: Vec<Message>,
+    interrupt: Interrupt,
 }
 
 impl<'a> Chat<'a> {
@@ -115,6 +153,7 @@ impl<'a> Chat<'a> {
             answer_room: options.chat.max_tokens.min(context / 4),
             system: options.chat.system.as_ref().map(Message::system),
             turns: Vec::new(),
+            interrupt: Interrupt::default(),
         })
     }
 
@@ -129,12 +168,18 @@ impl<'a> Chat<'a> {
         let Some(prompt) = self.fitting_prompt()? else { return Ok(()) };
         let (bar, update) = terminal::reading_bar();
         let stream = self.model.stream_in(&mut self.conversation, prompt, &self.config)?;
-        let mut stream = stream.on_progress(update);
-        stream.read_prompt()?;
+        let mut stream = stream.on_progress(update).cancel(self.interrupt.begin());
+        let mut failed = stream.read_prompt().err();
         bar.finish_and_clear();
         let (mut answer, mut count) = (String::new(), 0);
         for token in &mut stream {
-            let text = token?.text;
+            let text = match token {
+                Ok(token) => token.text,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            };
             // The space between the template and the answer is for the model, not for the reader.
             let text = if answer.is_empty() { text.trim_start() } else { &text };
             answer.push_str(text);
@@ -142,7 +187,20 @@ impl<'a> Chat<'a> {
             stdout().flush()?;
             count += 1;
         }
-        writeln!(stdout())?;
+        self.interrupt.end();
+        match failed {
+            Some(Error::Cancelled) if count == 0 => {
+                say("[stopped before the answer began: this message is taken back]");
+                self.turns.pop();
+                return Ok(());
+            }
+            Some(Error::Cancelled) => {
+                writeln!(stdout())?;
+                say("[stopped: what was said so far is the answer]");
+            }
+            Some(error) => return Err(error.into()),
+            None => writeln!(stdout())?,
+        }
         if stream.stop() == Some(StopReason::Context) {
             say("[the context is full: this answer is cut short]");
         }

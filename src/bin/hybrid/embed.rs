@@ -1,20 +1,29 @@
 //! `hybrid embed`: sentence vectors, and how alike the sentences are.
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use clap::{Args, ValueEnum};
 use hybrid_attention::model::Sight;
 use hybrid_attention::{EmbedConfig, Error, HybridModel, Pooling};
-use serde_json::json;
+use indicatif::ProgressBar;
 
 use crate::files::read_text;
 use crate::options::{ModelArgs, ThinkingArgs};
 use crate::terminal::{self, Result};
+use crate::vectors::VectorFile;
 
-/// Texts that run side by side.
-const BATCH: usize = 8;
+/// With --json vectors are printed in the order of their texts, and computed in that of their lengths: this many
+/// texts at a time.
+const WINDOW: usize = 4096;
+
+/// The most texts of a table.
+const TABLE: usize = 64;
+
+/// Rows of cosines that are computed at a time.
+const ROWS: usize = 256;
 
 /// Characters of a text that label its row.
 const LABEL: usize = 32;
@@ -56,7 +65,21 @@ pub(crate) struct Options {
     #[arg(long)]
     json: bool,
 
-    /// With --json, print the cosine of each pair at last: {"cosine": [[...]]}
+    /// Write the vectors to this file instead, (texts, hidden) in f32: NAME.safetensors, as the tensor
+    /// vectors, or NAME.npy
+    ///
+    /// They are written as they come, at their places, so that a large corpus need not fit in memory; until all are
+    /// there, the file is NAME.part.
+    #[arg(long, value_name = "F", conflicts_with = "json")]
+    out: Option<PathBuf>,
+
+    /// Tokens that run side by side: texts of similar length are packed until they hold this many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), hide_short_help = true)]
+    #[arg(default_value_t = EmbedConfig::BATCH_TOKENS as u64)]
+    batch_tokens: u64,
+
+    /// With --json, print the cosine of each pair at last: {"cosine": [[...]]}; for N texts these are N x N
+    /// numbers
     #[arg(long, requires = "json")]
     cosine: bool,
 
@@ -89,7 +112,8 @@ impl Options {
     }
 
     fn config(&self) -> Result<EmbedConfig> {
-        let mut config = EmbedConfig::default().batch_size(BATCH);
+        let mut config = EmbedConfig::default();
+        config = config.batch_tokens(usize::try_from(self.batch_tokens)?);
         if let Some(pooling) = self.pooling {
             config = config.pooling(match pooling {
                 Pool::Mean => Pooling::Mean,
@@ -112,52 +136,106 @@ impl Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let texts = options.texts()?;
+    let is_table = !options.json && options.out.is_none();
+    if is_table && texts.len() > TABLE {
+        let count = texts.len();
+        return Err(format!(
+            "a table of {count} texts would be too large: --json prints their vectors, --out writes them to a \
+             file; up to {TABLE} are compared"
+        )
+        .into());
+    }
+    options.out.as_deref().map_or(Ok(()), VectorFile::check)?;
     options.thinking.warn();
     let config = options.config()?;
+    config.validate()?; // before waiting for the weights
     let (model, _) = options.model.load()?;
-    let Some(vectors) = embed(&model, &texts, &config, options)? else { return Ok(()) };
-    let cosine = vectors.matmul(&vectors.t()?)?.to_vec2::<f32>()?; // unit length: no division
-    if options.json {
-        writeln!(stdout(), "{}", json!({ "cosine": cosine }))?;
+    if let Some(path) = &options.out {
+        return write(&model, &texts, &config, path);
+    }
+    let (mut vectors, mut out) = (Vec::new(), stdout().lock());
+    let bar = terminal::bar(texts.len() as u64, BAR);
+    for (at, window) in (0..).step_by(WINDOW).zip(texts.chunks(WINDOW)) {
+        let mut own = vec![Vec::new(); window.len()];
+        embed(&model, window, at, &config, &bar, |index, vector| {
+            own.get_mut(index - at).into_iter().for_each(|place| place.clone_from(&vector));
+            Ok(())
+        })?;
+        for vector in own {
+            if options.json {
+                let vector = serde_json::to_string(&vector)?;
+                bar.suspend(|| writeln!(out, "{{\"vector\":{vector}}}"))?;
+            }
+            if !options.json || options.cosine {
+                vectors.push(vector);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    drop(out);
+    if vectors.is_empty() {
         return Ok(());
     }
-    print_table(&texts, &cosine)
+    let vectors = Tensor::new(vectors, &Device::Cpu)?; // (texts, hidden)
+    match is_table {
+        true => print_table(&texts, &cosines(&vectors, 0..texts.len())?),
+        false => print_cosines(&vectors),
+    }
 }
 
-/// All vectors, `(texts, hidden)`, if their cosines are wanted. As JSON they are printed batch by batch, so
-/// that a large corpus need not fit in memory.
+const BAR: &str = "embedding [{bar:30}] {pos}/{len}, {eta} to go";
+
+/// Vectors as they are computed, each with the index of its text among all, of which `texts` are those from `at` on.
 fn embed(
     model: &HybridModel,
     texts: &[String],
+    at: usize,
     config: &EmbedConfig,
-    options: &Options,
-) -> Result<Option<Tensor>> {
-    let bar = terminal::bar(texts.len() as u64, "embedding [{bar:30}] {pos}/{len}");
+    bar: &ProgressBar,
+    mut each: impl FnMut(usize, Vec<f32>) -> Result<()>,
+) -> Result<()> {
     bar.tick(); // the first batch may take a while
-    let mut batches = Vec::new();
-    for (index, batch) in texts.chunks(BATCH).enumerate() {
-        let vectors = model.embed(batch, config).map_err(|error| match error {
-            Error::InText { text, source } => {
-                format!("text {}: {source}", index * BATCH + text + 1).into()
-            }
-            other => Box::<dyn std::error::Error>::from(other),
-        })?;
-        if options.json {
-            let mut out = stdout().lock();
-            for vector in vectors.to_vec2::<f32>()? {
-                writeln!(out, "{}", json!({ "vector": vector }))?;
-            }
+    let numbered = |error| match error {
+        Error::InText { text, source } => format!("text {}: {source}", at + text + 1).into(),
+        Error::NotFinite { what, position } => {
+            Error::NotFinite { what, position: at + position }.into()
         }
-        if !options.json || options.cosine {
-            batches.push(vectors);
-        }
-        bar.inc(batch.len() as u64);
+        other => Box::<dyn std::error::Error>::from(other),
+    };
+    for next in model.embed_many(texts, config).map_err(numbered)? {
+        let (index, vector) = next.map_err(numbered)?;
+        each(at + index, vector)?;
+        bar.inc(1);
     }
+    Ok(())
+}
+
+/// All vectors into a file.
+fn write(model: &HybridModel, texts: &[String], config: &EmbedConfig, path: &Path) -> Result<()> {
+    let mut file = VectorFile::new(path, texts.len(), model.config().hidden_size)?;
+    let bar = terminal::bar(texts.len() as u64, BAR);
+    embed(model, texts, 0, config, &bar, |index, vector| file.write(index, &vector))?;
     bar.finish_and_clear();
-    match batches.as_slice() {
-        [] => Ok(None),
-        batches => Ok(Some(Tensor::cat(batches, 0)?)),
+    file.finish()
+}
+
+/// The cosine of each of some rows of unit length with each of all.
+fn cosines(all: &Tensor, some: Range<usize>) -> Result<Vec<Vec<f32>>> {
+    let rows = all.narrow(0, some.start, some.len())?;
+    Ok(rows.matmul(&all.t()?)?.to_vec2::<f32>()?) // (some, all)
+}
+
+/// All pairs as one JSON object, some rows at a time.
+fn print_cosines(all: &Tensor) -> Result<()> {
+    let (mut out, count) = (stdout().lock(), all.dim(0)?);
+    write!(out, "{{\"cosine\":[")?;
+    for start in (0..count).step_by(ROWS) {
+        for (row, cosines) in (start..).zip(cosines(all, start..count.min(start + ROWS))?) {
+            let comma = if row > 0 { "," } else { "" };
+            write!(out, "{comma}{}", serde_json::to_string(&cosines)?)?;
+        }
     }
+    Ok(writeln!(out, "]}}")?)
 }
 
 /// A row for each text, numbered; the columns have the same numbers.

@@ -9,10 +9,14 @@ mod chat;
 mod embed;
 mod files;
 mod generate;
+mod input;
 mod inspect;
 mod measure;
 mod options;
 mod terminal;
+mod think;
+mod torch;
+mod vectors;
 
 use std::process::ExitCode;
 
@@ -36,6 +40,8 @@ enum Command {
     Embed(embed::Options),
     /// Look into the thought passes over a prompt: drift, tokens, similarity and attention
     Inspect(inspect::Options),
+    /// Think about a prompt, and write the thoughts as embeddings for another engine
+    Think(think::Options),
     /// Measure whether thinking about the first half of a passage helps to predict the second
     Measure(measure::Options),
 }
@@ -47,6 +53,7 @@ fn main() -> ExitCode {
         Command::Chat(options) => chat::run(options),
         Command::Embed(options) => embed::run(options),
         Command::Inspect(options) => inspect::run(options),
+        Command::Think(options) => think::run(options),
         Command::Measure(options) => measure::run(options),
     })
 }

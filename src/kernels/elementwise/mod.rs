@@ -2,6 +2,7 @@
 
 mod add;
 mod exp;
+mod mix;
 mod rms_norm;
 mod softmax;
 mod split_heads;
@@ -9,6 +10,7 @@ mod swiglu;
 
 pub(super) use add::AddTo;
 pub(super) use exp::exp;
+pub(super) use mix::Mix;
 pub(super) use rms_norm::RmsNorm;
 pub(super) use softmax::softmax_in_place;
 pub(super) use split_heads::SplitHeads;

@@ -1,13 +1,15 @@
 //! The blocks of GGUF files, as llama.cpp's `ggml-common.h` lays them out. The plain twin of all of
-//! them is candle's `dequantize`, with which they agree to the last bit.
+//! them is candle's `dequantize`, or that of [`codebook`](super::codebook), with which they agree to the
+//! last bit.
 //!
-//! A block is identified by its type here, and its type is its size: no two have the same. Blocks are
-//! unpacked a chunk at a time, and their numbers 32 bytes at a time.
+//! A block is identified by its type here, and its type is its size: no two have the same, but for
+//! [`Iq4Nl`]. Blocks are unpacked a chunk at a time, and their numbers 32 bytes at a time.
 
 use pulp::Simd;
 
 use super::super::dense::Element;
 use super::chunk::{CHUNK, PART, PerGroup, SCALE_GROUP};
+use super::codebook::{E2M1, NON_LINEAR, half_of_power, scales};
 use super::simd::{OnQuantSimd, QuantSimd, on_quant_simd};
 
 /// A block holds integers `q`, one for each weight, and scales `d` and minima `m` for groups of them: a
@@ -16,8 +18,9 @@ pub(in crate::kernels) trait QuantBlock: Copy + Send + Sync {
     /// Weights in it, [`PART`] or [`CHUNK`].
     const LEN: usize;
 
-    /// Whether its numbers are signed bytes, and there are no minima. Otherwise they are 0 to 63.
-    const SIGNED: bool = false;
+    /// Where its numbers are signed bytes, and there are no minima: what makes them 0 or more when it is
+    /// added. Otherwise they are 0 to 63, and it is 0.
+    const LIFT: u8 = 0;
 
     /// The numbers of a part of a chunk.
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], part: usize) -> U::Bytes;
@@ -80,6 +83,12 @@ pub(in crate::kernels) type Q4K = [u8; 144];
 pub(in crate::kernels) type Q5K = [u8; 176];
 /// 256 weights of 6 bits: the lower 4 of each, the upper 2, 16 scales of 8 bits, and their scale.
 pub(in crate::kernels) type Q6K = [u8; 210];
+/// 32 weights: a scale and 4 bits for each. In pairs of bytes, because [`Q4_0`] has the same size.
+pub(in crate::kernels) type Iq4Nl = [[u8; 2]; 9];
+/// 256 weights: a scale, 8 scales of 6 bits, and 4 bits for each.
+pub(in crate::kernels) type Iq4Xs = [u8; 136];
+/// 32 weights: an exponent and 4 bits for each.
+pub(in crate::kernels) type Mxfp4 = [u8; 17];
 
 /// Does `$do` with the blocks of a [`QTensor`](candle_core::quantized::QTensor) on the CPU.
 macro_rules! for_blocks {
@@ -158,11 +167,11 @@ fn pairs_of_scales<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]], at: 
 macro_rules! small_block {
     (
         $name:ty, |$simd:ident, $block:ident| $numbers:expr,
-        |$chunk:ident, $d:ident| $minima:expr, signed $signed:literal
+        |$chunk:ident, $d:ident| $minima:expr, lift $lift:literal
     ) => {
         impl QuantBlock for $name {
             const LEN: usize = PART;
-            const SIGNED: bool = $signed;
+            const LIFT: u8 = $lift;
 
             #[inline(always)]
             fn numbers<U: QuantSimd>($simd: U, chunk: &[Self], part: usize) -> U::Bytes {
@@ -185,11 +194,11 @@ fn minima<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]]) -> PerGroup {
     pairs_of_scales(simd, chunk, 2).map(|m| -m)
 }
 
-small_block!(Q8_0, |simd, block| simd.load(part(block, 2)), |chunk, d| [0.0; 16], signed true);
-small_block!(Q4_0, |simd, block| simd.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d), signed false);
-small_block!(Q4_1, |simd, block| simd.nibbles(part(block, 4)), |chunk, d| minima(simd, chunk), signed false);
-small_block!(Q5_0, |simd, block| fives(simd, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), signed false);
-small_block!(Q5_1, |simd, block| fives(simd, block, 4, 8), |chunk, d| minima(simd, chunk), signed false);
+small_block!(Q8_0, |simd, block| simd.load(part(block, 2)), |chunk, d| [0.0; 16], lift 128);
+small_block!(Q4_0, |simd, block| simd.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d), lift 0);
+small_block!(Q4_1, |simd, block| simd.nibbles(part(block, 4)), |chunk, d| minima(simd, chunk), lift 0);
+small_block!(Q5_0, |simd, block| fives(simd, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), lift 0);
+small_block!(Q5_1, |simd, block| fives(simd, block, 4, 8), |chunk, d| minima(simd, chunk), lift 0);
 
 // The parts of a large block have their bits at the same place in 32 bytes, which other parts share.
 
@@ -266,3 +275,62 @@ large_block!(Q6K, |simd, block| n => {
     *d = part::<16>(block, 192).map(|packed| d_of_all * f32::from(packed as i8));
     *m = d.map(|d| 32.0 * d);
 });
+
+// The numbers of a codebook have a sign, and groups of 32 share a scale.
+
+impl QuantBlock for Iq4Nl {
+    const LEN: usize = PART;
+    const LIFT: u8 = 128;
+
+    #[inline(always)]
+    fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
+        simd.look_up(&NON_LINEAR, simd.nibbles(part(chunk[n].as_flattened(), 2)))
+    }
+
+    #[inline(always)]
+    fn scales(simd: impl QuantSimd, chunk: &[Self], d: &mut PerGroup, m: &mut PerGroup) {
+        let bits = |block: usize| chunk.get(block).map_or([0; 2], |block| block[0]);
+        *d = simd.pairs([bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)]);
+        *m = [0.0; CHUNK / SCALE_GROUP];
+    }
+}
+
+impl QuantBlock for Mxfp4 {
+    const LEN: usize = PART;
+    const LIFT: u8 = 12;
+
+    #[inline(always)]
+    fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
+        simd.look_up(&E2M1, simd.nibbles(part(&chunk[n], 1)))
+    }
+
+    #[inline(always)]
+    fn scales(_: impl QuantSimd, chunk: &[Self], d: &mut PerGroup, m: &mut PerGroup) {
+        *d = [0.0; CHUNK / SCALE_GROUP];
+        for (d, block) in d.as_chunks_mut().0.iter_mut().zip(chunk) {
+            *d = [half_of_power(block[0]); 2];
+        }
+        *m = [0.0; CHUNK / SCALE_GROUP];
+    }
+}
+
+impl QuantBlock for Iq4Xs {
+    const LEN: usize = CHUNK;
+    const LIFT: u8 = 128;
+
+    #[inline(always)]
+    fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
+        simd.look_up(&NON_LINEAR, simd.nibbles(part(&chunk[0], 8 + 16 * n)))
+    }
+
+    #[inline(always)]
+    fn scales(simd: impl QuantSimd, chunk: &[Self], d: &mut PerGroup, m: &mut PerGroup) {
+        let block = &chunk[0];
+        let d_of_all = scale(simd, block, 0);
+        let scales = scales(*part(block, 4), u16::from_le_bytes(*part(block, 2)));
+        for (d, scale) in d.as_chunks_mut().0.iter_mut().zip(scales) {
+            *d = [d_of_all * scale; 2];
+        }
+        *m = [0.0; CHUNK / SCALE_GROUP];
+    }
+}

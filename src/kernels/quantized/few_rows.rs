@@ -25,7 +25,7 @@ pub(in crate::kernels) fn few_rows<'a, B: QuantBlock>(
     if len == 0 || x.is_empty() {
         return;
     }
-    if B::SIGNED && !adds_all_bytes() {
+    if B::LIFT == 128 && !adds_all_bytes() {
         return dense::few_rows(x, w, len, columns);
     }
     let (x, rows, arch) = (fixed_point().as_slice(), x.len() / len, Arch::new());
@@ -155,12 +155,12 @@ fn add_chunk<'a, U: QuantSimd, B: QuantBlock>(
     assert!(chunk.len() >= CHUNK / B::LEN);
     let (mut d, mut m) = ([0.0; CHUNK / SCALE_GROUP], [0.0; CHUNK / SCALE_GROUP]);
     B::scales(simd, chunk, &mut d, &mut m);
-    let numbers = |part| match B::SIGNED {
-        true => simd.without_sign(B::numbers(simd, chunk, part)),
-        false => B::numbers(simd, chunk, part),
+    let numbers = |part| match B::LIFT {
+        0 => B::numbers(simd, chunk, part),
+        lift => simd.add(B::numbers(simd, chunk, part), lift),
     };
-    if B::SIGNED {
-        m = d.map(|d| 128.0 * d);
+    if B::LIFT > 0 {
+        m = d.map(|d| f32::from(B::LIFT) * d);
     }
     let q: Parts<U> = [
         [numbers(0), numbers(1)],
@@ -193,7 +193,10 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::super::super::dense::{Element, FewRows};
-    use super::super::blocks::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    use super::super::blocks::{
+        Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0,
+    };
+    use super::super::codebook::Codebook;
     use super::*;
 
     /// Three rows of weights, widened, and their products with two rows of `x`, in `whole` numbers or
@@ -227,24 +230,39 @@ mod tests {
     where
         [u8; SIZE]: QuantBlock,
     {
+        check_blocks(
+            &format!("{dtype:?}"),
+            |bytes| bytes.as_chunks::<SIZE>().0.to_vec(),
+            |bytes, out| {
+                let values = dtype.from_data(bytes.into()).dequantize(out.len());
+                let values = values.and_then(|it| Ok(it.as_slice::<f32>()?.to_vec()));
+                out.copy_from_slice(&values.unwrap_or_default());
+            },
+        );
+    }
+
+    /// `blocks` are those in some bytes, and `dequantize` is their plain twin.
+    fn check_blocks<B: QuantBlock>(
+        name: &str,
+        blocks: impl Fn(&[u8]) -> Vec<B>,
+        dequantize: impl Fn(&[u8], &mut [f32]),
+    ) {
         let mut random = ChaCha8Rng::seed_from_u64(3);
         for len in [256, 768, 1280, 32, 576, 1056] {
-            if len % dtype.block_size() != 0 {
+            if len % B::LEN != 0 {
                 continue;
             }
-            let whole = !<[u8; SIZE]>::SIGNED;
-            let mut w = vec![[0u8; SIZE]; 3 * len / dtype.block_size()];
-            for block in &mut w {
-                random.fill_bytes(block);
-                // Scales, wherever they are, that are neither infinite nor NaN.
-                block.iter_mut().for_each(|byte| *byte &= 0xbf);
-            }
+            let whole = B::LIFT != 128;
+            let mut w = vec![0u8; 3 * len / B::LEN * size_of::<B>()];
+            random.fill_bytes(&mut w);
+            // Scales, wherever they are, that are neither infinite nor NaN.
+            w.iter_mut().for_each(|byte| *byte &= 0xbf);
             let value = |i: usize| ((i * 7919 + 13) % 201) as f32 / 100.0 - 1.0;
             let x: Vec<f32> = (0..2 * len).map(value).collect();
-            let expected = dtype.from_data(w.as_flattened().into()).dequantize(3 * len);
-            let expected = expected.and_then(|it| Ok(it.as_slice::<f32>()?.to_vec()));
-            let expected = expected.unwrap_or_default();
-            let check = |name: &str, (wide, columns): (Vec<f32>, Vec<f32>)| {
+            let mut expected = vec![f32::NAN; 3 * len];
+            dequantize(&w, &mut expected);
+            let w = blocks(&w);
+            let check = |unit: &str, (wide, columns): (Vec<f32>, Vec<f32>)| {
                 let same = |(a, b): (&f32, &f32)| a == b;
                 assert!(wide.len() == expected.len() && wide.iter().zip(&expected).all(same));
                 let pairs = expected.chunks_exact(len).flat_map(|w| {
@@ -255,7 +273,7 @@ mod tests {
                     let (sum, size) =
                         products.fold((0.0, 0.0), |(sum, size), it| (sum + it, size + it.abs()));
                     let apart = (f64::from(*got) - sum).abs();
-                    assert!(apart <= 2e-6 * size, "{dtype:?} {name}: {got}, not {sum} of {size}");
+                    assert!(apart <= 2e-6 * size, "{name} {unit}: {got}, not {sum} of {size}");
                 }
             };
             check("scalar", run(pulp::Scalar::new(), &x, &w, len, whole));
@@ -286,5 +304,11 @@ mod tests {
         check::<{ size_of::<Q4K>() }>(GgmlDType::Q4K);
         check::<{ size_of::<Q5K>() }>(GgmlDType::Q5K);
         check::<{ size_of::<Q6K>() }>(GgmlDType::Q6K);
+        let nl = |bytes: &[u8]| bytes.as_chunks::<2>().0.as_chunks::<9>().0.to_vec();
+        let xs = |bytes: &[u8]| bytes.as_chunks::<136>().0.to_vec();
+        let fp4 = |bytes: &[u8]| bytes.as_chunks::<17>().0.to_vec();
+        check_blocks::<Iq4Nl>("IQ4_NL", nl, |bytes, out| Codebook::Iq4Nl.dequantize(bytes, out));
+        check_blocks::<Iq4Xs>("IQ4_XS", xs, |bytes, out| Codebook::Iq4Xs.dequantize(bytes, out));
+        check_blocks::<Mxfp4>("MXFP4", fp4, |bytes, out| Codebook::Mxfp4.dequantize(bytes, out));
     }
 }

@@ -4,12 +4,14 @@
 //! chunk         how numbers and scales of blocks lie: sizes and nothing else
 //! fixed_point   a row of input as whole numbers                     reads chunk
 //! simd          what a vector simd does with both                   reads chunk, fixed_point
-//! blocks        the formats                                         reads chunk, simd
+//! blocks        the formats                                         reads chunk, simd, codebook
+//! codebook      those that candle lacks, and matrices in them       reads chunk, blocks
 //! few_rows      products                                            reads all of them
 //! ```
 
 pub(super) mod blocks;
 mod chunk;
+mod codebook;
 mod few_rows;
 mod fixed_point;
 mod simd;
@@ -23,6 +25,8 @@ use rayon::prelude::*;
 
 use super::dense::Element;
 pub(super) use blocks::{QuantBlock, for_blocks};
+pub(super) use codebook::for_codebook;
+pub(crate) use codebook::{Codebook, CodebookMatrix};
 pub(super) use few_rows::{few_rows, to_fixed_point};
 pub(super) use fixed_point::FixedPoint;
 

@@ -27,8 +27,11 @@ pub(in crate::kernels) trait QuantSimd: Copy {
     /// Shifts bits up, also from one byte into the one above.
     fn shift_up(self, bytes: Self::Bytes, by: usize) -> Self::Bytes;
 
-    /// Adds 128 to signed numbers, which makes them 0 to 255.
-    fn without_sign(self, bytes: Self::Bytes) -> Self::Bytes;
+    /// Adds the same to every byte, without a carry into the one above.
+    fn add(self, bytes: Self::Bytes, byte: u8) -> Self::Bytes;
+
+    /// The numbers that bytes up to 15 choose out of a codebook.
+    fn look_up(self, codebook: &[i8; 16], bytes: Self::Bytes) -> Self::Bytes;
 
     /// A byte for each bit, with all of its bits set or none.
     fn bits(self, bits: [u8; 4]) -> Self::Bytes;
@@ -165,8 +168,20 @@ impl QuantSimd for Plain {
     }
 
     #[inline(always)]
-    fn without_sign(self, bytes: [u64; 4]) -> [u64; 4] {
-        bytes.map(|eight| eight ^ all(128))
+    fn add(self, bytes: [u64; 4], byte: u8) -> [u64; 4] {
+        // The upper bits apart, so that nothing is carried out of a byte.
+        bytes.map(|eight| {
+            let lower = (eight & all(0x7f)) + all(byte & 0x7f);
+            lower ^ (eight ^ all(byte)) & all(0x80)
+        })
+    }
+
+    #[inline(always)]
+    fn look_up(self, codebook: &[i8; 16], bytes: [u64; 4]) -> [u64; 4] {
+        bytes.map(|eight| {
+            let chosen = eight.to_le_bytes().map(|byte| codebook[usize::from(byte & 15)] as u8);
+            u64::from_le_bytes(chosen)
+        })
     }
 
     #[inline(always)]
@@ -274,8 +289,13 @@ mod x86 {
             }
 
             #[inline(always)]
-            fn without_sign(self, bytes: __m256i) -> __m256i {
-                self.avx2._mm256_xor_si256(bytes, self.avx._mm256_set1_epi8(i8::MIN))
+            fn add(self, bytes: __m256i, byte: u8) -> __m256i {
+                self.avx2._mm256_add_epi8(bytes, self.avx._mm256_set1_epi8(byte as i8))
+            }
+
+            #[inline(always)]
+            fn look_up(self, codebook: &[i8; 16], bytes: __m256i) -> __m256i {
+                self.avx2._mm256_shuffle_epi8(cast([*codebook; 2]), bytes)
             }
 
             #[inline(always)]

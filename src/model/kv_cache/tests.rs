@@ -30,7 +30,6 @@ fn transformer(sliding_window: Option<usize>) -> Result<Transformer> {
         rope_scaling: None,
         query_scaling: None,
         experts: None,
-        attention_bias: false,
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     };

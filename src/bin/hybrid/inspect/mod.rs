@@ -17,12 +17,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hybrid_attention::thought::{Detail, Trace};
-use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt, Thinking};
+use hybrid_attention::{Answer, GenerationConfig, HybridModel, Thinking};
 use serde::Serialize;
 
 use self::tokens::Token;
 use crate::files::{check_folder, write};
-use crate::options::{ModelArgs, PromptArgs, ThinkingArgs};
+use crate::options::{ModelArgs, ThinkingArgs, ThoughtPromptArgs};
 use crate::terminal::{self, Result};
 
 #[derive(Args, Debug)]
@@ -48,28 +48,16 @@ pub(crate) struct Options {
     model: ModelArgs,
 
     #[command(flatten)]
-    input: PromptArgs,
-
-    /// Text after the prompt that is only read, not thought about
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    #[arg(conflicts_with_all = ["ids", "chat"], help_heading = "Prompt")]
-    plain: Option<String>,
+    asked: ThoughtPromptArgs,
 
     #[command(flatten)]
     thinking: ThinkingArgs,
 }
 
 impl Options {
-    fn prompt(&self) -> Result<Prompt> {
-        match &self.plain {
-            None => self.input.prompt(),
-            Some(plain) => Ok(Prompt::default().context(self.input.text()?).plain(plain)),
-        }
-    }
-
     /// Bytes of the text that is thought about, if that is only a part of it.
     fn context_bytes(&self) -> Result<Option<usize>> {
-        self.plain.as_ref().map(|_| Ok(self.input.text()?.len())).transpose()
+        self.asked.plain.as_ref().map(|_| Ok(self.asked.input.text()?.len())).transpose()
     }
 
     /// What was asked for, or else the checkpoint's `own` thinking.
@@ -115,10 +103,10 @@ struct Said {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let (prompt, context_bytes) = (options.prompt()?, options.context_bytes()?);
+    let (prompt, context_bytes) = (options.asked.prompt()?, options.context_bytes()?);
     options.check()?; // before waiting for the weights
     let (model, _) = options.model.load()?;
-    let model = options.input.apply(model)?;
+    let model = options.asked.input.apply(model)?;
 
     let answer = |thinking| -> Result<Answer> {
         let config = options.config(model.generation_config(), thinking);

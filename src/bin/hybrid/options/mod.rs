@@ -6,6 +6,6 @@ mod sampling;
 mod thinking;
 
 pub(crate) use model::{CacheArgs, ModelArgs, kept};
-pub(crate) use prompt::{PromptArgs, with_chat_template};
+pub(crate) use prompt::{PromptArgs, ThoughtPromptArgs, with_chat_template};
 pub(crate) use sampling::SamplingArgs;
 pub(crate) use thinking::{ThinkingArgs, parse_span};

@@ -1,11 +1,12 @@
 //! Which model, where it runs, and which types it keeps its numbers in.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
+use hybrid_attention::hub::{Fetched, Pretrained};
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::{Adapter, AdapterScope, HybridModel, WeightType};
 use indicatif::HumanBytes;
@@ -16,10 +17,14 @@ use crate::terminal::{self, Result};
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// A downloaded checkpoint: a folder with safetensors, or a .gguf file [default: a toy model]
+    /// A folder with safetensors, a .gguf file (of a split one any part), or a name on the Hugging Face hub, as
+    /// org/name [default: a toy model]
     ///
-    /// The toy model comes with the crate and knows the stories of the flashback suite only.
-    #[arg(long, value_name = "PATH")]
+    /// A path that exists comes first, then the cache that transformers and `hf download` fill too; with the
+    /// feature hub it is downloaded otherwise. A name may go on with @REVISION, and then with /FILE.gguf or, as
+    /// for llama.cpp, :Q4_K_M. The toy model comes with the crate and knows the stories of the flashback
+    /// suite only.
+    #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<PathBuf>,
 
     /// What weights are kept as; auto keeps each as it is stored, quantised ones in their blocks
@@ -149,7 +154,7 @@ impl ModelArgs {
             RunOn::Cuda => Device::new_cuda(0)?,
             RunOn::Metal => Device::new_metal(0)?,
         };
-        let checkpoint = match (&self.model, self.no_mmap) {
+        let checkpoint = match (self.model.as_deref().map(located).transpose()?, self.no_mmap) {
             (None, _) => None,
             (Some(path), true) => Some(Checkpoint::read(path)?),
             (Some(path), false) => Some(Checkpoint::open(path)?),
@@ -184,6 +189,23 @@ impl ModelArgs {
         }
         Ok((model, start.elapsed().as_secs_f64()))
     }
+}
+
+/// The path of a model that is given by its path or by its name, downloaded with a progress bar if need be.
+fn located(model: &Path) -> Result<PathBuf> {
+    let Some(name) = model.to_str() else { return Ok(model.to_path_buf()) };
+    let bar = terminal::bar(0, "{msg} [{bar:30}] {percent}%");
+    let path = Pretrained::new(name).fetch(|Fetched { file, done, total, .. }| {
+        bar.set_length(total);
+        bar.set_message(format!(
+            "downloading {} of {}, {file}",
+            HumanBytes(done),
+            HumanBytes(total)
+        ));
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(path)
 }
 
 /// The types of a model's matrices, for display.

@@ -81,6 +81,27 @@ impl PromptArgs {
     }
 }
 
+/// A prompt of which a part may be read without thinking about it.
+#[derive(Args, Debug)]
+pub(crate) struct ThoughtPromptArgs {
+    #[command(flatten)]
+    pub(crate) input: PromptArgs,
+
+    /// Text after the prompt that is only read, not thought about
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(conflicts_with_all = ["ids", "chat"], help_heading = "Prompt")]
+    pub(crate) plain: Option<String>,
+}
+
+impl ThoughtPromptArgs {
+    pub(crate) fn prompt(&self) -> Result<Prompt> {
+        match &self.plain {
+            None => self.input.prompt(),
+            Some(plain) => Ok(Prompt::default().context(self.input.text()?).plain(plain)),
+        }
+    }
+}
+
 /// A token id, with or without blanks around it.
 fn parse_id(text: &str) -> std::result::Result<u32, String> {
     text.trim().parse().map_err(|_| "expected token ids like 1,2,3".to_string())

@@ -15,7 +15,7 @@ use crate::terminal::say;
 pub(crate) struct ThinkingArgs {
     /// Bidirectional thought passes over the prompt; 0 is a plain Mistral
     ///
-    /// [default: for answers as the checkpoint's hybrid.json says, else 0]
+    /// [default: as the checkpoint's hybrid.json says, for answers or for vectors, else 0]
     #[arg(long, value_name = "N")]
     pub(crate) passes: Option<usize>,
 

@@ -427,7 +427,7 @@ fn another_model_or_another_way_is_refused() -> Result {
         assert_eq!(Memory::open(&path, &own)?.len()?, 1);
         for embedding in embeddings().split_off(1) {
             let message = open(&own, embedding).err().ok_or("opened")?.to_string();
-            assert!(message.contains("its notes were embedded by Whole"), "{message}");
+            assert!(message.contains("its notes were embedded by {\"whole\""), "{message}");
             assert!(message.contains("notes.redb"), "{message}");
         }
         let other = open(&model(2)?, Embedding::default()).err().ok_or("opened")?.to_string();

@@ -1,6 +1,8 @@
 //! What of a text is made into vectors.
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::main_point::MainPoint;
 use super::salience::Salience;
@@ -13,7 +15,11 @@ use crate::pooling::unit_length;
 ///
 /// The default is the whole text, because no score of salience is known to beat words chosen by chance on every
 /// model: measure with `hybrid memory eval`.
-#[derive(Clone, Debug)]
+///
+/// A store keeps it as JSON, `{"main_point": {"scorer": "received", ..}}`; one with a closure can be written and not
+/// be read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Embedding {
     /// One vector of all of it, as [`HybridModel::embed`] makes it.
     Whole(EmbedConfig),
@@ -67,9 +73,36 @@ impl Embedding {
         vectors.into_iter().next().ok_or(Error::EmptyPrompt)
     }
 
-    /// In words, for the store.
-    pub(super) fn described(&self) -> String {
-        format!("{self:?}")
+    /// As settings, for the store: those that the vectors depend on.
+    pub(super) fn settings(&self) -> Result<Value> {
+        let own = match self {
+            Self::Whole(config) => Self::Whole(config.clone().batch_tokens(EmbedConfig::BATCH_TOKENS)),
+            other => other.clone(),
+        };
+        let refused = |error| Error::parameter("embedding", "settings that JSON can hold", error);
+        serde_json::to_value(&own).map_err(refused)
+    }
+
+    /// What a store says of itself, which may be a stranger's: no more thinking than a checkpoint may ask for.
+    pub(super) fn from_settings(settings: Value) -> Result<Self> {
+        let unknown = |error| Error::parameter("embedding", "settings that can be read", error);
+        let own: Self = serde_json::from_value(settings).map_err(unknown)?;
+        own.validate()?;
+        if let Self::Whole(EmbedConfig { thinking: Some(thinking), .. }) = &own {
+            thinking.check_as_default()?;
+        }
+        Ok(own)
+    }
+
+    /// Checks what does not depend on the model.
+    ///
+    /// # Errors
+    /// As [`EmbedConfig::validate`] and [`Salience::validate`].
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::Whole(config) => config.validate(),
+            Self::MainPoint(salience) | Self::Words(salience) => salience.validate(),
+        }
     }
 }
 

@@ -64,31 +64,9 @@ impl MainPoint {
     /// range; [`Error::NotFinite`]; whatever a closure of [`Salience::by`] returns.
     pub fn of(model: &HybridModel, text: &str, salience: &Salience) -> Result<Self> {
         salience.validate()?;
-        let tokenizer =
-            model.tokenizer().ok_or(Error::NoTokenizer { needed_for: "a main point" })?;
-        let (ids, bytes) = tokenizer.encode_spans(text, true)?;
-        model.transformer().check_context(ids.len())?;
-        model.transformer().check_ids(&ids)?;
-        let spelled = |token: &usize| bytes.get(*token).is_some_and(|bytes| !bytes.is_empty());
-        let spelled: Vec<usize> = (0..ids.len()).filter(spelled).collect();
-        let (Some(&first), Some(&last)) = (spelled.first(), spelled.last()) else {
-            return Err(Error::EmptyPrompt);
-        };
-        let reading = Reading { model, text, ids: &ids, bytes: &bytes };
-        let states = states(model, &ids)?;
-        let scores = salience.scores(&reading)?;
-        let words = scored(words(text, &bytes), &scores);
-        let (spans, kept) = if words.is_empty() {
-            let score = scores.iter().copied().fold(f32::MIN, f32::max);
-            let tokens = first..last + 1;
-            (vec![Span { bytes: 0..text.len(), tokens, text: text.into(), score }], spelled)
-        } else {
-            let chosen = choose(&words, salience.room(ids.len()), ids.len());
-            (merged(text, &words, &chosen), tokens_of(&words, &chosen))
-        };
-        let rows: Vec<u32> = kept.iter().map(|token| *token as u32).collect();
-        let rows = Tensor::new(rows, states.device())?;
-        Ok(Self { spans, tokens: ids.len(), kept, states: states.index_select(&rows, 0)? })
+        let read = Read::new(model, text)?;
+        let scores = salience.scores(&read.reading())?;
+        read.point(&scores, salience.room(read.ids.len()))
     }
 
     /// The chosen words in the order of the text, neighbours as one span.
@@ -130,6 +108,62 @@ impl MainPoint {
     /// When a device fails.
     pub fn vector(&self) -> Result<Tensor> {
         unit_length(&self.states.mean(0)?)
+    }
+}
+
+/// A text that was read, before anything is chosen.
+#[derive(Debug)]
+pub(super) struct Read<'a> {
+    model: &'a HybridModel,
+    text: &'a str,
+    pub(super) ids: Vec<u32>,
+    pub(super) bytes: Vec<Range<usize>>,
+    /// The tokens that spell something.
+    spelled: Vec<usize>,
+    states: Tensor,
+}
+
+impl<'a> Read<'a> {
+    pub(super) fn new(model: &'a HybridModel, text: &'a str) -> Result<Self> {
+        let tokenizer =
+            model.tokenizer().ok_or(Error::NoTokenizer { needed_for: "a main point" })?;
+        let (ids, bytes) = tokenizer.encode_spans(text, true)?;
+        model.transformer().check_context(ids.len())?;
+        model.transformer().check_ids(&ids)?;
+        let spelled = |token: &usize| bytes.get(*token).is_some_and(|bytes| !bytes.is_empty());
+        let spelled: Vec<usize> = (0..ids.len()).filter(spelled).collect();
+        if spelled.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let states = states(model, &ids)?;
+        Ok(Self { model, text, ids, bytes, spelled, states })
+    }
+
+    pub(super) fn reading(&self) -> Reading<'_> {
+        Reading { model: self.model, text: self.text, ids: &self.ids, bytes: &self.bytes }
+    }
+
+    pub(super) fn words(&self) -> Vec<Word> {
+        words(self.text, &self.bytes)
+    }
+
+    /// The words of the highest `scores`, of at most `room` tokens.
+    pub(super) fn point(&self, scores: &[f32], room: usize) -> Result<MainPoint> {
+        let words = scored(self.words(), scores);
+        let (spans, kept) = if words.is_empty() {
+            let score = scores.iter().copied().fold(f32::MIN, f32::max);
+            let (first, last) = (self.spelled.first(), self.spelled.last());
+            let tokens = first.copied().unwrap_or(0)..last.map_or(0, |last| last + 1);
+            let span = Span { bytes: 0..self.text.len(), tokens, text: self.text.into(), score };
+            (vec![span], self.spelled.clone())
+        } else {
+            let chosen = choose(&words, room, self.ids.len());
+            (merged(self.text, &words, &chosen), tokens_of(&words, &chosen))
+        };
+        let rows: Vec<u32> = kept.iter().map(|token| *token as u32).collect();
+        let rows = Tensor::new(rows, self.states.device())?;
+        let states = self.states.index_select(&rows, 0)?;
+        Ok(MainPoint { spans, tokens: self.ids.len(), kept, states })
     }
 }
 

@@ -25,9 +25,11 @@
 //! ```
 
 mod embedding;
+pub mod evaluate;
 mod leverage;
 mod main_point;
 mod note;
+mod pieces;
 mod recall;
 mod salience;
 pub mod store;
@@ -37,10 +39,12 @@ use std::io::{BufRead, Write};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use embedding::Embedding;
 pub use main_point::{MainPoint, Span};
 pub use note::{Note, NoteId};
+pub use pieces::pieces;
 pub use recall::{Recall, Recalled};
 pub use salience::{Heads, Reading, Salience};
 #[cfg(feature = "redb")]
@@ -51,9 +55,7 @@ use self::note::now;
 use crate::error::{Error, Result};
 use crate::generate::Prompt;
 use crate::hybrid::HybridModel;
-
-/// Notes read from a store at a time.
-const PAGE: usize = 256;
+use crate::tokenizer::Tokenizer;
 
 /// Texts with what they were remembered with, found by what they say.
 ///
@@ -74,7 +76,7 @@ pub struct Memory {
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     format: u32,
-    embedding: String,
+    embedding: Value,
     /// What the model makes of a fixed text.
     probe: Vec<f32>,
 }
@@ -85,11 +87,15 @@ impl Manifest {
     /// The most that what two machines make of one text differs by: 1 minus the cosine.
     const ROUNDING: f32 = 1e-5;
 
+    fn check_format(&self) -> Result<(), String> {
+        match self.format {
+            Self::FORMAT => Ok(()),
+            other => Err(format!("format {other} of a memory: {} is read", Self::FORMAT)),
+        }
+    }
+
     /// Whether vectors of `other` can be compared with those of this one, and if not, why.
     fn check(&self, other: &Self) -> Result<(), String> {
-        if other.format != Self::FORMAT {
-            return Err(format!("format {} of a memory: {} is read", other.format, Self::FORMAT));
-        }
         if self.embedding != other.embedding {
             return Err(format!(
                 "its notes were embedded by {}, not by {}",
@@ -116,34 +122,53 @@ impl Manifest {
 }
 
 impl Memory {
-    /// Opens the memory in the file at `path`, or makes one, which finds its notes by their whole text.
+    /// Opens the memory in the file at `path`, or makes one, which finds its notes by their whole text. One that is
+    /// there finds them by what it was made with.
     ///
     /// # Errors
     /// As [`Embedded::open`] and [`Memory::over`].
     #[cfg(feature = "redb")]
     pub fn open(path: impl AsRef<std::path::Path>, model: &HybridModel) -> Result<Self> {
-        Self::over(Embedded::open(path)?, model, Embedding::default())
+        Self::over(Embedded::open(path)?, model, None)
     }
 
-    /// A memory over a store, which finds its notes by what `embedding` says.
+    /// A memory over a store, which finds its notes by what `embedding` says; for `None` by what the store was made
+    /// with, or by their whole text where it is a new one.
     ///
     /// # Errors
-    /// [`Error::Store`] for a store that fails, or whose vectors are another model's or were made another way;
-    /// what [`HybridModel::embed`] and [`MainPoint::of`] say.
+    /// [`Error::Store`] for a store that fails, whose vectors are another model's or were made another way, or
+    /// that for `None` does not say how they were made, because it was by a closure; what [`HybridModel::embed`]
+    /// and [`MainPoint::of`] say.
     pub fn over(
         store: impl Store + 'static,
         model: &HybridModel,
-        embedding: Embedding,
+        embedding: impl Into<Option<Embedding>>,
     ) -> Result<Self> {
-        let probe = embedding.probe(model)?;
-        let ours = Manifest { format: Manifest::FORMAT, embedding: embedding.described(), probe };
-        let failed = |message: String| Error::store(store.place(), message);
-        let text = serde_json::to_string(&ours).map_err(|error| failed(error.to_string()))?;
-        let written = store.claim(&text)?;
-        let written: Manifest =
-            serde_json::from_str(&written).map_err(|error| failed(error.to_string()))?;
-        ours.check(&written).map_err(failed)?;
+        let failed = |error: &dyn std::fmt::Display| Error::store(store.place(), error);
+        let read = |text: &str| -> Result<Manifest> {
+            let found: Manifest = serde_json::from_str(text).map_err(|error| failed(&error))?;
+            found.check_format().map_err(|error| failed(&error))?;
+            Ok(found)
+        };
+        let embedding = match (embedding.into(), store.manifest()?) {
+            (Some(embedding), _) => embedding,
+            (None, None) => Embedding::default(),
+            (None, Some(text)) => {
+                Embedding::from_settings(read(&text)?.embedding).map_err(|error| failed(&error))?
+            }
+        };
+        let (settings, probe) = (embedding.settings()?, embedding.probe(model)?);
+        let ours = Manifest { format: Manifest::FORMAT, embedding: settings, probe };
+        let text = serde_json::to_string(&ours).map_err(|error| failed(&error))?;
+        let written = read(&store.claim(&text)?)?;
+        ours.check(&written).map_err(|message| failed(&message))?;
         Ok(Self { model: model.clone(), embedding, store: Arc::new(store) })
+    }
+
+    /// What its notes are found by.
+    #[must_use]
+    pub fn embedding(&self) -> &Embedding {
+        &self.embedding
     }
 
     /// Where the notes are.
@@ -243,21 +268,7 @@ impl Memory {
 
     /// All notes, superseded ones too, in the order of their names. What is added meanwhile may be among them.
     pub fn iter(&self) -> impl Iterator<Item = Result<Record>> + '_ {
-        let (mut after, mut ended) = (None, false);
-        let pages = std::iter::from_fn(move || {
-            if ended {
-                return None;
-            }
-            let page = self.store.page(after, PAGE);
-            let next = page.as_ref().ok().and_then(|page| page.last()).map(|record| record.id);
-            ended = next.is_none();
-            after = next;
-            Some(page)
-        });
-        pages.flat_map(|page| match page {
-            Ok(records) => records.into_iter().map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        })
+        store::records(&*self.store)
     }
 
     /// The notes that fit a query best, best first. Near-duplicates are one note, the newest of them.
@@ -303,20 +314,42 @@ impl Memory {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn prompt_of(&self, question: &str, found: &[Recalled], recall: &Recall) -> Result<Prompt> {
-        let needed_for = "a memory";
-        let tokenizer = self.model.tokenizer().ok_or(Error::NoTokenizer { needed_for })?;
+        let tokenizer = self.tokenizer()?;
+        let first = Prompt::default().plain_ids(&tokenizer.begin(Vec::new()));
+        let texts = self.fitting_ids(found, recall)?;
+        let prompt = texts.iter().rev().fold(first, |prompt, (_, ids)| prompt.context_ids(ids));
+        Ok(prompt.plain_ids(&tokenizer.encode_said(question)?))
+    }
+
+    /// Those of `found` that fit [`Recall::tokens`], the first ones first, for a prompt of your own: each is counted
+    /// with an empty line behind it.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`], [`Error::Tokenizer`].
+    pub fn fitting<'a>(&self, found: &'a [Recalled], recall: &Recall) -> Result<Vec<&'a Recalled>> {
+        Ok(self.fitting_ids(found, recall)?.into_iter().map(|(note, _)| note).collect())
+    }
+
+    fn fitting_ids<'a>(
+        &self,
+        found: &'a [Recalled],
+        recall: &Recall,
+    ) -> Result<Vec<(&'a Recalled, Vec<u32>)>> {
+        let tokenizer = self.tokenizer()?;
         let mut room = recall.most_tokens();
         let mut texts = Vec::new();
         for note in found {
             let ids = tokenizer.encode_said(&format!("{}\n\n", note.text))?;
             if let Some(left) = room.checked_sub(ids.len()) {
                 room = left;
-                texts.push(ids);
+                texts.push((note, ids));
             }
         }
-        let first = Prompt::default().plain_ids(&tokenizer.begin(Vec::new()));
-        let prompt = texts.iter().rev().fold(first, |prompt, ids| prompt.context_ids(ids));
-        Ok(prompt.plain_ids(&tokenizer.encode_said(question)?))
+        Ok(texts)
+    }
+
+    fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.model.tokenizer().ok_or(Error::NoTokenizer { needed_for: "a memory" })
     }
 
     /// Writes all notes as JSON, one a line, without their vectors.

@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use super::leverage;
 use crate::error::{Error, Result};
@@ -30,16 +31,19 @@ const ROWS_AT_ONCE: usize = 128;
 /// attention goes, and much of it goes to the first token and to punctuation. So the first token is never
 /// chosen, nor are tokens that are not part of a word, and `hybrid memory eval` holds every score to a
 /// [random](Salience::random) choice of as many tokens.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Salience {
     pub(super) scorer: Scorer,
-    layers: (Bound<usize>, Bound<usize>),
+    #[serde(default = "all", skip_serializing_if = "is_all")]
+    layers: Bounds,
     heads: Heads,
     pub(super) budget: Budget,
 }
 
 /// How the scores that the heads of a layer give become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Heads {
     /// Their mean.
     Mean,
@@ -48,7 +52,8 @@ pub enum Heads {
 }
 
 /// How much of a text is kept, in tokens.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Budget {
     /// Of all its tokens, above 0 and at most 1.
     Share(f64),
@@ -70,7 +75,8 @@ pub struct Reading<'a> {
 
 type Closure = dyn Fn(&Reading<'_>) -> Result<Vec<f32>> + Send + Sync;
 
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Scorer {
     LastQueries { queries: usize },
     Received,
@@ -79,7 +85,23 @@ pub(super) enum Scorer {
     Leverage,
     Random { seed: u64 },
     Lead,
+    /// Written so that a store can tell that it is one; it cannot be read.
+    #[serde(skip_deserializing, serialize_with = "nothing")]
     By(Arc<Closure>),
+}
+
+fn nothing<S: serde::Serializer>(_: &Arc<Closure>, to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.serialize_unit()
+}
+
+type Bounds = (Bound<usize>, Bound<usize>);
+
+fn all() -> Bounds {
+    (Bound::Unbounded, Bound::Unbounded)
+}
+
+fn is_all(layers: &Bounds) -> bool {
+    *layers == all()
 }
 
 impl fmt::Debug for Scorer {
@@ -99,8 +121,7 @@ impl fmt::Debug for Scorer {
 
 impl Salience {
     fn new(scorer: Scorer, heads: Heads) -> Self {
-        let all = (Bound::Unbounded, Bound::Unbounded);
-        Self { scorer, layers: all, heads, budget: Budget::Share(0.25) }
+        Self { scorer, layers: all(), heads, budget: Budget::Share(0.25) }
     }
 
     /// The attention that the last `queries` tokens pay to a token, averaged with that of its neighbours: what

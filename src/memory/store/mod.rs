@@ -16,6 +16,9 @@ pub use self::volatile::Volatile;
 use super::note::{Note, NoteId};
 use crate::error::{Error, Result};
 
+/// Notes read from a store at a time.
+const PAGE: usize = 256;
+
 /// A note with the vectors that it is found by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -182,6 +185,25 @@ impl Store for Box<dyn Store> {
     fn page(&self, after: Option<NoteId>, most: usize) -> Result<Vec<Record>> {
         (**self).page(after, most)
     }
+}
+
+/// All notes of a store, superseded ones too, in the order of their names. What is added meanwhile may be among them.
+pub fn records(store: &dyn Store) -> impl Iterator<Item = Result<Record>> + '_ {
+    let (mut after, mut ended) = (None, false);
+    let pages = std::iter::from_fn(move || {
+        if ended {
+            return None;
+        }
+        let page = store.page(after, PAGE);
+        let next = page.as_ref().ok().and_then(|page| page.last()).map(|record| record.id);
+        ended = next.is_none();
+        after = next;
+        Some(page)
+    });
+    pages.flat_map(|page| match page {
+        Ok(records) => records.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    })
 }
 
 /// Refuses records without vectors, and vectors that are of no use.

@@ -4,6 +4,8 @@ mod common;
 
 use std::collections::BTreeMap;
 
+#[cfg(feature = "redb")]
+use hybrid_attention::Thinking;
 use hybrid_attention::memory::store::{Hit, Recency, Search};
 use hybrid_attention::memory::{
     Embedding, Memory, Note, NoteId, Recall, Record, Salience, Store, Volatile,
@@ -438,6 +440,107 @@ fn another_model_or_another_way_is_refused() -> Result {
         let wide = open(&wide, Embedding::default()).err().ok_or("opened")?.to_string();
         assert!(wide.contains("16 numbers, and those of this model 24"), "{wide}");
     }
+    Ok(())
+}
+
+#[cfg(feature = "redb")]
+#[test]
+fn a_store_says_what_its_notes_are_found_by() -> Result {
+    use hybrid_attention::memory::{Embedded, Heads};
+    let (folder, model) = (tempfile::tempdir()?, model(1)?);
+    let more = Salience::last_queries(3).layers(1..).heads(Heads::Max).tokens(4);
+    let thinking = EmbedConfig::default().thinking(Thinking::new(2)).instruction("find: ");
+    let more = [Embedding::MainPoint(more), Embedding::Whole(thinking)];
+    for (index, embedding) in embeddings().into_iter().chain(more).enumerate() {
+        let path = folder.path().join(format!("{index}.redb"));
+        let recall = |memory: &Memory| memory.recall("a boat", &Recall::best(2));
+        let made = Memory::over(Embedded::open(&path)?, &model, embedding.clone())?;
+        made.remember_all(["boats sank", "a red door"].map(|text| (text, Note::default())))?;
+        let right = recall(&made)?;
+        drop(made);
+        let again = Memory::open(&path, &model)?;
+        assert_eq!(format!("{:?}", again.embedding()), format!("{embedding:?}"));
+        assert_eq!(recall(&again)?, right, "{embedding:?}");
+        drop(again);
+        assert_eq!(recall(&Memory::over(Embedded::open(&path)?, &model, embedding)?)?, right);
+    }
+    // How many texts run side by side is no matter of what their vectors are.
+    let (path, other) = (folder.path().join("0.redb"), EmbedConfig::default().batch_tokens(7));
+    assert_eq!(Memory::over(Embedded::open(path)?, &model, Embedding::Whole(other))?.len()?, 2);
+    // What only code can say has to be said again.
+    let path = folder.path().join("closure.redb");
+    let own = || Embedding::Words(Salience::by(|it| Ok(vec![1.0; it.ids.len()])));
+    let open =
+        |embedding: Option<Embedding>| Memory::over(Embedded::open(&path)?, &model, embedding);
+    open(Some(own()))?.remember("boats sank", Note::default())?;
+    let message = open(None).err().ok_or("opened")?.to_string();
+    assert!(message.contains("closure.redb") && message.contains("by"), "{message}");
+    assert_eq!(open(Some(own()))?.len()?, 1);
+    Ok(())
+}
+
+#[test]
+fn what_a_strangers_store_says_is_held_to_its_range() -> Result {
+    let model = model(1)?;
+    for (format, embedding, expected) in [
+        (2, r#"{"whole": {}}"#, "format 2"),
+        (1, r#"{"whole": {"max_tokens": 0}}"#, "max_tokens"),
+        (1, r#"{"whole": {"thinking": {"passes": 1000000}}}"#, "thinking"),
+        (
+            1,
+            r#"{"main_point": {"scorer": "received", "heads": "mean", "budget": {"share": 7}}}"#,
+            "share",
+        ),
+        (
+            1,
+            r#"{"words": {"scorer": {"by": null}, "heads": "mean", "budget": {"share": 0.5}}}"#,
+            "by",
+        ),
+        (
+            1,
+            r#"{"words": {"scorer": "guess", "heads": "mean", "budget": {"share": 0.5}}}"#,
+            "guess",
+        ),
+        (1, "7", "embedding"),
+    ] {
+        let store = Volatile::default();
+        store
+            .claim(&format!(r#"{{"format": {format}, "embedding": {embedding}, "probe": [1]}}"#))?;
+        let error = Memory::over(store, &model, None).err().ok_or("opened")?;
+        assert!(matches!(error, Error::Store { .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let store = Volatile::default();
+    store.claim("{")?;
+    assert!(matches!(Memory::over(store, &model, None), Err(Error::Store { .. })));
+    Ok(())
+}
+
+#[test]
+fn notes_that_fit_are_those_of_the_prompt() -> Result {
+    let model = model(1)?;
+    let memory = Memory::over(Volatile::default(), &model, None)?;
+    let texts = ["boats sank", "doors creak, and nobody at all knows why they do", "clocks stop"];
+    memory.remember_all(texts.map(|text| (text, Note::default())))?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let mut sizes = Vec::new();
+    for room in 0..120 {
+        let recall = Recall::best(3).tokens(room);
+        let found = memory.recall("boats", &recall)?;
+        let fitting = memory.fitting(&found, &recall)?;
+        let answer = model.generate(
+            memory.prompt_of("why?", &found, &recall)?,
+            &GenerationConfig::default().max_tokens(1),
+        )?;
+        let text = tokenizer.decode(&answer.prompt_ids, true);
+        for note in &found {
+            let fits = fitting.iter().any(|fitting| fitting.id == note.id);
+            assert_eq!(text.contains(&note.text), fits, "{room} {text}");
+        }
+        sizes.push(fitting.len());
+    }
+    sizes.dedup();
+    assert_eq!((sizes.first(), sizes.last()), (Some(&0), Some(&3)));
     Ok(())
 }
 

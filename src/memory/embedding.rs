@@ -76,7 +76,9 @@ impl Embedding {
     /// As settings, for the store: those that the vectors depend on.
     pub(super) fn settings(&self) -> Result<Value> {
         let own = match self {
-            Self::Whole(config) => Self::Whole(config.clone().batch_tokens(EmbedConfig::BATCH_TOKENS)),
+            Self::Whole(config) => {
+                Self::Whole(config.clone().batch_tokens(EmbedConfig::BATCH_TOKENS))
+            }
             other => other.clone(),
         };
         let refused = |error| Error::parameter("embedding", "settings that JSON can hold", error);

@@ -78,12 +78,16 @@ type Closure = dyn Fn(&Reading<'_>) -> Result<Vec<f32>> + Send + Sync;
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Scorer {
-    LastQueries { queries: usize },
+    LastQueries {
+        queries: usize,
+    },
     Received,
     ValueWeighted,
     Reconstruct,
     Leverage,
-    Random { seed: u64 },
+    Random {
+        seed: u64,
+    },
     Lead,
     /// Written so that a store can tell that it is one; it cannot be read.
     #[serde(skip_deserializing, serialize_with = "nothing")]

@@ -72,7 +72,8 @@ pub(crate) struct Options {
 impl Options {
     fn recall(&self) -> Recall {
         let recall = Recall::best(usize::try_from(self.best).unwrap_or(usize::MAX));
-        let recall = self.min_score.into_iter().fold(recall.tokens(self.context), Recall::min_score);
+        let recall =
+            self.min_score.into_iter().fold(recall.tokens(self.context), Recall::min_score);
         let recall = self.diversity.into_iter().fold(recall, Recall::diversity);
         self.tags.iter().fold(recall, |recall, (name, value)| recall.tag(name, value))
     }

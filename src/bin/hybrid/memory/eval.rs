@@ -58,11 +58,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let most = options.passages.unwrap_or(usize::MAX);
     let cut = lines.lines().filter_map(|l| Passage::cut(&model, l, options.tokens).transpose());
     let passages = cut.take(most).collect::<hybrid_attention::Result<Vec<_>>>()?;
-    let retrieval = Retrieval {
-        shares: options.shares.clone(),
-        draws: options.draws,
-        ..Retrieval::default()
-    };
+    let retrieval =
+        Retrieval { shares: options.shares.clone(), draws: options.draws, ..Retrieval::default() };
     let bar = terminal::bar(passages.len() as u64, "reading [{bar:30}] {pos}/{len}, {eta} to go");
     bar.tick();
     let rows = retrieval.run(&model, &passages, || bar.inc(1))?;
@@ -80,7 +77,10 @@ fn controls<'a>(rows: &'a [Row], row: &Row) -> [Option<&'a Row>; 2] {
         other.name == Retrieval::RANDOM
             && (other.compared, other.share) == (row.compared, row.share)
     });
-    [whole.filter(|_| row.name != Retrieval::WHOLE), chance.filter(|_| row.name != Retrieval::RANDOM)]
+    [
+        whole.filter(|_| row.name != Retrieval::WHOLE),
+        chance.filter(|_| row.name != Retrieval::RANDOM),
+    ]
 }
 
 fn difference(row: &Row, other: &Row) -> Estimate {

@@ -202,6 +202,15 @@ pub enum Error {
         needed_for: &'static str,
     },
 
+    /// The store of a memory failed, or is another model's.
+    #[error("{place}: {message}")]
+    Store {
+        /// The file or the host.
+        place: String,
+        /// What it said.
+        message: String,
+    },
+
     /// A parameter is outside its range.
     #[error("parameter {name}: expected {expected}, got {got}")]
     Parameter {
@@ -339,6 +348,11 @@ impl Error {
     /// `source` is wrong with the text of this index.
     pub(crate) fn in_text(text: usize, source: Self) -> Self {
         Self::InText { text, source: Box::new(source) }
+    }
+
+    /// What the store at `place` said.
+    pub(crate) fn store(place: impl ToString, message: impl ToString) -> Self {
+        Self::Store { place: presentable(place), message: presentable(message) }
     }
 
     /// A parameter outside its range.

@@ -544,6 +544,14 @@ impl HybridModel {
         TokenStream::new(&self.source, &prompt.into(), config, Some(conversation))
     }
 
+    /// What reads texts to embed them, and whether in both directions.
+    pub(crate) fn reads_texts(&self) -> (&Transformer, Sight) {
+        match self.source.embed.sight.unwrap_or(Sight::Causal) {
+            Sight::Causal => (self.source.model.decoder(), Sight::Causal),
+            both_ways => (self.source.model.thinker(), both_ways),
+        }
+    }
+
     /// One vector for each text: `(texts, hidden)`, in `f32`. Bidirectional reading uses the adapters
     /// for [`AdapterScope::Thinking`], causal reading those for [`AdapterScope::Decoding`].
     ///

@@ -14,6 +14,7 @@ mod hybrid;
 mod kernels;
 mod likelihood;
 pub mod load;
+pub mod memory;
 pub mod model;
 mod pooling;
 pub mod refine;

@@ -17,6 +17,7 @@ mod sentencepiece;
 mod tekken;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -292,6 +293,21 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Turns text into token ids, with nothing added, in which no control token is parsed: `<|im_end|>` is as many
+    /// letters. For what users and documents say; [`encode_chat`](Self::encode_chat) treats messages so.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_said(&self, text: &str) -> Result<Vec<u32>> {
+        match self.mark(&[Message::user(text)], "")? {
+            Some((marked, marks)) => {
+                let marked = marked.first().map_or("", |message| message.content.as_str());
+                self.encode_marked(marked, &marks)
+            }
+            None => self.encode_raw(text, false),
+        }
+    }
+
     /// Turns token ids into text: exactly the pieces of a [`DecodeStream`] with an empty prompt.
     ///
     /// With `skip_special` control tokens are left out, otherwise they are spelled. Bytes that are not
@@ -426,7 +442,7 @@ impl Tokenizer {
                 Error::Template { message } => Error::Template { message: marks.remove(&message) },
                 other => other,
             })?;
-        Ok(self.begin_chat(self.encode_marked(&text, &marks)?))
+        Ok(self.begin(self.encode_marked(&text, &marks)?))
     }
 
     /// [`encode_chat`](Self::encode_chat) of messages that may write control tokens: special tokens spelled in them
@@ -440,11 +456,11 @@ impl Tokenizer {
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>> {
         let text = self.render_chat(messages, add_generation_prompt)?;
-        Ok(self.begin_chat(self.encode_raw(&text, false)?))
+        Ok(self.begin(self.encode_raw(&text, false)?))
     }
 
     /// With one BOS in front, if the tokenizer puts one there.
-    fn begin_chat(&self, mut ids: Vec<u32>) -> Vec<u32> {
+    pub(crate) fn begin(&self, mut ids: Vec<u32>) -> Vec<u32> {
         if let (Some(bos), true) = (self.bos, self.adds_bos) {
             ids.insert(0, bos);
         }
@@ -458,34 +474,42 @@ impl Tokenizer {
         text: &str,
         add_special: bool,
     ) -> Result<(Vec<u32>, Vec<usize>)> {
-        let encoding = guard(|| self.inner.encode(text, add_special))?;
-        let mut ids = encoding.get_ids().to_vec();
-        let mut starts = Vec::with_capacity(ids.len());
+        let (ids, bytes) = self.encode_spans(text, add_special)?;
         // A token that is added around the text has no offset in it: it takes that of the one before.
         let mut latest = 0;
-        for &(start, _) in encoding.get_offsets() {
-            latest = start.max(latest);
-            starts.push(latest);
-        }
-        if add_special {
-            let all = ids.len();
-            self.keep_one_bos(&mut ids);
-            starts.drain(..all - ids.len());
-        }
+        let starts = bytes.iter().map(|bytes| {
+            latest = bytes.start.max(latest);
+            latest
+        });
+        let starts = starts.collect();
         Ok((ids, starts))
     }
 
     /// [`encode`](Self::encode) with special tokens, and how many tokens stand before those of the text from
     /// this byte on; a token across it is the text's. All of them, if no token is.
     pub(crate) fn encode_after(&self, text: &str, byte: usize) -> Result<(Vec<u32>, usize)> {
-        let encoding = guard(|| self.inner.encode(text, true))?;
-        let mut ids = encoding.get_ids().to_vec();
+        let (ids, bytes) = self.encode_spans(text, true)?;
         // A token that is added around the text ends at byte 0.
-        let before = encoding.get_offsets().iter().position(|&(_, end)| end > byte);
-        let all = ids.len();
-        self.keep_one_bos(&mut ids);
-        let before = before.map_or(ids.len(), |before| before.saturating_sub(all - ids.len()));
+        let before = bytes.iter().position(|bytes| bytes.end > byte).unwrap_or(ids.len());
         Ok((ids, before))
+    }
+
+    /// [`encode`](Self::encode), and the bytes of the text that each token stands for: none for one that was added
+    /// around it.
+    pub(crate) fn encode_spans(
+        &self,
+        text: &str,
+        add_special: bool,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let encoding = guard(|| self.inner.encode(text, add_special))?;
+        let mut ids = encoding.get_ids().to_vec();
+        let mut bytes: Vec<_> = encoding.get_offsets().iter().map(|&(from, to)| from..to).collect();
+        if add_special {
+            let all = ids.len();
+            self.keep_one_bos(&mut ids);
+            bytes.drain(..all - ids.len());
+        }
+        Ok((ids, bytes))
     }
 
     fn encode_raw(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {

@@ -103,7 +103,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// Prints one answer as it is generated.
-fn tell(model: &HybridModel, prompt: Prompt, config: &GenerationConfig, load: f64) -> Result<()> {
+pub(crate) fn tell(
+    model: &HybridModel,
+    prompt: Prompt,
+    config: &GenerationConfig,
+    load: f64,
+) -> Result<()> {
     let mut stream = terminal::begin(model, prompt, config)?;
     let mut count = 0;
     for token in &mut stream {
@@ -176,7 +181,8 @@ fn report_all(
     failed.map_or(Ok(()), |message| Err(message.into()))
 }
 
-fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {
+/// An answer as JSON.
+pub(crate) fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {
     let mut report = json!({
         "prompt_ids": answer.prompt_ids,
         "ids": answer.ids,

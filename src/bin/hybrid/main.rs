@@ -12,6 +12,7 @@ mod generate;
 mod input;
 mod inspect;
 mod measure;
+mod memory;
 mod options;
 mod terminal;
 mod think;
@@ -44,6 +45,8 @@ enum Command {
     Think(think::Options),
     /// Measure whether thinking about the first half of a passage helps to predict the second
     Measure(measure::Options),
+    /// Remember texts, find them by what they say, and answer by them
+    Memory(memory::Options),
 }
 
 fn main() -> ExitCode {
@@ -55,5 +58,6 @@ fn main() -> ExitCode {
         Command::Inspect(options) => inspect::run(options),
         Command::Think(options) => think::run(options),
         Command::Measure(options) => measure::run(options),
+        Command::Memory(options) => memory::run(options),
     })
 }

@@ -1,0 +1,336 @@
+//! `hybrid memory`, run as a person would run it, beside the library.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use candle_core::Device;
+use hybrid_attention::memory::evaluate::{Passage, Retrieval};
+use hybrid_attention::memory::{Embedded, Embedding, MainPoint, Memory, NoteId, Recall, Salience};
+use hybrid_attention::{GenerationConfig, HybridModel};
+use hybrid_attention_testing::{Result, checkpoint};
+use serde_json::{Value, json};
+
+const TEXTS: [&str; 3] =
+    ["the cat sat on the mat", "the dog sat about\nin the sun", "a boat is on the sea"];
+
+fn run(args: &[&str]) -> Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hybrid-under-test"));
+    hybrid_attention_testing::run(command.arg("memory").args(args), "")
+}
+
+/// Standard output of a run that succeeds.
+fn succeed(args: &[&str]) -> Result<String> {
+    let output = run(args)?;
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Standard error of a run that fails, having printed nothing.
+fn fail(args: &[&str]) -> Result<String> {
+    let output = run(args)?;
+    assert!(!output.status.success() && output.stdout.is_empty(), "{args:?}");
+    Ok(String::from_utf8(output.stderr)?)
+}
+
+fn lines(text: &str) -> Result<Vec<Value>> {
+    Ok(text.lines().map(serde_json::from_str).collect::<serde_json::Result<_>>()?)
+}
+
+fn load(folder: &Path) -> Result<HybridModel> {
+    Ok(HybridModel::from_folder(folder, None, &Device::Cpu)?)
+}
+
+/// A file of [`TEXTS`] each, in `folder`; their paths.
+fn files(folder: &Path) -> Result<Vec<String>> {
+    let write = |(index, text): (usize, &&str)| {
+        let path = folder.join(format!("{index}.txt"));
+        fs::write(&path, format!("{text}\n"))?;
+        Ok(path.to_str().ok_or("no text")?.to_owned())
+    };
+    TEXTS.iter().enumerate().map(write).collect()
+}
+
+#[test]
+fn what_was_added_is_found_as_the_library_finds_it() -> Result {
+    let folder = checkpoint(true)?;
+    let model = load(folder.path())?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let (files, store) = (files(folder.path())?, folder.path().join("notes.redb"));
+    let at = store.to_str().ok_or("no text")?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    for (file, tag) in files.iter().zip(["pet", "pet", "sea"]) {
+        let tag = format!("--tag=kind={tag}");
+        let added = ["add", "--store", at, "--model", path, &tag, "--tag=a=b=c", file];
+        let added = lines(&succeed(&added)?)?;
+        let text = fs::read_to_string(file)?;
+        let text = text.trim();
+        assert_eq!(
+            added,
+            [json!({
+                "id": NoteId::of(text), "text": text, "source": file, "spans": [],
+                "tokens": tokenizer.encode(text, true)?.len(),
+                "tags": { "kind": tag.rsplit('=').next(), "a": "b=c" },
+            })]
+        );
+    }
+
+    let question = "where is the cat?";
+    let ask = ["ask", "--store", at, "--model", path, question, "--max-tokens=6"];
+    let report: Value =
+        serde_json::from_str(&succeed(&[&ask[..], &["--json", "--best=2"]].concat())?)?;
+    let memory = Memory::open(&store, &model)?;
+    let recall = Recall::best(2);
+    let found = memory.recall(question, &recall)?;
+    let reported = report["found"].as_array().ok_or("no list")?;
+    assert_eq!(reported.len(), 2);
+    for (reported, note) in reported.iter().zip(&found) {
+        assert_eq!((&reported["id"], &reported["text"]), (&json!(note.id), &json!(note.text)));
+        assert_eq!(serde_json::from_value::<f32>(reported["score"].clone())?, note.score);
+        // Of whole texts, the words are found when asked.
+        let point = MainPoint::of(&model, &note.text, &Salience::last_queries(8))?;
+        let spans: Vec<(usize, usize, f32)> = serde_json::from_value(reported["spans"].clone())?;
+        let right = point.spans().iter().map(|it| (it.bytes.start, it.bytes.end, it.score));
+        assert_eq!(spans, right.collect::<Vec<_>>());
+        assert!(!spans.is_empty());
+    }
+    let config = GenerationConfig::default().max_tokens(6);
+    let answer = model.generate(memory.prompt(question, &recall)?, &config)?;
+    assert_eq!(report["answer"]["ids"], json!(answer.ids));
+    assert_eq!(report["answer"]["prompt_ids"], json!(answer.prompt_ids));
+    drop(memory);
+
+    let sea: Value =
+        serde_json::from_str(&succeed(&[&ask[..], &["--json", "--tag=kind=sea"]].concat())?)?;
+    assert_eq!(sea["found"].as_array().map(Vec::len), Some(1));
+    assert_eq!(sea["found"][0]["text"], TEXTS[2]);
+    let none = run(&[&ask[..], &["--tag=kind=none", "--max-tokens=0"]].concat())?;
+    assert!(none.status.success() && none.stdout.is_empty());
+    assert!(String::from_utf8(none.stderr)?.contains("nothing was found"));
+
+    // For people: marks, but no styles where there is no terminal; lines below each other.
+    let shown = succeed(&ask)?;
+    assert!(shown.starts_with("1. ") && !shown.contains('\x1b'), "{shown}");
+    assert!(shown.matches('*').count() >= 6 && shown.contains("\n   in the sun"), "{shown}");
+    for (text, file) in TEXTS.iter().zip(&files) {
+        let first = text.lines().next().unwrap_or_default();
+        assert!(shown.replace('*', "").contains(first) && shown.contains(file), "{shown}");
+    }
+    let answer = succeed(&[&ask[..], &["--max-tokens=0"]].concat())?;
+    assert!(shown.starts_with(&answer) && shown.len() > answer.len());
+    Ok(())
+}
+
+#[test]
+fn notes_are_listed_corrected_forgotten_and_carried_over() -> Result {
+    let folder = checkpoint(true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let files = files(folder.path())?;
+    let (store, other) = (folder.path().join("a.redb"), folder.path().join("b.redb"));
+    let at = store.to_str().ok_or("no text")?;
+    succeed(&["add", "--store", at, "--model", path, &files[0], &files[1]])?;
+    let (old, new) = (NoteId::of(TEXTS[0]).to_string(), NoteId::of(TEXTS[2]).to_string());
+    let correct = ["add", "--store", at, "--model", path, "--supersede", &old];
+    assert!(fail(&[&correct[..], &[&files[1], &files[2]]].concat())?.contains("several"));
+    succeed(&[&correct[..], &[&files[2]]].concat())?;
+
+    let listed = succeed(&["list", "--store", at])?;
+    assert_eq!(listed.lines().count(), 3);
+    let past = format!("{old} (superseded by {new}) {}", TEXTS[0]);
+    assert!(listed.lines().any(|line| line == past), "{listed}");
+    assert!(listed.contains("the dog sat about in the sun"), "on one line: {listed}");
+    let listed = succeed(&["list", "--store", at, "--json"])?;
+    let mut names: Vec<Value> = lines(&listed)?.iter().map(|it| it["id"].clone()).collect();
+    names.sort_by_key(Value::to_string);
+    let mut right: Vec<Value> = TEXTS.iter().map(|text| json!(NoteId::of(text))).collect();
+    right.sort_by_key(Value::to_string);
+    assert_eq!(names, right);
+
+    let file = folder.path().join("notes.jsonl");
+    fs::write(&file, &listed)?;
+    let (file, to) = (file.to_str().ok_or("no text")?, other.to_str().ok_or("no text")?);
+    succeed(&["import", "--store", to, "--model", path, "--embed=words", file])?;
+    let carried = |text: &str| -> Result<Vec<Value>> {
+        let mut notes = lines(text)?;
+        notes.iter_mut().filter_map(Value::as_object_mut).for_each(|note| {
+            note.remove("spans");
+        });
+        Ok(notes)
+    };
+    assert_eq!(carried(&succeed(&["list", "--store", to, "--json"])?)?, carried(&listed)?);
+
+    let unknown = NoteId::of("x").to_string();
+    assert!(fail(&["forget", "--store", at, &new, &unknown])?.contains(&unknown));
+    assert_eq!(succeed(&["list", "--store", at])?.lines().count(), 3, "none was forgotten");
+    succeed(&["forget", "--store", at, &old, &new])?;
+    assert_eq!(lines(&succeed(&["list", "--store", at, "--json"])?)?[0]["text"], TEXTS[1]);
+    Ok(())
+}
+
+#[test]
+fn a_store_keeps_to_what_it_was_made_with() -> Result {
+    let folder = checkpoint(true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let (files, store) = (files(folder.path())?, folder.path().join("notes.redb"));
+    let at = store.to_str().ok_or("no text")?;
+    let base = ["add", "--store", at, "--model", path];
+    let how = ["--embed=main-point", "--salience=received", "--share=0.5"];
+    let first = lines(&succeed(&[&base[..], &how, &[&files[0]]].concat())?)?;
+    let second = lines(&succeed(&[&base[..], &[&files[1]]].concat())?)?;
+    let model = load(folder.path())?;
+    for (added, text) in [(&first, TEXTS[0]), (&second, TEXTS[1])] {
+        let point = MainPoint::of(&model, text, &Salience::received().share(0.5))?;
+        let right = point.spans().iter().map(|it| (it.bytes.start, it.bytes.end, it.score));
+        let spans: Vec<(usize, usize, f32)> = serde_json::from_value(added[0]["spans"].clone())?;
+        assert_eq!(spans, right.collect::<Vec<_>>(), "{text}");
+    }
+    let report: Value = serde_json::from_str(&succeed(&[
+        "ask",
+        "--store",
+        at,
+        "--model",
+        path,
+        "--json",
+        "--max-tokens=1",
+        TEXTS[0],
+    ])?)?;
+    assert_eq!(report["found"][0]["spans"], first[0]["spans"], "as the store says");
+    for other in [&["--embed=whole"][..], &["--embed=main-point", "--share=0.5"]] {
+        let stderr = fail(&[&base[..], other, &[&files[2]]].concat())?;
+        assert!(stderr.contains("its notes were embedded by {\"main_point\""), "{stderr}");
+    }
+    let embedding = Embedding::MainPoint(Salience::received().share(0.5));
+    assert_eq!(Memory::over(Embedded::open(&store)?, &model, embedding)?.len()?, 2);
+    Ok(())
+}
+
+#[test]
+fn files_become_notes_as_they_are_told() -> Result {
+    let folder = checkpoint(true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let file = folder.path().join("long.txt");
+    let sentence = "the cat sat on the mat, and the dog sat about. ";
+    fs::write(&file, format!("first  line\nsecond line\n \n\n{}\n", sentence.repeat(40)))?;
+    let file = file.to_str().ok_or("no text")?;
+    let texts = |name: &str, more: &[&str]| -> Result<Vec<String>> {
+        let store = folder.path().join(name);
+        let at = store.to_str().ok_or("no text")?;
+        let added = succeed(&[&["add", "--store", at, "--model", path, file], more].concat())?;
+        let texts = lines(&added)?.into_iter();
+        Ok(texts.filter_map(|it| it["text"].as_str().map(str::to_owned)).collect())
+    };
+    let model = load(folder.path())?;
+    let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
+    let long = sentence.repeat(40);
+    assert!(tokenizer.encode(&long, true)?.len() > model.config().max_position_embeddings);
+    // A file that is too long for the model is several notes, of at most half of its context.
+    let whole = texts("whole", &[])?;
+    assert!(whole.len() > 3 && whole[0].starts_with("first  line\nsecond line"), "{whole:?}");
+    assert!(whole.iter().skip(1).all(|text| text.ends_with('.')), "{whole:?}");
+    for text in &whole {
+        assert!(tokenizer.encode(text, true)?.len() <= 128);
+    }
+    let paragraphs = texts("paragraphs", &["--split=paragraphs", "--tokens=200"])?;
+    assert_eq!(paragraphs[0], "first  line\nsecond line");
+    assert!(paragraphs.len() > 2 && paragraphs[1].starts_with("the cat"));
+    let short = texts("lines", &["--split=lines", "--tokens=16"])?;
+    assert_eq!(short[..2], ["first  line", "second line"]);
+    for text in &short {
+        assert!(tokenizer.encode(text, true)?.len() <= 16, "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_wrong_is_named_before_anything_is_written() -> Result {
+    let folder = checkpoint(true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let files = files(folder.path())?;
+    let (empty, store) = (folder.path().join("empty.txt"), folder.path().join("notes.redb"));
+    fs::write(&empty, " \n\n")?;
+    let (empty, at) = (empty.to_str().ok_or("no text")?, store.to_str().ok_or("no text")?);
+    let (text, none) = (files[0].as_str(), "/no/such/folder/notes.redb");
+    for (args, expected) in [
+        (vec!["add", "--store", at, "--model", path, "no such.txt"], "no such.txt: "),
+        (vec!["add", "--store", at, "--model", path, text, empty], "empty.txt: no text"),
+        (vec!["add", "--store", none, "--model", path, text], "folder does not exist"),
+        (vec!["add", "--store", at, "--model", path, "--tag=x", text], "like project=harbour"),
+        (vec!["add", "--store", at, "--model", path, "--share=0.5", text], "--embed"),
+        (
+            vec!["add", "--store", at, "--model", path, "--embed=whole", "--share=0.5", text],
+            "--share",
+        ),
+        (vec!["add", "--store", at, "--model", path, "--embed=words", "--share=2", text], "share"),
+        (vec!["ask", "--store", at, "--model", path, "why?"], "notes.redb: no such file"),
+        (vec!["list", "--store", at], "notes.redb: no such file"),
+        (vec!["forget", "--store", at, "00"], "32 hexadecimal digits"),
+        (vec!["import", "--store", at, "--model", path, "no such.jsonl"], "no such.jsonl"),
+    ] {
+        let stderr = fail(&args)?;
+        assert!(stderr.contains(expected), "{args:?}: {stderr}");
+        assert!(!store.exists(), "{args:?}");
+    }
+    fs::write(&store, "not a store")?;
+    assert!(fail(&["list", "--store", at])?.contains("notes.redb"));
+    Ok(())
+}
+
+#[test]
+fn eval_prints_the_figures_of_the_library() -> Result {
+    let folder = checkpoint(true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let texts = [
+        "the cat sat on the mat about the dog, and the dog sat on the mat in the sun",
+        "too short",
+        "a boat is on the sea, about the old town in the rain, and no one sat in it at all",
+        "in the town the old clock and the red door sat about in the rain on the dog",
+    ];
+    let file = folder.path().join("texts.txt");
+    fs::write(&file, texts.join("\n"))?;
+    let file = file.to_str().ok_or("no text")?;
+    let base =
+        ["eval", "--model", path, "--texts", file, "--tokens=12", "--shares=0.3", "--draws=2"];
+    let report: Value = serde_json::from_str(&succeed(&[&base[..], &["--json"]].concat())?)?;
+    let model = load(folder.path())?;
+    let cut = |text: &&str| Passage::cut(&model, text, 12).transpose();
+    let passages: Vec<Passage> =
+        texts.iter().filter_map(cut).collect::<hybrid_attention::Result<_>>()?;
+    let retrieval = Retrieval { shares: vec![0.3], draws: 2, ..Retrieval::default() };
+    let rows = retrieval.run(&model, &passages, || ())?;
+    assert_eq!((&report["passages"], &report["tokens"]), (&json!(3), &json!(12)));
+    let reported = report["rows"].as_array().ok_or("no list")?;
+    assert_eq!(reported.len(), rows.len());
+    let table = succeed(&base)?;
+    let cells: Vec<Vec<&str>> = table
+        .lines()
+        .filter(|line| line.starts_with('|'))
+        .skip(2)
+        .map(|line| line.split('|').map(str::trim).collect())
+        .collect();
+    assert_eq!(cells.len(), rows.len(), "{table}");
+    let whole = &rows[0].reciprocal_ranks;
+    for ((reported, row), cells) in reported.iter().zip(&rows).zip(&cells) {
+        assert_eq!(reported["name"], row.name);
+        let ranks: Vec<f64> = serde_json::from_value(reported["reciprocal_ranks"].clone())?;
+        assert_eq!(ranks, row.reciprocal_ranks);
+        let mean = ranks.iter().sum::<f64>() / 3.0;
+        assert!((reported["mrr"]["mean"].as_f64().ok_or("no number")? - mean).abs() < 1e-12);
+        assert_eq!(cells[3], row.name, "{table}");
+        assert!(cells[4].starts_with(&format!("{mean:.3} ± ")), "{table}");
+        let less = mean - whole.iter().sum::<f64>() / 3.0;
+        match row.name.as_str() {
+            "whole" => assert_eq!(cells[5], ""),
+            _ => {
+                let less_whole = reported["less_whole"]["mean"].as_f64().ok_or("no number")?;
+                assert!((less_whole - less).abs() < 1e-12);
+                assert!(!cells[5].is_empty());
+            }
+        }
+        let beside_chance = row.share.is_some() && row.name != "random";
+        assert_eq!(reported["less_random"].is_null(), !beside_chance, "{}", row.name);
+        assert_eq!(cells[6].is_empty(), !beside_chance);
+    }
+    let stderr = fail(&[&base[..], &["--passages=1"]].concat())?;
+    assert!(stderr.contains("at least 2"), "{stderr}");
+    Ok(())
+}

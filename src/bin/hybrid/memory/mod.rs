@@ -1,0 +1,44 @@
+//! `hybrid memory`: texts that are kept, found by what they say, and put in front of a question.
+
+mod add;
+mod ask;
+mod eval;
+mod how;
+mod keep;
+
+use clap::{Args, Subcommand};
+
+use crate::terminal::Result;
+
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Remember the texts of files; prints a JSON object for each note
+    Add(add::Options),
+    /// Find the notes that fit a question, and answer it by them
+    Ask(ask::Options),
+    /// Print what is remembered
+    List(keep::ListOptions),
+    /// Remove notes for good
+    Forget(keep::ForgetOptions),
+    /// Remember the notes that `list --json` of this or another store printed
+    Import(keep::ImportOptions),
+    /// Measure what finds texts best: all of a text, its main point by one score or another, or words by chance
+    Eval(eval::Options),
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    match &options.command {
+        Command::Add(options) => add::run(options),
+        Command::Ask(options) => ask::run(options),
+        Command::List(options) => keep::list(options),
+        Command::Forget(options) => keep::forget(options),
+        Command::Import(options) => keep::import(options),
+        Command::Eval(options) => eval::run(options),
+    }
+}

@@ -1,0 +1,418 @@
+//! How much each token of a text matters to it.
+
+use std::fmt;
+use std::ops::{Bound, Range, RangeBounds};
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::leverage;
+use crate::error::{Error, Result};
+use crate::hybrid::HybridModel;
+use crate::model::{Attended, Batch, ForwardContext, Pass, Sight, Tap, Transformer};
+
+/// Rows of a matrix of attention weights that are in memory at a time.
+const ROWS_AT_ONCE: usize = 128;
+
+/// How tokens are scored, and how many of them are kept.
+///
+/// ```
+/// use hybrid_attention::memory::{Heads, Salience};
+///
+/// let salience = Salience::last_queries(8).layers(10..).heads(Heads::Max).share(0.25);
+/// # let _ = salience;
+/// ```
+///
+/// None of these scores is known to be better than chance on every model: a plain attention weight says where
+/// attention goes, and much of it goes to the first token and to punctuation. So the first token is never
+/// chosen, nor are tokens that are not part of a word, and `hybrid memory eval` holds every score to a
+/// [random](Salience::random) choice of as many tokens.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Salience {
+    pub(super) scorer: Scorer,
+    #[serde(default = "all", skip_serializing_if = "is_all")]
+    layers: Bounds,
+    heads: Heads,
+    pub(super) budget: Budget,
+}
+
+/// How the scores that the heads of a layer give become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Heads {
+    /// Their mean.
+    Mean,
+    /// The largest: a token matters that matters to some head.
+    Max,
+}
+
+/// How much of a text is kept, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Budget {
+    /// Of all its tokens, above 0 and at most 1.
+    Share(f64),
+    Tokens(usize),
+}
+
+/// A text as a closure of [`Salience::by`] is given it.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading<'a> {
+    /// The model that reads it.
+    pub model: &'a HybridModel,
+    /// The text.
+    pub text: &'a str,
+    /// Its tokens.
+    pub ids: &'a [u32],
+    /// The bytes of the text that each token stands for; none for one that was added around it.
+    pub bytes: &'a [Range<usize>],
+}
+
+type Closure = dyn Fn(&Reading<'_>) -> Result<Vec<f32>> + Send + Sync;
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Scorer {
+    LastQueries {
+        queries: usize,
+    },
+    Received,
+    ValueWeighted,
+    Reconstruct,
+    Leverage,
+    Random {
+        seed: u64,
+    },
+    Lead,
+    /// Written so that a store can tell that it is one; it cannot be read.
+    #[serde(skip_deserializing, serialize_with = "nothing")]
+    By(Arc<Closure>),
+}
+
+fn nothing<S: serde::Serializer>(_: &Arc<Closure>, to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.serialize_unit()
+}
+
+type Bounds = (Bound<usize>, Bound<usize>);
+
+fn all() -> Bounds {
+    (Bound::Unbounded, Bound::Unbounded)
+}
+
+fn is_all(layers: &Bounds) -> bool {
+    *layers == all()
+}
+
+impl fmt::Debug for Scorer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::LastQueries { queries } => write!(f, "LastQueries({queries})"),
+            Self::Received => f.write_str("Received"),
+            Self::ValueWeighted => f.write_str("ValueWeighted"),
+            Self::Reconstruct => f.write_str("Reconstruct"),
+            Self::Leverage => f.write_str("Leverage"),
+            Self::Random { seed } => write!(f, "Random({seed})"),
+            Self::Lead => f.write_str("Lead"),
+            Self::By(_) => f.write_str("By(closure)"),
+        }
+    }
+}
+
+impl Salience {
+    fn new(scorer: Scorer, heads: Heads) -> Self {
+        Self { scorer, layers: all(), heads, budget: Budget::Share(0.25) }
+    }
+
+    /// The attention that the last `queries` tokens pay to a token, averaged with that of its neighbours: what
+    /// SnapKV (Li et al. 2024) keeps of a prompt by. Biased to what a text ends with.
+    #[must_use]
+    pub fn last_queries(queries: usize) -> Self {
+        Self::new(Scorer::LastQueries { queries }, Heads::Mean)
+    }
+
+    /// The attention that a token receives from all tokens, when all see both ways.
+    #[must_use]
+    pub fn received() -> Self {
+        Self::new(Scorer::Received, Heads::Mean)
+    }
+
+    /// The same, times the length of the token's value vector: attention moves what a value holds, and the
+    /// tokens that receive most hold least (Guo et al. 2024).
+    #[must_use]
+    pub fn value_weighted() -> Self {
+        Self::new(Scorer::ValueWeighted, Heads::Mean)
+    }
+
+    /// The most attention that a token is paid while the text is read a second time behind itself: what a
+    /// model needs of it to say it again (KVzip, Kim et al. 2025). Needs twice the positions of the text.
+    #[must_use]
+    pub fn reconstruct() -> Self {
+        Self::new(Scorer::Reconstruct, Heads::Max)
+    }
+
+    /// How far a token's keys are from being made up of the others' (their statistical leverage), plus the
+    /// attention it [receives](Self::received), both as multiples of their mean: as Compactor (Chari and
+    /// Van Durme 2025) blends the two. Keys are taken as they are rotated.
+    #[must_use]
+    pub fn leverage() -> Self {
+        Self::new(Scorer::Leverage, Heads::Mean)
+    }
+
+    /// Words by chance: the control that any score has to beat.
+    #[must_use]
+    pub fn random(seed: u64) -> Self {
+        Self::new(Scorer::Random { seed }, Heads::Mean)
+    }
+
+    /// The first words: another control.
+    #[must_use]
+    pub fn lead() -> Self {
+        Self::new(Scorer::Lead, Heads::Mean)
+    }
+
+    /// Your own: a score for each token, the higher, the more it matters.
+    #[must_use]
+    pub fn by<F>(score: F) -> Self
+    where
+        F: Fn(&Reading<'_>) -> Result<Vec<f32>> + Send + Sync + 'static,
+    {
+        Self::new(Scorer::By(Arc::new(score)), Heads::Mean)
+    }
+
+    /// The layers whose attention is asked. Default: all; their scores are averaged.
+    #[must_use]
+    pub fn layers(mut self, layers: impl RangeBounds<usize>) -> Self {
+        self.layers = (layers.start_bound().cloned(), layers.end_bound().cloned());
+        self
+    }
+
+    /// How the scores of heads become one. Default: their mean; for
+    /// [`reconstruct`](Self::reconstruct) the largest.
+    #[must_use]
+    pub fn heads(mut self, heads: Heads) -> Self {
+        self.heads = heads;
+        self
+    }
+
+    /// Keeps this share of a text's tokens, above 0 and at most 1. Default: a quarter.
+    #[must_use]
+    pub fn share(mut self, share: f64) -> Self {
+        self.budget = Budget::Share(share);
+        self
+    }
+
+    /// Keeps this many tokens, at least 1.
+    #[must_use]
+    pub fn tokens(mut self, tokens: usize) -> Self {
+        self.budget = Budget::Tokens(tokens);
+        self
+    }
+
+    /// Checks what does not depend on the model.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] naming what is outside its range.
+    pub fn validate(&self) -> Result<()> {
+        match self.budget {
+            Budget::Share(share) if !(share > 0.0 && share <= 1.0) => {
+                return Err(Error::parameter("share", "above 0, at most 1", share));
+            }
+            Budget::Tokens(0) => return Err(Error::parameter("tokens", "at least 1", 0)),
+            _ => {}
+        }
+        match self.scorer {
+            Scorer::LastQueries { queries: 0 } => {
+                Err(Error::parameter("last_queries", "at least 1", 0))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How many of a text's tokens may be kept.
+    pub(super) fn room(&self, tokens: usize) -> usize {
+        match self.budget {
+            Budget::Share(share) => (share * tokens as f64).ceil() as usize,
+            Budget::Tokens(most) => most,
+        }
+    }
+
+    /// A score for each token of `reading`.
+    pub(super) fn scores(&self, reading: &Reading<'_>) -> Result<Vec<f32>> {
+        let tokens = reading.ids.len();
+        let scores = match &self.scorer {
+            Scorer::Random { seed } => {
+                let mut scores: Vec<f32> = (0..tokens).map(|token| token as f32).collect();
+                scores.shuffle(&mut ChaCha8Rng::seed_from_u64(*seed));
+                scores
+            }
+            Scorer::Lead => (0..tokens).map(|token| -(token as f32)).collect(),
+            Scorer::By(score) => score(reading)?,
+            attention => self.look(attention, reading)?,
+        };
+        if scores.len() != tokens {
+            let expected = format!("one for each of {tokens} tokens");
+            return Err(Error::parameter("salience scores", expected, scores.len()));
+        }
+        match scores.iter().position(|score| !score.is_finite()) {
+            Some(position) => Err(Error::NotFinite { what: "salience scores", position }),
+            None => Ok(scores),
+        }
+    }
+
+    /// Runs the text, with a tap on the attention of the layers.
+    fn look(&self, scorer: &Scorer, reading: &Reading<'_>) -> Result<Vec<f32>> {
+        let (model, ids) = (reading.model, reading.ids);
+        let sight = match scorer {
+            Scorer::LastQueries { .. } | Scorer::Reconstruct => Sight::Causal,
+            _ => Sight::Bidirectional,
+        };
+        let transformer = match sight {
+            Sight::Causal => model.thought_model().decoder(),
+            Sight::Bidirectional => model.thought_model().thinker(),
+        };
+        let mut read = ids.to_vec();
+        if matches!(scorer, Scorer::Reconstruct) {
+            read.extend(ids.iter().filter(|id| Some(**id) != transformer.config().bos_token_id));
+        }
+        transformer.check_context(read.len())?;
+        let layers = self.layers_of(transformer)?;
+        let queries = match scorer {
+            Scorer::LastQueries { queries } => ids.len().saturating_sub(*queries)..ids.len(),
+            Scorer::Reconstruct => ids.len()..read.len(),
+            _ => 0..ids.len(),
+        };
+        if queries.is_empty() {
+            return Ok(vec![0.0; ids.len()]); // nothing but BOS
+        }
+        let mut tap = Columns {
+            scorer,
+            heads: self.heads,
+            layers: layers.clone(),
+            queries,
+            attention: vec![0.0; ids.len()],
+            leverage: vec![0.0; ids.len()],
+        };
+        let batch = Batch::one(read.len())?;
+        let xs = transformer.embed_ids(&read)?;
+        let context = ForwardContext::from(Pass::uncached(&batch, sight)).tap(&mut tap);
+        transformer.forward(&xs, 0..layers.end, context)?;
+        Ok(match scorer {
+            Scorer::LastQueries { .. } => with_neighbours(&tap.attention),
+            Scorer::Leverage => {
+                let both = of_mean(&tap.leverage).zip(of_mean(&tap.attention));
+                both.map(|(leverage, attention)| leverage + attention).collect()
+            }
+            _ => tap.attention,
+        })
+    }
+
+    fn layers_of(&self, transformer: &Transformer) -> Result<Range<usize>> {
+        let all = transformer.all_layers().end;
+        let start = match self.layers.0 {
+            Bound::Included(start) => start,
+            Bound::Excluded(before) => before.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match self.layers.1 {
+            Bound::Included(last) => last.saturating_add(1),
+            Bound::Excluded(end) => end,
+            Bound::Unbounded => all,
+        };
+        match start < end && end <= all {
+            true => Ok(start..end),
+            false => {
+                let expected = format!("some of the layers 0..{all}");
+                Err(Error::parameter("salience layers", expected, format!("{start}..{end}")))
+            }
+        }
+    }
+}
+
+/// What is paid to each of the first few keys: sums of columns of the attention weights, of one head and some
+/// rows at a time.
+struct Columns<'a> {
+    scorer: &'a Scorer,
+    heads: Heads,
+    layers: Range<usize>,
+    /// Whose attention counts.
+    queries: Range<usize>,
+    /// Of each key, the mean over layers.
+    attention: Vec<f32>,
+    leverage: Vec<f32>,
+}
+
+impl Tap for Columns<'_> {
+    fn attention(&mut self, layer: usize, attended: &Attended<'_>) -> Result<()> {
+        if !self.layers.contains(&layer) {
+            return Ok(());
+        }
+        let (keys, values) = attended.keys_and_values(0)?; // (kv_heads, keys, head_dim)
+        let (kv_heads, heads) = (keys.dim(0)?, attended.heads());
+        let share = 1.0 / self.layers.len() as f32;
+        let mut of_layer = vec![0f32; self.attention.len()];
+        for head in 0..heads {
+            let mut of_head = self.paid(attended, head)?;
+            if matches!(self.scorer, Scorer::ValueWeighted) {
+                let values = values.get(head * kv_heads / heads)?.to_dtype(DType::F32)?;
+                let lengths = values.sqr()?.sum(1)?.sqrt()?.to_vec1::<f32>()?;
+                of_head.iter_mut().zip(lengths).for_each(|(score, length)| *score *= length);
+            }
+            for (all, own) in of_layer.iter_mut().zip(of_head) {
+                match self.heads {
+                    Heads::Mean => *all += own / heads as f32,
+                    Heads::Max => *all = all.max(own),
+                }
+            }
+        }
+        self.attention.iter_mut().zip(of_layer).for_each(|(all, own)| *all += own * share);
+        if matches!(self.scorer, Scorer::Leverage) {
+            for head in 0..kv_heads {
+                let own = leverage::leverage(&keys.get(head)?.to_dtype(DType::F32)?)?;
+                self.leverage.iter_mut().zip(own).for_each(|(all, own)| *all += own * share);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Columns<'_> {
+    /// What one head pays to each key: the most of any query where the text is read again, else the mean.
+    fn paid(&self, attended: &Attended<'_>, head: usize) -> Result<Vec<f32>> {
+        let tokens = self.attention.len();
+        let mut paid = vec![0f32; tokens];
+        for start in self.queries.clone().step_by(ROWS_AT_ONCE) {
+            let rows = start..self.queries.end.min(start + ROWS_AT_ONCE);
+            let weights = attended.weights(0, head, rows)?; // (rows, keys)
+            let weights = weights.narrow(1, 0, tokens)?.to_dtype(DType::F32)?;
+            let most = matches!(self.scorer, Scorer::Reconstruct);
+            let some: Tensor = if most { weights.max(0)? } else { weights.sum(0)? };
+            for (all, some) in paid.iter_mut().zip(some.to_vec1::<f32>()?) {
+                *all = if most { all.max(some) } else { *all + some / self.queries.len() as f32 };
+            }
+        }
+        Ok(paid)
+    }
+}
+
+/// The mean of each score and of its two neighbours on either side: what matters comes in runs.
+fn with_neighbours(scores: &[f32]) -> Vec<f32> {
+    const REACH: usize = 2;
+    let mean = |at: usize| {
+        let near = at.saturating_sub(REACH)..(at + REACH + 1).min(scores.len());
+        let near = scores.get(near).unwrap_or_default();
+        near.iter().sum::<f32>() / near.len().max(1) as f32
+    };
+    (0..scores.len()).map(mean).collect()
+}
+
+/// `values` as multiples of their mean; as they are if that is 0.
+fn of_mean(values: &[f32]) -> impl Iterator<Item = f32> {
+    let mean = values.iter().sum::<f32>() / values.len().max(1) as f32;
+    let mean = if mean > 0.0 { mean } else { 1.0 };
+    values.iter().map(move |value| value / mean)
+}

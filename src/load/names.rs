@@ -1,8 +1,8 @@
 //! How the kinds of checkpoint spell a weight, and where in a tensor its rows are.
 
-use crate::config::{Config, ROUTER, of_expert, split_expert};
-
 use std::borrow::Cow;
+
+use crate::config::{Config, ROUTER, of_expert, split_expert};
 
 /// Whose names, and whose order of rows, a checkpoint follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +105,9 @@ impl Naming {
                 let row = EXPERT.into_iter().find(|[ours, ..]| *ours == matrix)?;
                 let matrix = self.column(row);
                 let within = match self {
-                    Self::HuggingFace | Self::HuggingFaceBase => of_expert(index, matrix),
+                    Self::HuggingFace | Self::HuggingFaceBase | Self::Wrapped { .. } => {
+                        of_expert(index, &matrix)
+                    }
                     Self::Mistral => format!("feed_forward.experts.{index}.{matrix}"),
                     Self::Gguf => format!("{matrix}.{index}"),
                 };
@@ -121,7 +123,7 @@ impl Naming {
     /// The tensor that packs a matrix of all experts, if this kind of checkpoint has such tensors.
     fn pack(self, (_, hugging_face, gguf): (&str, Pack, Pack)) -> Option<Pack> {
         match self {
-            Self::HuggingFace | Self::HuggingFaceBase => Some(hugging_face),
+            Self::HuggingFace | Self::HuggingFaceBase | Self::Wrapped { .. } => Some(hugging_face),
             Self::Gguf => Some(gguf),
             Self::Mistral => None,
         }

@@ -107,3 +107,28 @@ fn chat_keeps_what_was_read() -> Result {
     assert!(!run("chat", &[], "")?.status.success());
     Ok(())
 }
+
+#[test]
+fn memory_finds_marks_and_answers() -> Result {
+    let plain = |text: String| text.replace("\x1b[1m", "").replace("\x1b[0m", "");
+    let own = succeed("memory", &[], "")?;
+    assert!(own.contains("\x1b[1m") && own.contains("a note: "), "{own}");
+    let own = plain(own);
+    assert!(own.contains("By then, the kettle was put in the crate."), "{own}");
+    assert!(own.contains("Where is the ball?\nIn the …"), "{own}");
+
+    let (folder, notes) = (checkpoint(1.0, true)?, tempfile::tempdir()?);
+    let texts = [("a.txt", "the cat sat on the mat"), ("b.txt", "the dog sat about in the sun")];
+    for (name, text) in texts {
+        std::fs::write(notes.path().join(name), text)?;
+    }
+    let path = folder.path().to_str().ok_or("no text")?;
+    let notes = notes.path().to_str().ok_or("no text")?;
+    let found = plain(succeed("memory", &[path, notes, "where is the cat?"], "")?);
+    for (name, text) in texts {
+        assert!(found.contains(&format!(" {name}: {text}\n")), "{found}");
+    }
+    assert!(!run("memory", &[path], "")?.status.success());
+    assert!(!run("memory", &[path, "no such folder", "why?"], "")?.status.success());
+    Ok(())
+}

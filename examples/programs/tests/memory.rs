@@ -334,3 +334,43 @@ fn eval_prints_the_figures_of_the_library() -> Result {
     assert!(stderr.contains("at least 2"), "{stderr}");
     Ok(())
 }
+
+#[test]
+fn help_lists_every_option_and_is_short_where_it_is_asked_to_be() -> Result {
+    let new = ["--store", "--embed", "--salience", "--share", "--model"];
+    for (name, options) in [
+        ("add", [&new[..], &["--split", "--tokens", "--tag", "--source", "--supersede"]].concat()),
+        (
+            "ask",
+            vec![
+                "--store",
+                "--best",
+                "--tag",
+                "--min-score",
+                "--diversity",
+                "--context",
+                "--chat",
+                "--max-tokens",
+                "--mark",
+                "--json",
+                "--model",
+                "--passes",
+                "--temperature",
+            ],
+        ),
+        ("list", vec!["--store", "--json"]),
+        ("forget", vec!["--store", "<ID>..."]),
+        ("import", new.to_vec()),
+        ("eval", vec!["--texts", "--passages", "--tokens", "--shares", "--draws", "--json"]),
+    ] {
+        let help = succeed(&[name, "--help"])?;
+        let words: Vec<&str> =
+            help.split(|c: char| c.is_whitespace() || "[],".contains(c)).collect();
+        for option in options {
+            assert!(words.contains(&option), "{name} {option}: {help}");
+        }
+        let short = succeed(&[name, "-h"])?;
+        assert!(short.lines().count() <= 40, "{name}: {short}");
+    }
+    Ok(())
+}

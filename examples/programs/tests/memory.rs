@@ -53,7 +53,7 @@ fn files(folder: &Path) -> Result<Vec<String>> {
 
 #[test]
 fn what_was_added_is_found_as_the_library_finds_it() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let model = load(folder.path())?;
     let path = folder.path().to_str().ok_or("no text")?;
     let (files, store) = (files(folder.path())?, folder.path().join("notes.redb"));
@@ -123,7 +123,7 @@ fn what_was_added_is_found_as_the_library_finds_it() -> Result {
 
 #[test]
 fn notes_are_listed_corrected_forgotten_and_carried_over() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let path = folder.path().to_str().ok_or("no text")?;
     let files = files(folder.path())?;
     let (store, other) = (folder.path().join("a.redb"), folder.path().join("b.redb"));
@@ -169,7 +169,7 @@ fn notes_are_listed_corrected_forgotten_and_carried_over() -> Result {
 
 #[test]
 fn a_store_keeps_to_what_it_was_made_with() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let path = folder.path().to_str().ok_or("no text")?;
     let (files, store) = (files(folder.path())?, folder.path().join("notes.redb"));
     let at = store.to_str().ok_or("no text")?;
@@ -206,7 +206,7 @@ fn a_store_keeps_to_what_it_was_made_with() -> Result {
 
 #[test]
 fn files_become_notes_as_they_are_told() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let path = folder.path().to_str().ok_or("no text")?;
     let file = folder.path().join("long.txt");
     let sentence = "the cat sat on the mat, and the dog sat about. ";
@@ -243,7 +243,7 @@ fn files_become_notes_as_they_are_told() -> Result {
 
 #[test]
 fn what_is_wrong_is_named_before_anything_is_written() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let path = folder.path().to_str().ok_or("no text")?;
     let files = files(folder.path())?;
     let (empty, store) = (folder.path().join("empty.txt"), folder.path().join("notes.redb"));
@@ -277,7 +277,7 @@ fn what_is_wrong_is_named_before_anything_is_written() -> Result {
 
 #[test]
 fn eval_prints_the_figures_of_the_library() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let path = folder.path().to_str().ok_or("no text")?;
     let texts = [
         "the cat sat on the mat about the dog, and the dog sat on the mat in the sun",

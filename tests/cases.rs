@@ -203,12 +203,18 @@ fn rope_scaling_by_one_is_none() -> Result {
     }
     for scaling in [
         json!({ "type": "linear", "factor": 1.5 }),
-        json!({ "type": "linear" }),
         json!({ "rope_type": "yarn", "factor": 1.0, "attention_factor": 1.1 }),
-        json!({ "rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 128 }),
+        json!({ "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128 }),
     ] {
         let folder = folder(&[config(&json!({ "rope_scaling": scaling }))?])?;
-        assert!(matches!(load(folder.path()), Err(Error::Unsupported { .. })), "{scaling}");
+        assert!(load(folder.path())?.config().rope_scaling.is_some(), "{scaling}");
+    }
+    for scaling in [json!({ "type": "linear" }), json!({ "rope_type": "longrope", "factor": 2.0 })]
+    {
+        let folder = folder(&[config(&json!({ "rope_scaling": scaling }))?])?;
+        let refused = load(folder.path());
+        let is_named = matches!(refused, Err(Error::Config { .. } | Error::Unsupported { .. }));
+        assert!(is_named, "{scaling}");
     }
     Ok(())
 }

@@ -23,9 +23,12 @@ fn model(tokenizer: &str, sliding_window: Option<usize>) -> Result<HybridModel> 
     Ok(HybridModel::new(tiny::transformer(&config, 1)?, tokenizer)?)
 }
 
-/// Per layer and head: weights, keys, values of the one sequence.
+/// Weights, `(queries, keys)`, keys and values.
+type Head = (Vec<Vec<f32>>, Tensor, Tensor);
+
+/// Per layer and head of the one sequence.
 #[derive(Default)]
-struct Whole(Vec<Vec<(Vec<Vec<f32>>, Tensor, Tensor)>>);
+struct Whole(Vec<Vec<Head>>);
 
 impl Tap for Whole {
     fn attention(&mut self, _: usize, attended: &Attended<'_>) -> hybrid_attention::Result<()> {
@@ -55,7 +58,7 @@ fn by_hand(
     layers: Range<usize>,
     heads: Heads,
     tokens: usize,
-    of_head: impl Fn(&(Vec<Vec<f32>>, Tensor, Tensor), usize) -> hybrid_attention::Result<f32>,
+    of_head: impl Fn(&Head, usize) -> hybrid_attention::Result<f32>,
 ) -> hybrid_attention::Result<Vec<f32>> {
     (0..tokens)
         .map(|key| {

@@ -29,6 +29,10 @@ fn each(case: impl Fn(&str, Box<dyn Store>) -> Result) -> Result {
         let store = hybrid_attention::memory::Embedded::open(folder.path().join("notes.redb"))?;
         case("embedded", Box::new(store))?;
     }
+    #[cfg(feature = "pgvector")]
+    if let Some(schema) = common::server::Schema::empty()? {
+        case("postgres", Box::new(hybrid_attention::memory::Postgres::connect(&schema.to())?))?;
+    }
     Ok(())
 }
 

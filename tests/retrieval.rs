@@ -225,7 +225,7 @@ proptest! {
         most in 16usize..40,
         name in prop_oneof![Just("llama"), Just("byte_level")],
     ) {
-        hybrid_attention_testing::holds(pieces_hold(&text, most, name))?;
+        tiny::holds(pieces_hold(&text, most, name))?;
     }
 }
 

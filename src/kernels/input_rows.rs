@@ -13,7 +13,7 @@ use super::weight::Weight;
 
 /// Up to this many rows of input, each row of the weight is multiplied as it is read; for more it pays
 /// to transpose the input.
-pub(super) const FEW_ROWS: usize = 16;
+pub(crate) const FEW_ROWS: usize = 16;
 
 /// Rows of input as the kernels for products read them.
 pub(super) struct InputRows {

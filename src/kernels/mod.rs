@@ -30,10 +30,12 @@ mod weight;
 pub(crate) use attention::{
     HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans, gather, scores, shares, write_block,
 };
+pub(crate) use dense::products;
 pub(crate) use door::{
     Input, attend, fits_kernels, log_softmax, mix, rms_norm, softmax, split_heads, swiglu,
 };
 pub(crate) use fresh::Fresh;
+pub(crate) use input_rows::FEW_ROWS;
 pub(crate) use memory::FreedMemory;
 pub use memory::keep_freed_memory;
 pub(crate) use quantized::{Codebook, CodebookMatrix, reads_blocks};

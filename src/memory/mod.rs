@@ -49,6 +49,8 @@ pub use recall::{Recall, Recalled};
 pub use salience::{Heads, Reading, Salience};
 #[cfg(feature = "redb")]
 pub use store::Embedded;
+#[cfg(feature = "pgvector")]
+pub use store::Postgres;
 pub use store::{Record, Store, Volatile};
 
 use self::note::now;

@@ -9,6 +9,8 @@ pub(crate) mod gradient;
 pub(crate) mod hub;
 pub(crate) mod kept;
 pub(crate) mod reference;
+#[cfg(feature = "pgvector")]
+pub(crate) mod server;
 pub(crate) mod tiny;
 
 use std::collections::{BTreeMap, HashMap};

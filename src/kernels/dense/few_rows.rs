@@ -53,6 +53,13 @@ pub(in crate::kernels) fn few_rows<T: Element>(
         .for_each(|(columns, w)| arch.dispatch(FewRows { x, w, len, columns }));
 }
 
+/// The same of numbers, on the calling thread: `columns[o * rows + r] = x[r] · w[o]`.
+pub(crate) fn products(x: &[f32], w: &[f32], len: usize, columns: &mut [f32]) {
+    if len > 0 && !x.is_empty() {
+        Arch::new().dispatch(FewRows { x, w, len, columns });
+    }
+}
+
 pub(in crate::kernels) struct FewRows<'a, T> {
     pub(in crate::kernels) x: &'a [f32],
     /// `(out, len)`

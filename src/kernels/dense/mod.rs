@@ -8,6 +8,7 @@ mod many_rows;
 pub(super) use element::{Element, from_half};
 #[cfg(test)]
 pub(super) use few_rows::FewRows;
+pub(crate) use few_rows::products;
 pub(super) use few_rows::{few_rows, prefetch_ahead, prefetch_start};
 pub(super) use many_rows::{MicroKernel, Tiles};
 

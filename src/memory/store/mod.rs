@@ -3,6 +3,8 @@
 #[cfg(feature = "redb")]
 mod embedded;
 mod index;
+#[cfg(feature = "pgvector")]
+mod postgres;
 mod volatile;
 
 use std::collections::BTreeMap;
@@ -12,6 +14,8 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "redb")]
 pub use self::embedded::Embedded;
+#[cfg(feature = "pgvector")]
+pub use self::postgres::Postgres;
 pub use self::volatile::Volatile;
 use super::note::{Note, NoteId};
 use crate::error::{Error, Result};

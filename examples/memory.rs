@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// A text with the words that carry it in bold.
 fn marked(model: &HybridModel, text: &str) -> hybrid_attention::Result<String> {
-    let point = MainPoint::of(model, text, &Salience::last_queries(8).share(0.25))?;
+    let point = MainPoint::of(model, text, &Salience::reconstruct().share(0.25))?;
     let (mut marked, mut at) = (String::new(), 0);
     for span in point.spans() {
         marked += &format!("{}\x1b[1m{}\x1b[0m", &text[at..span.bytes.start], span.text);

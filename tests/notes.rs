@@ -489,7 +489,8 @@ fn what_a_strangers_store_says_is_held_to_its_range() -> Result {
     for (format, embedding, expected) in [
         (2, r#"{"whole": {}}"#, "format 2"),
         (1, r#"{"whole": {"max_tokens": 0}}"#, "max_tokens"),
-        (1, r#"{"whole": {"thinking": {"passes": 1000000}}}"#, "thinking"),
+        (1, r#"{"whole": {"thinking": {"passes": 1000000}}}"#, "passes"),
+        (1, r#"{"whole": {"thinking": {"passes": 1000}}}"#, "thinking"),
         (
             1,
             r#"{"main_point": {"scorer": "received", "heads": "mean", "budget": {"share": 7}}}"#,

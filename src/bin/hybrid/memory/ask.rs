@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write, stdout};
 
 use clap::Args;
 use hybrid_attention::memory::{MainPoint, Memory, Recall, Recalled};
-use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt};
+use hybrid_attention::{Error, GenerationConfig, HybridModel, Message, Prompt};
 use serde_json::json;
 
 use super::how::{How, StoreArgs, parse_tag};
@@ -48,7 +48,7 @@ pub(crate) struct Options {
     max_tokens: usize,
 
     /// Whose words are marked where the store embeds whole texts, and so says of no word that it carries them
-    #[arg(long, value_enum, default_value_t = How::LastQueries, value_name = "HOW", hide_short_help = true)]
+    #[arg(long, value_enum, default_value_t = How::Reconstruct, value_name = "HOW", hide_short_help = true)]
     mark: How,
 
     /// Print one JSON object: {"found": [{"id", "text", "score", "spans": [[from, to, score], ..], ..}, ..],
@@ -130,7 +130,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// The words that carry a text, where the store does not say.
 fn marked(model: &HybridModel, text: &str, how: How) -> Result<Vec<(usize, usize, f32)>> {
-    let point = MainPoint::of(model, text, &how.salience())?;
+    let point = match MainPoint::of(model, text, &how.salience()) {
+        // Long for a text that is read twice, and no reason not to answer.
+        Err(Error::ContextFull { .. }) => MainPoint::of(model, text, &How::Received.salience()),
+        other => other,
+    }?;
     Ok(point.spans().iter().map(|span| (span.bytes.start, span.bytes.end, span.score)).collect())
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct NewStoreArgs {
     embed: Option<What>,
 
     /// How words are scored for a main point; `hybrid memory eval` compares the ways
-    /// [default: last-queries]
+    /// [default: reconstruct]
     #[arg(long, value_enum, value_name = "HOW", requires = "embed")]
     salience: Option<How>,
 
@@ -66,7 +66,7 @@ pub(crate) enum How {
     Received,
     /// The same times the length of the value
     ValueWeighted,
-    /// Attention paid while the text is read again
+    /// Attention paid while the text is read again behind itself: needs twice its place in the context
     Reconstruct,
     /// How far keys are from being made up of others, plus attention received
     Leverage,
@@ -97,7 +97,7 @@ impl NewStoreArgs {
         if what == What::Whole && (self.salience.is_some() || self.share.is_some()) {
             return Err("--salience and --share are for --embed main-point and words".into());
         }
-        let salience = self.salience.unwrap_or(How::LastQueries).salience();
+        let salience = self.salience.unwrap_or(How::Reconstruct).salience();
         let salience = self.share.into_iter().fold(salience, Salience::share);
         let embedding = match what {
             What::Whole => Embedding::Whole(EmbedConfig::default()),

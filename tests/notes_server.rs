@@ -183,7 +183,7 @@ fn a_server_that_goes_away_in_the_middle_is_named_and_nothing_is_half_written() 
         let source = format!("round {round}");
         let old = direct.page(None, 1000)?;
         records.iter_mut().for_each(|record| record.note.source = Some(source.clone()));
-        way.left.store(((whole + 200) * round / 40 + 1) as isize, Ordering::SeqCst);
+        way.left.store((whole * round / 26 + 1) as isize, Ordering::SeqCst);
         let put = store.put(&records);
         let now = direct.page(None, 1000)?;
         let new = now.iter().all(|record| record.note.source.as_ref() == Some(&source));
@@ -237,14 +237,15 @@ fn stores_of_one_place_share_it() -> Result {
     })?;
     assert_eq!(stores.len(), 4);
     let errors: Vec<Error> = thread::scope(|scope| {
-        let work = |(number, store): (usize, &Postgres)| {
-            let store: &dyn Store = store;
-            let own: Vec<Record> = (0..60)
-                .map(|index| record(index, 3, &mut ChaCha8Rng::seed_from_u64(number as u64)))
-                .collect();
-            move || (0..10).try_for_each(|_| store.put(&own))
-        };
-        let working: Vec<_> = stores.iter().enumerate().map(|it| scope.spawn(work(it))).collect();
+        let working: Vec<_> = (0u64..)
+            .zip(&stores)
+            .map(|(number, store)| {
+                let own: Vec<Record> = (0..60)
+                    .map(|index| record(index, 3, &mut ChaCha8Rng::seed_from_u64(number)))
+                    .collect();
+                scope.spawn(move || (0..10).try_for_each(|_| store.put(&own)))
+            })
+            .collect();
         working.into_iter().filter_map(|it| it.join().ok()?.err()).collect()
     });
     assert!(errors.is_empty(), "{errors:?}");
@@ -268,7 +269,6 @@ fn no_message_says_the_password() -> Result {
         "geheim",
         "",
         "host=127.0.0.1 port=1 sslmode=require password=geheim user=me",
-        "host=nowhere.invalid password=geheim user=me",
     ] {
         let error = Postgres::connect(to).err().ok_or("it is there")?;
         let said = format!("{error} {error:?}");

@@ -33,7 +33,7 @@ fn texts(count: usize) -> Vec<String> {
         "why", "nobody", "knew", "baker", "town",
     ];
     let mut rng = ChaCha8Rng::seed_from_u64(11);
-    let mut text = |index: usize| -> String {
+    let text = |index: usize| -> String {
         let words: Vec<&str> = (0..30).filter_map(|_| WORDS.choose(&mut rng).copied()).collect();
         let mut text = words.join(" ");
         let at = rng.random_range(5..20);

@@ -62,7 +62,7 @@ fn what_was_put_is_there_once() -> Result {
         a.spans = vec![(0, 1, 0.5)];
         let b = record("b", &[&[0.6, 0.8]]);
         store.put(&[a.clone(), b.clone()])?;
-        store.put(&[b.clone()])?;
+        store.put(std::slice::from_ref(&b))?;
         assert_eq!(
             (store.len()?, store.get(a.id)?, store.get(b.id)?),
             (2, Some(a.clone()), Some(b.clone()))

@@ -17,7 +17,7 @@
 //!     "Then Eva gave everything to Max. Then Max gave all of it to Eva again.",
 //!     "Earlier, Leo had handed everything to Ida. By then, Ida had it from Leo.",
 //! ];
-//! let cut = |text: &&str| Passage::cut(&model, text, 10).transpose();
+//! let cut = |text: &&str| Passage::cut(&model, text, 4).transpose();
 //! let passages = texts.iter().filter_map(cut).collect::<hybrid_attention::Result<Vec<_>>>()?;
 //! for row in Retrieval::default().run(&model, &passages, || ())? {
 //!     println!("{} {:?} {:.3}", row.name, row.share, Estimate::of(&row.reciprocal_ranks).mean);

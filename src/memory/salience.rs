@@ -199,7 +199,7 @@ impl Salience {
         self
     }
 
-    /// Keeps this share of a text's tokens, above 0 and at most 1. Default: a quarter.
+    /// Keeps this share of a text's tokens, rounded up, above 0 and at most 1. Default: a quarter.
     #[must_use]
     pub fn share(mut self, share: f64) -> Self {
         self.budget = Budget::Share(share);

@@ -112,10 +112,11 @@ fn what_was_added_is_found_as_the_library_finds_it() -> Result {
     // For people: marks, but no styles where there is no terminal; lines below each other.
     let shown = succeed(&some)?;
     assert!(shown.starts_with("1. ") && !shown.contains('\x1b'), "{shown}");
-    assert!(shown.matches('*').count() >= 6 && shown.contains("\n   in the sun"), "{shown}");
+    let plain = shown.replace('*', "");
+    assert!(shown.matches('*').count() >= 6 && plain.contains("\n   in the sun"), "{shown}");
     for (text, file) in TEXTS.iter().zip(&files) {
         let first = text.lines().next().unwrap_or_default();
-        assert!(shown.replace('*', "").contains(first) && shown.contains(file), "{shown}");
+        assert!(plain.contains(first) && shown.contains(file), "{shown}");
     }
     let answer = succeed(&[&ask[..], &["--max-tokens=0"]].concat())?;
     assert!(shown.starts_with(&answer) && shown.len() > answer.len());

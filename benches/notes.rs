@@ -20,7 +20,7 @@ use rayon::ThreadPoolBuilder;
 
 use hybrid_attention_benches::{median, of_processors, sorted};
 
-type Result<T = ()> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+type Result<T = (), E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
 const QUERIES: usize = 20;
 
@@ -104,8 +104,11 @@ fn best(vector: &[f32], best: usize) -> Search {
 fn search(count: usize, width: usize) -> Result {
     let store = Volatile::default();
     fill(&store, 0, count, width, None)?;
-    for threads in [1, std::thread::available_parallelism()?.get()] {
-        let pool = ThreadPoolBuilder::new().num_threads(threads).build()?;
+    let threads = [1, std::thread::available_parallelism()?.get()];
+    let pool = |threads| ThreadPoolBuilder::new().num_threads(threads).build();
+    // All of them first: what a thread that has ended has spent is counted no more.
+    let pools = threads.into_iter().map(pool).collect::<Result<Vec<_>, _>>()?;
+    for (threads, pool) in threads.into_iter().zip(pools) {
         let queries = vectors(QUERIES, width, None)?;
         let times = pool.install(|| times(&store, &queries))?;
         let bytes = (4 * count * width) as f64;

@@ -22,7 +22,7 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::model::{Batch, Linear, Pass, Transformer, Weights};
 use hybrid_attention::{Config, Experts, WeightType};
 
-use hybrid_attention_benches::{median, sorted};
+use hybrid_attention_benches::{median, of_processors, sorted};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -99,16 +99,6 @@ fn seconds(model: &Transformer, xs: &Tensor, repeats: u32, cpu: bool) -> Result<
         false => start.elapsed().as_secs_f64(),
     };
     Ok(seconds / f64::from(repeats))
-}
-
-/// Seconds that processors have spent on this process so far.
-fn of_processors() -> Result<f64> {
-    let mut nanoseconds = 0.0;
-    for thread in std::fs::read_dir("/proc/self/task")? {
-        let spent = std::fs::read_to_string(thread?.path().join("schedstat"))?;
-        nanoseconds += spent.split(' ').next().unwrap_or_default().parse::<f64>()?;
-    }
-    Ok(nanoseconds / 1e9)
 }
 
 /// Random rows, the same ones again and again, each matrix in memory of its own: kept in the type of field

@@ -49,6 +49,17 @@ pub fn peak_memory() -> f64 {
     kib.parse::<f64>().unwrap_or(0.0) / 1024.0
 }
 
+/// Seconds that processors have spent on the threads of this process so far (Linux only).
+pub fn of_processors() -> std::io::Result<f64> {
+    let mut nanoseconds = 0.0;
+    for thread in std::fs::read_dir("/proc/self/task")? {
+        let spent = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        let spent = spent.split(' ').next().unwrap_or_default().parse::<f64>();
+        nanoseconds += spent.map_err(std::io::Error::other)?;
+    }
+    Ok(nanoseconds / 1e9)
+}
+
 /// Writes a GGUF file as a Hugging Face folder in `f32`.
 pub fn unpack(gguf: &Path, folder: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let checkpoint = Checkpoint::open(gguf)?;

@@ -213,12 +213,13 @@ fn a_server_that_goes_away_in_the_middle_is_named_and_nothing_is_half_written() 
 #[test]
 fn a_connection_that_was_ended_since_is_made_again() -> Result {
     let Some(schema) = Schema::empty()? else { return Ok(()) };
-    let store = Postgres::connect(&schema.to())?;
+    // Other tests have connections, too.
+    let name = schema.to().split_once("search_path=").map(|it| it.1.replace([',', '\''], "_"));
+    let name = name.ok_or("no name")?;
+    let store = Postgres::connect(&format!("{} application_name={name}", schema.to()))?;
     store.claim("a manifest")?;
-    schema.client()?.batch_execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%hybrid_attention_about%' \
-         AND pid <> pg_backend_pid()",
-    )?;
+    let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1";
+    assert_eq!(schema.client()?.query(sql, &[&name])?.len(), 1);
     assert_eq!(store.manifest()?.as_deref(), Some("a manifest"));
     Ok(())
 }

@@ -37,6 +37,13 @@ pub fn pieces(tokenizer: &Tokenizer, text: &str, most: usize) -> Result<Vec<Rang
     if most < LEAST {
         return Err(Error::parameter("tokens of a piece", "at least 16", most));
     }
+    let (body, from) = (text.trim(), text.len() - text.trim_start().len());
+    if body.is_empty() {
+        return Ok(Vec::new());
+    }
+    if tokenizer.encode(body, true)?.len() <= most {
+        return Ok(vec![from..from + body.len()]);
+    }
     let (_, tokens) = tokenizer.encode_spans(text, true)?;
     let around = tokens.iter().filter(|bytes| bytes.is_empty()).count();
     let (mut pieces, mut first, mut start) = (Vec::new(), 0, 0);

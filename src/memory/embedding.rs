@@ -25,8 +25,8 @@ pub enum Embedding {
     Whole(EmbedConfig),
     /// One vector of its [`MainPoint`].
     MainPoint(Salience),
-    /// A vector for each token of its [`MainPoint`], compared one by one (MaxSim): finds better, and needs as
-    /// many times the memory.
+    /// A vector for each token of its [`MainPoint`], compared one by one (MaxSim), which needs as many
+    /// times the memory.
     Words(Salience),
 }
 

@@ -35,7 +35,7 @@ struct Cli {
 enum Command {
     /// Answer prompts, with or without thinking about them first
     Generate(generate::Options),
-    /// Chat in the terminal: one message a line; /reset begins anew, /quit leaves
+    /// Chat in the terminal: a line, or what is pasted, is a message; /reset begins anew, /quit leaves
     Chat(chat::Options),
     /// Turn texts into vectors and compare them with each other
     Embed(embed::Options),

@@ -29,7 +29,8 @@ pub(super) struct Index {
     width: Option<usize>,
     /// `(vectors, width)`
     rows: Vec<f32>,
-    /// A bit for the sign of each number, `(vectors, words)`; made where signs are compared.
+    /// A bit for the sign of each number, `(vectors, words)`: a 32nd of `rows`, kept before there are enough to
+    /// compare signs first.
     signs: Vec<u64>,
     entries: Vec<Entry>,
     places: BTreeMap<NoteId, usize>,

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod model;
 mod pooling;
 pub mod refine;
+mod replace;
 pub mod thought;
 mod tokenizer;
 

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -12,6 +12,7 @@ use safetensors::tensor::{Dtype, View};
 use super::{Adapter, AdapterConfig, PREFIX, Pair, Wrapped};
 use crate::error::{Error, Result};
 use crate::load::{TensorFile, read_text};
+use crate::replace::replace;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -243,21 +244,4 @@ pub(crate) fn serialize(
 ) -> Result<Vec<u8>> {
     safetensors::tensor::serialize(tensors, Some(metadata))
         .map_err(|error| Error::malformed(path, error))
-}
-
-/// Replaces a file atomically: it is written under another name first.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.part", std::process::id()));
-    let part = path.with_file_name(name);
-    let write = || {
-        let mut file = fs::File::create(&part)?;
-        file.write_all(content)?;
-        file.sync_all()?; // otherwise a crash might leave the new name without content
-        fs::rename(&part, path)
-    };
-    write().map_err(|error| {
-        fs::remove_file(&part).ok();
-        Error::io(path)(error)
-    })
 }

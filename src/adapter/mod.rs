@@ -66,7 +66,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use self::config::AdapterConfig;
-pub(crate) use self::file::{Values, replace, serialize};
+pub(crate) use self::file::{Values, serialize};
 pub use self::scope::AdapterScope;
 
 use crate::config::Config;

@@ -13,6 +13,7 @@ use super::snapshot::{self, Found};
 use super::{Fetched, wanted};
 use crate::error::{Error, Result};
 use crate::load::folder;
+use crate::replace::{appended, replace};
 
 /// Downloads what `name` chooses, and returns where it is. The weights come last, so that a snapshot with
 /// all weights has everything else, too.
@@ -93,9 +94,7 @@ impl Reference<'_> {
         let path = self.repo.join("refs").join(self.revision);
         let folder = path.parent().unwrap_or(&path);
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        let temporary = with_ending(&path, &format!(".{}.tmp", std::process::id()));
-        fs::write(&temporary, self.commit).map_err(Error::io(&temporary))?;
-        fs::rename(&temporary, &path).map_err(Error::io(&path))
+        replace(&path, self.commit.as_bytes())
     }
 }
 
@@ -168,7 +167,7 @@ impl<P: FnMut(Fetched<'_>)> Session<'_, P> {
                 let message = "the etag is that of another file, too".to_string();
                 return Err(Error::BadAnswer { url: remote.url.clone(), message });
             }
-            let partial = with_ending(&blob, ".incomplete");
+            let partial = appended(&blob, ".incomplete");
             self.content(file, remote, &partial)?;
             fs::rename(&partial, &blob).map_err(Error::io(&blob))?;
         }
@@ -319,10 +318,4 @@ use std::os::windows::fs::symlink_file as symlink;
 #[cfg(not(any(unix, windows)))]
 fn symlink(_target: &Path, _link: &Path) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
-}
-
-fn with_ending(path: &Path, ending: &str) -> PathBuf {
-    let mut path = path.as_os_str().to_os_string();
-    path.push(ending);
-    path.into()
 }

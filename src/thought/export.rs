@@ -8,10 +8,11 @@ use candle_core::{DType, Tensor};
 use serde_json::json;
 
 use super::{EncodedBatch, HandOff, Thinking, ThoughtLoop, Thoughts};
-use crate::adapter::{Values, replace, serialize};
+use crate::adapter::{Values, serialize};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::model::flat;
+use crate::replace::replace;
 
 /// How thoughts came about: whether they are a prompt, and of what.
 #[derive(Clone, Debug)]

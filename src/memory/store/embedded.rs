@@ -4,9 +4,8 @@ use std::fmt::Display;
 use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
-use std::{fs, io, process};
+use std::{fs, io};
 
 use redb::{
     Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable,
@@ -17,6 +16,7 @@ use super::index::{EXACT_UP_TO, Index};
 use super::{Hit, Record, Search, Store, check};
 use crate::error::{Error, Result};
 use crate::memory::note::NoteId;
+use crate::replace::unique;
 
 const ABOUT: TableDefinition<'_, &str, &str> = TableDefinition::new("about");
 /// JSON, without the vectors.
@@ -137,10 +137,7 @@ impl Embedded {
 /// Makes an empty store, whole or not at all: of a file that was only begun redb cannot tell that it is one. It
 /// is made under another name, which a process that is stopped meanwhile leaves behind.
 fn make(path: &Path) -> Result<(), String> {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let mut begun = path.as_os_str().to_owned();
-    begun.push(format!(".{}-{}.new", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
-    let begun = Path::new(&begun);
+    let begun = &unique(path, "new");
     // Of a process that had the same number.
     fs::remove_file(begun).ok();
     let made = guard(|| {

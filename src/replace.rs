@@ -1,0 +1,65 @@
+//! Files that are there whole or not at all.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::error::{Error, Result};
+
+/// Replaces a file atomically: it is written under another name first.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let part = unique(path, "part");
+    let write = || {
+        let mut file = fs::File::create(&part)?;
+        file.write_all(content)?;
+        file.sync_all()?; // otherwise a crash might leave the new name without content
+        fs::rename(&part, path)
+    };
+    write().map_err(|error| {
+        fs::remove_file(&part).ok();
+        Error::io(path)(error)
+    })
+}
+
+/// A path beside `path` that no other thread and no other process that runs now is given. One that has ended
+/// may have left a file there.
+///
+/// ```text
+/// refs/main -> refs/main.4711-0.part
+/// ```
+pub(crate) fn unique(path: &Path, ending: &str) -> PathBuf {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let (process, number) = (process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    appended(path, &format!(".{process}-{number}.{ending}"))
+}
+
+/// `path` with `ending` behind its name, other endings left as they are.
+pub(crate) fn appended(path: &Path, ending: &str) -> PathBuf {
+    let mut path = OsString::from(path);
+    path.push(ending);
+    path.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_at_once_leave_the_content_of_one_and_nothing_else() -> Result<()> {
+        let folder = tempfile::tempdir().map_err(Error::io("."))?;
+        let path = folder.path().join("file");
+        let contents: Vec<_> = (0..8_u8).map(|it| vec![it; 1 << 16]).collect();
+        let again = |content: &Vec<u8>| (0..50).try_for_each(|_| replace(&path, content));
+        std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                contents.iter().map(|content| scope.spawn(|| again(content))).collect();
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
+        })?;
+        assert!(contents.contains(&fs::read(&path).map_err(Error::io(&path))?));
+        assert_eq!(fs::read_dir(folder.path()).map_err(Error::io(folder.path()))?.count(), 1);
+        Ok(())
+    }
+}

@@ -438,10 +438,11 @@ impl HybridModel {
     /// how far each pass moved them. Without passes these are the embeddings.
     ///
     /// # Errors
-    /// An empty prompt, one that is too long for the model, text without a tokenizer, or settings
-    /// outside their range.
+    /// An empty prompt, one that is too long for the model or has [documents](Prompt::document), text without a
+    /// tokenizer, or settings outside their range.
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
         let prompt = self.source.encode(&prompt.into())?;
+        prompt.check_read_whole()?;
         config.validate()?;
         self.transformer().check_context(prompt.ids.len())?;
         let text = EncodedBatch::new(self.transformer(), &prompt.ids, prompt.batch()?)?;

@@ -104,6 +104,17 @@ impl KeptTokens {
         Ok(kept)
     }
 
+    /// The same numbers, rounded to `dtype`, as what the other of the two transformers of a model takes.
+    pub(crate) fn handed_to(&self, transformer: &Transformer, dtype: DType) -> Result<Self> {
+        let mut bytes = Vec::new();
+        for layer in 0..self.shape.layers {
+            let (keys, values) = self.layer(layer, &(0..self.tokens), &Device::Cpu)?;
+            write(&keys.to_dtype(dtype)?, &mut bytes)?;
+            write(&values.to_dtype(dtype)?, &mut bytes)?;
+        }
+        Self::new(transformer, dtype, self.tokens, Arc::new(bytes))
+    }
+
     /// How many tokens.
     #[must_use]
     pub fn tokens(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,6 +22,22 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
         fs::remove_file(&part).ok();
         Error::io(path)(error)
     })
+}
+
+/// Makes a file whole, unless there is one, which stays as it is.
+pub(crate) fn create(path: &Path, content: &[u8]) -> Result<()> {
+    if path.try_exists().map_err(Error::io(path))? {
+        return Ok(());
+    }
+    let made = &unique(path, "new");
+    replace(made, content)?;
+    // Unlike renaming, this leaves what somebody else has made there since; but not every disk knows links.
+    let named = match fs::hard_link(made, path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => fs::rename(made, path),
+        _ => Ok(()),
+    };
+    fs::remove_file(made).ok();
+    named.map_err(Error::io(path))
 }
 
 /// A path beside `path` that no other thread and no other process that runs now is given. One that has ended

@@ -70,11 +70,7 @@ impl Readable {
         Ok((vector, Document::new(ids, lead, kept)?))
     }
 
-    fn vector(
-        &self,
-        tokens: &Tokens,
-        cache: Option<Vec<&mut KvCache>>,
-    ) -> Result<Vec<f32>> {
+    fn vector(&self, tokens: &Tokens, cache: Option<Vec<&mut KvCache>>) -> Result<Vec<f32>> {
         let mut vectors = self.vectors.run(&[(0, tokens.clone())], cache)?;
         vectors.pop_front().map(|(_, vector)| vector).ok_or(Error::EmptyPrompt)
     }

@@ -39,7 +39,10 @@ struct Part {
 enum Content {
     Text(String),
     Ids(Vec<u32>),
-    Chat { messages: Vec<Message>, trusted: bool },
+    Chat {
+        messages: Vec<Message>,
+        trusted: bool,
+    },
     /// Some tokens of a document that was read once.
     Document(Document, Range<usize>),
 }

@@ -133,7 +133,11 @@ impl Rope {
         let frequencies = self.frequencies.at(0);
         let table = |function: fn(f64) -> f64| {
             let turned = frequencies.iter().map(|freq| function(difference * f64::from(*freq)));
-            Tensor::from_vec(turned.map(|it| it as f32).collect(), (1, frequencies.len()), &self.device)
+            Tensor::from_vec(
+                turned.map(|it| it as f32).collect(),
+                (1, frequencies.len()),
+                &self.device,
+            )
         };
         Ok(Turn { by: Some(Rows { cos: table(f64::cos)?, sin: table(f64::sin)? }) })
     }

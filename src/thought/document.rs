@@ -109,7 +109,11 @@ impl Thinking {
         }
         if self.output_nudge.is_some() {
             let expected = "none for documents that are read once";
-            return Err(Error::parameter("output_nudge", expected, "one, fitted to all of a prompt"));
+            return Err(Error::parameter(
+                "output_nudge",
+                expected,
+                "one, fitted to all of a prompt",
+            ));
         }
         Ok(Self { detail: Detail::default(), gradient_passes: None, ..self.clone() })
     }

@@ -148,7 +148,8 @@ impl KeptTokens {
     /// The keys and values of the last token in the last layer, which depend on all that makes keys and values.
     pub(crate) fn last(&self) -> Result<Vec<f32>> {
         let last = self.tokens - 1..self.tokens;
-        let (keys, values) = self.layer(self.shape.layers.saturating_sub(1), &last, &Device::Cpu)?;
+        let (keys, values) =
+            self.layer(self.shape.layers.saturating_sub(1), &last, &Device::Cpu)?;
         let both = Tensor::stack(&[keys, values], 0)?.to_dtype(DType::F32)?;
         Ok(both.flatten_all()?.to_vec1()?)
     }

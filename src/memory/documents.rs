@@ -144,7 +144,8 @@ impl Memory {
         let embed = || self.embedding.embed(&self.model, text);
         let Some(kept) = fresh.kept else { return embed() };
         let (id, text) = (NoteId::of(text), kept.text(text)?);
-        if kept.get(id, &text)?.is_some() {
+        // One that is still mapped may have been removed by somebody else.
+        if kept.path(id).is_file() && kept.get(id, &text)?.is_some() {
             return embed();
         }
         let (vector, document) = kept.read(&text)?;

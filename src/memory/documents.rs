@@ -113,8 +113,8 @@ impl Memory {
         self.store.get(id)?.map(read).transpose()
     }
 
-    /// [`prompt_of`](Self::prompt_of) notes of which documents are kept.
-    pub(super) fn prompt_of_kept(
+    /// [`context_of`](Self::context_of) notes of which documents are kept.
+    pub(super) fn context_of_kept(
         &self,
         kept: &Kept,
         found: &[Recalled],

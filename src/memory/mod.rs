@@ -317,16 +317,22 @@ impl Memory {
     /// # Errors
     /// [`Error::Tokenizer`]; where documents are kept, as [`document`](Self::document).
     pub fn prompt_of(&self, question: &str, found: &[Recalled], recall: &Recall) -> Result<Prompt> {
-        let tokenizer = self.tokenizer()?;
-        let prompt = match &self.kept {
-            Some(kept) => self.prompt_of_kept(kept, found, recall)?,
-            None => {
-                let first = Prompt::default().plain_ids(&tokenizer.begin(Vec::new()));
-                let texts = self.fitting_ids(found, recall)?;
-                texts.iter().rev().fold(first, |prompt, (_, ids)| prompt.context_ids(ids))
-            }
-        };
-        Ok(prompt.plain_ids(&tokenizer.encode_said(question)?))
+        let question = self.tokenizer()?.encode_said(question)?;
+        Ok(self.context_of(found, recall)?.plain_ids(&question))
+    }
+
+    /// What [`prompt_of`](Self::prompt_of) puts before the question, for a question of your own: a turn of a chat,
+    /// say.
+    ///
+    /// # Errors
+    /// As [`prompt_of`](Self::prompt_of).
+    pub fn context_of(&self, found: &[Recalled], recall: &Recall) -> Result<Prompt> {
+        if let Some(kept) = &self.kept {
+            return self.context_of_kept(kept, found, recall);
+        }
+        let first = Prompt::default().plain_ids(&self.tokenizer()?.begin(Vec::new()));
+        let texts = self.fitting_ids(found, recall)?;
+        Ok(texts.iter().rev().fold(first, |prompt, (_, ids)| prompt.context_ids(ids)))
     }
 
     /// Those of `found` that fit [`Recall::tokens`], the first ones first, for a prompt of your own: each is counted

@@ -64,6 +64,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_there_first_stays() -> Result<()> {
+        let folder = tempfile::tempdir().map_err(Error::io("."))?;
+        let path = folder.path().join("file");
+        let contents: Vec<_> = (0..8_u8).map(|it| vec![it; 1 << 12]).collect();
+        let read = || fs::read(&path).map_err(Error::io(&path));
+        let make = |content: &Vec<u8>| create(&path, content).and_then(|()| read());
+        let seen = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                contents.iter().map(|content| scope.spawn(move || make(content))).collect();
+            let seen = threads.into_iter().map(|thread| thread.join().unwrap_or(Ok(Vec::new())));
+            seen.collect::<Result<Vec<_>>>()
+        })?;
+        assert!(seen.iter().all(|it| *it == seen[0]) && contents.contains(&seen[0]));
+        create(&path, b"more")?;
+        assert_eq!(read()?, seen[0]);
+        assert_eq!(fs::read_dir(folder.path()).map_err(Error::io(folder.path()))?.count(), 1);
+        Ok(())
+    }
+
+    #[test]
     fn many_at_once_leave_the_content_of_one_and_nothing_else() -> Result<()> {
         let folder = tempfile::tempdir().map_err(Error::io("."))?;
         let path = folder.path().join("file");

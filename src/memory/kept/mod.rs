@@ -172,7 +172,9 @@ impl Kept {
         let (model, claim) = (model.clone(), String::new());
         let mut kept = Self { folder, model, keep, reader, claim, open };
 
-        let probe = kept.text(PROBE)?.read(DType::F32)?.1.kept().last()?;
+        // Not in the type of the caches, of which there may be several.
+        let dtype = kept.model.transformer().dtype();
+        let probe = kept.text(PROBE)?.read(dtype)?.1.kept().last()?;
         let keep = kept.keep.clone();
         let ours = Manifest { format: Manifest::FORMAT, keep, embedding: settings, probe };
         let text = serde_json::to_string(&ours)

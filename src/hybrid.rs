@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
-use crate::embed::{self, EmbedConfig, EmbedDefaults, Vectors};
+use crate::embed::{self, EmbedConfig, EmbedDefaults, Readable, Vectors};
 use crate::error::{Error, Result};
 use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
@@ -16,7 +16,7 @@ use crate::generate::{
 use crate::hub::Pretrained;
 use crate::load::{Checkpoint, WeightType};
 use crate::model::{Pass, Sight, Transformer};
-use crate::thought::{EncodedBatch, Thinking, ThoughtModel, Thoughts};
+use crate::thought::{Document, EncodedBatch, Thinking, ThoughtModel, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 
 /// A Mistral that can think before it answers.
@@ -438,10 +438,11 @@ impl HybridModel {
     /// how far each pass moved them. Without passes these are the embeddings.
     ///
     /// # Errors
-    /// An empty prompt, one that is too long for the model, text without a tokenizer, or settings
-    /// outside their range.
+    /// An empty prompt, one that is too long for the model or has [documents](Prompt::document), text without a
+    /// tokenizer, or settings outside their range.
     pub fn think(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Thoughts> {
         let prompt = self.source.encode(&prompt.into())?;
+        prompt.check_read_whole()?;
         config.validate()?;
         self.transformer().check_context(prompt.ids.len())?;
         let text = EncodedBatch::new(self.transformer(), &prompt.ids, prompt.batch()?)?;
@@ -573,6 +574,48 @@ impl HybridModel {
     pub fn embed_many<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Vectors> {
         let Source { model, embed, .. } = &*self.source;
         Vectors::new(model, self.source.tokenizer()?, embed, config, texts)
+    }
+
+    /// The vector of one text, bit by bit as [`embed`](Self::embed) makes it, and the keys and values that the same
+    /// pass leaves (GritLM's document caching, Muennighoff 2024): for a checkpoint that was trained for both, a text
+    /// that is found by its vector need not be read again. They are kept in the type of the model's caches. BOS and
+    /// the instruction are its [lead](Document::lead). An EOS behind the text is seen and not kept; control tokens
+    /// that the text spells are kept as text, which takes a second pass.
+    ///
+    /// ```
+    /// use candle_core::Device;
+    /// use hybrid_attention::{EmbedConfig, GenerationConfig, HybridModel, Prompt, Sight};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?; // or a GritLM, with the instruction "<|embed|>\n"
+    /// let config = EmbedConfig::default().sight(Sight::Bidirectional);
+    /// let (vector, document) = model.embed_document("Leo gave everything to Ida.", &config)?;
+    /// let prompt = Prompt::default().document(&document).plain("\nWho has what Leo had?\nIt is with");
+    /// let answer = model.generate(prompt, &GenerationConfig::default().max_tokens(2))?;
+    /// # assert_eq!((vector.len(), answer.ids.len()), (128, 2));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`embed`](Self::embed); [`Error::Parameter`] for embedding that thinks, and for a text that is longer than
+    /// [`EmbedConfig::max_tokens`].
+    pub fn embed_document(&self, text: &str, config: &EmbedConfig) -> Result<(Vec<f32>, Document)> {
+        self.readable(text, config)?.read(self.cache_dtype())
+    }
+
+    /// The same, before it is run.
+    pub(crate) fn readable(&self, text: &str, config: &EmbedConfig) -> Result<Readable> {
+        let vectors = self.embed_many(&[text], config).map_err(|error| match error {
+            Error::InText { source, .. } => *source,
+            other => other,
+        })?;
+        Readable::new(vectors, self.source.tokenizer()?, text)
+    }
+
+    /// The type that its caches keep keys and values in.
+    pub(crate) fn cache_dtype(&self) -> DType {
+        self.source.pool.dtype()
     }
 }
 

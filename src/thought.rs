@@ -39,6 +39,7 @@
 //! # }
 //! ```
 
+mod document;
 mod export;
 mod halting;
 mod hand_off;
@@ -61,6 +62,7 @@ use crate::error::{Error, Result};
 use crate::model::{Batch, ForwardContext, Pass, Transformer, flat};
 use crate::refine::{Seq, Step, Thinks};
 
+pub use self::document::Document;
 pub use self::export::Origin;
 pub use self::halting::Halt;
 pub use self::hand_off::Entry;

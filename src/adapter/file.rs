@@ -205,23 +205,25 @@ fn read_gate(path: &Path, device: &Device) -> Result<Tensor> {
     file.tensor(GATE, &[hidden], device)
 }
 
-/// A tensor as it is written: `f32`, little-endian.
-pub(crate) struct Values {
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+/// A tensor as it is written: little-endian.
+pub(crate) struct Values<'a> {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Cow<'a, [u8]>,
 }
 
-impl Values {
+impl Values<'_> {
+    /// In `f32`.
     pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
         let values = tensor.detach().flatten_all()?.to_vec1::<f32>()?;
         let bytes = values.into_iter().flat_map(f32::to_le_bytes).collect();
-        Ok(Self { shape: tensor.dims().to_vec(), bytes })
+        Ok(Self { dtype: Dtype::F32, shape: tensor.dims().to_vec(), bytes })
     }
 }
 
-impl View for Values {
+impl View for Values<'_> {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        self.dtype
     }
 
     fn shape(&self) -> &[usize] {
@@ -238,7 +240,7 @@ impl View for Values {
 }
 
 pub(crate) fn serialize(
-    tensors: Vec<(String, Values)>,
+    tensors: Vec<(String, Values<'_>)>,
     metadata: HashMap<String, String>,
     path: &Path,
 ) -> Result<Vec<u8>> {

@@ -1,6 +1,7 @@
 //! One vector for each text.
 
 mod config;
+mod document;
 mod sentence_transformers;
 
 use std::collections::VecDeque;
@@ -8,11 +9,12 @@ use std::collections::VecDeque;
 use candle_core::{DType, Tensor};
 
 pub use config::EmbedConfig;
+pub(crate) use document::Readable;
 pub(crate) use sentence_transformers::read as sentence_transformers;
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{Batch, Pass, Sight, Transformer};
+use crate::model::{Batch, KvCache, Pass, Sight, Transformer};
 use crate::pooling::{Pooling, unit_length};
 use crate::thought::{EncodedBatch, Thinking, ThoughtLoop, ThoughtModel};
 use crate::tokenizer::Tokenizer;
@@ -85,10 +87,16 @@ pub struct Vectors {
 }
 
 /// The tokens of a text, of which the first few are seen but not pooled.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Tokens {
     ids: Vec<u32>,
     left_out: usize,
+    /// How many stand before those of the text.
+    before: usize,
+    /// Whether the last one is an EOS that the tokenizer adds.
+    ends: bool,
+    /// Whether it was cut.
+    cut: bool,
 }
 
 impl Vectors {
@@ -173,7 +181,12 @@ impl Vectors {
         batch
     }
 
-    fn run(&self, texts: &[(usize, Tokens)]) -> Result<VecDeque<(usize, Vec<f32>)>> {
+    /// Vectors of these texts, whose keys and values go into `caches`, if there are any.
+    fn run(
+        &self,
+        texts: &[(usize, Tokens)],
+        caches: Option<Vec<&mut KvCache>>,
+    ) -> Result<VecDeque<(usize, Vec<f32>)>> {
         let (mind, transformer) = (&self.mind, self.mind.model().decoder());
         let lengths: Vec<usize> = texts.iter().map(|(_, it)| it.ids.len()).collect();
         let left_out: Vec<usize> = texts.iter().map(|(_, it)| it.left_out).collect();
@@ -183,7 +196,10 @@ impl Vectors {
 
         let z = mind.encode(&text, Pass::Causal(&batch))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
-        let pass = Pass::uncached(&batch, self.sight);
+        let pass = match caches {
+            None => Pass::uncached(&batch, self.sight),
+            Some(caches) => Pass::Remembered { batch: &batch, sight: self.sight, caches },
+        };
         let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
         let vectors = self.pooling.pool_after(&h.to_dtype(DType::F32)?, &batch, &left_out)?;
         let vectors = if self.normalize { unit_length(&vectors)? } else { vectors };
@@ -207,7 +223,7 @@ impl Iterator for Vectors {
             let batch = self.next_batch();
             match batch.is_empty() {
                 true => return None,
-                false => match self.run(&batch) {
+                false => match self.run(&batch, None) {
                     Ok(ready) => self.ready = ready,
                     Err(error) => {
                         self.waiting.clear();
@@ -243,18 +259,18 @@ impl Reader<'_> {
         let all = format!("{instruction}{text}");
         let (mut ids, before) = tokenizer.encode_after(&all, instruction.len())?;
         let left_out = if self.leaves_out { before } else { 0 };
-        if let Some(most) = self.max_tokens.filter(|most| *most < ids.len()) {
-            let eos = ids
-                .last()
-                .copied()
-                .filter(|id| tokenizer.adds_eos() && Some(*id) == tokenizer.eos_token_id());
+        let eos = ids.last().copied();
+        let eos = eos.filter(|id| tokenizer.adds_eos() && Some(*id) == tokenizer.eos_token_id());
+        let most = self.max_tokens.filter(|most| *most < ids.len());
+        if let Some(most) = most {
             ids.truncate(most - usize::from(eos.is_some()));
             ids.extend(eos);
         }
+        let (ends, cut) = (eos.is_some(), most.is_some());
         self.transformer.check_context(ids.len())?;
         self.transformer.check_ids(&ids)?;
         match left_out < ids.len() {
-            true => Ok(Tokens { ids, left_out }),
+            true => Ok(Tokens { ids, left_out, before, ends, cut }),
             false => Err(Error::EmptyPrompt),
         }
     }

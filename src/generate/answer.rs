@@ -34,7 +34,8 @@ pub struct Answer {
     pub logprobs: Vec<f32>,
     /// The likeliest tokens in the place of each generated one; see [`Token::top_logprobs`].
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
-    /// The log-probability of each prompt token after those before it, `None` for the first;
+    /// The log-probability of each prompt token after those before it, `None` for the first, and up to the first
+    /// behind the last [document](super::Prompt::document);
     /// `None` altogether unless [`prompt_logprobs`](super::GenerationConfig::prompt_logprobs) asked for them.
     pub prompt_logprobs: Option<Vec<Option<f32>>>,
     /// Why it ended.

@@ -36,7 +36,7 @@ pub(super) struct Decoder {
 pub(super) struct PromptRead {
     /// After the last prompt token, one for each entry of the vocabulary.
     pub(super) logits: Vec<f32>,
-    /// Prompt tokens that did not run because the conversation had them.
+    /// Prompt tokens that did not run because the conversation had them, or documents that were read before.
     pub(super) kept: usize,
     pub(super) prompt_logprobs: Option<Vec<Option<f32>>>,
     pub(super) traces: Vec<Trace>,
@@ -73,16 +73,23 @@ impl Decoder {
         // Thoughts depend on the whole prompt; prompt logprobs and an output nudge need the output of
         // the last layer at every position: in these cases nothing from before can be kept.
         let fits_output = self.mind.thinking().chosen_output_nudge().is_some();
-        if !plain || wants_logprobs || fits_output {
+        if !plain || wants_logprobs || fits_output || self.has_documents() {
             conversation.forget();
         }
-        let kept = conversation.rewind(ids);
-        let new = ids.get(kept..).unwrap_or(&[]);
+        // What is in the cache, and how much of that did not run now.
+        let (held, kept) = match self.has_documents() {
+            true => self.place(conversation)?,
+            false => {
+                let kept = conversation.rewind(ids);
+                (kept, kept)
+            }
+        };
+        let new = ids.get(held..).unwrap_or(&[]);
         let batch = if plain { Batch::one(new.len())? } else { self.text.batch()? };
         let text =
             EncodedBatch::new(self.transformer(), new, batch).map_err(|error| match error {
                 Error::TokenOutOfRange { position, id, vocab_size } => {
-                    Error::TokenOutOfRange { position: kept + position, id, vocab_size }
+                    Error::TokenOutOfRange { position: held + position, id, vocab_size }
                 }
                 other => other,
             })?;
@@ -97,11 +104,11 @@ impl Decoder {
         })?;
         let think = if plain { 0.0 } else { seconds_since(thinking_from) };
 
-        let mut scores = PromptLogProbs::new(wants_logprobs, ids);
+        let mut scores = PromptLogProbs::new(wants_logprobs, ids, held);
         let cache = &mut conversation.cache;
         let Entry { xs, layers } = self.mind.enter(&text, &thoughts, Some(&mut [cache]))?;
         let mut hidden = Vec::new();
-        progress(Progress::Prefill { done: kept, total });
+        progress(Progress::Prefill { done: held, total });
         for from in (0..new.len()).step_by(CHUNK) {
             let length = CHUNK.min(new.len() - from);
             let xs = xs.narrow(0, from, length)?;
@@ -111,10 +118,10 @@ impl Decoder {
                 true => hidden.push(h),
                 false => hidden = vec![h.narrow(0, length - 1, 1)?],
             }
-            if plain {
+            if self.reads_plainly() {
                 conversation.ids.extend(new.iter().skip(from).take(length));
             }
-            progress(Progress::Prefill { done: kept + from + length, total });
+            progress(Progress::Prefill { done: held + from + length, total });
         }
         let prompt_logprobs = scores.done;
         let hidden = Tensor::cat(&hidden, 0)?;
@@ -123,6 +130,25 @@ impl Decoder {
         let traces = if plain { Vec::new() } else { vec![thoughts.trace] };
         let seconds = Seconds { think, prefill: seconds_since(start) - think, decode: 0.0 };
         Ok(PromptRead { logits, kept, prompt_logprobs, traces, seconds })
+    }
+
+    /// Puts the documents into an empty cache, and reads what stands before and between them. Returns how many
+    /// tokens it then holds, and how many of these did not run.
+    fn place(&self, conversation: &mut Conversation) -> Result<(usize, usize)> {
+        let (transformer, ids) = (self.transformer(), &self.text.ids);
+        transformer.check_placed(ids.len())?;
+        let (mut held, mut kept) = (0, 0);
+        for (place, document, tokens) in &self.text.documents {
+            self.cancel.check()?;
+            let between = ids.get(held..place.start).unwrap_or(&[]);
+            if !between.is_empty() {
+                let xs = transformer.embed_ids(between)?;
+                self.forward(&xs, transformer.all_layers(), conversation)?;
+            }
+            transformer.place(document.kept(), tokens.clone(), &mut conversation.cache)?;
+            (held, kept) = (place.end, kept + place.len());
+        }
+        Ok((held, kept))
     }
 
     /// Runs a generated token and returns the logits after it.
@@ -152,7 +178,7 @@ impl Decoder {
 
     /// Records a generated token that has run.
     pub(super) fn took(&self, id: u32, conversation: &mut Conversation) {
-        if self.mind.thinking().is_none() {
+        if self.reads_plainly() {
             conversation.ids.push(id);
         }
     }
@@ -202,6 +228,15 @@ impl Decoder {
         Ok(())
     }
 
+    fn has_documents(&self) -> bool {
+        !self.text.documents.is_empty()
+    }
+
+    /// Whether all keys and values are those of plain tokens, which the beginning of another prompt can share.
+    fn reads_plainly(&self) -> bool {
+        self.mind.thinking().is_none() && !self.has_documents()
+    }
+
     fn thinks_again(&self) -> bool {
         !self.mind.thinking().is_none() && self.mind.thinking().rethinks_every() > 0
     }
@@ -230,8 +265,9 @@ struct PromptLogProbs<'a> {
 }
 
 impl<'a> PromptLogProbs<'a> {
-    fn new(wanted: bool, ids: &'a [u32]) -> Self {
-        Self { ids, done: wanted.then(|| vec![None]) }
+    /// Of the tokens after the first `held`, after which nothing is known of the next.
+    fn new(wanted: bool, ids: &'a [u32], held: usize) -> Self {
+        Self { ids, done: wanted.then(|| vec![None; held + 1]) }
     }
 
     /// Adds the positions after `h`, `(positions, hidden)`.

@@ -139,7 +139,7 @@ impl Answers {
         let context = transformer.config().max_position_embeddings;
         let capacity = total.saturating_add(config.max_tokens).min(context).max(total);
         let mut conversation = Conversation::new(&source.pool, capacity)?;
-        let mut decoder = Decoder::new(source.thinking(config).on(&source.model)?, encoded);
+        let mut decoder = Decoder::new(source.mind(config, &encoded)?, encoded);
         decoder.cancel(self.cancel.clone());
         let read = decoder.read(config.prompt_logprobs, &mut conversation, &mut |_| ())?;
         let logits = writer.begin(read);

@@ -1,9 +1,11 @@
 //! What to answer: text, token ids or a conversation, in parts that think and parts that do not.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::model::Batch;
+use crate::thought::{Document, Thinking};
 use crate::tokenizer::{Message, Tokenizer};
 
 /// A prompt. Text and token ids become one by [`From`]; [`Prompt::chat`] makes one of messages.
@@ -37,15 +39,22 @@ struct Part {
 enum Content {
     Text(String),
     Ids(Vec<u32>),
-    Chat { messages: Vec<Message>, trusted: bool },
+    Chat {
+        messages: Vec<Message>,
+        trusted: bool,
+    },
+    /// Some tokens of a document that was read once.
+    Document(Document, Range<usize>),
 }
 
 /// A prompt as the model reads it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct EncodedPrompt {
     pub(crate) ids: Vec<u32>,
     /// The runs of tokens that are context, each a part of the prompt.
     context: Vec<Range<usize>>,
+    /// What was read before: where in the prompt, and which tokens of which document.
+    pub(super) documents: Vec<(Range<usize>, Document, Range<usize>)>,
 }
 
 impl Prompt {
@@ -97,6 +106,51 @@ impl Prompt {
         self.with(Content::Ids(ids.to_vec()), false)
     }
 
+    /// Adds a document that was [read](crate::thought::ThoughtLoop::read_document) before: its keys and values are
+    /// put into the cache, and the model does not run over it. It is blind to whatever stands before it; what comes
+    /// after it sees it. What stood before it when it was read, its [lead](Document::lead), is added only at the
+    /// beginning of a prompt.
+    ///
+    /// It was thought about when it was read, so thinking that the generation config asks for does not concern it;
+    /// beside documents, all other parts must be plain where there is thinking, and the prompt must end with a plain
+    /// one. [`Answer::prompt_logprobs`](super::Answer::prompt_logprobs) begin behind the last document.
+    ///
+    /// ```
+    /// # use candle_core::{Device, DType};
+    /// use hybrid_attention::{GenerationConfig, HybridModel, Prompt, Thinking};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let mind = Thinking::none().on(model.thought_model())?;
+    /// let (a, b) = (mind.read_document(&[11, 150, 12], 0, DType::F32)?, mind.read_document(&[42, 151], 0, DType::F32)?);
+    /// let prompt = Prompt::default().document(&a).document(&b).plain_ids(&[13, 14]);
+    /// let answer = model.generate(prompt, &GenerationConfig::default().max_tokens(1))?;
+    /// assert_eq!(answer.prompt_ids, [11, 150, 12, 42, 151, 13, 14]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn document(self, document: &Document) -> Self {
+        self.document_recomputed(document, 0)
+    }
+
+    /// The same, but the last `tokens` tokens of the document, or all of it if it has fewer, are plain: they are run
+    /// again, causally, and see what stands before it. A document that begins the prompt has nothing before it and
+    /// is taken as it was read.
+    #[must_use]
+    pub fn document_recomputed(mut self, document: &Document, tokens: usize) -> Self {
+        let (ids, begins) = (document.ids(), self.parts.is_empty());
+        let (from, recomputed) = if begins { (0, 0) } else { (document.lead(), tokens) };
+        let to = ids.len().saturating_sub(recomputed).max(from);
+        if from < to {
+            self = self.with(Content::Document(document.clone(), from..to), false);
+        }
+        match ids.get(to..) {
+            Some(rest) if !rest.is_empty() => self.plain_ids(rest),
+            _ => self,
+        }
+    }
+
     fn with(mut self, content: Content, thinks: bool) -> Self {
         self.parts.push(Part { content, thinks });
         self
@@ -105,7 +159,7 @@ impl Prompt {
     /// The token ids of all parts one after the other, and which runs of them think.
     pub(crate) fn encode(&self, tokenizer: Option<&Tokenizer>) -> Result<EncodedPrompt> {
         let needs = |needed_for| tokenizer.ok_or(Error::NoTokenizer { needed_for });
-        let mut encoded = EncodedPrompt { ids: Vec::new(), context: Vec::new() };
+        let mut encoded = EncodedPrompt::default();
         let is_text = |part: &Part| matches!(part.content, Content::Text(_));
         for parts in self.parts.chunk_by(|a, b| is_text(a) && is_text(b)) {
             match parts {
@@ -117,6 +171,12 @@ impl Prompt {
                         false => tokenizer.encode_chat(messages, true)?,
                     };
                     encoded.add(&ids, *thinks);
+                }
+                [Part { content: Content::Document(document, tokens), .. }] => {
+                    let start = encoded.ids.len();
+                    encoded.add(document.ids().get(tokens.clone()).unwrap_or(&[]), false);
+                    let place = start..encoded.ids.len();
+                    encoded.documents.push((place, document.clone(), tokens.clone()));
                 }
                 texts => encoded.add_texts(texts, needs("a text prompt")?)?,
             }
@@ -137,6 +197,39 @@ impl EncodedPrompt {
             _ => (),
         }
         Batch::one(self.ids.len())?.with_context(0, &runs)
+    }
+
+    /// The thinking that `chosen` leaves to do: none beside documents, which were thought about when they were read.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] beside documents, for what has to think about all of a prompt, and for no token behind
+    /// the last of them.
+    pub(super) fn thinking<'a>(&self, chosen: &'a Thinking) -> Result<Cow<'a, Thinking>> {
+        let Some((last, ..)) = self.documents.last() else { return Ok(Cow::Borrowed(chosen)) };
+        chosen.as_of_documents()?;
+        if !chosen.is_none() && !self.context.is_empty() {
+            let expected = "plain parts beside documents that were read before";
+            return Err(Error::parameter("prompt", expected, "context to think about"));
+        }
+        match last.end < self.ids.len() {
+            true => Ok(Cow::Owned(Thinking::none())),
+            false => {
+                let expected = "tokens to run behind its last document";
+                Err(Error::parameter("prompt", expected, "none"))
+            }
+        }
+    }
+
+    /// Refuses documents where a prompt is to be thought about as a whole.
+    pub(crate) fn check_read_whole(&self) -> Result<()> {
+        match self.documents.is_empty() {
+            true => Ok(()),
+            false => Err(Error::parameter(
+                "prompt",
+                "one without documents that were read before, to think about",
+                self.documents.len(),
+            )),
+        }
     }
 
     /// Appends tokens of the answer. They are context: they extend the last part if that is context, and

@@ -7,7 +7,7 @@ use super::prompt::{EncodedPrompt, Prompt};
 use crate::embed::EmbedDefaults;
 use crate::error::{Error, Result};
 use crate::model::KvPool;
-use crate::thought::{Thinking, ThoughtModel};
+use crate::thought::{Thinking, ThoughtLoop, ThoughtModel};
 use crate::tokenizer::Tokenizer;
 
 /// A model and what its checkpoint says about using it. Every part is cheap to clone.
@@ -59,6 +59,15 @@ impl Source {
             (Error::NoTokenizer { .. }, Some((what, got))) => Error::unsupported(what, got),
             (error, _) => error,
         }
+    }
+
+    /// What thinks about a prompt as `config` says.
+    pub(super) fn mind(
+        &self,
+        config: &GenerationConfig,
+        prompt: &EncodedPrompt,
+    ) -> Result<ThoughtLoop> {
+        prompt.thinking(self.thinking(config))?.on(&self.model)
     }
 
     /// What `config` says of thinking, or else the checkpoint.

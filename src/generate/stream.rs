@@ -95,7 +95,7 @@ impl<'c> TokenStream<'c> {
         let transformer = source.model.decoder();
         let prompt = source.encode(prompt)?;
         let writer = Writer::new(source, config, &prompt.ids)?;
-        let (mind, total) = (source.thinking(config).on(&source.model)?, prompt.ids.len());
+        let (mind, total) = (source.mind(config, &prompt)?, prompt.ids.len());
         transformer.check_context(total)?;
         transformer.check_ids(&prompt.ids)?;
         let conversation = match conversation {
@@ -151,8 +151,8 @@ impl<'c> TokenStream<'c> {
         &self.writer.answer.prompt_ids
     }
 
-    /// How many of the prompt's tokens were in the conversation's cache already and did not run
-    /// again; 0 before the prompt has been read.
+    /// How many of the prompt's tokens were in the conversation's cache already, or came with
+    /// [documents](Prompt::document), and did not run again; 0 before the prompt has been read.
     #[must_use]
     pub fn kept(&self) -> usize {
         self.kept

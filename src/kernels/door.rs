@@ -58,13 +58,13 @@ pub(crate) fn split_heads(
         return Ok(xs.contiguous()?.apply_op1(SplitHeads { heads, rotation })?);
     }
     let xs = xs.reshape((tokens, heads, width / heads))?.transpose(0, 1)?.contiguous()?;
-    rotation.map_or(Ok(xs.clone()), |(cos, sin)| rope(&xs, cos, sin))
+    rotation.map_or(Ok(xs.clone()), |(cos, sin)| rotate(&xs, cos, sin))
 }
 
 /// Rotates the two halves of each head by the angles of its position (Su et al. 2021, in the
 /// order of transformers' `rotate_half`): `xs` is `(heads, tokens, head_dim)`, `cos` and `sin` are
 /// `(tokens, head_dim / 2)`.
-fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+pub(crate) fn rotate(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if !xs.track_op() {
         let xs = xs.unsqueeze(0)?.contiguous()?;
         return Ok(
@@ -363,7 +363,7 @@ mod tests {
                     forms_differ_by(
                         only,
                         |it| split_heads(&it[0], heads, Some((&cos, &sin))),
-                        |it| rope(&split(&it[0])?, &cos, &sin),
+                        |it| rotate(&split(&it[0])?, &cos, &sin),
                     )?,
                     forms_differ_by(only, |it| split_heads(&it[0], heads, None), |it| split(&it[0]))?,
                     forms_differ_by(

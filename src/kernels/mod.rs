@@ -32,7 +32,7 @@ pub(crate) use attention::{
 };
 pub(crate) use dense::products;
 pub(crate) use door::{
-    Input, attend, fits_kernels, log_softmax, mix, rms_norm, softmax, split_heads, swiglu,
+    Input, attend, fits_kernels, log_softmax, mix, rms_norm, rotate, softmax, split_heads, swiglu,
 };
 pub(crate) use fresh::Fresh;
 pub(crate) use input_rows::FEW_ROWS;

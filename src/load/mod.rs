@@ -19,7 +19,7 @@ pub(crate) mod folder;
 mod generation_defaults;
 mod gguf;
 mod names;
-mod safetensors;
+pub(crate) mod safetensors;
 mod scales;
 mod split;
 mod weight_type;
@@ -42,6 +42,7 @@ use self::convert::{Refusal, Source, Stored};
 use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
 use self::names::{Naming, Rows};
+use self::safetensors::Header;
 use self::scales::Scales;
 use self::split::{Model, Part};
 pub use self::weight_type::WeightType;
@@ -374,7 +375,8 @@ pub(crate) fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
 /// Reads the header of a safetensors file.
 fn entries(file: Mapped) -> Result<BTreeMap<String, Entry>> {
     let file = Arc::new(file);
-    let tensors = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(&file.path, it))?;
+    let Header { tensors, .. } =
+        safetensors::parse(&file.bytes).map_err(|it| Error::malformed(&file.path, it))?;
     let entries = tensors.into_iter().map(|(name, tensor)| {
         let (shape, range) = (tensor.shape, tensor.range);
         let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
@@ -490,10 +492,7 @@ impl Entry {
 impl Mapped {
     fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path))?;
-        // SAFETY: the mapping is read-only and outlives every slice of it, which borrow from `Mapped`.
-        // What no program can rule out is that another process writes to the file, or truncates it,
-        // meanwhile; the documentation of `Checkpoint` makes preventing that the caller's duty.
-        let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        let bytes = map(&file).map_err(Error::io(path))?;
         let written = written(&file.metadata().map_err(Error::io(path))?);
         Ok(Self { path: path.to_path_buf(), bytes, of_file: true, written })
     }
@@ -539,6 +538,15 @@ impl Mapped {
             }
         }
     }
+}
+
+/// Maps a file into memory, which must not be cut short or overwritten as long as the mapping lives. Who calls this
+/// has to say so to users.
+pub(crate) fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the mapping is read-only and outlives every slice of it, which borrow from it. What no program can
+    // rule out is that another process writes to the file, or truncates it, meanwhile; the documentation of
+    // `Checkpoint` and of `Memory::keep` makes preventing that the caller's duty.
+    unsafe { Mmap::map(file) }
 }
 
 /// Bytes that a file takes on its disk. Where that is not known, or as on some file systems not told, as

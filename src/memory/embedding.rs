@@ -30,6 +30,9 @@ pub enum Embedding {
     Words(Salience),
 }
 
+/// The text that tells models apart.
+pub(super) const PROBE: &str = "Was it the old clock that stopped, or the time?";
+
 impl Default for Embedding {
     fn default() -> Self {
         Self::Whole(EmbedConfig::default())
@@ -69,7 +72,7 @@ impl Embedding {
     /// What a model makes of a fixed text: a fingerprint of its weights and of everything else that vectors
     /// depend on.
     pub(super) fn probe(&self, model: &HybridModel) -> Result<Vec<f32>> {
-        let (vectors, _) = self.embed(model, "Was it the old clock that stopped, or the time?")?;
+        let (vectors, _) = self.embed(model, PROBE)?;
         vectors.into_iter().next().ok_or(Error::EmptyPrompt)
     }
 

@@ -24,8 +24,11 @@
 //! # }
 //! ```
 
+mod documents;
 mod embedding;
 pub mod evaluate;
+mod fingerprint;
+mod kept;
 mod leverage;
 mod main_point;
 mod note;
@@ -42,6 +45,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use embedding::Embedding;
+pub use kept::Keep;
 pub use main_point::{MainPoint, Span};
 pub use note::{Note, NoteId};
 pub use pieces::pieces;
@@ -53,6 +57,8 @@ pub use store::Embedded;
 pub use store::Postgres;
 pub use store::{Record, Store, Volatile};
 
+use self::documents::Fresh;
+use self::kept::Kept;
 use self::note::now;
 use crate::error::{Error, Result};
 use crate::generate::Prompt;
@@ -72,6 +78,8 @@ pub struct Memory {
     model: HybridModel,
     embedding: Embedding,
     store: Arc<dyn Store>,
+    /// What it keeps of the texts beside their vectors, if it does.
+    kept: Option<Arc<Kept>>,
 }
 
 /// What the vectors of a store are, as it says itself.
@@ -85,9 +93,6 @@ struct Manifest {
 
 impl Manifest {
     const FORMAT: u32 = 1;
-
-    /// The most that what two machines make of one text differs by: 1 minus the cosine.
-    const ROUNDING: f32 = 1e-5;
 
     fn check_format(&self) -> Result<(), String> {
         match self.format {
@@ -104,22 +109,7 @@ impl Manifest {
                 other.embedding, self.embedding
             ));
         }
-        if self.probe.len() != other.probe.len() {
-            let (theirs, ours) = (other.probe.len(), self.probe.len());
-            return Err(format!(
-                "its vectors have {theirs} numbers, and those of this model {ours}"
-            ));
-        }
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-        let (a, b) = (&self.probe, &other.probe);
-        let cosine = dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
-        match 1.0 - cosine <= Self::ROUNDING {
-            true => Ok(()),
-            false => Err(format!(
-                "its vectors were made by another model, or by this one in another weight type or with another \
-                 adapter: a fixed text comes out with a cosine of {cosine}"
-            )),
-        }
+        fingerprint::check(&other.probe, &self.probe, "vectors")
     }
 }
 
@@ -164,7 +154,7 @@ impl Memory {
         let text = serde_json::to_string(&ours).map_err(|error| failed(&error))?;
         let written = read(&store.claim(&text)?)?;
         ours.check(&written).map_err(|message| failed(&message))?;
-        Ok(Self { model: model.clone(), embedding, store: Arc::new(store) })
+        Ok(Self { model: model.clone(), embedding, store: Arc::new(store), kept: None })
     }
 
     /// What its notes are found by.
@@ -184,10 +174,13 @@ impl Memory {
     /// # Errors
     /// [`Error::EmptyPrompt`] for a text of nothing, [`Error::ContextFull`] for one that the model cannot read
     /// at once, [`Error::Parameter`] for a tag or a source with a NUL; [`Error::Store`]; what
-    /// [`HybridModel::embed`] and [`MainPoint::of`] say.
+    /// [`HybridModel::embed`] and [`MainPoint::of`] say. Where [documents are kept](Self::keep), as
+    /// [`document`](Self::document), and [`Error::Io`] for a file that cannot be written.
     pub fn remember(&self, text: &str, note: Note) -> Result<NoteId> {
-        let record = self.record(text, note)?;
+        let mut fresh = Fresh::new(self.kept.as_deref());
+        let record = self.record(text, note, &mut fresh)?;
         self.store.put(std::slice::from_ref(&record))?;
+        fresh.stay();
         Ok(record.id)
     }
 
@@ -199,21 +192,24 @@ impl Memory {
         &self,
         texts: impl IntoIterator<Item = (T, Note)>,
     ) -> Result<Vec<NoteId>> {
+        let mut fresh = Fresh::new(self.kept.as_deref());
         let record = |(index, (text, note)): (usize, (T, Note))| {
-            self.record(text.as_ref(), note).map_err(|error| Error::in_text(index, error))
+            let record = self.record(text.as_ref(), note, &mut fresh);
+            record.map_err(|error| Error::in_text(index, error))
         };
         let records = texts.into_iter().enumerate().map(record).collect::<Result<Vec<_>>>()?;
         self.store.put(&records)?;
+        fresh.stay();
         Ok(records.iter().map(|record| record.id).collect())
     }
 
-    fn record(&self, text: &str, mut note: Note) -> Result<Record> {
+    fn record(&self, text: &str, mut note: Note, fresh: &mut Fresh<'_>) -> Result<Record> {
         note.validate()?;
         if text.trim().is_empty() {
             return Err(Error::EmptyPrompt);
         }
         note.time.get_or_insert_with(now);
-        let (vectors, spans) = self.embedding.embed(&self.model, text)?;
+        let (vectors, spans) = self.embed_and_keep(text, fresh)?;
         let (id, text) = (NoteId::of(text), text.to_owned());
         Ok(Record { id, text, note, superseded_by: None, spans, vectors })
     }
@@ -225,7 +221,8 @@ impl Memory {
     /// [`Error::Parameter`] for a name that no note has, or that of the same text; as
     /// [`remember`](Self::remember).
     pub fn supersede(&self, old: NoteId, text: &str, note: Note) -> Result<NoteId> {
-        let new = self.record(text, note)?;
+        let mut fresh = Fresh::new(self.kept.as_deref());
+        let new = self.record(text, note, &mut fresh)?;
         if new.id == old {
             return Err(Error::parameter("text", "another one than the note has", "the same"));
         }
@@ -233,14 +230,17 @@ impl Memory {
         past.superseded_by = Some(new.id);
         let id = new.id;
         self.store.put(&[past, new])?;
+        fresh.stay();
+        self.kept.as_ref().map_or(Ok(()), |kept| kept.remove(old))?;
         Ok(id)
     }
 
-    /// Removes a note for good. Returns whether it was there.
+    /// Removes a note for good, and what is kept of it. Returns whether it was there.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`]; [`Error::Io`] for a file that cannot be removed.
     pub fn forget(&self, id: NoteId) -> Result<bool> {
+        self.kept.as_ref().map_or(Ok(()), |kept| kept.remove(id))?;
         self.store.remove(id)
     }
 
@@ -301,12 +301,13 @@ impl Memory {
         }
     }
 
-    /// A prompt of what is recalled, as context that can be thought about, and the question, which stays plain.
+    /// A prompt of what is recalled, as context that can be thought about, and the question, which stays plain;
+    /// where [documents are kept](Self::keep), of these, which need not be read again.
     /// Best notes first are taken while they fit [`Recall::tokens`]; the best one stands last, next to the
     /// question. What texts and question say is text: control tokens that they spell are none.
     ///
     /// # Errors
-    /// As [`recall`](Self::recall); [`Error::Tokenizer`].
+    /// As [`recall`](Self::recall); [`Error::Tokenizer`]; where documents are kept, as [`document`](Self::document).
     pub fn prompt(&self, question: &str, recall: &Recall) -> Result<Prompt> {
         self.prompt_of(question, &self.recall(question, recall)?, recall)
     }
@@ -314,13 +315,24 @@ impl Memory {
     /// [`prompt`](Self::prompt) of notes that were recalled already.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// [`Error::Tokenizer`]; where documents are kept, as [`document`](Self::document).
     pub fn prompt_of(&self, question: &str, found: &[Recalled], recall: &Recall) -> Result<Prompt> {
-        let tokenizer = self.tokenizer()?;
-        let first = Prompt::default().plain_ids(&tokenizer.begin(Vec::new()));
+        let question = self.tokenizer()?.encode_said(question)?;
+        Ok(self.context_of(found, recall)?.plain_ids(&question))
+    }
+
+    /// What [`prompt_of`](Self::prompt_of) puts before the question, for a question of your own: a turn of a chat,
+    /// say.
+    ///
+    /// # Errors
+    /// As [`prompt_of`](Self::prompt_of).
+    pub fn context_of(&self, found: &[Recalled], recall: &Recall) -> Result<Prompt> {
+        if let Some(kept) = &self.kept {
+            return self.context_of_kept(kept, found, recall);
+        }
+        let first = Prompt::default().plain_ids(&self.tokenizer()?.begin(Vec::new()));
         let texts = self.fitting_ids(found, recall)?;
-        let prompt = texts.iter().rev().fold(first, |prompt, (_, ids)| prompt.context_ids(ids));
-        Ok(prompt.plain_ids(&tokenizer.encode_said(question)?))
+        Ok(texts.iter().rev().fold(first, |prompt, (_, ids)| prompt.context_ids(ids)))
     }
 
     /// Those of `found` that fit [`Recall::tokens`], the first ones first, for a prompt of your own: each is counted
@@ -369,7 +381,7 @@ impl Memory {
     }
 
     /// Reads notes that [`export`](Self::export) wrote, from this memory or another, and embeds their texts
-    /// anew. All of them are remembered, or none. Returns how many there were.
+    /// anew. All of them are remembered, or none; none is [kept](Self::keep). Returns how many there were.
     ///
     /// # Errors
     /// [`Error::InText`] with what is wrong with a line, counted from 0; as [`remember`](Self::remember).
@@ -384,7 +396,7 @@ impl Memory {
                 continue;
             }
             let read: Record = serde_json::from_str(&line).map_err(|error| wrong(&error))?;
-            let record = self.record(&read.text, read.note);
+            let record = self.record(&read.text, read.note, &mut Fresh::new(None));
             let record = record.map_err(|error| Error::in_text(index, error))?;
             records.push(Record { superseded_by: read.superseded_by, ..record });
         }

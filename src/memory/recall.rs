@@ -28,6 +28,7 @@ pub struct Recall {
     recency: Option<(f32, f64)>,
     diversity: f32,
     tokens: usize,
+    recompute: usize,
 }
 
 /// A note that was recalled.
@@ -56,6 +57,7 @@ impl Recall {
             recency: None,
             diversity: 0.0,
             tokens: 1024,
+            recompute: 0,
         }
     }
 
@@ -94,6 +96,18 @@ impl Recall {
     pub fn tokens(mut self, tokens: usize) -> Self {
         self.tokens = tokens;
         self
+    }
+
+    /// Of documents that a memory [keeps](super::Memory::keep), runs the last so many tokens of each but the first
+    /// again, causally: these then see the documents before it. Default: 0, none. All of a document if it has fewer.
+    #[must_use]
+    pub fn recompute(mut self, tokens: usize) -> Self {
+        self.recompute = tokens;
+        self
+    }
+
+    pub(super) fn recomputed(&self) -> usize {
+        self.recompute
     }
 
     pub(super) fn most_tokens(&self) -> usize {

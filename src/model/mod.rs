@@ -60,7 +60,7 @@ use crate::kernels::FreedMemory;
 pub use self::attention::attend;
 pub use self::context::{ForwardContext, Pass, SideSignal};
 pub(crate) use self::kv_cache::CHUNK;
-pub use self::kv_cache::{KvCache, KvPool};
+pub use self::kv_cache::{KeptTokens, KvCache, KvPool};
 pub use self::linear::Linear;
 pub(crate) use self::linear::LowRank;
 pub use self::mask::{Mask, Sight};
@@ -291,6 +291,42 @@ impl Transformer {
             false => format!("{:?}, the type of the stream on this device", self.dtype),
         };
         Err(Error::parameter("cache dtype", expected, format!("{dtype:?}")))
+    }
+
+    /// Puts `tokens` of what was [kept](KvCache::keep) behind what a cache holds, without running the model. Where
+    /// they get other positions than they had, their keys are turned by the difference, which rounds them a
+    /// second time. The cache may keep another type: a narrower one rounds them.
+    ///
+    /// What the tokens saw when they were read does not change: they are blind to what the cache holds.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for tokens or a cache of another transformer, and for no tokens or more than were
+    /// kept; [`Error::ContextFull`] and [`Error::PoolFull`] for a cache without room; [`Error::Unsupported`] where
+    /// reading at other positions would make other numbers: frequencies that depend on the length of a text
+    /// (dynamic scaling, beyond the original length), and queries that grow at a position in between. The cache is
+    /// then left as it was.
+    pub fn place(
+        &self,
+        kept: &KeptTokens,
+        tokens: Range<usize>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        self.check_cache(cache)?;
+        kept.check_owner(self.stack_id())?;
+        if tokens.is_empty() || tokens.end > kept.tokens() {
+            let expected = format!("a run of the {} that were kept", kept.tokens());
+            return Err(Error::parameter("tokens", expected, format!("{tokens:?}")));
+        }
+        let to = cache.position(&self.all_layers())?;
+        self.check_context(to.saturating_add(tokens.len()))?;
+        let from = kept.first() + tokens.start..kept.first() + tokens.end;
+        let turn = self.stack.turn(&from, to)?;
+        in_pool(|| cache.place(kept, &tokens, |keys| turn.keys(keys)))
+    }
+
+    /// Refuses a text of this length in which not everything is read anew, if that makes another of it.
+    pub(crate) fn check_placed(&self, length: usize) -> Result<()> {
+        self.stack.turn(&(0..length), 0).map(drop)
     }
 
     /// This transformer with columns that read a [`SideSignal`] in the MLP of one layer, or, for `None`,

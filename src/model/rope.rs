@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use super::frequencies::Frequencies;
 use crate::batch::Batch;
 use crate::config::{Config, QueryScaling};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels;
 
 /// Cosines and sines of `position · frequency`, shared by all layers.
@@ -58,6 +58,23 @@ impl Rotation {
     }
 }
 
+/// What takes keys from their positions to others: the rotation by the difference, which is the same for all.
+#[derive(Debug)]
+pub(super) struct Turn {
+    /// `(1, head_dim / 2)` each; `None` where they stay.
+    by: Option<Rows>,
+}
+
+impl Turn {
+    /// Keys `(heads, tokens, head_dim)`, turned in `f32`, or as they were.
+    pub(super) fn keys(&self, keys: Tensor) -> Result<Tensor> {
+        let Some(by) = &self.by else { return Ok(keys) };
+        let tokens = keys.dim(1)?;
+        let all = by.map(|table| table.broadcast_as((tokens, table.dim(1)?)))?;
+        kernels::rotate(&keys.to_dtype(DType::F32)?, &all.cos, &all.sin)
+    }
+}
+
 impl Rope {
     /// The first tables are this long, which is enough for most prompts.
     const FIRST: usize = 1024;
@@ -93,6 +110,38 @@ impl Rope {
         Ok(Rotation { of_keys, of_queries })
     }
 
+    /// What takes keys from their positions to as many from `to` on.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where a pass at the other positions would compute other keys than turned ones.
+    pub(super) fn turn(&self, from: &Range<usize>, to: usize) -> Result<Turn> {
+        let longest = from.end.max(to.saturating_add(from.len()));
+        if self.frequencies.grow_at(longest) {
+            let what = "dynamic rope scaling of tokens that are not read anew";
+            return Err(Error::unsupported(what, format!("a text of {longest} tokens")));
+        }
+        let scale = |position| self.query_scale(position);
+        if let Some((from, to)) = from.clone().zip(to..).find(|(a, b)| scale(*a) != scale(*b)) {
+            let got = format!("from position {from} to {to}");
+            return Err(Error::unsupported("move of tokens whose queries grow in between", got));
+        }
+        if from.start == to {
+            return Ok(Turn { by: None });
+        }
+        // Magnitude is in the keys already.
+        let difference = to as f64 - from.start as f64;
+        let frequencies = self.frequencies.at(0);
+        let table = |function: fn(f64) -> f64| {
+            let turned = frequencies.iter().map(|freq| function(difference * f64::from(*freq)));
+            Tensor::from_vec(
+                turned.map(|it| it as f32).collect(),
+                (1, frequencies.len()),
+                &self.device,
+            )
+        };
+        Ok(Turn { by: Some(Rows { cos: table(f64::cos)?, sin: table(f64::sin)? }) })
+    }
+
     fn tabled(&self, batch: &Batch) -> Result<Rows> {
         let ends = (0..batch.sequences()).map(|index| batch.first(index) + batch.rows(index).len());
         let tables = self.tables(ends.max().unwrap_or(0))?;
@@ -120,18 +169,25 @@ impl Rope {
 
     /// What queries are multiplied by, `(tokens, 1)`; `None` where that is 1 for all of them.
     fn query_scales(&self, batch: &Batch) -> Result<Option<Tensor>> {
-        let Some(scaling) = &self.query_scaling else { return Ok(None) };
-        let (beta, original) =
-            (scaling.beta as f32, scaling.original_max_position_embeddings as f32);
-        // In f32, as transformers computes it.
-        let scale =
-            |position: usize| 1.0 + beta * (1.0 + (position as f32 / original).floor()).ln();
-        let scales: Vec<f32> = batch.positions().map(scale).collect();
+        if self.query_scaling.is_none() {
+            return Ok(None);
+        }
+        let scales: Vec<f32> = batch.positions().map(|it| self.query_scale(it)).collect();
         if scales.iter().all(|scale| *scale == 1.0) {
             return Ok(None);
         }
         let shape = (scales.len(), 1);
         Ok(Some(Tensor::from_vec(scales, shape, &self.device)?.to_dtype(self.dtype)?))
+    }
+
+    /// What the query at this position is multiplied by.
+    fn query_scale(&self, position: usize) -> f32 {
+        self.query_scaling.as_ref().map_or(1.0, |scaling| {
+            let (beta, original) =
+                (scaling.beta as f32, scaling.original_max_position_embeddings as f32);
+            // In f32, as transformers computes it.
+            1.0 + beta * (1.0 + (position as f32 / original).floor()).ln()
+        })
     }
 
     fn tables(&self, positions: usize) -> Result<Arc<Tables>> {

@@ -13,7 +13,7 @@ use super::kv_cache::{CHUNK, KvCache, Open};
 use super::linear::Linear;
 use super::mask::{Mask, Sight};
 use super::mlp::SideProjection;
-use super::rope::Rope;
+use super::rope::{Rope, Turn};
 use super::tap::{Site, Tap};
 use super::weights::Weights;
 use crate::batch::{Batch, flat};
@@ -238,6 +238,11 @@ impl Stack {
     /// will differ, too.
     pub(crate) fn variant(&self) -> Self {
         Self { id: next_id(), ..self.clone() }
+    }
+
+    /// What takes keys from their positions to as many from `to` on.
+    pub(super) fn turn(&self, from: &Range<usize>, to: usize) -> Result<Turn> {
+        self.rope.turn(from, to)
     }
 
     pub(super) fn id(&self) -> u64 {

@@ -376,3 +376,107 @@ fn help_lists_every_option_and_is_short_where_it_is_asked_to_be() -> Result {
     }
     Ok(())
 }
+
+#[test]
+fn documents_are_read_once() -> Result<()> {
+    let folder = checkpoint(1.0, true)?;
+    let model = load(folder.path())?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let (files, store) = (files(folder.path())?, folder.path().join("notes.redb"));
+    let at = store.to_str().ok_or("no text")?;
+    let kept = |id: &Value| {
+        folder
+            .path()
+            .join("notes.redb.kept")
+            .join(format!("{}.safetensors", id.as_str().unwrap_or_default()))
+    };
+    let add = ["add", "--store", at, "--model", path];
+    let thought = ["--keep", "--passes=2", "--hand-off=key-value"];
+    let first = lines(&succeed(&[&add[..], &thought, &[&files[0]]].concat())?)?;
+    assert_eq!((&first[0]["kept"], kept(&first[0]["id"]).is_file()), (&json!(true), true));
+    // Once that is said, it need not be said again, and nothing else can be.
+    let more = lines(&succeed(&[&add[..], &["--keep", &files[1]]].concat())?)?;
+    assert_eq!(more[0]["kept"], json!(true));
+    let other = fail(&[&add[..], &["--keep", "--passes=3", &files[2]]].concat())?;
+    assert!(other.contains("notes.redb.kept") && other.contains("were read by"), "{other}");
+    let without = lines(&succeed(&[&add[..], &[&files[2]]].concat())?)?;
+    assert_eq!((without[0].get("kept"), kept(&without[0]["id"]).is_file()), (None, false));
+
+    let question = "where is the cat?";
+    let ask = ["ask", "--store", at, "--model", path, "--max-tokens=6", "--json", question];
+    let asked = |more: &[&str]| -> Result<Value> {
+        Ok(serde_json::from_str(&succeed(&[&ask[..], more].concat())?)?)
+    };
+    let report = asked(&["--recompute=2"])?;
+    let found = report["found"].as_array().ok_or("no list")?;
+    let are_kept: Vec<_> = found.iter().map(|it| it["kept"] == json!(true)).collect();
+    let right: Vec<_> = found.iter().map(|it| it["id"] != without[0]["id"]).collect();
+    assert_eq!(are_kept, right);
+    let config = GenerationConfig::default().max_tokens(6);
+    {
+        let memory = Memory::open(&store, &model)?.keep(None)?;
+        let prompt = memory.prompt(question, &Recall::best(3).recompute(2))?;
+        assert_eq!(report["answer"]["ids"], json!(model.generate(prompt, &config)?.ids));
+    }
+    // Read now, as without.
+    let now = asked(&["--reread", "--passes=2", "--hand-off=key-value"])?;
+    assert_eq!(now["answer"]["prompt_ids"], report["answer"]["prompt_ids"]);
+    assert!(now["found"][0].get("kept").is_none());
+    let note = run(&[&ask[..], &["--passes=1"]].concat())?;
+    assert!(String::from_utf8(note.stderr)?.contains("--reread"));
+
+    let id = first[0]["id"].as_str().ok_or("no id")?;
+    succeed(&["forget", "--store", at, id])?;
+    assert!(!kept(&first[0]["id"]).exists() && kept(&more[0]["id"]).is_file());
+
+    // Another store, of what the pass leaves that embeds.
+    let embedded = folder.path().join("embedded.redb");
+    let at = embedded.to_str().ok_or("no text")?;
+    let add = ["add", "--store", at, "--model", path, "--keep=embedded", "--kv-cache=bf16"];
+    succeed(&[&add[..], &[&files[0], &files[1]]].concat())?;
+    let ask = ["ask", "--store", at, "--model", path, "--max-tokens=2", "--json", question];
+    let report: Value = serde_json::from_str(&succeed(&ask)?)?;
+    assert_eq!(report["found"][0]["kept"], json!(true));
+    Ok(())
+}
+
+#[test]
+fn what_documents_are_worth_is_measured() -> Result<()> {
+    let folder = checkpoint(1.0, true)?;
+    let (path, texts) = (folder.path(), folder.path().join("texts.txt"));
+    let line =
+        "the cat sat on the mat and the dog sat about in the sun while a boat was on the sea\n";
+    fs::write(&texts, line.repeat(4))?;
+    let arguments = [
+        "documents",
+        "--model",
+        path.to_str().ok_or("no text")?,
+        "--texts",
+        texts.to_str().ok_or("no text")?,
+        "--tokens=8",
+        "--predicted=4",
+        "--documents=1,3",
+        "--recompute=2",
+        "--lengths=12",
+        "--rounds=1",
+        "--passes=1",
+        "--hand-off=key-value",
+        "--weight=0",
+    ];
+    let table = succeed(&arguments)?;
+    for row in ["| kept, first used |", "| 0 | none |", "| 3 | all together, thought about |"] {
+        assert!(table.contains(row), "{table}");
+    }
+    let lines = lines(&succeed(&[&arguments[..], &["--json"]].concat())?)?;
+    assert_eq!(lines.len(), 4 + 1 + 2 * 4);
+    let nats = |documents: u64, read: &str| -> Result<f64> {
+        let is = |it: &&Value| it["documents"] == json!(documents) && it["read"] == json!(read);
+        let found = lines.iter().find(is).ok_or("no such line")?;
+        Ok(found["nats"]["mean"].as_f64().ok_or("no number")?)
+    };
+    // One document by itself is what thinking about it now is.
+    let (kept, now) = (nats(1, "each by itself, kept")?, nats(1, "all together, thought about")?);
+    assert!((kept - now).abs() < 1e-5, "{kept}, not {now}");
+    assert!(nats(3, "each by itself, kept")?.is_finite());
+    Ok(())
+}

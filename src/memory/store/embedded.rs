@@ -15,8 +15,9 @@ use redb::{
 use super::index::{EXACT_UP_TO, Index};
 use super::{Hit, Record, Search, Store, check};
 use crate::error::{Error, Result};
+use crate::memory::kept;
 use crate::memory::note::NoteId;
-use crate::replace::unique;
+use crate::replace::{appended, unique};
 
 const ABOUT: TableDefinition<'_, &str, &str> = TableDefinition::new("about");
 /// JSON, without the vectors.
@@ -25,6 +26,9 @@ const NOTES: TableDefinition<'_, [u8; 16], &[u8]> = TableDefinition::new("notes"
 const VECTORS: TableDefinition<'_, [u8; 16], &[u8]> = TableDefinition::new("vectors");
 
 const MANIFEST: &str = "manifest";
+
+/// Behind the name of the file, that of the folder of what is kept of its notes.
+const KEPT: &str = ".kept";
 
 /// Bytes of the file that are kept in memory: little, as all vectors are held anyway.
 const CACHE: usize = 64 << 20;
@@ -189,6 +193,10 @@ impl Store for Embedded {
         self.path.display().to_string()
     }
 
+    fn folder(&self) -> Option<PathBuf> {
+        Some(appended(&self.path, KEPT))
+    }
+
     fn manifest(&self) -> Result<Option<String>> {
         self.read(|read| {
             let about = read.open_table(ABOUT).map_err(|error| self.failed(error))?;
@@ -243,6 +251,7 @@ impl Store for Embedded {
     }
 
     fn remove(&self, id: NoteId) -> Result<bool> {
+        kept::remove(&appended(&self.path, KEPT), id).map_err(|error| self.failed(error))?;
         let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let was = self.write(|write| {
             let mut notes = write.open_table(NOTES).map_err(|error| self.failed(error))?;

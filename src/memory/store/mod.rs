@@ -9,6 +9,7 @@ mod volatile;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +97,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Where it is, for error messages: a path or a host, never a password.
     fn place(&self) -> String;
 
+    /// A folder beside it for files of its notes, whether it is there or not; `None` for a store that is not on this
+    /// machine's disk. [`remove`](Self::remove) removes what is kept of a note there.
+    fn folder(&self) -> Option<PathBuf> {
+        None
+    }
+
     /// What [`claim`](Self::claim) has written.
     ///
     /// # Errors
@@ -156,6 +163,10 @@ pub trait Store: Send + Sync + fmt::Debug {
 impl Store for Box<dyn Store> {
     fn place(&self) -> String {
         (**self).place()
+    }
+
+    fn folder(&self) -> Option<PathBuf> {
+        (**self).folder()
     }
 
     fn manifest(&self) -> Result<Option<String>> {

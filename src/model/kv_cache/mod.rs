@@ -1,5 +1,6 @@
 //! What a sequence remembers: the keys and values of its tokens, layer by layer, in blocks.
 
+mod kept;
 mod layer;
 mod open;
 mod pool;
@@ -16,6 +17,7 @@ use self::pool::Shape;
 use crate::error::{Error, Result};
 use crate::kernels::KV_BLOCK;
 
+pub use self::kept::KeptTokens;
 pub(super) use self::layer::gather;
 pub(super) use self::open::{Open, Remembered};
 pub use self::pool::KvPool;
@@ -190,7 +192,6 @@ impl KvCache {
     /// [`Error::ContextFull`], [`Error::PoolFull`]; [`Error::Parameter`] for a layer that does not exist
     /// or tensors of another shape. Nothing is added then.
     pub(crate) fn extend(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let layers = layer..layer.saturating_add(1);
         let Shape { kv_heads, head_dim, .. } = self.pool.shape();
         let tokens = match (keys.dims(), values.dims()) {
             ([heads, tokens, dim], of_values)
@@ -204,10 +205,25 @@ impl KvCache {
                 return Err(Error::parameter("keys and values", expected, got));
             }
         };
+        let both = (keys.clone(), values.clone());
+        self.append(layer..layer.saturating_add(1), tokens, |_| Ok(both.clone()))
+    }
+
+    /// Adds so many tokens after what `layers` hold, with the keys and values that `of` gives of each layer; all
+    /// or, if it fails, none.
+    fn append(
+        &mut self,
+        layers: Range<usize>,
+        tokens: usize,
+        of: impl Fn(usize) -> Result<(Tensor, Tensor)>,
+    ) -> Result<()> {
         let mut caches = [self];
         let mut open = Open::begin(&mut caches, &layers, &[(0..1, vec![tokens])])?;
         open.reserve(&(0..1), &[tokens])?;
-        open.write(layer, &(0..1), (keys, values), std::slice::from_ref(&(0..tokens)))?;
+        for layer in layers {
+            let (keys, values) = of(layer)?;
+            open.write(layer, &(0..1), (&keys, &values), std::slice::from_ref(&(0..tokens)))?;
+        }
         open.commit();
         Ok(())
     }

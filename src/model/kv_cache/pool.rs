@@ -138,6 +138,10 @@ impl KvPool {
         &self.shape
     }
 
+    pub(super) fn shared_shape(&self) -> Arc<Shape> {
+        Arc::clone(&self.shape)
+    }
+
     /// Bytes of a block.
     pub(super) fn block_bytes(&self) -> usize {
         let Shape { kv_heads, head_dim, dtype, .. } = &*self.shape;

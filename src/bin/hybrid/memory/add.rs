@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use hybrid_attention::HybridModel;
-use hybrid_attention::memory::{Memory, Note, NoteId, pieces};
+use hybrid_attention::memory::{Keep, Memory, Note, NoteId, pieces};
 use serde_json::json;
 
 use super::how::{NewStoreArgs, parse_tag, tagged};
 use crate::files::{check_folder, read_text};
-use crate::options::ModelArgs;
+use crate::options::{CacheArgs, ModelArgs, ThinkingArgs};
 use crate::terminal::{self, Result};
 
 /// The most tokens of a note: a few of them fit a prompt.
@@ -44,11 +44,30 @@ pub(crate) struct Options {
     #[arg(long, value_name = "ID")]
     supersede: Option<NoteId>,
 
+    /// Keep what reading each note leaves, in the folder F.kept beside the store, so that `ask` need not read it
+    /// again: as it is thought about, or as the pass leaves it that embeds it, which for models that were trained to
+    /// embed and to answer by that is one pass for both [default: thought; once documents are kept, as they are]
+    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "thought")]
+    keep: Option<Kept>,
+
     #[command(flatten)]
     store: NewStoreArgs,
 
     #[command(flatten)]
     model: ModelArgs,
+
+    #[command(flatten)]
+    cache: CacheArgs,
+
+    #[command(flatten)]
+    thinking: ThinkingArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Kept {
+    Thought,
+    Embedded,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -82,7 +101,26 @@ impl Split {
     }
 }
 
+impl Options {
+    /// `memory`, which keeps documents if that was asked for.
+    fn keeping(&self, memory: Memory, model: &HybridModel) -> Result<Memory> {
+        let thinking = self.thinking.thinking();
+        let keep = match (self.keep, thinking) {
+            (None, _) => return Ok(memory),
+            (Some(Kept::Embedded), _) => Some(Keep::Embedded),
+            (Some(Kept::Thought), Some(thinking)) => Some(Keep::Thought(thinking)),
+            (Some(Kept::Thought), None) if memory.has_kept() => None,
+            (Some(Kept::Thought), None) => Some(Keep::Thought(model.thinking().clone())),
+        };
+        Ok(memory.keep(keep)?)
+    }
+}
+
 pub(crate) fn run(options: &Options) -> Result<()> {
+    options.thinking.warn();
+    if options.thinking.passes.is_some() && !matches!(options.keep, Some(Kept::Thought)) {
+        terminal::say("note: notes are thought about where --keep keeps what that leaves");
+    }
     let files = options.files.iter().map(|path| {
         let texts = options.split.texts(&read_text(path)?);
         match texts.is_empty() {
@@ -94,7 +132,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     options.store.embedding()?; // before waiting for the weights
     check_folder(options.store.path())?;
     let (model, _) = options.model.load()?;
-    let memory = options.store.open(&model)?;
+    let model = options.cache.apply(model)?;
+    let memory = options.keeping(options.store.open(&model)?, &model)?;
     let count = files.iter().map(|(_, texts)| texts.len() as u64).sum();
     let bar = terminal::bar(count, "remembering [{bar:30}] {pos}/{len}, {eta} to go");
     bar.tick();
@@ -132,7 +171,7 @@ fn cut(model: &HybridModel, text: &str, most: Option<usize>) -> Result<Vec<Strin
 fn print(model: &HybridModel, memory: &Memory, id: NoteId) -> Result<()> {
     let Some(record) = memory.get(id)? else { return Ok(()) };
     let tokens = model.tokenizer().map(|it| it.encode(&record.text, true)).transpose()?;
-    let line = json!({
+    let mut line = json!({
         "id": id,
         "text": record.text,
         "tokens": tokens.map(|ids| ids.len()),
@@ -140,5 +179,8 @@ fn print(model: &HybridModel, memory: &Memory, id: NoteId) -> Result<()> {
         "tags": record.note.tags,
         "spans": record.spans,
     });
+    if memory.keeps().is_some() {
+        line["kept"] = memory.is_kept(id).into();
+    }
     Ok(writeln!(stdout(), "{line}")?)
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::how::{How, StoreArgs, parse_tag};
 use crate::generate;
-use crate::options::{ModelArgs, SamplingArgs, ThinkingArgs};
+use crate::options::{CacheArgs, ModelArgs, SamplingArgs, ThinkingArgs};
 use crate::terminal::{self, Result};
 
 #[derive(Args, Debug)]
@@ -39,9 +39,18 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1024, value_name = "N", hide_short_help = true)]
     context: usize,
 
-    /// Put notes and question into the model's chat template, as a user's message
+    /// Put notes and question into the model's chat template, as a user's message; notes that are kept stand before
+    /// the conversation
     #[arg(long)]
     chat: bool,
+
+    /// Of notes that are kept, run the last N tokens of each but the first again: these then see those before them
+    #[arg(long, default_value_t = 0, value_name = "N", hide_short_help = true)]
+    recompute: usize,
+
+    /// Read notes now, and think about them as asked, also where what reading leaves is kept
+    #[arg(long, hide_short_help = true)]
+    reread: bool,
 
     /// The most tokens of the answer; 0 for none
     #[arg(long, default_value_t = 128, value_name = "N")]
@@ -63,6 +72,9 @@ pub(crate) struct Options {
     model: ModelArgs,
 
     #[command(flatten)]
+    cache: CacheArgs,
+
+    #[command(flatten)]
     thinking: ThinkingArgs,
 
     #[command(flatten)]
@@ -72,6 +84,7 @@ pub(crate) struct Options {
 impl Options {
     fn recall(&self) -> Recall {
         let recall = Recall::best(usize::try_from(self.best).unwrap_or(usize::MAX));
+        let recall = recall.recompute(self.recompute);
         let recall =
             self.min_score.into_iter().fold(recall.tokens(self.context), Recall::min_score);
         let recall = self.diversity.into_iter().fold(recall, Recall::diversity);
@@ -82,9 +95,17 @@ impl Options {
         self.sampling.apply(self.thinking.apply(config.max_tokens(self.max_tokens)))
     }
 
-    fn prompt(&self, memory: &Memory, found: &[Recalled]) -> Result<Prompt> {
+    fn prompt(&self, model: &HybridModel, memory: &Memory, found: &[Recalled]) -> Result<Prompt> {
         if !self.chat {
             return Ok(memory.prompt_of(&self.question, found, &self.recall())?);
+        }
+        if memory.keeps().is_some() {
+            let tokenizer = model.tokenizer().ok_or("the checkpoint has no tokenizer")?;
+            let turn = tokenizer.encode_chat(&[Message::user(&self.question)], true)?;
+            // Before the notes it stands already.
+            let begins = usize::from(turn.first().copied() == tokenizer.bos_token_id());
+            let turn = turn.get(begins..).unwrap_or_default();
+            return Ok(memory.context_of(found, &self.recall())?.plain_ids(turn));
         }
         let texts = memory.fitting(found, &self.recall())?;
         let texts = texts.iter().rev().map(|found| format!("{}\n\n", found.text));
@@ -98,13 +119,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     options.thinking.warn();
     let store = options.store.existing()?;
     let (model, load) = options.model.load()?;
-    let memory = Memory::over(store, &model, None)?;
+    let model = options.cache.apply(model)?;
+    let mut memory = Memory::over(store, &model, None)?;
+    if memory.has_kept() && !options.reread {
+        memory = memory.keep(None)?;
+        if options.thinking.passes.is_some() {
+            terminal::say(
+                "note: notes are kept, and taken as they were thought about: --reread thinks now",
+            );
+        }
+    }
     let mut found = memory.recall(&options.question, &options.recall())?;
     for note in found.iter_mut().filter(|note| note.spans.is_empty()) {
         note.spans = marked(&model, &note.text, options.mark)?;
     }
     let config = options.config(model.generation_config());
-    let prompt = options.prompt(&memory, &found)?;
+    let prompt = options.prompt(&model, &memory, &found)?;
     if !options.json {
         show(&found)?;
         return match options.max_tokens {
@@ -114,14 +144,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     let answer = terminal::begin(&model, prompt, &config)?.collect_answer()?;
     let found = found.iter().map(|note| {
-        json!({
+        let mut found = json!({
             "id": note.id,
             "text": note.text,
             "score": note.score,
             "spans": note.spans,
             "source": note.note.source,
             "tags": note.note.tags,
-        })
+        });
+        if memory.keeps().is_some() {
+            found["kept"] = memory.is_kept(note.id).into();
+        }
+        found
     });
     let found: Vec<_> = found.collect();
     let report = json!({ "found": found, "answer": generate::report(&model, &answer, load) });

@@ -2,6 +2,7 @@
 
 mod add;
 mod ask;
+mod documents;
 mod eval;
 mod how;
 mod keep;
@@ -30,6 +31,9 @@ enum Command {
     Import(keep::ImportOptions),
     /// Measure what finds texts best: all of a text, its main point by one score or another, or words by chance
     Eval(eval::Options),
+    /// Measure documents that are read once: seconds to the first token, bytes, and what is lost when several are put
+    /// together
+    Documents(documents::Options),
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -40,5 +44,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         Command::Forget(options) => keep::forget(options),
         Command::Import(options) => keep::import(options),
         Command::Eval(options) => eval::run(options),
+        Command::Documents(options) => documents::run(options),
     }
 }

@@ -27,6 +27,7 @@
 mod embedding;
 pub mod evaluate;
 mod leverage;
+mod look;
 mod main_point;
 mod note;
 mod pieces;
@@ -35,6 +36,7 @@ mod salience;
 pub mod store;
 mod words;
 
+use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::sync::Arc;
 
@@ -53,7 +55,9 @@ pub use store::Embedded;
 pub use store::Postgres;
 pub use store::{Record, Store, Volatile};
 
+use self::embedding::Embedded as Vectors;
 use self::note::now;
+use self::recall::dot;
 use crate::error::{Error, Result};
 use crate::generate::Prompt;
 use crate::hybrid::HybridModel;
@@ -110,7 +114,6 @@ impl Manifest {
                 "its vectors have {theirs} numbers, and those of this model {ours}"
             ));
         }
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
         let (a, b) = (&self.probe, &other.probe);
         let cosine = dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
         match 1.0 - cosine <= Self::ROUNDING {
@@ -186,7 +189,7 @@ impl Memory {
     /// at once, [`Error::Parameter`] for a tag or a source with a NUL; [`Error::Store`]; what
     /// [`HybridModel::embed`] and [`MainPoint::of`] say.
     pub fn remember(&self, text: &str, note: Note) -> Result<NoteId> {
-        let record = self.record(text, note)?;
+        let record = self.record(text, note, None)?;
         self.store.put(std::slice::from_ref(&record))?;
         Ok(record.id)
     }
@@ -199,21 +202,27 @@ impl Memory {
         &self,
         texts: impl IntoIterator<Item = (T, Note)>,
     ) -> Result<Vec<NoteId>> {
-        let record = |(index, (text, note)): (usize, (T, Note))| {
-            self.record(text.as_ref(), note).map_err(|error| Error::in_text(index, error))
+        let texts: Vec<(T, Note)> = texts.into_iter().collect();
+        let named: Vec<&str> = texts.iter().map(|(text, _)| text.as_ref()).collect();
+        let embedded = self.embedding.embed_all(&self.model, &named)?;
+        let record = |(index, ((text, note), embedded)): (usize, ((T, Note), _))| {
+            let record = self.record(text.as_ref(), note, embedded);
+            record.map_err(|error| Error::in_text(index, error))
         };
-        let records = texts.into_iter().enumerate().map(record).collect::<Result<Vec<_>>>()?;
+        let records = texts.into_iter().zip(embedded).enumerate().map(record);
+        let records = records.collect::<Result<Vec<_>>>()?;
         self.store.put(&records)?;
         Ok(records.iter().map(|record| record.id).collect())
     }
 
-    fn record(&self, text: &str, mut note: Note) -> Result<Record> {
+    fn record(&self, text: &str, mut note: Note, embedded: Option<Vectors>) -> Result<Record> {
         note.validate()?;
         if text.trim().is_empty() {
             return Err(Error::EmptyPrompt);
         }
         note.time.get_or_insert_with(now);
-        let (vectors, spans) = self.embedding.embed(&self.model, text)?;
+        let embedded = embedded.map_or_else(|| self.embedding.embed(&self.model, text), Ok);
+        let (vectors, spans) = embedded?;
         let (id, text) = (NoteId::of(text), text.to_owned());
         Ok(Record { id, text, note, superseded_by: None, spans, vectors })
     }
@@ -225,7 +234,7 @@ impl Memory {
     /// [`Error::Parameter`] for a name that no note has, or that of the same text; as
     /// [`remember`](Self::remember).
     pub fn supersede(&self, old: NoteId, text: &str, note: Note) -> Result<NoteId> {
-        let new = self.record(text, note)?;
+        let new = self.record(text, note, None)?;
         if new.id == old {
             return Err(Error::parameter("text", "another one than the note has", "the same"));
         }
@@ -288,12 +297,14 @@ impl Memory {
         loop {
             let hits = self.store.nearest(&recall.search(vectors.clone(), asked))?;
             let all = hits.len() < asked;
-            let mut found = Vec::with_capacity(hits.len());
-            for hit in hits {
-                // One that is gone since is none.
-                found.extend(self.store.get(hit.id)?.map(|record| (record, hit.score)));
-            }
-            let chosen = recall.choose(found);
+            let scores: HashMap<NoteId, f32> = hits.iter().map(|hit| (hit.id, hit.score)).collect();
+            let ids: Vec<NoteId> = hits.iter().map(|hit| hit.id).collect();
+            // One that is gone since is none.
+            let found = self.store.get_many(&ids)?.into_iter().filter_map(|record| {
+                let score = *scores.get(&record.id)?;
+                Some((record, score))
+            });
+            let chosen = recall.choose(found.collect());
             if all || chosen.len() >= recall.wanted() {
                 return Ok(chosen);
             }
@@ -384,7 +395,7 @@ impl Memory {
                 continue;
             }
             let read: Record = serde_json::from_str(&line).map_err(|error| wrong(&error))?;
-            let record = self.record(&read.text, read.note);
+            let record = self.record(&read.text, read.note, None);
             let record = record.map_err(|error| Error::in_text(index, error))?;
             records.push(Record { superseded_by: read.superseded_by, ..record });
         }

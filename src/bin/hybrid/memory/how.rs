@@ -77,6 +77,11 @@ pub(crate) enum How {
 }
 
 impl How {
+    /// As it is written on the command line.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     pub(crate) fn salience(self) -> Salience {
         match self {
             Self::LastQueries => Salience::last_queries(8),

@@ -91,7 +91,7 @@ fn what_was_added_is_found_as_the_library_finds_it() -> Result {
         assert_eq!((&reported["id"], &reported["text"]), (&json!(note.id), &json!(note.text)));
         assert_eq!(serde_json::from_value::<f32>(reported["score"].clone())?, note.score);
         // Of whole texts, the words are found when asked.
-        let point = MainPoint::of(&model, &note.text, &Salience::reconstruct())?;
+        let point = MainPoint::of(&model, &note.text, &Salience::received())?;
         let spans: Vec<(usize, usize, f32)> = serde_json::from_value(reported["spans"].clone())?;
         let right = point.spans().iter().map(|it| (it.bytes.start, it.bytes.end, it.score));
         assert_eq!(spans, right.collect::<Vec<_>>());

@@ -199,7 +199,9 @@ fn a_store_keeps_to_what_it_was_made_with() -> Result {
         TEXTS[0],
     ])?)?;
     assert_eq!(report["found"][0]["spans"], first[0]["spans"], "as the store says");
-    for other in [&["--embed=whole"][..], &["--embed=main-point", "--share=0.5"]] {
+    for other in
+        [&["--embed=whole"][..], &["--embed=main-point", "--salience=leverage", "--share=0.5"]]
+    {
         let stderr = fail(&[&base[..], other, &[&files[2]]].concat())?;
         assert!(stderr.contains("its notes were embedded by {\"main_point\""), "{stderr}");
     }

@@ -230,8 +230,8 @@ impl Conversations {
             let both = story.remember(model, false)?;
             for (name, marks) in &mut marks {
                 let mark = |asked: &Asked| match *name {
-                    Self::NOTHING => mark(&both.0, asked, &[], None),
-                    Self::ALL => mark(&both.0, asked, &all(&both)?, None),
+                    Self::NOTHING => answered(&both.0, asked, &[], None),
+                    Self::ALL => answered(&both.0, asked, &all(&both)?, None),
                     Self::SUPERSEDED => recalled(story, &superseded, asked, &recall),
                     Self::NEWER => recalled(story, &both, asked, &newer),
                     _ => recalled(story, &both, asked, &recall),
@@ -270,11 +270,11 @@ fn recalled(
     let tells = ids.get(asked.by);
     let kinds = found.iter().map(|it| (Some(&it.id) == tells, corrected.contains(&&it.id)));
     let kinds = kinds.collect();
-    mark(memory, asked, &found, Some(kinds))
+    answered(memory, asked, &found, Some(kinds))
 }
 
 /// What the memory's model answers after these notes.
-fn mark(
+fn answered(
     memory: &Memory,
     asked: &Asked,
     notes: &[Recalled],

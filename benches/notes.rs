@@ -5,7 +5,7 @@
 //! ```
 //!
 //! `--cpu` counts the time that processors spend on a search, of all threads together (Linux only).
-//! Searching 100 000 vectors of 4096 takes 4 GB of memory, and comparing signs of a million of 576 takes 6.
+//! Searching 100 000 vectors of 4096 takes 4 GB of memory, and comparing signs of a million of 576 takes 8.
 
 #![allow(clippy::print_stdout)]
 
@@ -39,7 +39,7 @@ fn main() -> Result {
     }
     if wanted("signs") {
         println!(
-            "\n| vectors of 576 | scored | ms, one thread | of the best 10 |\n|---|---|---|---|"
+            "\n| vectors of 576 | how many | scored | ms, one thread | of the best 10 |\n|---|---|---|---|---|"
         );
         for centres in [None, Some(4096)] {
             signs(centres)?;
@@ -167,8 +167,9 @@ fn signs(centres: Option<usize>) -> Result {
     }
     let by_signs = pool.install(|| times(&whole, &queries))?[0];
     let kind = if near.is_some() { "near 4096 centres" } else { "without structure" };
-    println!("| {kind} | all | {exact:.1} | 1 |");
-    println!("| {kind} | 1024 | {by_signs:.1} | {:.2} |", found as f64 / (10 * QUERIES) as f64);
+    let recall = found as f64 / (10 * QUERIES) as f64;
+    println!("| {kind} | {count} | all | {exact:.1} | 1 |");
+    println!("| {kind} | {count} | 1024 | {by_signs:.1} | {recall:.2} |");
     Ok(())
 }
 

@@ -44,8 +44,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => return Err("give a checkpoint, a folder of text files, and a question".into()),
     };
 
-    // Whole texts are what is found best as a rule; `hybrid memory eval` measures it. `Embedding::MainPoint` and
-    // `Embedding::Words` embed what carries them.
+    // Whole texts are found as well as what carries them, and embedded faster; `hybrid memory eval` measures it.
+    // `Embedding::MainPoint` and `Embedding::Words` embed what carries them.
     let memory = Memory::over(Volatile::default(), &model, Embedding::default())?;
     let tokenizer = model.tokenizer().ok_or("the checkpoint has no tokenizer")?;
     for (name, text) in &texts {
@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// A text with the words that carry it in bold.
 fn marked(model: &HybridModel, text: &str) -> hybrid_attention::Result<String> {
-    let point = MainPoint::of(model, text, &Salience::reconstruct().share(0.25))?;
+    let point = MainPoint::of(model, text, &Salience::received().share(0.25))?;
     let (mut marked, mut at) = (String::new(), 0);
     for span in point.spans() {
         marked += &format!("{}\x1b[1m{}\x1b[0m", &text[at..span.bytes.start], span.text);

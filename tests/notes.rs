@@ -82,6 +82,22 @@ fn what_was_put_is_there_once() -> Result {
 }
 
 #[test]
+fn many_come_in_the_order_that_they_are_asked_for_in() -> Result {
+    each(|name, store| {
+        let records: Vec<Record> =
+            ["a", "b", "c"].map(|text| record(text, &[&[1.0, 0.0], &[0.0, 1.0]])).into();
+        store.put(&records)?;
+        let [a, b, c] = ["a", "b", "c"].map(NoteId::of);
+        let found = store.get_many(&[c, NoteId::of("none"), a, c])?;
+        let right = [&records[2], &records[0], &records[2]];
+        assert_eq!(found.iter().collect::<Vec<_>>(), right, "{name}");
+        assert!(store.get_many(&[])?.is_empty());
+        assert!(store.remove(b)? && store.get_many(&[b])?.is_empty());
+        Ok(())
+    })
+}
+
+#[test]
 fn the_first_manifest_stays() -> Result {
     each(|name, store| {
         assert_eq!(store.manifest()?, None, "{name}");
@@ -351,6 +367,83 @@ fn a_corrected_fact_is_not_recalled() -> Result {
         assert!(memory.forget(old)? && !memory.forget(old)? && memory.len()? == 1);
         Ok(())
     })
+}
+
+/// What users of such memories report: additions that delete, entries that nobody made, and a salience that is bound to
+/// what was asked last.
+#[test]
+fn what_was_said_stays_and_nothing_else_comes() -> Result {
+    for embedding in embeddings() {
+        let memory = over(Box::new(Volatile::default()), embedding)?;
+        let texts = [
+            "the boat is red",
+            "the boat is blue", // says otherwise
+            "The boat is red",  // all but the same
+            "the boat is red.",
+            "boat",
+            "nobody knew why the boat is red",
+        ];
+        let mut told: Vec<Record> = Vec::new();
+        for (time, text) in (1..).zip(texts) {
+            let id = memory.remember(text, Note::default().time(time))?;
+            for before in &told {
+                assert_eq!(memory.get(before.id)?.as_ref(), Some(before), "{text}");
+            }
+            told.push(memory.get(id)?.ok_or("gone")?);
+        }
+        for question in ["is the boat red?", "who sank it?", "why?"] {
+            let recall = Recall::best(3).diversity(0.5);
+            memory.recall(question, &recall)?;
+            memory.prompt(question, &recall)?;
+            assert_eq!(memory.len()?, told.len());
+            for before in &told {
+                assert_eq!(memory.get(before.id)?.as_ref(), Some(before), "{question}");
+            }
+        }
+        for nothing in ["", " \n\t"] {
+            assert!(matches!(memory.remember(nothing, Note::default()), Err(Error::EmptyPrompt)));
+        }
+        assert_eq!(memory.len()?, told.len());
+    }
+    Ok(())
+}
+
+#[test]
+fn where_age_counts_the_newer_of_two_contradicting_facts_comes_first() -> Result {
+    let memory = over(Box::new(Volatile::default()), Embedding::default())?;
+    let now = std::time::UNIX_EPOCH.elapsed()?.as_millis() as i64;
+    let days = |days: i64| Note::default().time(now - days * 86_400_000);
+    for (newer, older) in [("red", "blue"), ("blue", "red")] {
+        let [newer, older] = [newer, older].map(|colour| format!("the boat is {colour}"));
+        memory.remember(&older, days(3))?;
+        memory.remember(&newer, days(1))?;
+        // Asked in the words of the older: without its age that comes first.
+        let texts = |recall: Recall| -> Result<Vec<String>> {
+            Ok(memory.recall(&older, &recall)?.into_iter().map(|it| it.text).collect())
+        };
+        assert_eq!(texts(Recall::best(2))?, [older.clone(), newer.clone()]);
+        assert_eq!(texts(Recall::best(2).recency(0.9, 1.0))?, [newer.clone(), older.clone()]);
+    }
+    Ok(())
+}
+
+/// Texts of many lengths, so that some run side by side.
+#[test]
+fn many_are_remembered_as_one_by_one() -> Result {
+    let texts: Vec<String> =
+        (1..40).map(|count| "boats sank, doors creak; ".repeat(count)).collect();
+    for embedding in embeddings() {
+        let [one, many] = [(); 2].map(|()| over(Box::new(Volatile::default()), embedding.clone()));
+        let (one, many) = (one?, many?);
+        let told = || texts.iter().map(|text| (text, Note::default().time(1)));
+        let ids = many.remember_all(told())?;
+        for ((text, note), id) in told().zip(ids) {
+            assert_eq!(one.remember(text, note)?, id);
+        }
+        let records = |memory: &Memory| memory.iter().collect::<hybrid_attention::Result<Vec<_>>>();
+        assert_eq!(records(&one)?, records(&many)?, "to the bit");
+    }
+    Ok(())
 }
 
 #[test]

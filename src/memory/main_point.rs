@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
+use super::look::look;
 use super::salience::{Reading, Salience};
 use super::words::{Word, words};
 use crate::error::{Error, Result};
 use crate::hybrid::HybridModel;
-use crate::model::{Batch, Pass};
 use crate::pooling::unit_length;
 
 /// The words of a text that carry it, and the states that their tokens have in its context.
@@ -64,9 +64,9 @@ impl MainPoint {
     /// range; [`Error::NotFinite`]; whatever a closure of [`Salience::by`] returns.
     pub fn of(model: &HybridModel, text: &str, salience: &Salience) -> Result<Self> {
         salience.validate()?;
-        let read = Read::new(model, text)?;
-        let scores = salience.scores(&read.reading())?;
-        read.point(&scores, salience.room(read.ids.len()))
+        let read = Read::new(model, text, std::slice::from_ref(salience))?;
+        let scores = read.scores.first().map_or(&[][..], Vec::as_slice);
+        read.point(scores, salience.room(read.ids.len()))
     }
 
     /// The chosen words in the order of the text, neighbours as one span.
@@ -114,17 +114,18 @@ impl MainPoint {
 /// A text that was read, before anything is chosen.
 #[derive(Debug)]
 pub(super) struct Read<'a> {
-    model: &'a HybridModel,
-    text: &'a str,
+    pub(super) text: &'a str,
     pub(super) ids: Vec<u32>,
-    pub(super) bytes: Vec<Range<usize>>,
+    bytes: Vec<Range<usize>>,
     /// The tokens that spell something.
     spelled: Vec<usize>,
     states: Tensor,
+    /// A score for each token, by each of the ways it was read with.
+    pub(super) scores: Vec<Vec<f32>>,
 }
 
 impl<'a> Read<'a> {
-    pub(super) fn new(model: &'a HybridModel, text: &'a str) -> Result<Self> {
+    pub(super) fn new(model: &'a HybridModel, text: &'a str, ways: &[Salience]) -> Result<Self> {
         let tokenizer =
             model.tokenizer().ok_or(Error::NoTokenizer { needed_for: "a main point" })?;
         let (ids, bytes) = tokenizer.encode_spans(text, true)?;
@@ -135,12 +136,9 @@ impl<'a> Read<'a> {
         if spelled.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let states = states(model, &ids)?;
-        Ok(Self { model, text, ids, bytes, spelled, states })
-    }
-
-    pub(super) fn reading(&self) -> Reading<'_> {
-        Reading { model: self.model, text: self.text, ids: &self.ids, bytes: &self.bytes }
+        let reading = Reading { model, text, ids: &ids, bytes: &bytes };
+        let (states, scores) = look(&reading, ways)?;
+        Ok(Self { text, ids, bytes, spelled, states, scores })
     }
 
     pub(super) fn words(&self) -> Vec<Word> {
@@ -165,15 +163,6 @@ impl<'a> Read<'a> {
         let states = self.states.index_select(&rows, 0)?;
         Ok(MainPoint { spans, tokens: self.ids.len(), kept, states })
     }
-}
-
-/// `(tokens, hidden)`, in `f32`
-fn states(model: &HybridModel, ids: &[u32]) -> Result<Tensor> {
-    let (transformer, sight) = model.reads_texts();
-    let batch = Batch::one(ids.len())?;
-    let xs = transformer.embed_ids(ids)?;
-    let h = transformer.forward(&xs, transformer.all_layers(), Pass::uncached(&batch, sight))?;
-    Ok(transformer.norm(&h)?.to_dtype(DType::F32)?)
 }
 
 /// Each word with the mean score of its tokens.

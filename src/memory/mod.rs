@@ -30,6 +30,7 @@ pub mod evaluate;
 mod fingerprint;
 mod kept;
 mod leverage;
+mod look;
 mod main_point;
 mod note;
 mod pieces;
@@ -38,6 +39,7 @@ mod salience;
 pub mod store;
 mod words;
 
+use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::sync::Arc;
 
@@ -59,6 +61,7 @@ pub use store::{Record, Store, Volatile};
 
 use self::documents::Fresh;
 use self::kept::Kept;
+use self::embedding::Embedded as Vectors;
 use self::note::now;
 use crate::error::{Error, Result};
 use crate::generate::Prompt;
@@ -178,7 +181,7 @@ impl Memory {
     /// [`document`](Self::document), and [`Error::Io`] for a file that cannot be written.
     pub fn remember(&self, text: &str, note: Note) -> Result<NoteId> {
         let mut fresh = Fresh::new(self.kept.as_deref());
-        let record = self.record(text, note, &mut fresh)?;
+        let record = self.record(text, note, None, &mut fresh)?;
         self.store.put(std::slice::from_ref(&record))?;
         fresh.stay();
         Ok(record.id)
@@ -192,24 +195,40 @@ impl Memory {
         &self,
         texts: impl IntoIterator<Item = (T, Note)>,
     ) -> Result<Vec<NoteId>> {
+        let texts: Vec<(T, Note)> = texts.into_iter().collect();
+        let named: Vec<&str> = texts.iter().map(|(text, _)| text.as_ref()).collect();
+        let embedded = match &self.kept {
+            None => self.embedding.embed_all(&self.model, &named)?,
+            Some(_) => vec![None; texts.len()], // by the pass that is kept
+        };
         let mut fresh = Fresh::new(self.kept.as_deref());
-        let record = |(index, (text, note)): (usize, (T, Note))| {
-            let record = self.record(text.as_ref(), note, &mut fresh);
+        let record = |(index, ((text, note), embedded)): (usize, ((T, Note), _))| {
+            let record = self.record(text.as_ref(), note, embedded, &mut fresh);
             record.map_err(|error| Error::in_text(index, error))
         };
-        let records = texts.into_iter().enumerate().map(record).collect::<Result<Vec<_>>>()?;
+        let records = texts.into_iter().zip(embedded).enumerate().map(record);
+        let records = records.collect::<Result<Vec<_>>>()?;
         self.store.put(&records)?;
         fresh.stay();
         Ok(records.iter().map(|record| record.id).collect())
     }
 
-    fn record(&self, text: &str, mut note: Note, fresh: &mut Fresh<'_>) -> Result<Record> {
+    fn record(
+        &self,
+        text: &str,
+        mut note: Note,
+        embedded: Option<Vectors>,
+        fresh: &mut Fresh<'_>,
+    ) -> Result<Record> {
         note.validate()?;
         if text.trim().is_empty() {
             return Err(Error::EmptyPrompt);
         }
         note.time.get_or_insert_with(now);
-        let (vectors, spans) = self.embed_and_keep(text, fresh)?;
+        let (vectors, spans) = match embedded {
+            Some(embedded) => embedded,
+            None => self.embed_and_keep(text, fresh)?,
+        };
         let (id, text) = (NoteId::of(text), text.to_owned());
         Ok(Record { id, text, note, superseded_by: None, spans, vectors })
     }
@@ -222,7 +241,7 @@ impl Memory {
     /// [`remember`](Self::remember).
     pub fn supersede(&self, old: NoteId, text: &str, note: Note) -> Result<NoteId> {
         let mut fresh = Fresh::new(self.kept.as_deref());
-        let new = self.record(text, note, &mut fresh)?;
+        let new = self.record(text, note, None, &mut fresh)?;
         if new.id == old {
             return Err(Error::parameter("text", "another one than the note has", "the same"));
         }
@@ -288,12 +307,14 @@ impl Memory {
         loop {
             let hits = self.store.nearest(&recall.search(vectors.clone(), asked))?;
             let all = hits.len() < asked;
-            let mut found = Vec::with_capacity(hits.len());
-            for hit in hits {
-                // One that is gone since is none.
-                found.extend(self.store.get(hit.id)?.map(|record| (record, hit.score)));
-            }
-            let chosen = recall.choose(found);
+            let scores: HashMap<NoteId, f32> = hits.iter().map(|hit| (hit.id, hit.score)).collect();
+            let ids: Vec<NoteId> = hits.iter().map(|hit| hit.id).collect();
+            // One that is gone since is none.
+            let found = self.store.get_many(&ids)?.into_iter().filter_map(|record| {
+                let score = *scores.get(&record.id)?;
+                Some((record, score))
+            });
+            let chosen = recall.choose(found.collect());
             if all || chosen.len() >= recall.wanted() {
                 return Ok(chosen);
             }
@@ -396,7 +417,7 @@ impl Memory {
                 continue;
             }
             let read: Record = serde_json::from_str(&line).map_err(|error| wrong(&error))?;
-            let record = self.record(&read.text, read.note, &mut Fresh::new(None));
+            let record = self.record(&read.text, read.note, None, &mut Fresh::new(None));
             let record = record.map_err(|error| Error::in_text(index, error))?;
             records.push(Record { superseded_by: read.superseded_by, ..record });
         }

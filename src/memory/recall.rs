@@ -220,7 +220,11 @@ fn overlap(a: &HashSet<String>, b: &HashSet<String>) -> f64 {
 
 /// How alike two notes are: MaxSim, as a query is compared.
 fn alike(a: &Record, b: &Record) -> f32 {
-    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f32>();
     let best = |x: &Vec<f32>| b.vectors.iter().map(|y| dot(x, y)).fold(f32::MIN, f32::max);
     a.vectors.iter().map(best).sum::<f32>() / a.vectors.len().max(1) as f32
+}
+
+/// Over as many numbers as the shorter one has.
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -16,12 +16,14 @@
 //! The test split has names of its own and, for the facts, pairings of opener and verb that the
 //! training split never uses.
 
+mod conversations;
 mod names;
 mod vocabulary;
 
 use rand::Rng;
 use rand::seq::SliceRandom;
 
+pub use conversations::{ASKED, Asked, CONVERSATIONS, CORRECTED, Conversations, TOLD, Told};
 use names::{Names, PEOPLE, THINGS};
 pub use vocabulary::{END, UNKNOWN, Vocabulary};
 

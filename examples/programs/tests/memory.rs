@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use candle_core::Device;
-use hybrid_attention::memory::evaluate::{Passage, Retrieval};
+use hybrid_attention::memory::evaluate::{
+    Continuation, Conversations, Given, Held, Passage, Retrieval, Story,
+};
 use hybrid_attention::memory::{Embedded, Embedding, MainPoint, Memory, NoteId, Recall, Salience};
 use hybrid_attention::{GenerationConfig, HybridModel};
 use hybrid_attention_testing::{Result, checkpoint};
@@ -89,7 +91,7 @@ fn what_was_added_is_found_as_the_library_finds_it() -> Result {
         assert_eq!((&reported["id"], &reported["text"]), (&json!(note.id), &json!(note.text)));
         assert_eq!(serde_json::from_value::<f32>(reported["score"].clone())?, note.score);
         // Of whole texts, the words are found when asked.
-        let point = MainPoint::of(&model, &note.text, &Salience::reconstruct())?;
+        let point = MainPoint::of(&model, &note.text, &Salience::received())?;
         let spans: Vec<(usize, usize, f32)> = serde_json::from_value(reported["spans"].clone())?;
         let right = point.spans().iter().map(|it| (it.bytes.start, it.bytes.end, it.score));
         assert_eq!(spans, right.collect::<Vec<_>>());
@@ -197,7 +199,9 @@ fn a_store_keeps_to_what_it_was_made_with() -> Result {
         TEXTS[0],
     ])?)?;
     assert_eq!(report["found"][0]["spans"], first[0]["spans"], "as the store says");
-    for other in [&["--embed=whole"][..], &["--embed=main-point", "--share=0.5"]] {
+    for other in
+        [&["--embed=whole"][..], &["--embed=main-point", "--salience=leverage", "--share=0.5"]]
+    {
         let stderr = fail(&[&base[..], other, &[&files[2]]].concat())?;
         assert!(stderr.contains("its notes were embedded by {\"main_point\""), "{stderr}");
     }
@@ -337,6 +341,112 @@ fn eval_prints_the_figures_of_the_library() -> Result {
     Ok(())
 }
 
+/// The cells of a Markdown table, below its head.
+fn cells(table: &str) -> Vec<Vec<&str>> {
+    let lines = table.lines().filter(|line| line.starts_with('|')).skip(2);
+    lines.map(|line| line.split('|').map(str::trim).collect()).collect()
+}
+
+#[test]
+fn eval_of_continuations_prints_the_figures_of_the_library() -> Result {
+    let folder = checkpoint(1.0, true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let texts = [
+        "the cat sat on the mat about the dog, and the dog sat on the mat in the sun",
+        "a boat is on the sea, about the old town in the rain, and no one sat in it at all",
+    ];
+    let file = folder.path().join("texts.txt");
+    fs::write(&file, texts.join("\n"))?;
+    let file = file.to_str().ok_or("no text")?;
+    let base = ["eval", "--what=continuation", "--model", path, "--texts", file, "--tokens=8"];
+    let base =
+        [&base[..], &["--draws=2", "--shares=0.5", "--salience=received,last-queries"]].concat();
+    let report: Value = serde_json::from_str(&succeed(&[&base[..], &["--json"]].concat())?)?;
+    let model = load(folder.path())?;
+    let cut = |text: &&str| Passage::cut(&model, text, 8).transpose();
+    let passages: Vec<Passage> =
+        texts.iter().filter_map(cut).collect::<hybrid_attention::Result<_>>()?;
+    let ways = [("received", Salience::received()), ("last-queries", Salience::last_queries(8))];
+    let ways = ways.map(|(name, salience)| (name.to_owned(), salience)).into();
+    let continuation = Continuation { ways, shares: vec![0.5], draws: 2 };
+    let rows = continuation.run(&model, &passages, || ())?;
+    let table = succeed(&base)?;
+    let (reported, cells) = (report["rows"].as_array().ok_or("no list")?, cells(&table));
+    assert_eq!((reported.len(), cells.len()), (rows.len(), rows.len()), "{table}");
+    let find = |name: &str| rows.iter().find(|row| row.name == name).ok_or("no row");
+    let mean = |row: &Given| row.losses.iter().sum::<f64>() / row.losses.len() as f64;
+    let (nothing, random) = (mean(find("nothing")?), mean(find("random")?));
+    for ((reported, row), cells) in reported.iter().zip(&rows).zip(&cells) {
+        let losses: Vec<f64> = serde_json::from_value(reported["losses"].clone())?;
+        assert_eq!((&losses, reported["name"].as_str()), (&row.losses, Some(row.name.as_str())));
+        assert_eq!(cells[2], row.name, "{table}");
+        assert!(cells[4].starts_with(&format!("{:.3} ± ", mean(row))), "{table}");
+        let less = |than: &Value| than["mean"].as_f64();
+        let is = |found: Option<f64>, right: Option<f64>| match (found, right) {
+            (Some(found), Some(right)) => (found - right).abs() < 1e-9,
+            (found, right) => found == right,
+        };
+        let right = (row.name != "nothing").then(|| mean(row) - nothing);
+        assert!(is(less(&reported["less_nothing"]), right), "{reported}");
+        let right = (row.share.is_some() && row.name != "random").then(|| mean(row) - random);
+        assert!(is(less(&reported["less_random"]), right), "{reported}");
+    }
+    Ok(())
+}
+
+#[test]
+fn eval_of_conversations_prints_the_figures_of_the_library() -> Result {
+    let folder = checkpoint(1.0, true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let story = json!({
+        "told": [
+            {"text": "the cat sat on the mat", "days_ago": 2.0},
+            {"text": "a boat is on the sea", "days_ago": 2.0},
+            {"text": "the cat sat in the sun", "days_ago": 1.0, "corrects": 0},
+        ],
+        "asked": [
+            {"question": "the cat?", "begins": "the cat sat in the", "by": 2, "answer": "sun", "old": "mat",
+                "others": ["sea"]},
+            {"question": "the boat?", "begins": "a boat is on the", "by": 1, "answer": "sea",
+                "others": ["sun", "mat"]},
+        ],
+    });
+    let file = folder.path().join("stories.jsonl");
+    fs::write(&file, format!("{story}\n\n{story}\n"))?;
+    let at = file.to_str().ok_or("no text")?;
+    let base = ["eval", "--what=conversations", "--model", path, "--texts", at, "--best=2"];
+    let report: Value = serde_json::from_str(&succeed(&[&base[..], &["--json"]].concat())?)?;
+    let stories: [Story; 2] =
+        [serde_json::from_value(story.clone())?, serde_json::from_value(story)?];
+    let conversations = Conversations { best: 2, ..Conversations::default() };
+    let rows = conversations.run(&load(folder.path())?, &stories, || ())?;
+    assert_eq!((&report["stories"], &report["best"]), (&json!(2), &json!(2)));
+    let table = succeed(&base)?;
+    let (reported, cells) = (report["rows"].as_array().ok_or("no list")?, cells(&table));
+    assert_eq!((reported.len(), cells.len()), (rows.len(), rows.len()), "{table}");
+    let all = rows.iter().find(|row| row.name == Conversations::ALL).ok_or("no row")?;
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    for ((reported, row), cells) in reported.iter().zip(&rows).zip(&cells) {
+        assert_eq!(reported["figures"], serde_json::to_value(row)?);
+        assert_eq!(cells[1], row.name, "{table}");
+        let share = |of: fn(&Held) -> &Vec<f64>| match of(row).as_slice() {
+            [] => String::new(),
+            values => format!("{:.3} ± ", mean(values)),
+        };
+        let figures: [fn(&Held) -> &Vec<f64>; 4] =
+            [|it| &it.first, |it| &it.recalled, |it| &it.old_recalled, |it| &it.right];
+        for (cell, of) in cells[2..].iter().zip(figures) {
+            assert!(cell.starts_with(&share(of)), "{table}");
+        }
+        let less = (row.name != all.name).then(|| mean(&row.right) - mean(&all.right));
+        assert_eq!(reported["less_all"]["mean"].as_f64(), less, "{reported}");
+    }
+    fs::write(&file, "{\"told\": []}\n")?;
+    let stderr = fail(&base)?;
+    assert!(stderr.contains("stories.jsonl: story 1: ") && stderr.contains("asked"), "{stderr}");
+    Ok(())
+}
+
 #[test]
 fn help_lists_every_option_and_is_short_where_it_is_asked_to_be() -> Result {
     let new = ["--store", "--embed", "--salience", "--share", "--model"];
@@ -363,7 +473,20 @@ fn help_lists_every_option_and_is_short_where_it_is_asked_to_be() -> Result {
         ("list", vec!["--store", "--json"]),
         ("forget", vec!["--store", "<ID>..."]),
         ("import", new.to_vec()),
-        ("eval", vec!["--texts", "--passages", "--tokens", "--shares", "--draws", "--json"]),
+        (
+            "eval",
+            vec![
+                "--what",
+                "--texts",
+                "--passages",
+                "--tokens",
+                "--shares",
+                "--draws",
+                "--salience",
+                "--best",
+                "--json",
+            ],
+        ),
     ] {
         let help = succeed(&[name, "--help"])?;
         let words: Vec<&str> =

@@ -127,6 +127,14 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// [`Error::Store`].
     fn get(&self, id: NoteId) -> Result<Option<Record>>;
 
+    /// Those of these notes that are there, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    fn get_many(&self, ids: &[NoteId]) -> Result<Vec<Record>> {
+        ids.iter().filter_map(|id| self.get(*id).transpose()).collect()
+    }
+
     /// Removes a note. Returns whether it was there.
     ///
     /// # Errors
@@ -183,6 +191,10 @@ impl Store for Box<dyn Store> {
 
     fn get(&self, id: NoteId) -> Result<Option<Record>> {
         (**self).get(id)
+    }
+
+    fn get_many(&self, ids: &[NoteId]) -> Result<Vec<Record>> {
+        (**self).get_many(ids)
     }
 
     fn remove(&self, id: NoteId) -> Result<bool> {

@@ -1,6 +1,6 @@
 //! A store in a PostgreSQL server, searched there by pgvector.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -434,10 +434,17 @@ impl Store for Postgres {
     }
 
     fn get(&self, id: NoteId) -> Result<Option<Record>> {
+        Ok(self.get_many(&[id])?.pop())
+    }
+
+    fn get_many(&self, ids: &[NoteId]) -> Result<Vec<Record>> {
         self.read(|it| {
-            let sql = "SELECT id, note FROM hybrid_attention_notes WHERE id = $1";
-            let rows = it.transaction.query(sql, &[&id.bytes().as_slice()])?;
-            Ok(it.records(&rows)?.pop())
+            let names: Vec<_> = ids.iter().map(|id| id.bytes().to_vec()).collect();
+            let sql = "SELECT id, note FROM hybrid_attention_notes WHERE id = ANY($1)";
+            let rows = it.transaction.query(sql, &[&names])?;
+            let found = it.records(&rows)?.into_iter().map(|record| (record.id, record));
+            let found: HashMap<NoteId, Record> = found.collect();
+            Ok(ids.iter().filter_map(|id| found.get(id).cloned()).collect())
         })
     }
 

@@ -57,7 +57,7 @@ pub(crate) struct Options {
     max_tokens: usize,
 
     /// Whose words are marked where the store embeds whole texts, and so says of no word that it carries them
-    #[arg(long, value_enum, default_value_t = How::Reconstruct, value_name = "HOW", hide_short_help = true)]
+    #[arg(long, value_enum, default_value_t = How::Received, value_name = "HOW", hide_short_help = true)]
     mark: How,
 
     /// Print one JSON object: {"found": [{"id", "text", "score", "spans": [[from, to, score], ..], ..}, ..],

@@ -41,7 +41,7 @@ pub(crate) struct NewStoreArgs {
     embed: Option<What>,
 
     /// How words are scored for a main point; `hybrid memory eval` compares the ways
-    /// [default: reconstruct]
+    /// [default: received]
     #[arg(long, value_enum, value_name = "HOW", requires = "embed")]
     salience: Option<How>,
 
@@ -77,6 +77,11 @@ pub(crate) enum How {
 }
 
 impl How {
+    /// As it is written on the command line.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     pub(crate) fn salience(self) -> Salience {
         match self {
             Self::LastQueries => Salience::last_queries(8),
@@ -97,7 +102,7 @@ impl NewStoreArgs {
         if what == What::Whole && (self.salience.is_some() || self.share.is_some()) {
             return Err("--salience and --share are for --embed main-point and words".into());
         }
-        let salience = self.salience.unwrap_or(How::Reconstruct).salience();
+        let salience = self.salience.unwrap_or(How::Received).salience();
         let salience = self.share.into_iter().fold(salience, Salience::share);
         let embedding = match what {
             What::Whole => Embedding::Whole(EmbedConfig::default()),

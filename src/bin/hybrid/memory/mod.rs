@@ -29,7 +29,8 @@ enum Command {
     Forget(keep::ForgetOptions),
     /// Remember the notes that `list --json` of this or another store printed
     Import(keep::ImportOptions),
-    /// Measure what finds texts best: all of a text, its main point by one score or another, or words by chance
+    /// Measure what finds texts best and says most of them, all of a text, its main point or words by chance, and what
+    /// is recalled of conversations
     Eval(eval::Options),
     /// Measure documents that are read once: seconds to the first token, bytes, and what is lost when several are put
     /// together

@@ -6,10 +6,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::files::read_text;
-use crate::options::{CacheArgs, ModelArgs, PromptArgs, SamplingArgs, ThinkingArgs, kept};
+use crate::options::{
+    CacheArgs, CandidateArgs, ModelArgs, PromptArgs, SamplingArgs, ThinkingArgs, kept,
+};
+use crate::stubs;
 use crate::terminal::{self, Result};
 
 #[derive(Args, Debug)]
@@ -27,6 +31,7 @@ pub(crate) struct Options {
     ///
     /// Prints a JSON object a line, in the order of the prompts. Each answer is what it would be alone.
     #[arg(long, value_name = "F", group = "input", help_heading = "Prompt")]
+    #[arg(conflicts_with = "candidates")]
     prompts: Option<PathBuf>,
 
     #[command(flatten)]
@@ -34,6 +39,9 @@ pub(crate) struct Options {
 
     #[command(flatten)]
     sampling: SamplingArgs,
+
+    #[command(flatten)]
+    candidates: CandidateArgs,
 
     #[command(flatten)]
     answer: AnswerArgs,
@@ -84,6 +92,7 @@ impl Options {
         let AnswerArgs { max_tokens, stop, prompt_logprobs, .. } = &self.answer;
         let config = config.max_tokens(*max_tokens).prompt_logprobs(*prompt_logprobs);
         let config = self.sampling.apply(self.thinking.apply(config));
+        let config = self.candidates.apply(config, self.sampling.temperature);
         stop.iter().fold(config, GenerationConfig::stop)
     }
 }
@@ -109,7 +118,7 @@ pub(crate) fn tell(
     config: &GenerationConfig,
     load: f64,
 ) -> Result<()> {
-    let mut stream = terminal::begin(model, prompt, config)?;
+    let mut stream = stubs::watch(terminal::begin(model, prompt, config)?);
     let mut count = 0;
     for token in &mut stream {
         let token = token?;
@@ -140,8 +149,11 @@ fn report_one(
     config: &GenerationConfig,
     load: f64,
 ) -> Result<()> {
-    let stream = terminal::begin(model, prompt, config)?;
-    let spinner = terminal::spinner("generating");
+    let stream = stubs::watch(terminal::begin(model, prompt, config)?);
+    let spinner = match config.candidates {
+        Some(_) => ProgressBar::hidden(), // they are what there is to see
+        None => terminal::spinner("generating"),
+    };
     let answer = stream.collect_answer()?;
     spinner.finish_and_clear();
     Ok(writeln!(stdout(), "{}", report(model, &answer, load))?)
@@ -199,6 +211,9 @@ pub(crate) fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {
     });
     if let Some(logprobs) = &answer.prompt_logprobs {
         report["prompt_logprobs"] = json!(logprobs);
+    }
+    if !answer.candidates.is_empty() {
+        report["candidates"] = stubs::report(&answer.candidates);
     }
     report
 }

@@ -1,0 +1,644 @@
+//! Candidates: each stub is, to the last bit, the answer that its seed gives alone, as far as it came; and which are
+//! dropped, and when, is what those answers say by themselves.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use candle_core::{DType, Device, Tensor};
+use hybrid_attention::generate::{Candidates, Extract, Reason, Score, Stub};
+use hybrid_attention::model::{KvPool, Transformer};
+use hybrid_attention::refine::OutputNudge;
+use hybrid_attention::{
+    Answer, Cancel, Config, Error, GenerationConfig, HybridModel, Prompt, StopReason, Thinking,
+};
+use proptest::prelude::*;
+use rayon::ThreadPoolBuilder;
+
+use common::{Result, tiny};
+
+const STORY: &str = "The coin is in the jar. The jar is in the chest. The ball is in the box.";
+
+/// Enough to make answers of the small model differ.
+fn drawn() -> GenerationConfig {
+    GenerationConfig::default().thinking(Thinking::none()).temperature(2.5).seed(11).max_tokens(24)
+}
+
+/// An answer of one seed by itself, token by token.
+struct Alone {
+    ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    /// The text after each token.
+    texts: Vec<String>,
+    /// What each token was drawn from.
+    entropies: Vec<f64>,
+    certainties: Vec<f64>,
+    stop: StopReason,
+}
+
+impl Alone {
+    fn of(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, index: usize) -> Result<Self> {
+        let seed = Candidates::seed_of(config.seed.ok_or("no seed")?, index);
+        let config = config.clone().seed(seed).top_logprobs(model.config().vocab_size);
+        let mut stream = model.stream(prompt.clone(), &config)?;
+        let (mut texts, mut text) = (Vec::new(), String::new());
+        for token in &mut stream {
+            text += &token?.text;
+            texts.push(text.clone());
+        }
+        let Answer { ids, logprobs, top_logprobs, stop, .. } = stream.collect_answer()?;
+        let all = |of: &[(u32, f32)]| of.iter().map(|(_, logprob)| f64::from(*logprob)).collect();
+        let all: Vec<Vec<f64>> = top_logprobs.iter().map(|of| all(of)).collect();
+        let entropies = all.iter().map(|all| -all.iter().map(|l| l.exp() * l).sum::<f64>());
+        let certainties = all.iter().map(|all| {
+            let count = all.len() as f64;
+            -all.iter().sum::<f64>() / count - count.ln()
+        });
+        let (entropies, certainties) = (entropies.collect(), certainties.collect());
+        Ok(Self { ids, logprobs, texts, entropies, certainties, stop })
+    }
+
+    /// How many tokens it has after this many steps.
+    fn at(&self, tokens: usize) -> usize {
+        tokens.min(self.ids.len())
+    }
+
+    fn has_ended(&self, tokens: usize) -> bool {
+        tokens >= self.ids.len()
+    }
+
+    fn sum(&self, tokens: usize) -> f64 {
+        self.logprobs.iter().take(tokens).map(|&logprob| f64::from(logprob)).sum()
+    }
+
+    fn mean_of(&self, values: &[f64], tokens: usize) -> f64 {
+        values.iter().take(tokens).sum::<f64>() / self.at(tokens) as f64
+    }
+}
+
+fn all_alone(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, count: usize) -> Result<Vec<Alone>> {
+    (0..count).map(|index| Alone::of(model, prompt, config, index)).collect()
+}
+
+/// How a race is run, and the rules of it once more, over answers that are there as a whole.
+#[derive(Clone, Debug)]
+struct Rules {
+    count: usize,
+    keep: Option<f64>,
+    every: usize,
+    score: Score,
+    max_tokens: usize,
+}
+
+impl Rules {
+    fn candidates(&self) -> Candidates {
+        let candidates = Candidates::samples(self.count).every(self.every).score(self.score);
+        match self.keep {
+            Some(share) => candidates.keep(share),
+            None => candidates.keep_all(),
+        }
+    }
+
+    fn score(&self, alone: &[Alone], inside: &[usize], index: usize, tokens: usize) -> f64 {
+        let it = &alone[index];
+        match self.score {
+            Score::MeanLogprob => it.sum(tokens) / it.at(tokens) as f64,
+            Score::SumLogprob => it.sum(tokens),
+            Score::Entropy => -it.mean_of(&it.entropies, tokens),
+            Score::SelfCertainty => it.mean_of(&it.certainties, tokens),
+            Score::Agreement(extract) => {
+                let said = |index: usize| extract.find(&alone[index].texts[alone[index].at(tokens) - 1]);
+                let same = inside.iter().filter(|other| said(index).is_some() && said(**other) == said(index));
+                same.count() as f64 / inside.len() as f64
+            }
+            other => panic!("no rule for {other:?}"),
+        }
+    }
+
+    /// The best it could still become.
+    fn bound(&self, alone: &[Alone], index: usize, tokens: usize) -> f64 {
+        let (it, most) = (&alone[index], self.max_tokens as f64);
+        match self.score {
+            Score::MeanLogprob => it.sum(tokens) / most,
+            Score::SumLogprob => it.sum(tokens),
+            Score::Entropy => -it.entropies.iter().take(tokens).sum::<f64>() / most,
+            _ => f64::INFINITY,
+        }
+    }
+
+    /// When and why each goes; the winner has no reason.
+    fn fates(&self, alone: &[Alone]) -> (Vec<Option<(Option<usize>, Reason)>>, usize) {
+        let mut fates = vec![None; self.count];
+        let mut inside: Vec<usize> = (0..self.count).collect();
+        for tokens in 1.. {
+            let score = |inside: &[usize], index| self.score(alone, inside, index, tokens);
+            let ended = inside.iter().filter(|index| alone[**index].has_ended(tokens));
+            let best = ended.map(|index| score(&inside, *index)).fold(f64::NEG_INFINITY, f64::max);
+            let (out, left): (Vec<usize>, Vec<usize>) = inside.iter().partition(|index| {
+                !alone[**index].has_ended(tokens) && self.bound(alone, **index, tokens) < best
+            });
+            out.iter().for_each(|index| fates[*index] = Some((Some(tokens), Reason::Bound)));
+            inside = left;
+            let decided = |inside: &[usize]| {
+                inside.len() == 1 || inside.iter().all(|index| alone[*index].has_ended(tokens))
+            };
+            let ranked = |inside: &[usize]| {
+                let mean = |index: usize| alone[index].sum(tokens) / alone[index].at(tokens) as f64;
+                let mut ranked = inside.to_vec();
+                ranked.sort_by(|a, b| {
+                    let by_score = score(inside, *b).total_cmp(&score(inside, *a));
+                    by_score.then(mean(*b).total_cmp(&mean(*a))).then(a.cmp(b))
+                });
+                ranked
+            };
+            if tokens % self.every == 0 && !decided(&inside) {
+                let share = self.keep.map_or(1.0, |share| share.powi((tokens / self.every) as i32));
+                let left = (self.count as f64 * share - 1e-9).ceil().max(1.0) as usize;
+                let order = ranked(&inside);
+                for index in order.iter().skip(left) {
+                    let had = alone[*index].at(tokens);
+                    fates[*index] = Some((Some(had), Reason::Outscored));
+                }
+                inside.retain(|index| order.iter().take(left).any(|it| it == index));
+            }
+            if decided(&inside) {
+                let order = ranked(&inside);
+                order.iter().skip(1).for_each(|index| fates[*index] = Some((None, Reason::Outscored)));
+                return (fates, order[0]);
+            }
+        }
+        (fates, 0)
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Fails unless the stub is the beginning of what its seed gives alone, or all of it.
+fn assert_is_alone(stub: &Stub, alone: &Alone, whole: bool) {
+    let tokens = stub.ids.len();
+    assert_eq!(stub.ids, alone.ids[..tokens], "{stub:?}");
+    assert_eq!(bits(&stub.logprobs), bits(&alone.logprobs[..tokens]), "{}", stub.index);
+    assert_eq!(stub.text, alone.texts[tokens - 1], "{}", stub.index);
+    let ended = tokens == alone.ids.len();
+    assert_eq!(stub.stop, ended.then_some(alone.stop), "{}", stub.index);
+    assert!(ended || !whole, "{} of {}", tokens, alone.ids.len());
+}
+
+/// THE assertion: what the stubs are, and what becomes of them, is what the answers alone say.
+fn check(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, rules: &Rules) -> Result<Answer> {
+    let alone = all_alone(model, prompt, config, rules.count)?;
+    let config = config.clone().candidates(rules.candidates());
+    let answer = model.generate(prompt.clone(), &config)?;
+    let (fates, winner) = rules.fates(&alone);
+    assert_eq!(answer.candidates.len(), rules.count);
+    for (index, (stub, fate)) in answer.candidates.iter().zip(&fates).enumerate() {
+        assert_eq!(stub.index, index);
+        let expected = fate.unwrap_or((None, Reason::Won));
+        assert_eq!((stub.dropped_at, stub.reason), expected, "{rules:?}: {index}");
+        assert_is_alone(stub, &alone[index], stub.dropped_at.is_none());
+        assert!(stub.dropped_at.is_none_or(|at| at == stub.ids.len()), "{stub:?}");
+        let (at, score) = stub.scores.last().ok_or("never judged")?;
+        assert!(*at <= stub.ids.len() && stub.score() == Some(*score), "{stub:?}");
+    }
+    let (won, alone) = (&answer.candidates[winner], &alone[winner]);
+    assert_eq!(won.reason, Reason::Won);
+    assert_eq!((&answer.ids, &answer.text, answer.stop), (&alone.ids, &alone.texts[alone.ids.len() - 1], alone.stop));
+    assert_eq!(bits(&answer.logprobs), bits(&alone.logprobs));
+    Ok(answer)
+}
+
+const SCORES: [Score; 7] = [
+    Score::MeanLogprob,
+    Score::SumLogprob,
+    Score::Entropy,
+    Score::SelfCertainty,
+    Score::Agreement(Extract::Words),
+    Score::Agreement(Extract::FirstWord),
+    Score::Agreement(Extract::LastNumber),
+];
+
+#[test]
+fn every_score_drops_what_the_answers_alone_say() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let prompt = Prompt::from(STORY);
+    let mut reasons = BTreeSet::new();
+    for score in SCORES {
+        for (count, keep, every) in [(8, Some(0.5), 3), (20, Some(0.7), 2), (5, None, 8), (3, Some(0.2), 1), (1, None, 1)] {
+            for eos in [true, false] {
+                let config = if eos { drawn().stop(".") } else { drawn().eos_ids([]) };
+                let rules = Rules { count, keep, every, score, max_tokens: config.max_tokens };
+                let answer = check(&model, &prompt, &config, &rules)?;
+                reasons.extend(answer.candidates.iter().map(|stub| format!("{:?}", stub.reason)));
+            }
+        }
+    }
+    assert!(reasons.iter().eq(["Bound", "Outscored", "Won"]), "all of them came up: {reasons:?}");
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever the model, its caches and the rules.
+    #[test]
+    fn any_race_is_what_the_answers_alone_say(
+        prompt in 1usize..130, count in 1usize..19, keep in prop::option::of(0.05..0.95), every in 1usize..9,
+        score in prop::sample::select(&SCORES[..4]), max_tokens in 1usize..20, seed: u64,
+        window in prop::option::of(1usize..60), dtype in prop::sample::select(&[DType::F32, DType::BF16, DType::F16][..]),
+        temperature in 0.5..3.0, ends in prop::collection::vec(0u32..32, 0..6),
+    ) {
+        let run = || -> Result {
+            let config = Config { sliding_window: window, ..tiny::config() };
+            let model = tiny::hybrid(&config, 4)?.with_cache_dtype(dtype)?;
+            let prompt = Prompt::from(tiny::tokens(&config, seed, prompt).as_slice());
+            let how = GenerationConfig::default().temperature(temperature).seed(seed);
+            let how = how.max_tokens(max_tokens).eos_ids(ends.clone());
+            let rules = Rules { count, keep, every, score, max_tokens };
+            check(&model, &prompt, &how, &rules).map(drop)
+        };
+        tiny::holds(run())?;
+    }
+}
+
+/// Dropping what can no longer win is no approximation: the best by the whole answer wins all the same.
+#[test]
+fn bounds_change_no_winner() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let (prompt, mut saved) = (Prompt::from(STORY), 0);
+    for seed in 0..12 {
+        let config = drawn().seed(seed).stop(".");
+        let alone = all_alone(&model, &prompt, &config, 9)?;
+        for score in [Score::MeanLogprob, Score::SumLogprob, Score::Entropy] {
+            let rules = Rules { count: 9, keep: None, every: 4, score, max_tokens: config.max_tokens };
+            let all: Vec<usize> = (0..9).collect();
+            let whole = |index: &usize| rules.score(&alone, &all, *index, usize::MAX);
+            let best = all.iter().max_by(|a, b| whole(a).total_cmp(&whole(b))).ok_or("none")?;
+            let how = config.clone().candidates(rules.candidates());
+            let answer = model.generate(prompt.clone(), &how)?;
+            assert_eq!(answer.candidates[*best].reason, Reason::Won, "{seed} {score:?}");
+            let written: usize = answer.candidates.iter().map(|stub| stub.ids.len()).sum();
+            saved += alone.iter().map(|it| it.ids.len()).sum::<usize>() - written;
+        }
+    }
+    assert!(saved > 0, "nothing was ever dropped");
+    Ok(())
+}
+
+/// Numbers that stubs are judged by, beside the whole distribution that `top_logprobs` gives.
+#[test]
+fn entropy_and_certainty_are_those_of_the_distribution() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let (prompt, config) = (Prompt::from(STORY), drawn().eos_ids([]));
+    let alone = all_alone(&model, &prompt, &config, 4)?;
+    let how = config.candidates(Candidates::samples(4).keep_all().score(Score::SelfCertainty));
+    let answer = model.generate(prompt, &how)?;
+    for (stub, alone) in answer.candidates.iter().zip(&alone) {
+        let (entropy, certainty) =
+            (alone.mean_of(&alone.entropies, 24), alone.mean_of(&alone.certainties, 24));
+        assert!((stub.entropy - entropy).abs() < 1e-5 * entropy, "{} {entropy}", stub.entropy);
+        assert!((stub.certainty - certainty).abs() < 1e-5 * certainty, "{} {certainty}", stub.certainty);
+        assert_eq!(stub.score(), Some(stub.certainty));
+    }
+    Ok(())
+}
+
+/// The control draws a number for each, whatever it says.
+#[test]
+fn random_drops_anyone() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let candidates = Candidates::samples(4).keep(0.5).every(1).score(Score::Random);
+    let mut won = [0; 4];
+    for seed in 0..80 {
+        let config = drawn().max_tokens(3).seed(seed).candidates(candidates.clone());
+        let (answer, other) =
+            (model.generate(STORY, &config)?, model.generate("The ball is in the box.", &config)?);
+        let scores = |answer: &Answer| -> Vec<Option<f64>> {
+            answer.candidates.iter().map(Stub::score).collect()
+        };
+        assert_eq!(scores(&answer), scores(&other), "it does not look at texts");
+        let index = answer.candidates.iter().position(|stub| stub.reason == Reason::Won);
+        won[index.ok_or("no winner")?] += 1;
+    }
+    // 20 each expected, with a deviation of 4
+    assert!(won.iter().all(|won| (8..=32).contains(won)), "{won:?}");
+    Ok(())
+}
+
+// ---- streams, functions, conversations ----
+
+#[test]
+fn the_stream_is_the_answer_and_tells_of_every_round() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let config = drawn().eos_ids([]).candidates(Candidates::samples(8).every(2));
+    let answer = model.generate(STORY, &config)?;
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&told);
+    let stream = model.stream(STORY, &config)?.on_candidates(move |stubs| {
+        if let Ok(mut seen) = seen.lock() {
+            seen.push(stubs.to_vec());
+        }
+    });
+    let mut stream = stream;
+    assert!(stream.candidates().iter().all(|stub| stub.reason == Reason::Running));
+    let (mut text, mut ids) = (String::new(), Vec::new());
+    while let Some(token) = stream.next() {
+        let token = token?;
+        text += &token.text;
+        ids.push(token.id);
+        assert_eq!(stream.stop().is_some(), ids.len() == 24, "{}", ids.len());
+        assert!(stream.candidates().iter().any(|stub| stub.reason == Reason::Won));
+    }
+    assert_eq!((&text, &ids), (&answer.text, &answer.ids));
+    assert_eq!(stream.candidates(), answer.candidates);
+    let told = told.lock().map_err(|_| "poisoned")?;
+    let racing = |stubs: &Vec<Stub>| {
+        stubs.iter().filter(|stub| stub.reason == Reason::Running).count()
+    };
+    assert_eq!(told.iter().map(racing).collect::<Vec<_>>(), [4, 2, 1, 0], "after rounds, and won");
+    assert!(stream.next().is_none());
+    // Taken half from the stream, half collected.
+    let mut stream = model.stream(STORY, &config)?;
+    stream.by_ref().take(2).try_for_each(|token| token.map(drop))?;
+    let collected = stream.collect_answer()?;
+    assert_eq!((collected.ids, collected.candidates), (answer.ids, answer.candidates));
+    Ok(())
+}
+
+#[test]
+fn a_function_of_ones_own_decides() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let config = drawn().eos_ids([]);
+    let with = |candidates| config.clone().candidates(candidates);
+    for wanted in 0..6 {
+        // It sees the texts as they are after the round's tokens, and chooses.
+        let score = move |stub: &Stub| {
+            assert!(stub.ids.len() % 4 == 0 && !stub.text.is_empty(), "{stub:?}");
+            Ok(if stub.index == wanted { 1.0 } else { -(stub.index as f64) })
+        };
+        let stream = model.stream(STORY, &with(Candidates::samples(6).every(4)))?;
+        let answer = stream.score_by(score)?.collect_answer()?;
+        assert_eq!(answer.candidates[wanted].reason, Reason::Won);
+        let alone = config.clone().seed(Candidates::seed_of(11, wanted));
+        assert_eq!(answer.ids, model.generate(STORY, &alone)?.ids);
+    }
+    // A function has no bound: all of them are written to the end, each as alone.
+    let prompt = Prompt::from(STORY);
+    let how = drawn().stop(".").candidates(Candidates::samples(20).keep_all());
+    let answer = model.stream(prompt.clone(), &how)?.score_by(|_| Ok(0.0))?.collect_answer()?;
+    for (stub, alone) in answer.candidates.iter().zip(all_alone(&model, &prompt, &how, 20)?) {
+        assert_is_alone(stub, &alone, true);
+    }
+    // What goes wrong in it ends the stream.
+    let failing = |score: f64| -> Result<String> {
+        let stream = model.stream(STORY, &with(Candidates::samples(6)))?;
+        let stream = stream.score_by(move |_| if score == 0.0 { Err(Error::EmptyPrompt) } else { Ok(score) })?;
+        Ok(stream.collect_answer().err().ok_or("it went on")?.to_string())
+    };
+    assert_eq!(failing(0.0)?, Error::EmptyPrompt.to_string());
+    assert_eq!(failing(f64::NAN)?, "parameter score: expected a number, got NaN");
+    let none = model.stream(STORY, &config)?.score_by(|_| Ok(0.0)).err().ok_or("accepted")?;
+    assert!(matches!(none, Error::Parameter { name: "candidates", .. }), "{none}");
+    Ok(())
+}
+
+/// The winner's cache becomes the conversation's, and what is said next needs to be read from there on alone.
+#[test]
+fn a_conversation_goes_on_from_the_winner() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let config = drawn().eos_ids([]).max_tokens(10);
+    for candidates in [Candidates::samples(5).every(3), Candidates::samples(3).keep_all()] {
+        let mut conversation = model.conversation(400)?;
+        let ids = model.tokenizer().ok_or("no tokenizer")?.encode(STORY, true)?;
+        let with = config.clone().candidates(candidates);
+        let answer = model.stream_in(&mut conversation, ids.as_slice(), &with)?.collect_answer()?;
+        assert!(conversation.ids().starts_with(&ids));
+        let longer = [&ids[..], &answer.ids, &[11, 150, 12]].concat();
+        let mut stream = model.stream_in(&mut conversation, longer.as_slice(), &config)?;
+        let kept = stream.read_prompt()?;
+        assert_eq!(kept, ids.len() + answer.ids.len() - 1, "all but the last token, which has not run");
+        let next = stream.collect_answer()?;
+        let fresh = model.generate(longer.as_slice(), &config)?;
+        assert_eq!(next.ids, fresh.ids);
+        // A race that is given up leaves the prompt.
+        let mut stream = model.stream_in(&mut conversation, ids.as_slice(), &with)?;
+        stream.read_prompt()?;
+        drop(stream);
+        assert_eq!(conversation.ids(), ids);
+    }
+    Ok(())
+}
+
+// ---- memory ----
+
+/// Bytes of a block in all layers.
+fn block(model: &HybridModel) -> usize {
+    let config = model.config();
+    2 * config.num_key_value_heads * KvPool::BLOCK * config.head_dim * 4 * config.num_hidden_layers
+}
+
+#[test]
+fn room_is_made_sure_of_before_anything_runs() -> Result {
+    let config = Config { max_position_embeddings: 600, ..tiny::config() };
+    let ample = tiny::hybrid(&config, 5)?;
+    let (block, positions) = (block(&ample), KvPool::BLOCK);
+    let how = GenerationConfig::default().temperature(1.0).seed(3).eos_ids([]);
+    // Prompt and answer in blocks: of the prompt, and of each from the prompt's last one on.
+    for (prompt, new, candidates, blocks) in [
+        (positions, 10, Candidates::samples(6).keep_all(), 1 + 6),
+        (positions - 4, 4, Candidates::samples(6).keep_all(), 1 + 6),
+        (positions - 4, 20, Candidates::samples(6).keep_all(), 1 + 2 * 6),
+        (2 * positions + 1, 2, Candidates::samples(3).keep_all(), 3 + 3),
+        // Half of them are gone before the second block is begun.
+        (positions - 8, 20, Candidates::samples(8).keep(0.5).every(4), 1 + 8),
+        (positions - 2, 20, Candidates::samples(8).keep(0.5).every(4), 1 + 2 * 8),
+        (positions - 8, 200, Candidates::samples(40).keep(0.1).every(8), 1 + 40),
+    ] {
+        let prompt = tiny::tokens(&config, 1, prompt);
+        let how = how.clone().max_tokens(new).candidates(candidates.clone());
+        let run = |model: &HybridModel| -> Result<Option<Answer>> {
+            let stream = match model.stream(prompt.as_slice(), &how) {
+                Err(Error::PoolFull { .. }) => return Ok(None),
+                stream => stream?,
+            };
+            Ok(Some(stream.score_by(|stub| Ok(f64::from(stub.ids[0])))?.collect_answer()?))
+        };
+        let expected = run(&ample)?.ok_or("no room")?;
+        let tight = ample.with_cache_budget(blocks * block)?;
+        let got = run(&tight)?.ok_or("no room where there is enough")?;
+        assert_eq!((got.ids, got.candidates), (expected.ids, expected.candidates));
+        assert!(run(&ample.with_cache_budget(blocks * block - 1)?)?.is_none(), "{candidates:?}");
+    }
+    Ok(())
+}
+
+/// Blocks are free as soon as a stub is dropped, and all of them when the answer is there.
+#[test]
+fn what_is_dropped_frees_its_blocks() -> Result {
+    let config = Config { max_position_embeddings: 600, ..tiny::config() };
+    let model = tiny::hybrid(&config, 5)?.with_cache_budget(1 << 24)?;
+    let pool = model.conversation(8)?.cache().pool().clone();
+    let block = block(&model);
+    let prompt = tiny::tokens(&config, 1, KvPool::BLOCK);
+    let how = GenerationConfig::default().temperature(1.0).seed(3).eos_ids([]).max_tokens(20);
+    let how = how.candidates(Candidates::samples(16).every(4));
+    let used = Arc::new(Mutex::new(Vec::new()));
+    let (seen, of) = (Arc::clone(&used), pool.clone());
+    let stream = model.stream(prompt.as_slice(), &how)?.on_candidates(move |_| {
+        if let Ok(mut seen) = seen.lock() {
+            seen.push(of.used_bytes() / block);
+        }
+    });
+    let answer = stream.collect_answer()?;
+    assert_eq!(answer.candidates.len(), 16);
+    let used = used.lock().map_err(|_| "poisoned")?;
+    // The prompt's block, and one for each that is left.
+    assert_eq!(used.as_slice(), [1 + 8, 1 + 4, 1 + 2, 1 + 1, 1 + 1]);
+    assert_eq!(pool.used_bytes(), 0);
+    Ok(())
+}
+
+// ---- what goes wrong ----
+
+#[test]
+fn bad_settings_are_refused_by_name() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let plain = drawn();
+    let with = |candidates| plain.clone().candidates(candidates);
+    let passes = || Thinking::new(1).span(1..3);
+    let thinking = |thinking| with(Candidates::samples(2)).thinking(thinking);
+    for (config, expected) in [
+        (with(Candidates::samples(0)), "candidates: expected 1 to 1024, got 0"),
+        (with(Candidates::samples(1_000_000_000)), "candidates: expected 1 to 1024, got 1000000000"),
+        (with(Candidates::samples(2).keep(0.0)), "keep: expected a share within (0, 1), got 0"),
+        (with(Candidates::samples(2).keep(1.0)), "keep: expected a share within (0, 1), got 1"),
+        (with(Candidates::samples(2).keep(-3.5)), "keep: expected a share within (0, 1), got -3.5"),
+        (with(Candidates::samples(2).keep(f64::NAN)), "keep: expected a share within (0, 1), got NaN"),
+        (with(Candidates::samples(2).every(0)), "every: expected at least 1 token, got 0"),
+        (
+            with(Candidates::samples(2)).temperature(0.0),
+            "temperature: expected above 0 for candidates that are samples, got 0",
+        ),
+        (with(Candidates::samples(2)).max_tokens(0), "max_tokens: expected at least 1 for candidates, got 0"),
+        (
+            thinking(passes().rethink_every(4)),
+            "candidates: expected thinking that does not think again, got rethink_every 4",
+        ),
+        (
+            thinking(Thinking::none().output_nudge(OutputNudge::new(2))),
+            "candidates: expected thinking without an output nudge, got output_nudge",
+        ),
+        (
+            with(Candidates::thoughts(2)).thinking(Thinking::none()),
+            "candidates: expected at least one pass for candidates that are thoughts, got 0",
+        ),
+    ] {
+        let error = model.generate(STORY, &config).err().ok_or("accepted")?.to_string();
+        assert_eq!(error, format!("parameter {expected}"));
+    }
+    let many = model.generate_many([STORY], &with(Candidates::samples(2))).err().ok_or("accepted")?;
+    assert!(matches!(many, Error::Parameter { name: "candidates", .. }), "{many}");
+    // One sample may be greedy: it is the answer.
+    let one = with(Candidates::samples(1)).temperature(0.0);
+    assert_eq!(model.generate(STORY, &one)?.ids, model.generate(STORY, &plain.temperature(0.0))?.ids);
+    // As many as may be, over a short answer.
+    let most = drawn().max_tokens(2).candidates(Candidates::samples(Candidates::MOST).every(1));
+    assert_eq!(model.generate("The coin", &most)?.candidates.len(), Candidates::MOST);
+    Ok(())
+}
+
+/// Stubs whose numbers overflow go, and the others are what they are alone; only if all go is it an error.
+#[test]
+fn numbers_that_overflow_are_those_of_one_stub() -> Result {
+    let config = tiny::config();
+    let weights = tiny::weights(&config, 6)?;
+    let sound = HybridModel::new(Transformer::new(&config, &mut weights.clone())?, None)?;
+    let prompt = Prompt::from(tiny::tokens(&config, 2, 9).as_slice());
+    let how = GenerationConfig::default().temperature(1.5).seed(5).eos_ids([]).max_tokens(12);
+    let alone = all_alone(&sound, &prompt, &how, 8)?;
+    // A token that some of them say, and others do not.
+    let says = |id: u32| alone.iter().filter(|it| it.ids[..11].contains(&id)).count();
+    let id = (0..32).find(|id| (2..7).contains(&says(*id))).ok_or("no such token")?;
+    let model = |broken: &[u32]| -> Result<HybridModel> {
+        let table = "model.embed_tokens.weight";
+        let mut rows: Vec<Vec<f32>> = weights[table].to_vec2()?;
+        broken.iter().for_each(|id| rows[*id as usize].fill(f32::INFINITY));
+        let mut weights = weights.clone();
+        weights.insert(table.into(), Tensor::new(rows, &Device::Cpu)?);
+        Ok(HybridModel::new(Transformer::new(&config, &mut weights)?, None)?)
+    };
+    let how = how.candidates(Candidates::samples(8).keep_all().score(Score::SelfCertainty));
+    let answer = model(&[id])?.generate(prompt.clone(), &how)?;
+    for (stub, alone) in answer.candidates.iter().zip(&alone) {
+        let said = alone.ids[..11].iter().position(|it| *it == id).map(|at| at + 1);
+        assert_eq!((stub.reason == Reason::NotFinite).then_some(stub.ids.len()), said, "{stub:?}");
+        assert_eq!(stub.dropped_at, said);
+        assert_is_alone(stub, alone, said.is_none());
+    }
+    let all: Vec<u32> = alone.iter().map(|it| it.ids[0]).collect();
+    let unprompted: Vec<u32> = tiny::tokens(&config, 2, 9);
+    let all: Vec<u32> = all.into_iter().filter(|id| !unprompted.contains(id)).collect();
+    if all.len() == 8 {
+        let error = model(&all)?.generate(prompt, &how).err().ok_or("it went on")?;
+        assert!(matches!(error, Error::NotFinite { what: "logits", .. }), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_race_can_be_cancelled() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let config = drawn().candidates(Candidates::samples(6));
+    let cancel = Cancel::default();
+    let mut stream = model.stream(STORY, &config)?.cancel(cancel.clone());
+    stream.read_prompt()?;
+    cancel.cancel();
+    assert!(matches!(stream.next(), Some(Err(Error::Cancelled))));
+    assert!(stream.next().is_none());
+    // While it goes on: whoever is told of a round stops it.
+    let cancel = Cancel::default();
+    let stream = model.stream(STORY, &config)?.cancel(cancel.clone());
+    let stream = stream.on_candidates(move |_| cancel.cancel());
+    assert!(matches!(stream.collect_answer(), Err(Error::Cancelled)));
+    Ok(())
+}
+
+// ---- seeds, threads, and without any of it ----
+
+#[test]
+fn the_same_seed_gives_the_same_stubs_in_any_pool_of_threads() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let config = drawn().candidates(Candidates::samples(19).every(3).score(Score::Entropy));
+    let expected = model.generate(STORY, &config)?;
+    for threads in [1, 2, 3, 7] {
+        let pool = ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let got = pool.install(|| model.generate(STORY, &config))?;
+        assert_eq!((&got.ids, &got.candidates), (&expected.ids, &expected.candidates));
+    }
+    let seeds = |config: &GenerationConfig| -> Result<Vec<u64>> {
+        Ok(model.generate(STORY, config)?.candidates.iter().map(|stub| stub.seed).collect())
+    };
+    let all = seeds(&config)?;
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 19);
+    // Without a seed another one is drawn each time, and told.
+    let mut unseeded = config;
+    unseeded.seed = None;
+    assert_ne!(seeds(&unseeded)?, seeds(&unseeded)?);
+    Ok(())
+}
+
+#[test]
+fn without_candidates_there_is_no_trace_of_them() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let answer = model.generate(STORY, &drawn())?;
+    assert!(answer.candidates.is_empty());
+    let json = serde_json::to_value(&answer)?;
+    assert!(json.get("candidates").is_none(), "{json}");
+    let with = model.generate(STORY, &drawn().candidates(Candidates::samples(2)))?;
+    let json = serde_json::to_value(&with)?;
+    let won = json["candidates"].as_array().and_then(|all| all.iter().find(|it| it["reason"] == "won"));
+    assert_eq!(won.ok_or("no winner")?["text"], json["text"]);
+    Ok(())
+}

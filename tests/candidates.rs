@@ -386,9 +386,11 @@ fn a_function_of_ones_own_decides() -> Result {
     }
     // A function has no bound: all of them are written to the end, each as alone.
     let prompt = Prompt::from(STORY);
-    let how = drawn().stop(".").candidates(Candidates::samples(20).keep_all());
-    let answer = model.stream(prompt.clone(), &how)?.score_by(|_| Ok(0.0))?.collect_answer()?;
-    for (stub, alone) in answer.candidates.iter().zip(all_alone(&model, &prompt, &how, 20)?) {
+    let how = drawn().stop(".");
+    let alone = all_alone(&model, &prompt, &how, 20)?;
+    let how = how.candidates(Candidates::samples(20).keep_all());
+    let answer = model.stream(prompt, &how)?.score_by(|_| Ok(0.0))?.collect_answer()?;
+    for (stub, alone) in answer.candidates.iter().zip(alone) {
         assert_is_alone(stub, &alone, true);
     }
     // What goes wrong in it ends the stream.

@@ -39,20 +39,25 @@ pub(crate) fn watch(stream: TokenStream<'static>) -> TokenStream<'static> {
     })
 }
 
-/// Those that are still there, then those that went last.
 fn table(stubs: &[Stub]) -> String {
-    let mut rows: Vec<&Stub> = stubs.iter().collect();
-    let kept = |stub: &Stub| stub.dropped_at.is_none();
-    rows.sort_by(|a, b| {
-        let by_place = (kept(b), b.dropped_at).cmp(&(kept(a), a.dropped_at));
-        by_place.then(number(b).total_cmp(&number(a))).then(a.index.cmp(&b.index))
-    });
+    let rows = ranked(stubs);
     let more = rows.len().saturating_sub(ROWS);
     let mut lines: Vec<String> = rows.into_iter().take(ROWS).map(row).collect();
     if more > 0 {
         lines.push(format!("and {more} more"));
     }
     lines.join("\n")
+}
+
+/// Those that are still there, or were to the end, the best first; then the others, from the last that went.
+pub(crate) fn ranked(stubs: &[Stub]) -> Vec<&Stub> {
+    let mut ranked: Vec<&Stub> = stubs.iter().collect();
+    let won = |stub: &Stub| (stub.reason == Reason::Won, stub.dropped_at.is_none(), stub.dropped_at);
+    ranked.sort_by(|a, b| {
+        let by_place = won(b).cmp(&won(a)).then(number(b).total_cmp(&number(a)));
+        by_place.then(a.index.cmp(&b.index))
+    });
+    ranked
 }
 
 fn number(stub: &Stub) -> f64 {

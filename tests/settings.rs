@@ -9,8 +9,8 @@ use candle_core::Device;
 use candle_core::quantized::GgmlDType;
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
-    Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, OpConfig,
-    Optimizer, OutputNudge, Refine, Seq, Step, seq,
+    Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, Noise,
+    OpConfig, Optimizer, OutputNudge, Refine, Seq, Step, seq,
 };
 use hybrid_attention::thought::{Detail, Halt, HandOff};
 use hybrid_attention::{
@@ -297,6 +297,18 @@ fn shares() -> impl Strategy<Value = f64> {
     prop_oneof![select(vec![0.0, 0.5, 1.0, 0.1]), 0.0..=1.0]
 }
 
+fn noises() -> impl Strategy<Value = Noise> {
+    let of = select(vec![Noise::per_coordinate, Noise::per_row, Noise::relative]);
+    (of, shares(), any::<(bool, bool, bool, u64)>()).prop_map(
+        |(of, sd, (uniform, subtract, keep_norm, seed))| {
+            let noise = of(sd).seed(seed);
+            let noise = if uniform { noise.uniform() } else { noise };
+            let noise = if subtract { noise.subtract() } else { noise };
+            if keep_norm { noise.keep_norm() } else { noise }
+        },
+    )
+}
+
 fn ops() -> impl Strategy<Value = OpConfig> {
     let weight = prop_oneof![
         shares().prop_map(Interpolate::new),
@@ -343,6 +355,7 @@ fn ops() -> impl Strategy<Value = OpConfig> {
         reweight,
         gradient,
         forward,
+        noises().prop_map(OpConfig::Noise),
         Just(OpConfig::Interpolate(Interpolate::gated()))
     ]
 }
@@ -353,6 +366,7 @@ fn sequence(ops: Vec<OpConfig>) -> Option<Seq> {
         OpConfig::CosineReweight(op) => Some(seq.add(op)),
         OpConfig::GradientNudge(op) => Some(seq.add(op)),
         OpConfig::ForwardNudge(op) => Some(seq.add(op)),
+        OpConfig::Noise(op) => Some(seq.add(op)),
         _ => None,
     })
 }
@@ -379,17 +393,22 @@ fn thinkings() -> impl Strategy<Value = Thinking> {
     );
     let nudge = (0usize..3, shares())
         .prop_map(|(steps, learning_rate)| OutputNudge::new(steps).learning_rate(learning_rate));
-    let refine = (refine, prop::option::of(nudge));
+    let refine = (refine, prop::option::of(nudge), prop::option::of(noises()));
     let gradient = prop::option::of(1usize..4);
     let when = (0usize..4, prop::collection::vec(halt, 0..4), 0usize..5, gradient);
     (when, how, refine).prop_map(
-        |((passes, halts, every, gradient), (span, sight, hand_off, detail), (refine, nudge))| {
+        |(
+            (passes, halts, every, gradient),
+            (span, sight, hand_off, detail),
+            (refine, nudge, noise),
+        )| {
             let thinking = Thinking::new(passes).sight(sight).hand_off(hand_off);
             let thinking = thinking.rethink_every(every).detail(detail);
             let thinking = halts.into_iter().fold(thinking, Thinking::halt);
             let thinking = gradient.into_iter().fold(thinking, Thinking::gradient_passes);
             let thinking = refine.into_iter().fold(thinking, Thinking::refine);
             let thinking = nudge.into_iter().fold(thinking, Thinking::output_nudge);
+            let thinking = noise.into_iter().fold(thinking, Thinking::noise);
             span.into_iter().fold(thinking, |it, (from, to)| it.span(from..to.max(from + 1)))
         },
     )

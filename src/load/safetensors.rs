@@ -1,12 +1,19 @@
 //! The header of a safetensors file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use safetensors::tensor::{Dtype, Metadata};
 
 /// The safetensors crate refuses longer headers too.
 const MAX_HEADER: u64 = 100_000_000;
+
+/// What a header says.
+pub(super) struct Header {
+    pub(super) tensors: BTreeMap<String, StoredTensor>,
+    /// Texts under names, whatever they are.
+    pub(super) metadata: HashMap<String, String>,
+}
 
 /// One entry of a header.
 #[derive(Debug)]
@@ -22,7 +29,7 @@ pub(super) struct StoredTensor {
 /// The entries cover the file without gaps or overlaps, each with as many bytes as its shape and type
 /// need; the safetensors crate checks that. Its `SafeTensors::deserialize` is avoided because it adds
 /// the header's own offsets to the length of the header unchecked.
-pub(super) fn parse(file: &[u8]) -> Result<BTreeMap<String, StoredTensor>, String> {
+pub(super) fn parse(file: &[u8]) -> Result<Header, String> {
     let too_short =
         |len: u64| format!("the header should take {len} bytes, but the file has {}", file.len());
     if file.starts_with(b"version https://git-lfs") {
@@ -45,5 +52,6 @@ pub(super) fn parse(file: &[u8]) -> Result<BTreeMap<String, StoredTensor>, Strin
         let range = offset + start..offset + end;
         (name, StoredTensor { dtype: info.dtype, shape: info.shape.clone(), range })
     });
-    Ok(tensors.collect())
+    let tensors = tensors.collect();
+    Ok(Header { tensors, metadata: metadata.metadata().clone().unwrap_or_default() })
 }

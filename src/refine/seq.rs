@@ -7,7 +7,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
 use super::rows::Thinks;
-use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step};
+use super::{
+    CosineReweight, ForwardNudge, GradientNudge, Interpolate, Noise, Refine, Step, Substitute,
+};
 use crate::error::{Error, Result};
 
 /// An empty sequence of ops, to add to: `seq().add(..).add(..).add_fn(..)`.
@@ -39,6 +41,10 @@ pub enum OpConfig {
     GradientNudge(GradientNudge),
     /// [`ForwardNudge`].
     ForwardNudge(ForwardNudge),
+    /// [`Noise`].
+    Noise(Noise),
+    /// [`Substitute`].
+    Substitute(Substitute),
 }
 
 impl OpConfig {
@@ -48,13 +54,18 @@ impl OpConfig {
             Self::Interpolate(op) => Arc::new(op),
             Self::GradientNudge(op) => Arc::new(op),
             Self::ForwardNudge(op) => Arc::new(op),
+            Self::Noise(op) => Arc::new(op),
+            Self::Substitute(op) => Arc::new(op),
         }
     }
 
     /// What it costs in readings of the text, at least one.
     fn reads(&self) -> usize {
         match self {
-            Self::CosineReweight(_) | Self::Interpolate(_) => 1,
+            Self::CosineReweight(_)
+            | Self::Interpolate(_)
+            | Self::Noise(_)
+            | Self::Substitute(_) => 1,
             Self::GradientNudge(op) => op.reads(),
             Self::ForwardNudge(op) => op.reads(),
         }

@@ -8,10 +8,13 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::generate::{Candidates, Extract, Reason, Score, Stub};
-use hybrid_attention::model::{KvPool, Transformer};
-use hybrid_attention::refine::OutputNudge;
+use hybrid_attention::model::{Batch, KvPool, Pass, Transformer};
+use hybrid_attention::refine::{Noise, OutputNudge};
+use hybrid_attention::statistics::{Example, Fingerprint, Key, KeyConfig, Pairs, Summary, states};
+use hybrid_attention::thought::EncodedBatch;
 use hybrid_attention::{
-    Answer, Cancel, Config, Error, GenerationConfig, HybridModel, Prompt, StopReason, Thinking,
+    Answer, Cancel, Config, Error, GenerationConfig, HandOff, HybridModel, Prompt, StopReason,
+    Thinking, TokenStream,
 };
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
@@ -38,7 +41,12 @@ struct Alone {
 }
 
 impl Alone {
-    fn of(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, index: usize) -> Result<Self> {
+    fn of(
+        model: &HybridModel,
+        prompt: &Prompt,
+        config: &GenerationConfig,
+        index: usize,
+    ) -> Result<Self> {
         let seed = Candidates::seed_of(config.seed.ok_or("no seed")?, index);
         let config = config.clone().seed(seed).top_logprobs(model.config().vocab_size);
         let mut stream = model.stream(prompt.clone(), &config)?;
@@ -77,7 +85,12 @@ impl Alone {
     }
 }
 
-fn all_alone(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, count: usize) -> Result<Vec<Alone>> {
+fn all_alone(
+    model: &HybridModel,
+    prompt: &Prompt,
+    config: &GenerationConfig,
+    count: usize,
+) -> Result<Vec<Alone>> {
     (0..count).map(|index| Alone::of(model, prompt, config, index)).collect()
 }
 
@@ -108,8 +121,11 @@ impl Rules {
             Score::Entropy => -it.mean_of(&it.entropies, tokens),
             Score::SelfCertainty => it.mean_of(&it.certainties, tokens),
             Score::Agreement(extract) => {
-                let said = |index: usize| extract.find(&alone[index].texts[alone[index].at(tokens) - 1]);
-                let same = inside.iter().filter(|other| said(index).is_some() && said(**other) == said(index));
+                let said =
+                    |index: usize| extract.find(&alone[index].texts[alone[index].at(tokens) - 1]);
+                let same = inside
+                    .iter()
+                    .filter(|other| said(index).is_some() && said(**other) == said(index));
                 same.count() as f64 / inside.len() as f64
             }
             other => panic!("no rule for {other:?}"),
@@ -164,7 +180,10 @@ impl Rules {
             }
             if decided(&inside) {
                 let order = ranked(&inside);
-                order.iter().skip(1).for_each(|index| fates[*index] = Some((None, Reason::Outscored)));
+                order
+                    .iter()
+                    .skip(1)
+                    .for_each(|index| fates[*index] = Some((None, Reason::Outscored)));
                 return (fates, order[0]);
             }
         }
@@ -188,7 +207,12 @@ fn assert_is_alone(stub: &Stub, alone: &Alone, whole: bool) {
 }
 
 /// THE assertion: what the stubs are, and what becomes of them, is what the answers alone say.
-fn check(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, rules: &Rules) -> Result<Answer> {
+fn check(
+    model: &HybridModel,
+    prompt: &Prompt,
+    config: &GenerationConfig,
+    rules: &Rules,
+) -> Result<Answer> {
     let alone = all_alone(model, prompt, config, rules.count)?;
     let config = config.clone().candidates(rules.candidates());
     let answer = model.generate(prompt.clone(), &config)?;
@@ -205,7 +229,10 @@ fn check(model: &HybridModel, prompt: &Prompt, config: &GenerationConfig, rules:
     }
     let (won, alone) = (&answer.candidates[winner], &alone[winner]);
     assert_eq!(won.reason, Reason::Won);
-    assert_eq!((&answer.ids, &answer.text, answer.stop), (&alone.ids, &alone.texts[alone.ids.len() - 1], alone.stop));
+    assert_eq!(
+        (&answer.ids, &answer.text, answer.stop),
+        (&alone.ids, &alone.texts[alone.ids.len() - 1], alone.stop)
+    );
     assert_eq!(bits(&answer.logprobs), bits(&alone.logprobs));
     Ok(answer)
 }
@@ -226,7 +253,9 @@ fn every_score_drops_what_the_answers_alone_say() -> Result {
     let prompt = Prompt::from(STORY);
     let mut reasons = BTreeSet::new();
     for score in SCORES {
-        for (count, keep, every) in [(8, Some(0.5), 3), (20, Some(0.7), 2), (5, None, 8), (3, Some(0.2), 1), (1, None, 1)] {
+        for (count, keep, every) in
+            [(8, Some(0.5), 3), (20, Some(0.7), 2), (5, None, 8), (3, Some(0.2), 1), (1, None, 1)]
+        {
             for eos in [true, false] {
                 let config = if eos { drawn().stop(".") } else { drawn().eos_ids([]) };
                 let rules = Rules { count, keep, every, score, max_tokens: config.max_tokens };
@@ -272,7 +301,8 @@ fn bounds_change_no_winner() -> Result {
         let config = drawn().seed(seed).stop(".");
         let alone = all_alone(&model, &prompt, &config, 9)?;
         for score in [Score::MeanLogprob, Score::SumLogprob, Score::Entropy] {
-            let rules = Rules { count: 9, keep: None, every: 4, score, max_tokens: config.max_tokens };
+            let rules =
+                Rules { count: 9, keep: None, every: 4, score, max_tokens: config.max_tokens };
             let all: Vec<usize> = (0..9).collect();
             let whole = |index: &usize| rules.score(&alone, &all, *index, usize::MAX);
             let best = all.iter().max_by(|a, b| whole(a).total_cmp(&whole(b))).ok_or("none")?;
@@ -299,7 +329,11 @@ fn entropy_and_certainty_are_those_of_the_distribution() -> Result {
         let (entropy, certainty) =
             (alone.mean_of(&alone.entropies, 24), alone.mean_of(&alone.certainties, 24));
         assert!((stub.entropy - entropy).abs() < 1e-5 * entropy, "{} {entropy}", stub.entropy);
-        assert!((stub.certainty - certainty).abs() < 1e-5 * certainty, "{} {certainty}", stub.certainty);
+        assert!(
+            (stub.certainty - certainty).abs() < 1e-5 * certainty,
+            "{} {certainty}",
+            stub.certainty
+        );
         assert_eq!(stub.score(), Some(stub.certainty));
     }
     Ok(())
@@ -354,9 +388,8 @@ fn the_stream_is_the_answer_and_tells_of_every_round() -> Result {
     assert_eq!((&text, &ids), (&answer.text, &answer.ids));
     assert_eq!(stream.candidates(), answer.candidates);
     let told = told.lock().map_err(|_| "poisoned")?;
-    let racing = |stubs: &Vec<Stub>| {
-        stubs.iter().filter(|stub| stub.reason == Reason::Running).count()
-    };
+    let racing =
+        |stubs: &Vec<Stub>| stubs.iter().filter(|stub| stub.reason == Reason::Running).count();
     assert_eq!(told.iter().map(racing).collect::<Vec<_>>(), [4, 2, 1, 0], "after rounds, and won");
     assert!(stream.next().is_none());
     // Taken half from the stream, half collected.
@@ -396,7 +429,8 @@ fn a_function_of_ones_own_decides() -> Result {
     // What goes wrong in it ends the stream.
     let failing = |score: f64| -> Result<String> {
         let stream = model.stream(STORY, &with(Candidates::samples(6)))?;
-        let stream = stream.score_by(move |_| if score == 0.0 { Err(Error::EmptyPrompt) } else { Ok(score) })?;
+        let stream = stream
+            .score_by(move |_| if score == 0.0 { Err(Error::EmptyPrompt) } else { Ok(score) })?;
         Ok(stream.collect_answer().err().ok_or("it went on")?.to_string())
     };
     assert_eq!(failing(0.0)?, Error::EmptyPrompt.to_string());
@@ -420,7 +454,11 @@ fn a_conversation_goes_on_from_the_winner() -> Result {
         let longer = [&ids[..], &answer.ids, &[11, 150, 12]].concat();
         let mut stream = model.stream_in(&mut conversation, longer.as_slice(), &config)?;
         let kept = stream.read_prompt()?;
-        assert_eq!(kept, ids.len() + answer.ids.len() - 1, "all but the last token, which has not run");
+        assert_eq!(
+            kept,
+            ids.len() + answer.ids.len() - 1,
+            "all but the last token, which has not run"
+        );
         let next = stream.collect_answer()?;
         let fresh = model.generate(longer.as_slice(), &config)?;
         assert_eq!(next.ids, fresh.ids);
@@ -430,6 +468,243 @@ fn a_conversation_goes_on_from_the_winner() -> Result {
         drop(stream);
         assert_eq!(conversation.ids(), ids);
     }
+    Ok(())
+}
+
+// ---- thoughts ----
+
+fn noised(hand_off: HandOff) -> Thinking {
+    Thinking::new(2).span(1..3).noise(Noise::relative(0.7).seed(3)).hand_off(hand_off)
+}
+
+const HAND_OFFS: [HandOff; 3] =
+    [HandOff::Refined, HandOff::KeyValue, HandOff::Mixed { weight: 0.4 }];
+
+/// A greedy answer of one candidate, by the public verbs alone.
+fn by_hand(
+    model: &HybridModel,
+    thinking: &Thinking,
+    ids: &[u32],
+    candidate: u64,
+    tokens: usize,
+) -> Result<(Vec<u32>, Vec<f64>)> {
+    let (mind, decoder) =
+        (thinking.on(model.thought_model())?.candidate(candidate), model.transformer());
+    let context = 0..ids.len() - 1;
+    let batch = Batch::one(ids.len())?.with_context(0, std::slice::from_ref(&context))?;
+    let text = EncodedBatch::new(decoder, ids, batch)?;
+    let mut cache = decoder.new_cache(ids.len() + tokens)?;
+    let first = mind.encode(&text, Pass::Cached(&mut cache))?;
+    let thoughts = mind.think(&text, first, |_, _| ())?;
+    let mut h = mind.hand_off(&text, &thoughts, Pass::Cached(&mut cache))?;
+    let mut said = Vec::new();
+    while said.len() < tokens {
+        let logits = decoder.logits(&h.narrow(0, h.dim(0)? - 1, 1)?)?;
+        said.extend(logits.argmax(1)?.to_vec1::<u32>()?);
+        let xs = decoder.embed_ids(&said[said.len() - 1..])?;
+        h = decoder.forward(&xs, decoder.all_layers(), Pass::Cached(&mut cache))?;
+    }
+    Ok((said, thoughts.trace.drift()))
+}
+
+#[test]
+fn a_thought_is_what_its_number_gives_by_hand() -> Result {
+    let config = tiny::config();
+    let model = tiny::hybrid(&config, 3)?;
+    let ids = tiny::tokens(&config, 6, 40);
+    for hand_off in HAND_OFFS {
+        let thinking = noised(hand_off);
+        let plain =
+            GenerationConfig::default().eos_ids([]).max_tokens(12).thinking(thinking.clone());
+        let how = plain.clone().candidates(Candidates::thoughts(5).every(3));
+        let answer = model.generate(ids.as_slice(), &how)?;
+        let mut said = BTreeSet::new();
+        for stub in &answer.candidates {
+            let (whole, drift) = by_hand(&model, &thinking, &ids, stub.index as u64, 12)?;
+            assert!(whole.starts_with(&stub.ids), "{hand_off:?} {}", stub.index);
+            assert_eq!(stub.ids.len(), stub.dropped_at.unwrap_or(12));
+            if stub.reason == Reason::Won {
+                assert_eq!((&answer.ids, answer.drift()), (&whole, drift));
+            }
+            said.insert(whole);
+        }
+        assert!(said.len() > 1, "noise shook none of them");
+        // The first is the answer without any of this, and others have no part in it.
+        let alone = model.generate(ids.as_slice(), &plain)?;
+        assert!(alone.ids.starts_with(&answer.candidates[0].ids));
+        let drawn = how.temperature(1.0).seed(4);
+        let (five, two) = (
+            model.generate(ids.as_slice(), &drawn)?,
+            model.generate(
+                ids.as_slice(),
+                &drawn.clone().candidates(Candidates::thoughts(2).keep_all()),
+            )?,
+        );
+        for (of_five, of_two) in five.candidates.iter().zip(&two.candidates) {
+            let both = of_five.ids.len().min(of_two.ids.len());
+            assert_eq!(of_five.ids[..both], of_two.ids[..both]);
+            assert_eq!(bits(&of_five.logprobs[..both]), bits(&of_two.logprobs[..both]));
+        }
+    }
+    Ok(())
+}
+
+/// The layers before the span are read once, whatever the hand-off, and the room for the others is made sure of.
+#[test]
+fn thoughts_share_the_layers_before_the_span() -> Result {
+    let config = Config { max_position_embeddings: 600, ..tiny::config() };
+    let ample = tiny::hybrid(&config, 5)?;
+    let of_layer = block(&ample) / config.num_hidden_layers;
+    let prompt = tiny::tokens(&config, 1, KvPool::BLOCK);
+    for hand_off in HAND_OFFS {
+        for (span, blocks) in [
+            (0..3, 4 * 3 * 2),           // all of prompt and answer in all layers, for each
+            (1..3, 1 + 4 * (1 + 2 * 2)), // the prompt once in the first, the answer for each, and both in the others
+            (2..3, 2 + 4 * (2 + 2)),
+        ] {
+            let thinking = noised(hand_off).span(span);
+            let how = GenerationConfig::default().eos_ids([]).max_tokens(9).thinking(thinking);
+            let how = how.candidates(Candidates::thoughts(4).keep_all());
+            let run = |model: &HybridModel| -> Result<Vec<Stub>> {
+                let stream = model.stream(prompt.as_slice(), &how)?;
+                Ok(stream.score_by(|stub| Ok(stub.index as f64))?.collect_answer()?.candidates)
+            };
+            let tight = ample.with_cache_budget(blocks * of_layer)?;
+            assert_eq!(run(&tight)?, run(&ample)?);
+            let tighter = ample.with_cache_budget(blocks * of_layer - 1)?;
+            let refused = tighter.stream(prompt.as_slice(), &how).err();
+            assert!(matches!(refused, Some(Error::PoolFull { used: 0, .. })), "{refused:?}");
+        }
+    }
+    Ok(())
+}
+
+// ---- keys ----
+
+/// One that explains something: outputs are made of their inputs' tokens.
+fn key(model: &HybridModel, layer: usize) -> Result<Key> {
+    let of = |ids: &[u32]| states(model.transformer(), ids, layer);
+    let vocab = model.config().vocab_size as u32;
+    let examples = (0..40u32).map(|n| {
+        let input = [n % vocab, (3 * n + 1) % vocab, (n * n) % vocab, (n + 5) % vocab];
+        Ok(Example { input: of(&input)?, output: of(&input[1..])? })
+    });
+    let config = KeyConfig { layer, pairs: vec![Pairs::Full], ..KeyConfig::default() };
+    let fingerprint = Fingerprint::of(model.transformer())?;
+    Ok(Key::fit(&examples.collect::<Result<Vec<_>>>()?, &config, fingerprint)?)
+}
+
+#[test]
+fn a_key_ranks_by_what_it_expects() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let ids = model.tokenizer().ok_or("no tokenizer")?.encode(STORY, true)?;
+    for layer in [0, 2] {
+        let key = key(&model, layer)?.insist();
+        let of = |ids: &[u32], pairs| Summary::of(&states(model.transformer(), ids, layer)?, pairs);
+        let intended = key.intended(&of(&ids, key.pairs())?)?;
+        let config = drawn().max_tokens(9).stop_id(44);
+        let alone = all_alone(&model, &Prompt::from(STORY), &config, 6)?;
+        let candidates = Candidates::samples(6).every(3).keep_all().score(Score::Key);
+        let how = config.clone().candidates(candidates.clone());
+        let answer = model.stream(STORY, &how)?.key(&key)?.collect_answer()?;
+        let deviation = |it: &Alone, tokens: usize| -> Result<f64> {
+            let ended =
+                tokens >= it.ids.len() && matches!(it.stop, StopReason::Eos | StopReason::StopId);
+            let ids = &it.ids[..it.at(tokens) - usize::from(ended)];
+            if ids.len() < 2 {
+                return Ok(f64::INFINITY);
+            }
+            Ok(intended.deviation(&of(ids, Pairs::Full)?)?)
+        };
+        let mut best = (f64::INFINITY, 0);
+        for (stub, alone) in answer.candidates.iter().zip(&alone) {
+            assert_is_alone(stub, alone, true);
+            for (tokens, score) in &stub.scores {
+                assert_eq!(-score, deviation(alone, *tokens)?, "{} at {tokens}", stub.index);
+            }
+            let last = deviation(alone, usize::MAX)?;
+            assert_eq!(stub.deviation, Some(last).filter(|it| it.is_finite()));
+            best = if last < best.0 { (last, stub.index) } else { best };
+        }
+        assert_eq!(answer.candidates[best.1].reason, Reason::Won);
+
+        // All of it ends with the first that is near enough.
+        let mut all = Vec::new();
+        for tokens in [3, 6] {
+            for it in &alone {
+                all.push(deviation(it, tokens)?);
+            }
+        }
+        all.sort_by(f64::total_cmp);
+        for within in [all[0], all[all.len() / 3]] {
+            let how = config.clone().candidates(candidates.clone().within(within));
+            let answer = model.stream(STORY, &how)?.key(&key)?.collect_answer()?;
+            let mut expected = None;
+            for tokens in [3, 6] {
+                for (index, it) in alone.iter().enumerate() {
+                    let is = deviation(it, tokens)?;
+                    let better = expected.is_none_or(|(at, best, _)| at == tokens && is < best);
+                    if is <= within && better {
+                        expected = Some((tokens, is, index));
+                    }
+                }
+            }
+            let (tokens, _, index) = expected.ok_or("none is near enough")?;
+            let (won, alone) = (&answer.candidates[index], &alone[index]);
+            assert_eq!((won.reason, &won.ids), (Reason::Won, &answer.ids));
+            assert_eq!(answer.ids, alone.ids[..alone.at(tokens)]);
+            let stop = if alone.has_ended(tokens) { alone.stop } else { StopReason::Intended };
+            assert_eq!((answer.stop, won.stop), (stop, Some(stop)));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn keys_that_cannot_be_used_are_refused() -> Result {
+    let model = HybridModel::tiny(&Device::Cpu)?;
+    let key = key(&model, 0)?;
+    let refused = |stream: hybrid_attention::Result<TokenStream<'_>>| -> Result<String> {
+        Ok(stream.and_then(TokenStream::collect_answer).err().ok_or("accepted")?.to_string())
+    };
+    let by_key = drawn().candidates(Candidates::samples(2).score(Score::Key));
+    for config in [&by_key, &drawn().candidates(Candidates::samples(2).within(1.0))] {
+        let error = refused(model.stream(STORY, config))?;
+        assert_eq!(error, "parameter key: expected one, given by TokenStream::key, got none");
+    }
+    for within in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let config = drawn().candidates(Candidates::samples(2).within(within));
+        assert!(
+            refused(model.stream(STORY, &config))?
+                .starts_with("parameter within: expected above 0")
+        );
+    }
+    assert!(
+        refused(model.stream(STORY, &drawn())?.key(&key))?.starts_with("parameter candidates: ")
+    );
+    assert!(
+        refused(model.stream([11], &by_key)?.key(&key.clone().insist()))?.starts_with("parameter ")
+    );
+    // Of another model, and one that knows nothing.
+    let other = tiny::hybrid(&Config { hidden_size: 128, ..tiny::config() }, 3)?;
+    let error = refused(other.stream([1, 2, 3], &by_key)?.key(&key.insist()))?;
+    assert!(error.starts_with("parameter key: expected one of this model, got "), "{error}");
+    let of = |ids: &[u32]| states(model.transformer(), ids, 0);
+    let unrelated = (0..20u64).map(|n| {
+        let tokens = |seed| tiny::tokens(model.config(), seed, 6);
+        Ok(Example { input: of(&tokens(n))?, output: of(&tokens(1000 - n))? })
+    });
+    let unrelated = unrelated.collect::<Result<Vec<_>>>()?;
+    let fingerprint = Fingerprint::of(model.transformer())?;
+    let nothing = Key::fit(
+        &unrelated,
+        &KeyConfig { pairs: vec![Pairs::Full], ..KeyConfig::default() },
+        fingerprint,
+    )?;
+    assert!(nothing.declines(), "{} {}", nothing.mean_r2(), nothing.variance_r2());
+    let error = refused(model.stream(STORY, &by_key)?.key(&nothing))?;
+    assert!(error.starts_with("parameter key: expected one that explains some"), "{error}");
+    model.stream(STORY, &by_key)?.key(&nothing.insist())?.collect_answer()?;
     Ok(())
 }
 
@@ -513,17 +788,26 @@ fn bad_settings_are_refused_by_name() -> Result {
     let thinking = |thinking| with(Candidates::samples(2)).thinking(thinking);
     for (config, expected) in [
         (with(Candidates::samples(0)), "candidates: expected 1 to 1024, got 0"),
-        (with(Candidates::samples(1_000_000_000)), "candidates: expected 1 to 1024, got 1000000000"),
+        (
+            with(Candidates::samples(1_000_000_000)),
+            "candidates: expected 1 to 1024, got 1000000000",
+        ),
         (with(Candidates::samples(2).keep(0.0)), "keep: expected a share within (0, 1), got 0"),
         (with(Candidates::samples(2).keep(1.0)), "keep: expected a share within (0, 1), got 1"),
         (with(Candidates::samples(2).keep(-3.5)), "keep: expected a share within (0, 1), got -3.5"),
-        (with(Candidates::samples(2).keep(f64::NAN)), "keep: expected a share within (0, 1), got NaN"),
+        (
+            with(Candidates::samples(2).keep(f64::NAN)),
+            "keep: expected a share within (0, 1), got NaN",
+        ),
         (with(Candidates::samples(2).every(0)), "every: expected at least 1 token, got 0"),
         (
             with(Candidates::samples(2)).temperature(0.0),
             "temperature: expected above 0 for candidates that are samples, got 0",
         ),
-        (with(Candidates::samples(2)).max_tokens(0), "max_tokens: expected at least 1 for candidates, got 0"),
+        (
+            with(Candidates::samples(2)).max_tokens(0),
+            "max_tokens: expected at least 1 for candidates, got 0",
+        ),
         (
             thinking(passes().rethink_every(4)),
             "candidates: expected thinking that does not think again, got rethink_every 4",
@@ -536,15 +820,31 @@ fn bad_settings_are_refused_by_name() -> Result {
             with(Candidates::thoughts(2)).thinking(Thinking::none()),
             "candidates: expected at least one pass for candidates that are thoughts, got 0",
         ),
+        (
+            with(Candidates::thoughts(2)).thinking(passes()),
+            "candidates: expected thinking with noise for candidates that are thoughts, got none",
+        ),
+        (
+            with(Candidates::thoughts(2)).thinking(passes().noise(Noise::relative(-0.1))),
+            "sd: expected within [0, 1e6], got -0.1",
+        ),
+        (
+            with(Candidates::thoughts(2)).thinking(passes().noise(Noise::relative(f64::NAN))),
+            "sd: expected within [0, 1e6], got NaN",
+        ),
     ] {
         let error = model.generate(STORY, &config).err().ok_or("accepted")?.to_string();
         assert_eq!(error, format!("parameter {expected}"));
     }
-    let many = model.generate_many([STORY], &with(Candidates::samples(2))).err().ok_or("accepted")?;
+    let many =
+        model.generate_many([STORY], &with(Candidates::samples(2))).err().ok_or("accepted")?;
     assert!(matches!(many, Error::Parameter { name: "candidates", .. }), "{many}");
     // One sample may be greedy: it is the answer.
     let one = with(Candidates::samples(1)).temperature(0.0);
-    assert_eq!(model.generate(STORY, &one)?.ids, model.generate(STORY, &plain.temperature(0.0))?.ids);
+    assert_eq!(
+        model.generate(STORY, &one)?.ids,
+        model.generate(STORY, &plain.temperature(0.0))?.ids
+    );
     // As many as may be, over a short answer.
     let most = drawn().max_tokens(2).candidates(Candidates::samples(Candidates::MOST).every(1));
     assert_eq!(model.generate("The coin", &most)?.candidates.len(), Candidates::MOST);
@@ -640,7 +940,8 @@ fn without_candidates_there_is_no_trace_of_them() -> Result {
     assert!(json.get("candidates").is_none(), "{json}");
     let with = model.generate(STORY, &drawn().candidates(Candidates::samples(2)))?;
     let json = serde_json::to_value(&with)?;
-    let won = json["candidates"].as_array().and_then(|all| all.iter().find(|it| it["reason"] == "won"));
+    let won =
+        json["candidates"].as_array().and_then(|all| all.iter().find(|it| it["reason"] == "won"));
     assert_eq!(won.ok_or("no winner")?["text"], json["text"]);
     Ok(())
 }

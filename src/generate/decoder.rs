@@ -64,9 +64,13 @@ impl Decoder {
         self.cancel = cancel;
     }
 
-    /// The same for one of several candidates.
-    pub(super) fn for_candidate(&self, _candidate: u64) -> Self {
-        self.clone()
+    /// The same for one of several candidates, whose thoughts are its own.
+    pub(super) fn for_candidate(&self, candidate: u64) -> Self {
+        Self { mind: self.mind.clone().candidate(candidate), ..self.clone() }
+    }
+
+    pub(super) fn mind(&self) -> &ThoughtLoop {
+        &self.mind
     }
 
     /// What stops it.

@@ -77,7 +77,8 @@ impl Answers {
     ) -> Result<Self> {
         config.validate()?;
         if config.candidates.is_some() {
-            let expected = "none for many prompts: each has an answer of its own by `generate` or `stream`";
+            let expected =
+                "none for many prompts: each has an answer of its own by `generate` or `stream`";
             return Err(Error::parameter("candidates", expected, "some"));
         }
         source.thinking(config).on(&source.model)?;

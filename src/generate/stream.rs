@@ -18,6 +18,7 @@ use super::stop::StopReason;
 use super::writer::Writer;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
+use crate::statistics::{Fingerprint, Key, Pairs, Summary, states};
 use crate::thought::Trace;
 use crate::tokenizer::Message;
 
@@ -192,14 +193,65 @@ impl<'c> TokenStream<'c> {
     /// # Errors
     /// [`Error::Parameter`] where there are no candidates. An error of the function ends the stream, and so does a
     /// score that is not a number.
-    pub fn score_by(
-        mut self,
-        score: impl FnMut(&Stub) -> Result<f64> + Send + 'c,
-    ) -> Result<Self> {
-        match &mut self.race {
-            Some(race) => race.own_score = Some(Box::new(score)),
-            None => return Err(Error::parameter("candidates", "some to be scored", "none")),
+    pub fn score_by(mut self, score: impl FnMut(&Stub) -> Result<f64> + Send + 'c) -> Result<Self> {
+        let Some(race) = &mut self.race else { return Err(no_candidates()) };
+        race.own_score = Some(Box::new(score));
+        Ok(self)
+    }
+
+    /// The same stream, whose [candidates](GenerationConfig::candidates) are held to what `key` expects of an answer to
+    /// this prompt: by [`Score::Key`](super::Score::Key), and for [`Candidates::within`](super::Candidates::within).
+    ///
+    /// What is compared are the [states](crate::statistics::states) of prompt and answer, each read by itself, as the key's
+    /// examples should have been; an end-of-sequence token does not count.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// use hybrid_attention::generate::{Candidates, Score};
+    /// use hybrid_attention::statistics::{Example, Fingerprint, Key, KeyConfig, states};
+    /// use hybrid_attention::{GenerationConfig, HybridModel};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let of = |ids: &[u32]| states(model.transformer(), ids, 0);
+    /// let example = |n: u32| Ok(Example { input: of(&[n, n + 7, 9, n])?, output: of(&[n + 7, n])? });
+    /// let examples = (3..40).map(example).collect::<hybrid_attention::Result<Vec<_>>>()?;
+    /// let config = KeyConfig { pairs: vec![hybrid_attention::statistics::Pairs::Full], ..KeyConfig::default() };
+    /// let key = Key::fit(&examples, &config, Fingerprint::of(model.transformer())?)?;
+    ///
+    /// let candidates = Candidates::samples(4).every(2).score(Score::Key);
+    /// let config = GenerationConfig::default().temperature(1.0).seed(5).max_tokens(6).candidates(candidates);
+    /// let answer = model.stream([11, 150, 12, 13], &config)?.key(&key.insist())?.collect_answer()?;
+    /// # assert!(answer.candidates.iter().any(|stub| stub.deviation.is_some()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where there are no candidates, for a key of another model, one that
+    /// [declines](Key::declines), and a prompt that is too short for its pairs.
+    pub fn key(mut self, key: &Key) -> Result<Self> {
+        let Some(race) = &mut self.race else { return Err(no_candidates()) };
+        if key.declines() {
+            let (mean, variance) = (key.mean_r2(), key.variance_r2());
+            let expected = "one that explains some of the answers held out from it, or insists";
+            let got = format!("an R² of {mean:.3} for means and {variance:.3} for variances");
+            return Err(Error::parameter("key", expected, got));
         }
+        let model = self.decoder.mind().model().clone();
+        Fingerprint::of(model.decoder())?.check("key", key.fingerprint())?;
+        let layer = key.layer();
+        let states = move |ids: &[u32]| states(model.decoder(), ids, layer);
+        let input = Summary::of(&states(&self.writer.answer.prompt_ids)?, key.pairs())?;
+        let intended = key.intended(&input)?;
+        race.deviation = Some(Box::new(move |stub| {
+            let ends = matches!(stub.stop, Some(StopReason::Eos | StopReason::StopId));
+            let said = stub.ids.len() - usize::from(ends && !stub.ids.is_empty());
+            match stub.ids.get(..said).unwrap_or(&[]) {
+                [] | [_] => Ok(f64::INFINITY), // no pairs
+                ids => intended.deviation(&Summary::of(&states(ids)?, Pairs::Full)?),
+            }
+        }));
         Ok(self)
     }
 
@@ -375,6 +427,10 @@ impl Iterator for TokenStream<'_> {
         seconds.decode += seconds_since(start) - (seconds.think - thought);
         Some(token)
     }
+}
+
+fn no_candidates() -> Error {
+    Error::parameter("candidates", "some to be judged", "none")
 }
 
 impl fmt::Debug for TokenStream<'_> {

@@ -105,6 +105,21 @@ impl Writer {
         Ok(Token { id, text, logprob, top_logprobs })
     }
 
+    /// Ends the answer after what it has said, if it has not ended. Returns text that was still held back.
+    pub(super) fn end(&mut self, stop: StopReason) -> String {
+        if self.stop.is_some() {
+            return String::new();
+        }
+        self.stop = Some(stop);
+        let piece = self.detokenizer.as_mut().map(DecodeStream::finish).unwrap_or_default();
+        let (mut text, met) = self.stop_strings.push(&piece);
+        if !met {
+            text.push_str(&self.stop_strings.finish());
+        }
+        self.answer.text.push_str(&text);
+        text
+    }
+
     /// Whether the answer ends with this token, stop strings aside.
     fn stop_at(&self, id: u32, has_room: bool) -> Option<StopReason> {
         if self.eos_ids.contains(&id) {

@@ -128,6 +128,13 @@ impl Seq {
         self.ops.iter().map(reads).fold(0, usize::saturating_add)
     }
 
+    /// Whether an op may do something else for each of several candidates.
+    pub(crate) fn may_differ(&self) -> bool {
+        let differs =
+            |op: &Arc<dyn Refine>| matches!(op.to_config(), None | Some(OpConfig::Noise(_)));
+        self.ops.iter().any(differs)
+    }
+
     /// Checks the parameters of every op.
     ///
     /// # Errors

@@ -229,6 +229,12 @@ impl Key {
         })
     }
 
+    /// Which model it is for.
+    #[must_use]
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
+    }
+
     /// The layer whose states it is about.
     #[must_use]
     pub fn layer(&self) -> usize {

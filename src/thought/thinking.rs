@@ -364,6 +364,11 @@ impl Thinking {
         self.passes == 0
     }
 
+    /// Whether it may be another for each of several candidates: with noise, or ops of one's own.
+    pub(crate) fn may_differ(&self) -> bool {
+        self.noise.is_some() || self.refine.as_ref().is_some_and(Seq::may_differ)
+    }
+
     /// The nudge of the final hidden states of an answer, if there is one.
     #[must_use]
     pub fn chosen_output_nudge(&self) -> Option<&OutputNudge> {

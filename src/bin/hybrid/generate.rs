@@ -5,7 +5,7 @@ use std::io::{Write, stdout};
 use std::path::PathBuf;
 
 use clap::Args;
-use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt};
+use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt, TokenStream};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -105,20 +105,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let model = options.input.apply(options.cache.apply(model)?)?;
     let config = options.config(model.generation_config());
     match asked {
-        Asked::One(prompt) if options.answer.json => report_one(&model, prompt, &config, load),
-        Asked::One(prompt) => tell(&model, prompt, &config, load),
+        Asked::One(prompt) => {
+            let stream = stubs::begin(&model, prompt, &config, &options.candidates)?;
+            match options.answer.json {
+                true => report_one(&model, stream, load),
+                false => tell(&model, stream, load),
+            }
+        }
         Asked::Many(lines) => report_all(&model, &lines, &config, load),
     }
 }
 
 /// Prints one answer as it is generated.
-pub(crate) fn tell(
-    model: &HybridModel,
-    prompt: Prompt,
-    config: &GenerationConfig,
-    load: f64,
-) -> Result<()> {
-    let mut stream = stubs::watch(terminal::begin(model, prompt, config)?);
+pub(crate) fn tell(model: &HybridModel, mut stream: TokenStream<'_>, load: f64) -> Result<()> {
     let mut count = 0;
     for token in &mut stream {
         let token = token?;
@@ -143,16 +142,11 @@ pub(crate) fn tell(
 }
 
 /// One answer as a JSON object.
-fn report_one(
-    model: &HybridModel,
-    prompt: Prompt,
-    config: &GenerationConfig,
-    load: f64,
-) -> Result<()> {
-    let stream = stubs::watch(terminal::begin(model, prompt, config)?);
-    let spinner = match config.candidates {
-        Some(_) => ProgressBar::hidden(), // they are what there is to see
-        None => terminal::spinner("generating"),
+fn report_one(model: &HybridModel, stream: TokenStream<'_>, load: f64) -> Result<()> {
+    // Candidates are shown as they go.
+    let spinner = match stream.candidates() {
+        [] => terminal::spinner("generating"),
+        _ => ProgressBar::hidden(),
     };
     let answer = stream.collect_answer()?;
     spinner.finish_and_clear();

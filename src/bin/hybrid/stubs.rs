@@ -2,12 +2,13 @@
 
 use std::io::{IsTerminal, stderr};
 
-use hybrid_attention::TokenStream;
 use hybrid_attention::generate::{Reason, Stub};
+use hybrid_attention::{GenerationConfig, HybridModel, Prompt, TokenStream};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::terminal::{plain, say};
+use crate::options::CandidateArgs;
+use crate::terminal::{self, Result, plain, say};
 
 /// The most rows of the table.
 const ROWS: usize = 24;
@@ -15,8 +16,18 @@ const ROWS: usize = 24;
 /// How much of each text there is room for, in characters.
 const WIDTH: usize = 48;
 
-/// `stream`, whose candidates are shown on standard error.
-pub(crate) fn watch(stream: TokenStream<'static>) -> TokenStream<'static> {
+/// An answer whose prompt has been read, and whose candidates are shown on standard error.
+pub(crate) fn begin(
+    model: &HybridModel,
+    prompt: Prompt,
+    config: &GenerationConfig,
+    options: &CandidateArgs,
+) -> Result<TokenStream<'static>> {
+    let stream = options.hold_to_key(model, model.stream(prompt, config)?)?;
+    Ok(watch(terminal::read(stream)?))
+}
+
+fn watch(stream: TokenStream<'static>) -> TokenStream<'static> {
     if !stderr().is_terminal() {
         let mut said = 0;
         return stream.on_candidates(move |stubs| {
@@ -52,7 +63,8 @@ fn table(stubs: &[Stub]) -> String {
 /// Those that are still there, or were to the end, the best first; then the others, from the last that went.
 pub(crate) fn ranked(stubs: &[Stub]) -> Vec<&Stub> {
     let mut ranked: Vec<&Stub> = stubs.iter().collect();
-    let won = |stub: &Stub| (stub.reason == Reason::Won, stub.dropped_at.is_none(), stub.dropped_at);
+    let won =
+        |stub: &Stub| (stub.reason == Reason::Won, stub.dropped_at.is_none(), stub.dropped_at);
     ranked.sort_by(|a, b| {
         let by_place = won(b).cmp(&won(a)).then(number(b).total_cmp(&number(a)));
         by_place.then(a.index.cmp(&b.index))

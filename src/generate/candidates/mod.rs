@@ -30,6 +30,7 @@ pub use self::stub::{Reason, Stub};
 /// | drop the worst half every 8 tokens (successive halving, Jamieson & Talwalkar 2016) | the default |
 /// | drop the worst, as in Speculative Rejection (Sun et al. 2024) | [`keep`](Self::keep), [`every`](Self::every) |
 /// | best of n | [`keep_all`](Self::keep_all) |
+/// | end when a text is as its prompt lets one expect | [`within`](Self::within), with a [key](super::TokenStream::key) |
 /// | best by what | [`score`](Self::score), or a function: [`TokenStream::score_by`](super::TokenStream::score_by) |
 ///
 /// Some [scores](Score) cannot rise above a bound that is known while a stub is being written: a sum of
@@ -74,6 +75,8 @@ pub struct Candidates {
     every: usize,
     #[serde(default)]
     score: Score,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    within: Option<f64>,
 }
 
 /// How candidates differ.
@@ -102,7 +105,7 @@ impl Candidates {
     #[must_use]
     pub fn samples(count: usize) -> Self {
         let (differ, score) = (Differ::Samples, Score::default());
-        Self { count, differ, keep: half(), every: eight(), score }
+        Self { count, differ, keep: half(), every: eight(), score, within: None }
     }
 
     /// As many thoughts: each reads the prompt and thinks about it by itself, and draws its own
@@ -141,6 +144,20 @@ impl Candidates {
     pub fn score(mut self, score: Score) -> Self {
         self.score = score;
         self
+    }
+
+    /// Ends all of it in the first round in which the statistics of a stub are within so many standard errors of those
+    /// that a [key](super::TokenStream::key) expects: the best of such stubs is the answer, and ends there. Above 0.
+    /// Default: never.
+    #[must_use]
+    pub fn within(mut self, standard_errors: f64) -> Self {
+        self.within = Some(standard_errors);
+        self
+    }
+
+    /// Whether a [key](super::TokenStream::key) has to be given.
+    pub(super) fn needs_key(&self) -> bool {
+        self.score == Score::Key || self.within.is_some()
     }
 
     /// How many there are.
@@ -188,6 +205,11 @@ impl Candidates {
         if self.every == 0 {
             return Err(Error::parameter("every", "at least 1 token", 0));
         }
+        if let Some(errors) = self.within
+            && !(errors > 0.0 && errors.is_finite())
+        {
+            return Err(Error::parameter("within", "above 0 standard errors", errors));
+        }
         if config.max_tokens == 0 {
             return Err(Error::parameter("max_tokens", "at least 1 for candidates", 0));
         }
@@ -209,8 +231,14 @@ impl Candidates {
         if thinking.chosen_output_nudge().is_some() {
             return refuse("thinking without an output nudge", "output_nudge".to_owned());
         }
-        if self.differ == Differ::Thoughts && thinking.is_none() {
+        if self.are_thoughts() && thinking.is_none() {
             return refuse("at least one pass for candidates that are thoughts", "0".to_owned());
+        }
+        if self.are_thoughts() && !thinking.may_differ() {
+            return refuse(
+                "thinking with noise for candidates that are thoughts",
+                "none".to_owned(),
+            );
         }
         Ok(())
     }
@@ -224,13 +252,15 @@ impl Candidates {
         let of_all = pool.bytes_of(0..new.start, shared);
         let after = |rounds: usize, tokens: usize| {
             let end = new.start.saturating_add(tokens).min(new.end);
-            let each = pool.bytes_of(new.start..end, shared).saturating_add(pool.bytes_of(0..end, own));
+            let each =
+                pool.bytes_of(new.start..end, shared).saturating_add(pool.bytes_of(0..end, own));
             each.saturating_mul(self.left_after(rounds))
         };
         // They need most before some round, or at the end.
         let mut most = 0;
         for rounds in 0usize.. {
-            let last = self.left_after(rounds) == 1 || rounds.saturating_mul(self.every) >= new.len();
+            let last =
+                self.left_after(rounds) == 1 || rounds.saturating_mul(self.every) >= new.len();
             let tokens = if last { new.len() } else { (rounds + 1).saturating_mul(self.every) };
             most = most.max(after(rounds, tokens));
             if last {
@@ -260,7 +290,8 @@ mod tests {
 
     #[test]
     fn rounds_leave_what_the_share_says() {
-        let left = |candidates: &Candidates| (0..6).map(|round| candidates.left_after(round)).collect();
+        let left =
+            |candidates: &Candidates| (0..6).map(|round| candidates.left_after(round)).collect();
         let of = |count, share| -> Vec<usize> { left(&Candidates::samples(count).keep(share)) };
         assert_eq!(of(16, 0.5), [16, 8, 4, 2, 1, 1]);
         assert_eq!(of(30, 0.1), [30, 3, 1, 1, 1, 1]);

@@ -9,8 +9,8 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use super::stub::{Reason, Stub};
 use super::Candidates;
+use super::stub::{Reason, Stub};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::generate::answer::{Seconds, Token};
@@ -19,14 +19,15 @@ use crate::generate::conversation::Conversation;
 use crate::generate::decoder::{Decoder, seconds_since};
 use crate::generate::lane::Lane;
 use crate::generate::progress::Progress;
+use crate::generate::stop::StopReason;
 use crate::generate::writer::Writer;
 use crate::model::Transformer;
 
 /// Whoever looks on.
 type Told<'c> = Box<dyn FnMut(&[Stub]) + Send + 'c>;
 
-/// A score that is none of [`Score`](super::Score).
-type Own<'c> = Box<dyn FnMut(&Stub) -> Result<f64> + Send + 'c>;
+/// A number for a stub.
+type Judge<'c> = Box<dyn FnMut(&Stub) -> Result<f64> + Send + 'c>;
 
 /// The candidates of one answer.
 pub(in crate::generate) struct Race<'c> {
@@ -36,7 +37,10 @@ pub(in crate::generate) struct Race<'c> {
     pub(in crate::generate) stubs: Vec<Stub>,
     /// Those that are still there, in the same order.
     racers: Vec<Racer>,
-    pub(in crate::generate) own_score: Option<Own<'c>>,
+    /// Instead of their [`Score`](super::Score).
+    pub(in crate::generate) own_score: Option<Judge<'c>>,
+    /// How far from what a key expects.
+    pub(in crate::generate) deviation: Option<Judge<'c>>,
     pub(in crate::generate) told: Told<'c>,
 }
 
@@ -75,6 +79,7 @@ impl<'c> Race<'c> {
             stubs: (0..how.count()).map(stub).collect(),
             racers: Vec::new(),
             own_score: None,
+            deviation: None,
             told: Box::new(|_| ()),
         }
     }
@@ -83,6 +88,9 @@ impl<'c> Race<'c> {
     /// conversation had them.
     pub(in crate::generate) fn read(&mut self, start: Start<'_>) -> Result<usize> {
         let Start { decoder, writer, conversation, prompt_logprobs, progress } = start;
+        if self.how.needs_key() && self.deviation.is_none() {
+            return Err(Error::parameter("key", "one, given by TokenStream::key", "none"));
+        }
         if !self.how.are_thoughts() {
             let read = decoder.read(prompt_logprobs, conversation, progress)?;
             let kept = read.kept;
@@ -200,7 +208,8 @@ impl<'c> Race<'c> {
 
     /// Drops those that cannot win any more, because one that has ended is better than they could become.
     fn drop_the_hopeless(&mut self) -> Result<()> {
-        if self.own_score.is_some() {
+        // Nothing is known of what a function, or a key, will make of longer texts.
+        if self.own_score.is_some() || self.how.within.is_some() {
             return Ok(());
         }
         self.refresh();
@@ -225,14 +234,34 @@ impl<'c> Race<'c> {
         Ok(())
     }
 
-    /// A round: drops all but the best.
+    /// A round: drops all but the best, or, where some are as they should be, all but the best of these.
     fn drop_the_worst(&mut self, rounds: usize) -> Result<()> {
         self.judge()?;
+        if let Some(best) = self.best_within() {
+            let out: Vec<usize> =
+                self.ranked().into_iter().filter(|index| *index != best).collect();
+            self.drop_all(&out, Reason::Outscored);
+            for Racer { lane, said, .. } in &mut self.racers {
+                let rest = lane.writer.end(StopReason::Intended);
+                said.iter_mut().last().into_iter().for_each(|token| token.text.push_str(&rest));
+            }
+            return Ok(());
+        }
         let left = self.how.left_after(rounds);
         let out: Vec<usize> = self.ranked().into_iter().skip(left).collect();
         self.drop_all(&out, Reason::Outscored);
         (self.told)(&self.stubs);
         Ok(())
+    }
+
+    /// The best of those whose statistics are within what was asked for.
+    fn best_within(&self) -> Option<usize> {
+        let most = self.how.within?;
+        let inside = |index: &usize| {
+            let deviation = self.stubs.get(*index).and_then(|stub| stub.deviation);
+            deviation.is_some_and(|deviation| deviation <= most)
+        };
+        self.ranked().into_iter().find(inside)
     }
 
     fn drop_all(&mut self, out: &[usize], reason: Reason) {
@@ -283,6 +312,12 @@ impl<'c> Race<'c> {
     /// Gives each that is still there the score that it has now.
     fn judge(&mut self) -> Result<()> {
         self.refresh();
+        if let Some(deviation) = &mut self.deviation {
+            for racer in &self.racers {
+                let Some(stub) = self.stubs.get_mut(racer.index) else { continue };
+                stub.deviation = Some(deviation(stub)?).filter(|deviation| deviation.is_finite());
+            }
+        }
         let stubs = racing(&self.stubs, &self.racers);
         let scores = match &mut self.own_score {
             Some(own) => stubs.into_iter().map(own).collect::<Result<Vec<_>>>()?,
@@ -331,6 +366,9 @@ fn refresh(stub: &mut Stub, writer: &Writer) {
 
 impl fmt::Debug for Race<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Race").field("how", &self.how).field("stubs", &self.stubs).finish_non_exhaustive()
+        f.debug_struct("Race")
+            .field("how", &self.how)
+            .field("stubs", &self.stubs)
+            .finish_non_exhaustive()
     }
 }

@@ -28,6 +28,9 @@ pub enum Score {
     /// The share of the candidates still there that say the same (self-consistency, Wang et al. 2023): a vote over
     /// what is extracted from each. One from which nothing can be extracted has 0.
     Agreement(Extract),
+    /// How far its statistics are from those that a [key](super::TokenStream::key) expects of an answer to this prompt,
+    /// in standard errors, negated; minus infinity for fewer than two tokens.
+    Key,
     /// A number drawn once for each: the control that any score has to beat.
     Random,
 }
@@ -57,6 +60,7 @@ impl Score {
             Self::Entropy => each(|stub| -stub.entropy),
             Self::SelfCertainty => each(|stub| stub.certainty),
             Self::Agreement(extract) => agreement(extract, stubs),
+            Self::Key => each(|stub| -stub.deviation.unwrap_or(f64::INFINITY)),
             Self::Random => each(|stub| {
                 let mut rng = ChaCha8Rng::seed_from_u64(stub.seed);
                 rng.set_stream(1); // its tokens are drawn from stream 0
@@ -73,7 +77,7 @@ impl Score {
             // What is to come adds 0 at best, and the more there is of it, the better.
             Self::MeanLogprob => Some(stub.sum_logprob() / most),
             Self::Entropy => Some(-stub.entropy * (stub.ids.len() as f64 / most)),
-            Self::SelfCertainty | Self::Agreement(_) | Self::Random => None,
+            Self::SelfCertainty | Self::Agreement(_) | Self::Key | Self::Random => None,
         }
     }
 }
@@ -121,7 +125,9 @@ fn last_number(text: &str) -> Option<String> {
     let end = text.rfind(|c: char| c.is_ascii_digit())? + 1;
     let part = |c: char| c.is_ascii_digit() || c == ',' || c == '.';
     let upto = text.get(..end)?;
-    let digits = upto.rfind(|c| !part(c)).map_or(0, |at| at + upto[at..].chars().next().map_or(1, char::len_utf8));
+    let digits = upto
+        .rfind(|c| !part(c))
+        .map_or(0, |at| at + upto[at..].chars().next().map_or(1, char::len_utf8));
     let (before, number) = upto.split_at(digits);
     let number = number.trim_start_matches([',', '.']).replace(',', "");
     // More than one point is a version or a date: its last part.
@@ -142,7 +148,8 @@ fn last_number(text: &str) -> Option<String> {
         rest => rest.to_owned(),
     };
     // A hyphen between words or numbers is no sign.
-    let signed = before.strip_suffix('-').is_some_and(|rest| !rest.ends_with(char::is_alphanumeric));
+    let signed =
+        before.strip_suffix('-').is_some_and(|rest| !rest.ends_with(char::is_alphanumeric));
     Some(if signed && number != "0" { format!("-{number}") } else { number })
 }
 

@@ -23,6 +23,9 @@ pub struct Stub {
     pub entropy: f64,
     /// The mean self-certainty in the same places, in nats: `KL(uniform ‖ p)` (Kang et al. 2025).
     pub certainty: f64,
+    /// How far its statistics were from those that a [key](crate::TokenStream::key) expects, in standard errors; `None`
+    /// without a key, and for fewer than two tokens.
+    pub deviation: Option<f64>,
     /// Every time that it was judged: how many tokens it had, and its score.
     pub scores: Vec<(usize, f64)>,
     /// How many tokens it had when it was dropped; `None` for one that was not, the winner among them.
@@ -60,6 +63,7 @@ impl Stub {
             logprobs: Vec::new(),
             entropy: 0.0,
             certainty: 0.0,
+            deviation: None,
             scores: Vec::new(),
             dropped_at: None,
             reason: Reason::Running,

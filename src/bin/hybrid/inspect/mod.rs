@@ -122,7 +122,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let answer = |thinking| -> Result<Answer> {
         let config = options.config(model.generation_config(), thinking);
-        Ok(stubs::watch(terminal::begin(&model, prompt.clone(), &config)?).collect_answer()?)
+        let stream = match config.candidates {
+            Some(_) => stubs::begin(&model, prompt.clone(), &config, &options.candidates)?,
+            None => terminal::begin(&model, prompt.clone(), &config)?,
+        };
+        Ok(stream.collect_answer()?)
     };
     let thinking = options.thinking(model.thinking())?;
     let mut thought = answer(thinking.clone())?;

@@ -1,8 +1,14 @@
 //! Whether to choose from several answers, and how.
 
+use std::path::PathBuf;
+
 use clap::Args;
-use hybrid_attention::GenerationConfig;
 use hybrid_attention::generate::{Candidates, Extract, Score};
+use hybrid_attention::refine::Noise;
+use hybrid_attention::statistics::{Fingerprint, Key};
+use hybrid_attention::{GenerationConfig, HybridModel, TokenStream};
+
+use crate::terminal;
 
 /// The temperature of candidates where nothing else says one: what the model itself would say.
 const TEMPERATURE: f64 = 1.0;
@@ -26,11 +32,25 @@ pub(crate) struct CandidateArgs {
     every: Option<usize>,
 
     /// What the best is best by: logprob (the mean), sum (of log-probabilities), entropy, certainty, agreement
-    /// (a vote over all words; agreement:word over the first, agreement:number over the last number), or random
+    /// (a vote over all words; agreement:word over the first, agreement:number over the last number), key (--key), or
+    /// random
     ///
     /// [default: logprob]
     #[arg(long, value_name = "SCORE", value_parser = parse_score, requires = "candidates", hide_short_help = true)]
     score: Option<Score>,
+
+    /// Let them differ by what they think, not by how they are drawn: noise on what enters the first pass, of this
+    /// deviation as a share of each vector's length
+    #[arg(long, value_name = "SD", requires_all = ["candidates", "passes"], hide_short_help = true)]
+    noise: Option<f64>,
+
+    /// A key, which says what the statistics of an answer to this prompt should be: a file of Key::save
+    #[arg(long, value_name = "F", requires = "candidates", hide_short_help = true)]
+    key: Option<PathBuf>,
+
+    /// End with the first that is within K standard errors of what the key says [default: never]
+    #[arg(long, value_name = "K", requires = "key", hide_short_help = true)]
+    within: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,7 +67,13 @@ impl CandidateArgs {
         temperature: Option<f64>,
     ) -> GenerationConfig {
         let Some(count) = self.candidates else { return config };
-        let mut candidates = Candidates::samples(count);
+        let (mut config, mut candidates) = (config, Candidates::samples(count));
+        if let (Some(sd), Some(thinking)) = (self.noise, &mut config.thinking) {
+            // Of noise there is a seed, too.
+            let noise = Noise::relative(sd).seed(config.seed.unwrap_or(0));
+            *thinking = thinking.clone().noise(noise);
+            candidates = Candidates::thoughts(count);
+        }
         candidates = match self.keep {
             Some(Keep::Share(share)) => candidates.keep(share),
             Some(Keep::All) => candidates.keep_all(),
@@ -55,12 +81,28 @@ impl CandidateArgs {
         };
         candidates = self.every.into_iter().fold(candidates, Candidates::every);
         candidates = self.score.into_iter().fold(candidates, Candidates::score);
-        // At 0, which is no choice here but a default, all of them would be the same.
+        candidates = self.within.into_iter().fold(candidates, Candidates::within);
+        // At 0, which is no choice here but a default, all samples would be the same.
         let config = match temperature {
-            None if config.temperature == 0.0 => config.temperature(TEMPERATURE),
+            None if config.temperature == 0.0 && self.noise.is_none() => {
+                config.temperature(TEMPERATURE)
+            }
             _ => config,
         };
         config.candidates(candidates)
+    }
+}
+
+impl CandidateArgs {
+    /// `stream`, whose candidates are held to the key, if there is one.
+    pub(crate) fn hold_to_key(
+        &self,
+        model: &HybridModel,
+        stream: TokenStream<'static>,
+    ) -> terminal::Result<TokenStream<'static>> {
+        let Some(path) = &self.key else { return Ok(stream) };
+        let key = Key::load(path, &Fingerprint::of(model.transformer())?)?;
+        Ok(stream.key(&key)?)
     }
 }
 
@@ -82,9 +124,10 @@ fn parse_score(text: &str) -> Result<Score, String> {
         "agreement" => Score::Agreement(Extract::Words),
         "agreement:word" => Score::Agreement(Extract::FirstWord),
         "agreement:number" => Score::Agreement(Extract::LastNumber),
+        "key" => Score::Key,
         "random" => Score::Random,
         _ => {
-            let known = "logprob, sum, entropy, certainty, agreement, agreement:word, agreement:number or random";
+            let known = "logprob, sum, entropy, certainty, agreement, agreement:word, agreement:number, key or random";
             return Err(format!("expected {known}"));
         }
     })

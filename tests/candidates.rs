@@ -826,11 +826,11 @@ fn bad_settings_are_refused_by_name() -> Result {
         ),
         (
             with(Candidates::thoughts(2)).thinking(passes().noise(Noise::relative(-0.1))),
-            "sd: expected within [0, 1e6], got -0.1",
+            "sd: expected a number in [0, 1e6], got -0.1",
         ),
         (
             with(Candidates::thoughts(2)).thinking(passes().noise(Noise::relative(f64::NAN))),
-            "sd: expected within [0, 1e6], got NaN",
+            "sd: expected a number in [0, 1e6], got NaN",
         ),
     ] {
         let error = model.generate(STORY, &config).err().ok_or("accepted")?.to_string();

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use candle_core::quantized::GgmlDType;
+use hybrid_attention::generate::{Candidates, Extract, Score};
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
     Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, Noise,
@@ -420,8 +421,9 @@ fn generations() -> impl Strategy<Value = GenerationConfig> {
     let ids = || prop::collection::vec(0u32..32, 0..3);
     let stops = (prop::collection::vec(".{1,5}", 0..3), ids(), prop::option::of(ids()));
     let given = (0usize..9, any::<bool>(), 0usize..9, prop::option::of(thinkings()));
+    let given = (given, prop::option::of(candidates()));
     (penalties, sampling, stops, given).prop_map(|(penalties, sampling, stops, given)| {
-        let (max_tokens, prompt_logprobs, top_logprobs, thinking) = given;
+        let ((max_tokens, prompt_logprobs, top_logprobs, thinking), candidates) = given;
         let config = GenerationConfig::default()
             .max_tokens(max_tokens)
             .prompt_logprobs(prompt_logprobs)
@@ -437,7 +439,28 @@ fn generations() -> impl Strategy<Value = GenerationConfig> {
         let config = stops.0.into_iter().fold(config, GenerationConfig::stop);
         let config = stops.1.into_iter().fold(config, GenerationConfig::stop_id);
         let config = stops.2.into_iter().fold(config, GenerationConfig::eos_ids);
+        let config = candidates.into_iter().fold(config, GenerationConfig::candidates);
         thinking.into_iter().fold(config, GenerationConfig::thinking)
+    })
+}
+
+fn candidates() -> impl Strategy<Value = Candidates> {
+    let score = select(vec![
+        Score::MeanLogprob,
+        Score::SumLogprob,
+        Score::Entropy,
+        Score::SelfCertainty,
+        Score::Agreement(Extract::LastNumber),
+        Score::Agreement(Extract::FirstWord),
+        Score::Random,
+        Score::Key,
+    ]);
+    let rules = (prop::option::of(0.0..1.1), 0usize..5, prop::option::of(0.0..3.0));
+    (any::<bool>(), 0usize..6, score, rules).prop_map(|(thoughts, count, score, rules)| {
+        let (keep, every, within) = rules;
+        let of = if thoughts { Candidates::thoughts(count) } else { Candidates::samples(count) };
+        let of = keep.map_or(of.clone().keep_all(), |share| of.keep(share));
+        within.into_iter().fold(of.score(score).every(every), Candidates::within)
     })
 }
 

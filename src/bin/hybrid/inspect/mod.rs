@@ -137,7 +137,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let inspection = Inspection {
         model: options.model.name(),
         layers: model.config().num_hidden_layers,
-        settings: thinking,
+        // With its noise, if the candidates have some.
+        settings: options.config(model.generation_config(), thinking).thinking.unwrap_or_default(),
         tokens: tokens::of_prompt(model.tokenizer(), &thought.prompt_ids, context_bytes),
         trace: thought.traces.swap_remove(0),
         plain: said(&model, &plain),

@@ -94,6 +94,9 @@ fn all_alone(
     (0..count).map(|index| Alone::of(model, prompt, config, index)).collect()
 }
 
+/// How many tokens it had when it was dropped, if it was, and why it is not the answer.
+type Fate = (Option<usize>, Reason);
+
 /// How a race is run, and the rules of it once more, over answers that are there as a whole.
 #[derive(Clone, Debug)]
 struct Rules {
@@ -128,7 +131,7 @@ impl Rules {
                     .filter(|other| said(index).is_some() && said(**other) == said(index));
                 same.count() as f64 / inside.len() as f64
             }
-            other => panic!("no rule for {other:?}"),
+            _ => f64::NAN, // no rule of these
         }
     }
 
@@ -144,7 +147,7 @@ impl Rules {
     }
 
     /// When and why each goes; the winner has no reason.
-    fn fates(&self, alone: &[Alone]) -> (Vec<Option<(Option<usize>, Reason)>>, usize) {
+    fn fates(&self, alone: &[Alone]) -> (Vec<Option<Fate>>, usize) {
         let mut fates = vec![None; self.count];
         let mut inside: Vec<usize> = (0..self.count).collect();
         for tokens in 1.. {
@@ -408,7 +411,7 @@ fn a_function_of_ones_own_decides() -> Result {
     for wanted in 0..6 {
         // It sees the texts as they are after the round's tokens, and chooses.
         let score = move |stub: &Stub| {
-            assert!(stub.ids.len() % 4 == 0 && !stub.text.is_empty(), "{stub:?}");
+            assert!(stub.ids.len().is_multiple_of(4) && !stub.text.is_empty(), "{stub:?}");
             Ok(if stub.index == wanted { 1.0 } else { -(stub.index as f64) })
         };
         let stream = model.stream(STORY, &with(Candidates::samples(6).every(4)))?;
@@ -546,6 +549,36 @@ fn a_thought_is_what_its_number_gives_by_hand() -> Result {
             assert_eq!(bits(&of_five.logprobs[..both]), bits(&of_two.logprobs[..both]));
         }
     }
+    Ok(())
+}
+
+/// A thought that overflows is out before it says anything, and the others are as they are without it.
+#[test]
+fn a_thought_that_overflows_is_one_of_several() -> Result {
+    let config = tiny::config();
+    let model = tiny::hybrid(&config, 3)?;
+    let ids = tiny::tokens(&config, 6, 20);
+    let broken = |from: u64| {
+        Thinking::new(1).refine_fn(move |xs, step| {
+            let by =
+                if step.candidate >= from { f64::INFINITY } else { 1.0 + step.candidate as f64 };
+            Ok((xs * by)?)
+        })
+    };
+    let how = GenerationConfig::default().eos_ids([]).max_tokens(6);
+    let how = how.candidates(Candidates::thoughts(4).keep_all());
+    let answer = |from: u64| model.generate(ids.as_slice(), &how.clone().thinking(broken(from)));
+    let (all, some) = (answer(4)?, answer(2)?);
+    for (index, (sound, stub)) in all.candidates.iter().zip(&some.candidates).enumerate() {
+        if index < 2 {
+            let both = sound.ids.len().min(stub.ids.len());
+            assert_eq!(sound.ids[..both], stub.ids[..both]);
+        } else {
+            assert_eq!((stub.reason, stub.dropped_at), (Reason::NotFinite, Some(0)));
+            assert!(stub.ids.is_empty() && stub.scores.is_empty());
+        }
+    }
+    assert!(matches!(answer(0), Err(Error::NotFinite { what: "thoughts", .. })));
     Ok(())
 }
 

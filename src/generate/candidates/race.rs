@@ -51,12 +51,30 @@ struct Racer {
     /// The logits before its first token, until that is drawn.
     first: Option<Arc<[f32]>>,
     said: Vec<Token>,
+    /// What went wrong with it, and with no other.
+    failed: Option<Error>,
 }
 
 impl Racer {
-    fn write(&mut self, logits: &[f32]) -> Result<()> {
-        self.said.push(self.lane.write(logits)?);
-        Ok(())
+    fn new(index: usize, lane: Lane, first: Result<Arc<[f32]>>) -> Self {
+        let (first, failed) = match first {
+            Ok(logits) => (Some(logits), None),
+            Err(error) => (None, Some(error)),
+        };
+        Self { index, lane, first, said: Vec::new(), failed }
+    }
+
+    fn write(&mut self, logits: &[f32]) {
+        match self.lane.write(logits) {
+            Ok(token) => self.said.push(token),
+            Err(error) => self.failed = Some(error),
+        }
+    }
+
+    fn write_first(&mut self) {
+        if let Some(logits) = self.first.take() {
+            self.write(&logits);
+        }
     }
 }
 
@@ -97,7 +115,7 @@ impl<'c> Race<'c> {
             let first: Arc<[f32]> = writer.begin(read).into();
             let racer = |stub| {
                 let lane = lane(stub, decoder.clone(), writer, conversation);
-                Racer { index: stub.index, lane, first: Some(Arc::clone(&first)), said: Vec::new() }
+                Racer::new(stub.index, lane, Ok(Arc::clone(&first)))
             };
             self.racers = self.stubs.iter().map(racer).collect();
             return Ok(kept);
@@ -108,10 +126,16 @@ impl<'c> Race<'c> {
             let own = decoder.for_candidate(stub.index as u64);
             let mut lane = lane(stub, own, writer, conversation);
             let Lane { decoder, writer, conversation } = &mut lane;
-            let read = decoder.think_and_read(&begun, prompt_logprobs, conversation, progress)?;
-            think += read.seconds.think;
-            let first = Some(writer.begin(read).into());
-            self.racers.push(Racer { index: stub.index, lane, first, said: Vec::new() });
+            let first =
+                match decoder.think_and_read(&begun, prompt_logprobs, conversation, progress) {
+                    Ok(read) => {
+                        think += read.seconds.think;
+                        Ok(writer.begin(read).into())
+                    }
+                    Err(error @ Error::NotFinite { .. }) => Err(error), // of this thought, not of others
+                    Err(error) => return Err(error),
+                };
+            self.racers.push(Racer::new(stub.index, lane, first));
         }
         let prefill = seconds_since(start) - think;
         writer.answer.seconds = Seconds { think, prefill, decode: 0.0 };
@@ -124,7 +148,8 @@ impl<'c> Race<'c> {
         transformer: &Transformer,
         cancel: &Cancel,
     ) -> Result<(Lane, Vec<Token>)> {
-        self.write(|racer| racer.first.take())?;
+        self.racers.par_iter_mut().for_each(Racer::write_first);
+        self.drop_the_failed()?;
         for tokens in 1usize.. {
             self.drop_the_hopeless()?;
             if tokens.is_multiple_of(self.how.every) && !self.is_decided() {
@@ -154,44 +179,32 @@ impl<'c> Race<'c> {
     /// Runs the last token of each that has not ended, and draws the next ones.
     fn step(&mut self, transformer: &Transformer, cancel: &Cancel) -> Result<()> {
         let running = self.racers.iter_mut().filter(|racer| racer.lane.writer.stop.is_none());
-        let mut running: Vec<&mut Lane> = running.map(|racer| &mut racer.lane).collect();
-        let mut logits = Vec::with_capacity(running.len());
-        for lanes in running.chunks_mut(Lane::MOST) {
-            logits.extend(Lane::step_together(transformer, lanes, cancel)?);
+        let mut running: Vec<&mut Racer> = running.collect();
+        for racers in running.chunks_mut(Lane::MOST) {
+            let mut lanes: Vec<&mut Lane> =
+                racers.iter_mut().map(|racer| &mut racer.lane).collect();
+            let logits = Lane::step_together(transformer, &mut lanes, cancel)?;
+            // Drawing from a large vocabulary takes a while: on all cores.
+            racers.par_iter_mut().zip(logits).for_each(|(racer, logits)| racer.write(&logits));
         }
-        let mut logits = logits.into_iter();
-        self.write(|racer| match racer.lane.writer.stop {
-            None => logits.next(),
-            Some(_) => None,
-        })
+        self.drop_the_failed()
     }
 
-    /// Draws a token of each that gets logits. One whose logits are not finite is out; if none is left, that is an
-    /// error.
-    fn write<L>(&mut self, logits: impl FnMut(&mut Racer) -> Option<L>) -> Result<()>
-    where
-        L: AsRef<[f32]> + Send,
-    {
-        let logits: Vec<Option<L>> = self.racers.iter_mut().map(logits).collect();
-        // Drawing from a large vocabulary takes a while: on all cores.
-        let racers = std::mem::take(&mut self.racers).into_par_iter().zip(logits);
-        let write = |(mut racer, logits): (Racer, Option<L>)| {
-            let written = logits.map_or(Ok(()), |logits| racer.write(logits.as_ref()));
-            (racer, written)
-        };
-        let written: Vec<(Racer, Result<()>)> = racers.map(write).collect();
-        let mut overflowed = None;
-        for (racer, written) in written {
-            match written {
-                Ok(()) => self.racers.push(racer),
-                Err(error @ Error::NotFinite { .. }) => {
-                    overflowed.get_or_insert(error);
-                    self.drop_one(&racer, Reason::NotFinite);
+    /// Drops those whose numbers overflowed; if none is left, that is an error, and so is any other failure.
+    fn drop_the_failed(&mut self) -> Result<()> {
+        let (mut failed, mut first) = (Vec::new(), None);
+        for racer in &mut self.racers {
+            match racer.failed.take() {
+                None => (),
+                Some(error @ Error::NotFinite { .. }) => {
+                    failed.push(racer.index);
+                    first.get_or_insert(error);
                 }
-                Err(error) => return Err(error),
+                Some(error) => return Err(error),
             }
         }
-        match overflowed {
+        self.drop_all(&failed, Reason::NotFinite);
+        match first {
             Some(error) if self.racers.is_empty() => Err(error),
             _ => Ok(()),
         }

@@ -47,7 +47,7 @@ const ARGS: [&str; 5] = ["--ids=1,2,3", "--candidates=6", "--max-tokens=10", "--
 
 #[test]
 fn generate_reports_candidates_as_the_library_has_them() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
     let six = || Candidates::samples(6);
     let thinking = Thinking::new(1).noise(Noise::relative(0.5).seed(7));
@@ -112,7 +112,7 @@ fn generate_reports_candidates_as_the_library_has_them() -> Result {
 
 #[test]
 fn generate_holds_candidates_to_a_key() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
     let of = |ids: &[u32]| states(model.transformer(), ids, 0);
     let example = |n: u32| Ok(Example { input: of(&[n, n + 9, 2])?, output: of(&[n + 9, n])? });
@@ -184,7 +184,7 @@ fn what_is_wrong_with_them_is_said_before_the_model_is_loaded() -> Result {
 
 #[test]
 fn inspect_draws_who_was_dropped_when() -> Result {
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
     let files = tempfile::tempdir()?;
     let path = |name: &str| files.path().join(name).display().to_string();
@@ -240,7 +240,7 @@ fn inspect_draws_who_was_dropped_when() -> Result {
 fn a_terminal_shows_them_as_a_table() -> Result {
     use std::io::{ErrorKind, Read};
 
-    let folder = checkpoint(true)?;
+    let folder = checkpoint(1.0, true)?;
     let size = nix::pty::Winsize { ws_row: 50, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
     let pty = nix::pty::openpty(&size, None)?;
     let mut command = Command::new(env!("CARGO_BIN_EXE_hybrid-under-test"));

@@ -596,7 +596,8 @@ fn thoughts_share_the_layers_before_the_span() -> Result {
             (2..3, 2 + 4 * (2 + 2)),
         ] {
             let thinking = noised(hand_off).span(span);
-            let how = GenerationConfig::default().eos_ids([]).max_tokens(9).thinking(thinking);
+            let how = GenerationConfig::default().seed(3).eos_ids([]).max_tokens(9);
+            let how = how.thinking(thinking);
             let how = how.candidates(Candidates::thoughts(4).keep_all());
             let run = |model: &HybridModel| -> Result<Vec<Stub>> {
                 let stream = model.stream(prompt.as_slice(), &how)?;

@@ -690,6 +690,12 @@ fn a_key_ranks_by_what_it_expects() -> Result {
             let stop = if alone.has_ended(tokens) { alone.stop } else { StopReason::Intended };
             assert_eq!((answer.stop, won.stop), (stop, Some(stop)));
         }
+        // One alone ends by it, too.
+        let within = deviation(&alone[0], 6)?;
+        let one = Candidates::samples(1).every(3).within(within);
+        let answer = model.stream(STORY, &config.candidates(one))?.key(&key)?.collect_answer()?;
+        let tokens = if deviation(&alone[0], 3)? <= within { 3 } else { 6 };
+        assert_eq!(answer.ids, alone[0].ids[..alone[0].at(tokens)]);
     }
     Ok(())
 }

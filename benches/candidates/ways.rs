@@ -14,7 +14,7 @@ use crate::tasks::{Item, Task};
 const COUNT: usize = 16;
 
 /// Deviations of the noise that thoughts begin with, as shares of each vector's length.
-const NOISE: [f64; 3] = [0.1, 0.3, 1.0];
+const NOISE: [f64; 2] = [0.1, 0.2];
 
 pub(crate) struct Way {
     pub(crate) name: String,
@@ -57,7 +57,9 @@ pub(crate) fn all(task: &Task) -> Vec<Way> {
         ways.push(Way { by_key: true, ..way("samples, key", config) });
     }
     for sd in NOISE {
-        for (name, score) in scores {
+        // To think again costs more than to draw again: not by every score.
+        let few = |(name, _): &(&str, Score)| ["random", "logprob", "agreement"].contains(name);
+        for (name, score) in scores.into_iter().filter(few) {
             let candidates = Candidates::thoughts(COUNT).every(task.every).score(score);
             let config = plain.clone().candidates(candidates);
             ways.push(Way { noise: Some(sd), ..way(&format!("thoughts {sd}, {name}"), config) });

@@ -203,8 +203,9 @@ impl GenerationConfig {
         self
     }
 
-    /// Writes several candidates side by side, drops the worst, and answers with the one that is left. Default: one
-    /// answer, without any of this.
+    /// Writes several candidates side by side, drops the worst, and answers with the one that is left; see
+    /// [`Candidates`]. It goes with one prompt at a time, and with thinking that neither thinks again nor has an output
+    /// nudge. Default: one answer, without any of this.
     #[must_use]
     pub fn candidates(mut self, candidates: Candidates) -> Self {
         self.candidates = Some(candidates);

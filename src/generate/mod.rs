@@ -1,4 +1,4 @@
-//! From a prompt to an answer: settings, sampling, stopping, streaming.
+//! From a prompt to an answer: settings, sampling, stopping, streaming, and choosing among candidates.
 
 mod answer;
 mod candidates;

@@ -147,8 +147,8 @@ impl Candidates {
     }
 
     /// Ends all of it in the first round in which the statistics of a stub are within so many standard errors of those
-    /// that a [key](super::TokenStream::key) expects: the best of such stubs is the answer, and ends there. Above 0.
-    /// Default: never.
+    /// that a [key](super::TokenStream::key) expects: the best of such stubs is the answer, and ends there, even if it is
+    /// the last one left. Above 0. Default: never.
     #[must_use]
     pub fn within(mut self, standard_errors: f64) -> Self {
         self.within = Some(standard_errors);

@@ -173,7 +173,9 @@ impl<'c> Race<'c> {
 
     fn is_decided(&self) -> bool {
         let ended = |racer: &Racer| racer.lane.writer.stop.is_some();
-        self.racers.len() == 1 || self.racers.iter().all(ended)
+        // One that is alone goes on here, too, where it may have to end.
+        let alone = self.racers.len() == 1 && self.how.within.is_none();
+        alone || self.racers.iter().all(ended)
     }
 
     /// Runs the last token of each that has not ended, and draws the next ones.

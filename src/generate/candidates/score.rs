@@ -28,7 +28,7 @@ pub enum Score {
     /// The share of the candidates still there that say the same (self-consistency, Wang et al. 2023): a vote over
     /// what is extracted from each. One from which nothing can be extracted has 0.
     Agreement(Extract),
-    /// How far its statistics are from those that a [key](super::TokenStream::key) expects of an answer to this prompt,
+    /// How far its statistics are from those that a [key](crate::TokenStream::key) expects of an answer to this prompt,
     /// in standard errors, negated; minus infinity for fewer than two tokens.
     Key,
     /// A number drawn once for each: the control that any score has to beat.

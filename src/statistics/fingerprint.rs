@@ -29,6 +29,10 @@ impl Fingerprint {
         Ok(Self(last.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec1()?))
     }
 
+    pub(super) fn channels(&self) -> usize {
+        self.0.len()
+    }
+
     pub(super) fn from_numbers(numbers: Vec<f32>) -> Self {
         Self(numbers)
     }

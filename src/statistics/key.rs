@@ -207,6 +207,10 @@ impl Key {
         config.validate(examples.len())?;
         let data = Data::of(examples, &config.pairs)?;
         let hidden = data.output.dim(1)? / 2;
+        if hidden != fingerprint.channels() {
+            let expected = format!("states of the model's {} channels", fingerprint.channels());
+            return Err(Error::parameter("examples", expected, hidden));
+        }
         let (mean_r2, variance_r2) = data.held_out(config)?;
         let best = data.choose(config)?;
         let errors = best.left_out.sqr()?.mean(0)?.sqrt()?.mul(&best.y.spreads)?;
@@ -216,7 +220,6 @@ impl Key {
         let pairs = config.pairs.get(best.pairs).copied().unwrap_or(Pairs::Full);
         let (layer, strength) = (config.layer, best.strength);
         let about = About { format: Self::FORMAT, layer, pairs, strength, mean_r2, variance_r2 };
-        debug_assert_eq!(best.y.means.dims(), [2 * hidden]);
         Ok(Self {
             about,
             fingerprint,

@@ -28,6 +28,7 @@
 
 mod distance;
 mod fingerprint;
+mod held_out;
 mod key;
 mod ridge;
 mod solve;

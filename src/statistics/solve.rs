@@ -87,7 +87,8 @@ mod tests {
                 prop_assert!((dot(a, &x) - b).abs() < 1e-9, "{} {}", dot(a, &x), b);
                 for j in 0..n {
                     let product: f64 = a.iter().zip(&inverse).map(|(a, row)| a * row[j]).sum();
-                    prop_assert!((product - if i == j { 1.0 } else { 0.0 }).abs() < 1e-8);
+                    let unit = if i == j { 1.0 } else { 0.0 };
+                    prop_assert!((product - unit).abs() < 1e-8);
                 }
             }
         }

@@ -1,11 +1,13 @@
-//! What embeddings as digits find and cost beside exact search, and what summaries of texts say of each other, on SmolLM2.
+//! What embeddings as digits find and cost beside exact search, and what summaries of texts say of each
+//! other, on SmolLM2.
 //!
 //! ```text
 //! benches/texts.sh target/texts
 //! cargo bench --bench codes [-- search | time | halves | key | transition]
 //! ```
 //!
-//! `search` and `time` need the model alone. All of it takes some minutes, most of them for reading the news of the Lee corpus.
+//! `search` and `time` need the model alone. All of it takes some minutes, most of them for reading the news
+//! of the Lee corpus.
 
 #![allow(clippy::print_stdout)]
 
@@ -169,8 +171,8 @@ fn search(table: &Table) -> Result {
     Ok(())
 }
 
-/// Rows in buckets by the signs of a few coordinates, each in two tables, as a cuckoo hash has them: how often the right row is in
-/// either bucket of a query.
+/// Rows in buckets by the signs of a few coordinates, each in two tables, as a cuckoo hash has them: how
+/// often the right row is in either bucket of a query.
 fn buckets(table: &Table) -> Result {
     println!(
         "\nbuckets by signs, two for each row: how often the right row is in them, and rows of a bucket\n"

@@ -1,5 +1,5 @@
-//! Embeddings as digits: what is scanned against plain loops, what is found against exact search, and thoughts put in the
-//! place of embeddings.
+//! Embeddings as digits: what is scanned against plain loops, what is found against exact search, and
+//! thoughts put in the place of embeddings.
 
 mod common;
 
@@ -116,8 +116,8 @@ fn exact(table: &Rows, query: &[f32]) -> Vec<(u32, f64)> {
     all
 }
 
-/// Of a table of Gaussian rows, noise up to twice its spread leaves the nearest row what it was, and codes find it; of as many
-/// as are ranked, all come in the exact order with the exact distance.
+/// Of a table of Gaussian rows, noise up to twice its spread leaves the nearest row what it was, and codes
+/// find it; of as many as are ranked, all come in the exact order with the exact distance.
 #[test]
 fn what_is_near_is_found() -> Result {
     let (rows, hidden) = (3000, 256);

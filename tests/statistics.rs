@@ -1,5 +1,5 @@
-//! Summaries of sequences against loops over all pairs, keys against what is known to be there or not, and two paths to the
-//! next state.
+//! Summaries of sequences against loops over all pairs, keys against what is known to be there or not, and
+//! two paths to the next state.
 
 mod common;
 
@@ -78,7 +78,8 @@ fn assert_near(what: &str, got: &[f32], expected: &[f64], scale: f64) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// What is kept as a sequence grows, in whatever portions, is what a loop over all pairs gives: closed forms included.
+    /// What is kept as a sequence grows, in whatever portions, is what a loop over all pairs gives: closed
+    /// forms included.
     #[test]
     fn a_running_summary_is_a_loop_over_pairs(
         n in 0usize..40, hidden in 1usize..5, level in 0usize..5, full: bool,
@@ -115,8 +116,8 @@ proptest! {
         })())?;
     }
 
-    /// Pairs chosen by chance are pairs, no two the same, and the same for the same seed, however the sequence grew; where there
-    /// are no more than asked for they are all.
+    /// Pairs chosen by chance are pairs, no two the same, and the same for the same seed, however the
+    /// sequence grew; where there are no more than asked for they are all.
     #[test]
     fn a_sample_is_of_pairs(n in 2usize..30, count in 1usize..60, cut in 0usize..30, seed: u64) {
         holds((|| {
@@ -136,10 +137,9 @@ proptest! {
             assert!((touched - whole.count as f32).abs() < 1e-3);
             if count >= all {
                 let full = Summary::of(&rows, Pairs::Full)?;
-                for (got, right) in [(&whole.mean, full.mean), (&whole.variance, full.variance), (&whole.sd, full.sd)] {
-                    let right: Row = right.into_iter().map(f64::from).collect();
-                    assert_near("all", got, &right, 1.0);
-                }
+                let all = |of: &Summary| [of.mean.clone(), of.variance.clone(), of.sd.clone()].concat();
+                let right: Row = all(&full).into_iter().map(f64::from).collect();
+                assert_near("all", &all(&whole), &right, 1.0);
             }
             Ok(())
         })())?;
@@ -251,7 +251,8 @@ fn examples(count: u64, output: impl Fn(u64, &Tensor) -> Result<Tensor>) -> Resu
         .collect()
 }
 
-/// Where the output follows from the input a key finds out how, and by which pairs; where it does not, that there is nothing to say.
+/// Where the output follows from the input a key finds out how, and by which pairs; where it does not, that
+/// there is nothing to say.
 #[test]
 fn a_key_knows_what_it_knows() -> Result {
     let config = KeyConfig { layer: 2, ..KeyConfig::default() };
@@ -275,7 +276,8 @@ fn a_key_knows_what_it_knows() -> Result {
         }
     }
 
-    // A level leaves rows out that do not fill its pairs: where the output has the mean of all rows, all pairs say more.
+    // A level leaves rows out that do not fill its pairs: where the output has the mean of all rows, all
+    // pairs say more.
     let levels = examples(80, |seed, input| {
         let mean = input.mean_keepdim(0)?;
         Ok(tiny::noise(seed + 500, &[24, HIDDEN], 0.1)?.broadcast_add(&mean)?)

@@ -23,11 +23,11 @@ pub struct Near {
     pub distance: f32,
 }
 
-/// A table of embeddings as digits, to find the nearest row of: a scan of half a byte a digit, after which the best few
-/// are ranked by what they are.
+/// A table of embeddings as digits, to find the nearest row of: a scan of half a byte a digit, after which
+/// the best few are ranked by what they are.
 ///
-/// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. What a scan costs and what it misses, beside exact
-/// search and beside buckets of signs, is what `cargo bench --bench codes` shows.
+/// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. What a scan costs and what it misses,
+/// beside exact search and beside buckets of signs, is what `cargo bench --bench codes` shows.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -123,11 +123,13 @@ impl Codes {
         self.digits.as_flattened().len()
     }
 
-    /// The `best` rows that are nearest to each of the queries, `(.., hidden)`, the nearest first: those that are nearest
-    /// by digits, at least 32 of them, ranked by their squared distance. Of equals, the one that comes first in the table.
+    /// The `best` rows that are nearest to each of the queries, `(.., hidden)`, the nearest first: those that
+    /// are nearest by digits, at least 32 of them, ranked by their squared distance. Of equals, the one that
+    /// comes first in the table.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for queries of another width, [`Error::NotFinite`] for one that holds a NaN or an infinity.
+    /// [`Error::Parameter`] for queries of another width, [`Error::NotFinite`] for one that holds a NaN or an
+    /// infinity.
     pub fn nearest(&self, queries: &Tensor, best: usize) -> Result<Vec<Vec<Near>>> {
         let queries = self.queries(queries)?;
         let scanned = self.scan_all(&queries, best.max(Self::RANKED), DigitDistance::Squared);

@@ -5,13 +5,13 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::kernels::{DIGIT_ROWS, DigitRun, DigitTable};
 
-/// How the digits of a table are made and weighed. The default is one decimal digit for each coordinate, which finds
-/// what exact search finds as long as noise stays below twice the spread of the table.
+/// How the digits of a table are made and weighed. The default is one decimal digit for each coordinate,
+/// which finds what exact search finds as long as noise stays below twice the spread of the table.
 ///
-/// A coordinate's range, three standard deviations of the table to either side of the coordinate's mean, is cut into
-/// `base` parts, each of these again, and so on: the first digit says which part, the next which part of that. What is
-/// outside of the range takes the part at its end. Digits are kept in the order of their weight: the first of all
-/// coordinates, then the second of all, each weighing `factor` times the next.
+/// A coordinate's range, three standard deviations of the table to either side of the coordinate's mean, is
+/// cut into `base` parts, each of these again, and so on: the first digit says which part, the next which
+/// part of that. What is outside of the range takes the part at its end. Digits are kept in the order of
+/// their weight: the first of all coordinates, then the second of all, each weighing `factor` times the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Digits {

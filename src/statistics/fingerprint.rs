@@ -61,8 +61,8 @@ impl Fingerprint {
         match 1.0 - cosine <= Self::ROUNDING {
             true => Ok(()),
             false => refuse(format!(
-                "one of another model, or of this one in another weight type or with another adapter: fixed tokens come \
-                 out with a cosine of {cosine}"
+                "one of another model, or of this one in another weight type or with another adapter: \
+                 fixed tokens come out with a cosine of {cosine}"
             )),
         }
     }

@@ -25,13 +25,14 @@ pub struct Example {
 /// How a [`Key`] is fitted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KeyConfig {
-    /// The layer whose states the examples hold; see [`states`](super::states). Only remembered. Default 0: embeddings.
+    /// The layer whose states the examples hold; see [`states`](super::states). Only remembered. Default 0:
+    /// embeddings.
     pub layer: usize,
-    /// The pairs of the input that may be looked at, of which those are kept that say most. Default: all of them, and
-    /// levels 0 to 2.
+    /// The pairs of the input that may be looked at, of which those are kept that say most. Default: all of
+    /// them, and levels 0 to 2.
     pub pairs: Vec<Pairs>,
-    /// The strengths of the ridge to choose from, each above 0, as shares of the mean square of an example's statistics.
-    /// Default: powers of ten from 0.01 to 1000.
+    /// The strengths of the ridge to choose from, each above 0, as shares of the mean square of an example's
+    /// statistics. Default: powers of ten from 0.01 to 1000.
     pub strengths: Vec<f64>,
     /// Parts of the examples that are held out in turn, at least 2. Default 5.
     pub folds: usize,
@@ -69,14 +70,15 @@ impl KeyConfig {
     }
 }
 
-/// A ridge regression from the statistics of an input, its pairs' means and standard deviations, to those of the output, the
-/// mean and the variance of all pairs of it, channel by channel.
+/// A ridge regression from the statistics of an input, its pairs' means and standard deviations, to those of
+/// the output, the mean and the variance of all pairs of it, channel by channel.
 ///
-/// Which pairs of the input, and how strong the ridge, is chosen by what is expected of examples that are left out. How much of
-/// it all is worth is then seen on parts of the examples that neither choice nor fit has seen: [`Key::mean_r2`] and
-/// [`Key::variance_r2`], the share of the output's variance around its mean over examples that is explained, all channels
-/// counting alike. Where neither is above 0 the key knows nothing and [declines](Key::declines). On SmolLM2 and news text that
-/// is so for the variance, and nearly so for the mean: see `cargo bench --bench codes`.
+/// Which pairs of the input, and how strong the ridge, is chosen by what is expected of examples that are
+/// left out. How much of it all is worth is then seen on parts of the examples that neither choice nor fit
+/// has seen: [`Key::mean_r2`] and [`Key::variance_r2`], the share of the output's variance around its mean
+/// over examples that is explained, all channels counting alike. Where neither is above 0 the key knows
+/// nothing and [declines](Key::declines). On SmolLM2 and news text that is so for the variance, and nearly so
+/// for the mean: see `cargo bench --bench codes`.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -135,8 +137,8 @@ struct About {
 pub struct Part {
     /// `(hidden)`
     pub values: Vec<f32>,
-    /// Their standard errors, each above 0: the root mean square of what such expectations are off by for examples that
-    /// are left out.
+    /// Their standard errors, each above 0: the root mean square of what such expectations are off by for
+    /// examples that are left out.
     pub errors: Vec<f32>,
     /// The share of its variance that is explained on held-out examples.
     pub r2: f64,
@@ -152,8 +154,8 @@ pub struct Intended {
 }
 
 impl Intended {
-    /// How far an output is from this, in standard errors: their root mean square over the channels of those parts that
-    /// explain anything, or of both if neither does.
+    /// How far an output is from this, in standard errors: their root mean square over the channels of those
+    /// parts that explain anything, or of both if neither does.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a summary of other pairs than [`Pairs::Full`], or of another width.
@@ -231,8 +233,8 @@ impl Key {
         self.about.strength
     }
 
-    /// The share of the variance of output means, over held-out examples, that it explains: 1 for all of it, 0 or less for
-    /// nothing.
+    /// The share of the variance of output means, over held-out examples, that it explains: 1 for all of it,
+    /// 0 or less for nothing.
     #[must_use]
     pub fn mean_r2(&self) -> f64 {
         self.about.mean_r2
@@ -312,8 +314,8 @@ impl Key {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`] for a file that is no key, or cut short; [`Error::MissingWeight`],
-    /// [`Error::WeightShape`] and [`Error::WeightValue`] for one of its tensors; [`Error::Parameter`] for that of another
-    /// model.
+    /// [`Error::WeightShape`] and [`Error::WeightValue`] for one of its tensors; [`Error::Parameter`] for
+    /// that of another model.
     pub fn load(path: impl AsRef<Path>, fingerprint: &Fingerprint) -> Result<Self> {
         let path = path.as_ref();
         let file = TensorFile::open(path)?;

@@ -6,8 +6,8 @@ use rayon::prelude::*;
 pub(crate) struct Cholesky(Vec<Vec<f64>>);
 
 impl Cholesky {
-    /// Of a matrix whose lower triangle is given row by row. What rounding has left of a square on the diagonal is taken
-    /// for `least`, which must be above 0, where it is less.
+    /// Of a matrix whose lower triangle is given row by row. What rounding has left of a square on the
+    /// diagonal is taken for `least`, which must be above 0, where it is less.
     pub(crate) fn of(matrix: &[Vec<f64>], least: f64) -> Self {
         let mut lower: Vec<Vec<f64>> = Vec::with_capacity(matrix.len());
         for (i, given) in matrix.iter().enumerate() {

@@ -89,7 +89,7 @@ fn deviations_are_of_what_they_are_said_to_be_of() -> Result {
         let (long, after) = (lengths(&free)?, lengths(&kept)?);
         for ((before, long), after) in before.iter().zip(&long).zip(&after) {
             assert!((after - before).abs() <= 1e-5 * before, "{after} for {before}");
-            assert!((long - 5f64.sqrt() * before).abs() <= 0.1 * before, "{long} for {before}");
+            assert!((long - 5f64.sqrt() * before).abs() <= 0.2 * before, "{long} for {before}");
         }
         let by: Vec<f32> = before
             .iter()

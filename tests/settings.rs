@@ -11,7 +11,7 @@ use hybrid_attention::generate::{Candidates, Extract, Score};
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
     Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, Noise,
-    OpConfig, Optimizer, OutputNudge, Refine, Seq, Step, seq,
+    OpConfig, Optimizer, OutputNudge, Refine, Seq, Step, Substitute, seq,
 };
 use hybrid_attention::thought::{Detail, Halt, HandOff};
 use hybrid_attention::{
@@ -357,6 +357,7 @@ fn ops() -> impl Strategy<Value = OpConfig> {
         gradient,
         forward,
         noises().prop_map(OpConfig::Noise),
+        shares().prop_map(|share| OpConfig::Substitute(Substitute::new(share))),
         Just(OpConfig::Interpolate(Interpolate::gated()))
     ]
 }
@@ -368,6 +369,7 @@ fn sequence(ops: Vec<OpConfig>) -> Option<Seq> {
         OpConfig::GradientNudge(op) => Some(seq.add(op)),
         OpConfig::ForwardNudge(op) => Some(seq.add(op)),
         OpConfig::Noise(op) => Some(seq.add(op)),
+        OpConfig::Substitute(op) => Some(seq.add(op)),
         _ => None,
     })
 }

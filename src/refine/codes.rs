@@ -7,86 +7,12 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
+use super::digits::{DigitDistance, Digits, Grid};
 use super::rows::wide;
 use crate::batch::flat;
 use crate::error::{Error, Result};
-use crate::kernels::{DIGIT_ROWS, DigitRun, DigitTable, sum_digits};
-
-/// How the digits of a table are made and weighed. The default is one decimal digit for each coordinate, which finds
-/// what exact search finds as long as noise stays below twice the spread of the table.
-///
-/// A coordinate's range, three standard deviations of the table to either side of the coordinate's mean, is cut into
-/// `base` parts, each of these again, and so on: the first digit says which part, the next which part of that. What is
-/// outside of the range takes the part at its end. Digits are kept in the order of their weight: the first of all
-/// coordinates, then the second of all, each weighing `factor` times the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Digits {
-    base: usize,
-    places: usize,
-    factor: usize,
-}
-
-impl Default for Digits {
-    fn default() -> Self {
-        Self { base: 10, places: 1, factor: 10 }
-    }
-}
-
-impl Digits {
-    /// What a digit counts up to, 2 to 16. Default 10. Each takes half a byte.
-    #[must_use]
-    pub fn base(mut self, base: usize) -> Self {
-        self.base = base;
-        self
-    }
-
-    /// Digits of each coordinate, 1 to 4. Default 1.
-    #[must_use]
-    pub fn places(mut self, places: usize) -> Self {
-        self.places = places;
-        self
-    }
-
-    /// How much more a digit weighs than the one to its right: 1 to 100, and squared where differences are. Default
-    /// 10. Of no effect on a single digit.
-    #[must_use]
-    pub fn factor(mut self, factor: usize) -> Self {
-        self.factor = factor;
-        self
-    }
-
-    fn validate(self) -> Result<()> {
-        for (name, got, range) in [
-            ("base", self.base, 2..=16),
-            ("places", self.places, 1..=4),
-            ("factor", self.factor, 1..=100),
-        ] {
-            if !range.contains(&got) {
-                let (least, most) = range.into_inner();
-                return Err(Error::parameter(name, format!("{least} to {most}"), got));
-            }
-        }
-        Ok(())
-    }
-
-    /// How many parts a coordinate's range has in the end.
-    fn levels(self) -> usize {
-        (0..self.places).fold(1, |levels, _| levels * self.base)
-    }
-}
-
-/// How far two codes are from each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DigitDistance {
-    /// The sum of squared differences of digits.
-    #[default]
-    Squared,
-    /// How many digits differ.
-    Hamming,
-}
+use crate::kernels::{DIGIT_ROWS, DigitTable, sum_digits};
 
 /// A row of a table, and how far it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -97,11 +23,11 @@ pub struct Near {
     pub distance: f32,
 }
 
-/// A table of embeddings as digits, to find the nearest row of: a scan of half a byte a digit, after which the best few
-/// are ranked by what they are.
+/// A table of embeddings as digits, to find the nearest row of: a scan of half a byte a digit, after which
+/// the best few are ranked by what they are.
 ///
-/// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. What a scan costs and what it misses, beside exact
-/// search and beside buckets of signs, is what `cargo bench --bench codes` shows.
+/// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. What a scan costs and what it misses,
+/// beside exact search and beside buckets of signs, is what `cargo bench --bench codes` shows.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -134,15 +60,6 @@ pub struct Codes {
 /// Rows of the table by their indices.
 type Table = Box<dyn Fn(&[u32]) -> Result<Tensor> + Send + Sync>;
 
-/// Where the parts of each coordinate's range begin.
-#[derive(Debug)]
-struct Grid {
-    how: Digits,
-    /// `(hidden)`
-    means: Vec<f32>,
-    width: f32,
-}
-
 impl Codes {
     /// Rows that are read at once.
     const AT_ONCE: usize = 4096;
@@ -152,8 +69,6 @@ impl Codes {
     const QUERIES: usize = 64;
     /// How many of the nearest by digits are ranked by what they are, at least.
     const RANKED: usize = 32;
-    /// How far a coordinate's range goes to either side of its mean, in standard deviations of the table.
-    const REACH: f32 = 3.0;
 
     /// The codes of a table, `(rows, hidden)`, which is kept beside them to rank the nearest.
     ///
@@ -164,7 +79,7 @@ impl Codes {
         let (rows, hidden) = table.dims2().map_err(|_| {
             Error::parameter("table", "(rows, hidden)", format!("{:?}", table.dims()))
         })?;
-        let table = table.detach();
+        let table = table.detach().contiguous()?;
         let look_up =
             move |ids: &[u32]| Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?);
         Self::of((rows, hidden), Box::new(look_up), how)
@@ -177,8 +92,9 @@ impl Codes {
             let expected = "at least one row and one column, and at most 2³² rows";
             return Err(Error::parameter("table", expected, format!("[{rows}, {hidden}]")));
         }
-        let grid = Grid::of(&table, rows, hidden, how)?;
-        let columns = hidden * how.places;
+        let (means, sd) = spread(&table, rows, hidden)?;
+        let grid = Grid::new(how, means, sd);
+        let columns = grid.columns();
         let mut digits = vec![[0; 16]; rows.div_ceil(DIGIT_ROWS) * columns];
         for (from, some) in parts(rows).zip(digits.chunks_mut(Self::AT_ONCE / DIGIT_ROWS * columns))
         {
@@ -207,11 +123,13 @@ impl Codes {
         self.digits.as_flattened().len()
     }
 
-    /// The `best` rows that are nearest to each of the queries, `(.., hidden)`, the nearest first: those that are nearest
-    /// by digits, at least 32 of them, ranked by their squared distance. Of equals, the one that comes first in the table.
+    /// The `best` rows that are nearest to each of the queries, `(.., hidden)`, the nearest first: those that
+    /// are nearest by digits, at least 32 of them, ranked by their squared distance. Of equals, the one that
+    /// comes first in the table.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for queries of another width, [`Error::NotFinite`] for one that holds a NaN or an infinity.
+    /// [`Error::Parameter`] for queries of another width, [`Error::NotFinite`] for one that holds a NaN or an
+    /// infinity.
     pub fn nearest(&self, queries: &Tensor, best: usize) -> Result<Vec<Vec<Near>>> {
         let queries = self.queries(queries)?;
         let scanned = self.scan_all(&queries, best.max(Self::RANKED), DigitDistance::Squared);
@@ -257,7 +175,7 @@ impl Codes {
         let mut found = Vec::with_capacity(queries.len());
         for queries in queries.chunks(Self::QUERIES) {
             let tables: Vec<_> = queries.iter().map(|it| self.grid.tables(it, distance)).collect();
-            let columns = self.hidden * self.grid.how.places;
+            let columns = self.grid.columns();
             let parts =
                 self.digits.par_chunks(Self::BLOCKS * columns).enumerate().map(|(part, digits)| {
                     let first = part * Self::BLOCKS * DIGIT_ROWS;
@@ -318,103 +236,8 @@ impl Codes {
 impl fmt::Debug for Codes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("Codes");
-        debug.field("rows", &self.rows).field("hidden", &self.hidden).field("how", &self.grid.how);
+        debug.field("rows", &self.rows).field("hidden", &self.hidden);
         debug.finish_non_exhaustive()
-    }
-}
-
-impl Grid {
-    /// Two readings of the table: for the means, and for how far all of it is from them.
-    fn of(table: &Table, rows: usize, hidden: usize, how: Digits) -> Result<Self> {
-        let mut means = vec![0f64; hidden];
-        for some in parts(rows) {
-            for row in read(table, some)?.chunks_exact(hidden) {
-                means.iter_mut().zip(row).for_each(|(mean, value)| *mean += f64::from(*value));
-            }
-        }
-        let means: Vec<f32> = means.into_iter().map(|sum| (sum / rows as f64) as f32).collect();
-        let mut squares = 0f64;
-        for some in parts(rows) {
-            for row in read(table, some)?.chunks_exact(hidden) {
-                let apart = row.iter().zip(&means).map(|(value, mean)| f64::from(value - mean));
-                squares += apart.map(|it| it * it).sum::<f64>();
-            }
-        }
-        let sd = (squares / (rows * hidden) as f64).sqrt() as f32;
-        let width = 2.0 * Codes::REACH * sd / how.levels() as f32;
-        // Of rows that are all the same any digits will do.
-        Ok(Self { how, means, width: if width > 0.0 { width } else { 1.0 } })
-    }
-
-    /// Which of the parts of its range each coordinate of a row is in.
-    fn parts<'a>(&'a self, row: &'a [f32]) -> impl Iterator<Item = usize> + 'a {
-        let levels = self.how.levels();
-        row.iter().zip(&self.means).map(move |(value, mean)| {
-            // A cast of what is below 0 gives 0.
-            let part = ((value - mean) / self.width + levels as f32 / 2.0) as usize;
-            part.min(levels - 1)
-        })
-    }
-
-    /// The digits of each coordinate of a row: of all the first, then of all the second, and so on.
-    fn digits(&self, row: &[f32]) -> Vec<usize> {
-        let parts: Vec<usize> = self.parts(row).collect();
-        let mut digits = Vec::with_capacity(parts.len() * self.how.places);
-        let mut below = self.how.levels();
-        for _ in 0..self.how.places {
-            below /= self.how.base;
-            digits.extend(parts.iter().map(|part| part / below % self.how.base));
-        }
-        digits
-    }
-
-    /// Writes the digits of at most [`DIGIT_ROWS`] rows to their block.
-    fn write(&self, rows: &[f32], block: &mut [[u8; 16]]) {
-        for (place, row) in rows.chunks_exact(self.means.len()).enumerate() {
-            let shift = if place < DIGIT_ROWS / 2 { 0 } else { 4 };
-            for (bytes, digit) in block.iter_mut().zip(self.digits(row)) {
-                if let Some(byte) = bytes.get_mut(place % (DIGIT_ROWS / 2)) {
-                    *byte |= (digit as u8) << shift; // a digit is below 16
-                }
-            }
-        }
-    }
-
-    /// What each column of a query is apart from each digit.
-    fn tables(&self, query: &[f32], distance: DigitDistance) -> Vec<DigitTable> {
-        let table = |own: usize| {
-            let mut digit = 0;
-            [(); 16].map(|()| {
-                let apart = own.abs_diff(digit);
-                digit += 1;
-                match distance {
-                    DigitDistance::Squared => (apart * apart) as u8, // at most 15²
-                    DigitDistance::Hamming => u8::from(apart > 0),
-                }
-            })
-        };
-        self.digits(query).into_iter().map(table).collect()
-    }
-
-    /// The largest number of those tables that a digit of this base can find.
-    fn most(&self, distance: DigitDistance) -> u8 {
-        match distance {
-            DigitDistance::Squared => ((self.how.base - 1) * (self.how.base - 1)) as u8,
-            DigitDistance::Hamming => 1,
-        }
-    }
-
-    /// The weights of the places, the first first.
-    fn runs(&self, distance: DigitDistance) -> Vec<DigitRun> {
-        let factor = match distance {
-            DigitDistance::Squared => self.how.factor * self.how.factor,
-            DigitDistance::Hamming => self.how.factor,
-        } as u64;
-        let run = |place: usize| DigitRun {
-            columns: self.means.len(),
-            weight: (place + 1..self.how.places).fold(1, |weight, _| weight * factor),
-        };
-        (0..self.how.places).map(run).collect()
     }
 }
 
@@ -448,6 +271,25 @@ impl Best {
 /// The rows of a table, some at a time.
 fn parts(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(Codes::AT_ONCE).map(move |from| from..rows.min(from + Codes::AT_ONCE))
+}
+
+/// The mean of each coordinate, and the standard deviation of all around these.
+fn spread(table: &Table, rows: usize, hidden: usize) -> Result<(Vec<f32>, f32)> {
+    let mut means = vec![0f64; hidden];
+    for some in parts(rows) {
+        for row in read(table, some)?.chunks_exact(hidden) {
+            means.iter_mut().zip(row).for_each(|(mean, value)| *mean += f64::from(*value));
+        }
+    }
+    let means: Vec<f32> = means.into_iter().map(|sum| (sum / rows as f64) as f32).collect();
+    let mut squares = 0f64;
+    for some in parts(rows) {
+        for row in read(table, some)?.chunks_exact(hidden) {
+            let apart = row.iter().zip(&means).map(|(value, mean)| f64::from(value - mean));
+            squares += apart.map(|it| it * it).sum::<f64>();
+        }
+    }
+    Ok((means, (squares / (rows * hidden) as f64).sqrt() as f32))
 }
 
 fn read(table: &Table, rows: Range<usize>) -> Result<Vec<f32>> {

@@ -18,6 +18,7 @@
 
 mod codes;
 mod cosine;
+mod digits;
 mod interpolate;
 mod noise;
 mod nudge;
@@ -37,8 +38,9 @@ use candle_core::Tensor;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
-pub use self::codes::{Codes, DigitDistance, Digits, Near};
+pub use self::codes::{Codes, Near};
 pub use self::cosine::{Among, CosineReweight, Focus};
+pub use self::digits::{DigitDistance, Digits};
 pub use self::interpolate::{Anchor, Interpolate};
 pub use self::noise::Noise;
 pub use self::nudge::GradientNudge;

@@ -82,7 +82,8 @@ enum Shape {
 }
 
 impl Noise {
-    /// A standard deviation for every coordinate, in the units of the rows: in [0, 1e6]. 0 leaves them as they were.
+    /// A standard deviation for every coordinate, in the units of the rows: in [0, 1e6]. 0 leaves them as
+    /// they were.
     #[must_use]
     pub fn per_coordinate(sd: f64) -> Self {
         Self {

@@ -9,12 +9,12 @@ use super::{Codes, OpConfig, Refine, Step};
 use crate::batch::flat;
 use crate::error::{Error, Result};
 
-/// Moves every row that thinks to, or towards, the nearest row of the model's embedding table: `x + share · (e - x)`
-/// (rounding, as in Diffusion-LM; Li et al. 2022). The nearest is that of the least squared distance, found by
-/// [`Codes`], which are made once for a model and kept with it.
+/// Moves every row that thinks to, or towards, the nearest row of the model's embedding table: `x + share ·
+/// (e - x)` (rounding, as in Diffusion-LM; Li et al. 2022). The nearest is that of the least squared
+/// distance, found by [`Codes`], which are made once for a model and kept with it.
 ///
-/// Only thoughts that enter layer 0 live among embeddings: of a span that begins further up, the nearest embedding says
-/// little. Gradients take the embedding for a constant.
+/// Only thoughts that enter layer 0 live among embeddings: of a span that begins further up, the nearest
+/// embedding says little. Gradients take the embedding for a constant.
 ///
 /// ```
 /// # use candle_core::Device;

@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Result};
 
-/// A distance of two rows of statistics: of the means of two [summaries](super::Summary), or of their variances, or of
-/// any others that belong together.
+/// A distance of two rows of statistics: of the means of two [summaries](super::Summary), or of their
+/// variances, or of any others that belong together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Distance<'a> {

@@ -29,6 +29,10 @@ impl Fingerprint {
         Ok(Self(last.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec1()?))
     }
 
+    pub(super) fn channels(&self) -> usize {
+        self.0.len()
+    }
+
     pub(super) fn from_numbers(numbers: Vec<f32>) -> Self {
         Self(numbers)
     }
@@ -57,8 +61,8 @@ impl Fingerprint {
         match 1.0 - cosine <= Self::ROUNDING {
             true => Ok(()),
             false => refuse(format!(
-                "one of another model, or of this one in another weight type or with another adapter: fixed tokens come \
-                 out with a cosine of {cosine}"
+                "one of another model, or of this one in another weight type or with another adapter: \
+                 fixed tokens come out with a cosine of {cosine}"
             )),
         }
     }

@@ -4,12 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::ridge::{Standard, fit, kernel};
+use super::held_out::Data;
 use super::{Distance, Fingerprint, Pairs, Summary};
 use crate::adapter::{Values, serialize};
 use crate::error::{Error, Result};
@@ -28,13 +25,14 @@ pub struct Example {
 /// How a [`Key`] is fitted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KeyConfig {
-    /// The layer whose states the examples hold; see [`states`](super::states). Only remembered. Default 0: embeddings.
+    /// The layer whose states the examples hold; see [`states`](super::states). Only remembered. Default 0:
+    /// embeddings.
     pub layer: usize,
-    /// The pairs of the input that may be looked at, of which those are kept that say most. Default: all of them, and
-    /// levels 0 to 2.
+    /// The pairs of the input that may be looked at, of which those are kept that say most. Default: all of
+    /// them, and levels 0 to 2.
     pub pairs: Vec<Pairs>,
-    /// The strengths of the ridge to choose from, each above 0, as shares of the mean square of an example's statistics.
-    /// Default: powers of ten from 0.01 to 1000.
+    /// The strengths of the ridge to choose from, each above 0, as shares of the mean square of an example's
+    /// statistics. Default: powers of ten from 0.01 to 1000.
     pub strengths: Vec<f64>,
     /// Parts of the examples that are held out in turn, at least 2. Default 5.
     pub folds: usize,
@@ -72,14 +70,15 @@ impl KeyConfig {
     }
 }
 
-/// A ridge regression from the statistics of an input, its pairs' means and standard deviations, to those of the output, the
-/// mean and the variance of all pairs of it, channel by channel.
+/// A ridge regression from the statistics of an input, its pairs' means and standard deviations, to those of
+/// the output, the mean and the variance of all pairs of it, channel by channel.
 ///
-/// Which pairs of the input, and how strong the ridge, is chosen by what is expected of examples that are left out. How much of
-/// it all is worth is then seen on parts of the examples that neither choice nor fit has seen: [`Key::mean_r2`] and
-/// [`Key::variance_r2`], the share of the output's variance around its mean over examples that is explained, all channels
-/// counting alike. Where neither is above 0 the key knows nothing and [declines](Key::declines). On SmolLM2 and news text that
-/// is so for the variance, and nearly so for the mean: see `cargo bench --bench codes`.
+/// Which pairs of the input, and how strong the ridge, is chosen by what is expected of examples that are
+/// left out. How much of it all is worth is then seen on parts of the examples that neither choice nor fit
+/// has seen: [`Key::mean_r2`] and [`Key::variance_r2`], the share of the output's variance around its mean
+/// over examples that is explained, all channels counting alike. Where neither is above 0 the key knows
+/// nothing and [declines](Key::declines). On SmolLM2 and news text that is so for the variance, and nearly so
+/// for the mean: see `cargo bench --bench codes`.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -138,8 +137,8 @@ struct About {
 pub struct Part {
     /// `(hidden)`
     pub values: Vec<f32>,
-    /// Their standard errors, each above 0: the root mean square of what such expectations are off by for examples that
-    /// are left out.
+    /// Their standard errors, each above 0: the root mean square of what such expectations are off by for
+    /// examples that are left out.
     pub errors: Vec<f32>,
     /// The share of its variance that is explained on held-out examples.
     pub r2: f64,
@@ -155,8 +154,8 @@ pub struct Intended {
 }
 
 impl Intended {
-    /// How far an output is from this, in standard errors: their root mean square over the channels of those parts that
-    /// explain anything, or of both if neither does.
+    /// How far an output is from this, in standard errors: their root mean square over the channels of those
+    /// parts that explain anything, or of both if neither does.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a summary of other pairs than [`Pairs::Full`], or of another width.
@@ -178,22 +177,6 @@ impl Intended {
     }
 }
 
-/// The statistics of all examples, `(examples, 2 hidden)` in `f64`.
-struct Data {
-    inputs: Vec<Tensor>,
-    output: Tensor,
-}
-
-/// The best of the pairs and strengths to choose from.
-struct Choice {
-    pairs: usize,
-    strength: f64,
-    x: Standard,
-    y: Standard,
-    dual: Tensor,
-    left_out: Tensor,
-}
-
 impl Key {
     const FORMAT: u32 = 1;
     const ABOUT: &str = "key";
@@ -207,6 +190,10 @@ impl Key {
         config.validate(examples.len())?;
         let data = Data::of(examples, &config.pairs)?;
         let hidden = data.output.dim(1)? / 2;
+        if hidden != fingerprint.channels() {
+            let expected = format!("states of the model's {} channels", fingerprint.channels());
+            return Err(Error::parameter("examples", expected, hidden));
+        }
         let (mean_r2, variance_r2) = data.held_out(config)?;
         let best = data.choose(config)?;
         let errors = best.left_out.sqr()?.mean(0)?.sqrt()?.mul(&best.y.spreads)?;
@@ -216,7 +203,6 @@ impl Key {
         let pairs = config.pairs.get(best.pairs).copied().unwrap_or(Pairs::Full);
         let (layer, strength) = (config.layer, best.strength);
         let about = About { format: Self::FORMAT, layer, pairs, strength, mean_r2, variance_r2 };
-        debug_assert_eq!(best.y.means.dims(), [2 * hidden]);
         Ok(Self {
             about,
             fingerprint,
@@ -253,8 +239,8 @@ impl Key {
         self.about.strength
     }
 
-    /// The share of the variance of output means, over held-out examples, that it explains: 1 for all of it, 0 or less for
-    /// nothing.
+    /// The share of the variance of output means, over held-out examples, that it explains: 1 for all of it,
+    /// 0 or less for nothing.
     #[must_use]
     pub fn mean_r2(&self) -> f64 {
         self.about.mean_r2
@@ -334,8 +320,8 @@ impl Key {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`] for a file that is no key, or cut short; [`Error::MissingWeight`],
-    /// [`Error::WeightShape`] and [`Error::WeightValue`] for one of its tensors; [`Error::Parameter`] for that of another
-    /// model.
+    /// [`Error::WeightShape`] and [`Error::WeightValue`] for one of its tensors; [`Error::Parameter`] for
+    /// that of another model.
     pub fn load(path: impl AsRef<Path>, fingerprint: &Fingerprint) -> Result<Self> {
         let path = path.as_ref();
         let file = TensorFile::open(path)?;
@@ -374,102 +360,5 @@ impl Key {
             }
             None => Ok(key),
         }
-    }
-}
-
-impl Data {
-    fn of(examples: &[Example], pairs: &[Pairs]) -> Result<Self> {
-        let in_example = |text| move |error| Error::InText { text, source: Box::new(error) };
-        let mut width = None;
-        let mut summary = |text: usize, rows: &Tensor, pairs: Pairs| -> Result<Summary> {
-            let summary = Summary::of(rows, pairs).map_err(in_example(text))?;
-            let (own, width) = (summary.mean.len(), *width.get_or_insert(summary.mean.len()));
-            match own == width {
-                true => Ok(summary),
-                false => {
-                    let expected = format!("states of {width} channels, as in the first");
-                    Err(in_example(text)(Error::parameter("examples", expected, own)))
-                }
-            }
-        };
-        let table = |rows: Vec<Vec<f32>>| -> Result<Tensor> {
-            Ok(Tensor::new(rows, &Device::Cpu)?.to_dtype(DType::F64)?)
-        };
-        let mut inputs = Vec::with_capacity(pairs.len());
-        for pairs in pairs {
-            let mut rows = Vec::with_capacity(examples.len());
-            for (text, example) in examples.iter().enumerate() {
-                let Summary { mean, sd, .. } = summary(text, &example.input, *pairs)?;
-                rows.push([mean, sd].concat());
-            }
-            inputs.push(table(rows)?);
-        }
-        let mut rows = Vec::with_capacity(examples.len());
-        for (text, example) in examples.iter().enumerate() {
-            let Summary { mean, variance, .. } = summary(text, &example.output, Pairs::Full)?;
-            rows.push([mean, variance].concat());
-        }
-        Ok(Self { inputs, output: table(rows)? })
-    }
-
-    /// Some of the examples.
-    fn only(&self, rows: &[u32]) -> Result<Self> {
-        let index = Tensor::new(rows, &Device::Cpu)?;
-        let some = |of: &Tensor| Ok::<_, Error>(of.index_select(&index, 0)?);
-        let inputs = self.inputs.iter().map(some).collect::<Result<Vec<_>>>()?;
-        Ok(Self { inputs, output: some(&self.output)? })
-    }
-
-    /// The pairs and the strength for which examples that are left out are least off, all columns counting alike.
-    fn choose(&self, config: &KeyConfig) -> Result<Choice> {
-        let y = Standard::of(&self.output)?;
-        let mut best: Option<(f64, Choice)> = None;
-        for (pairs, input) in self.inputs.iter().enumerate() {
-            let x = Standard::of(input)?;
-            let kernel = kernel(&x)?;
-            for strength in &config.strengths {
-                let fit = fit(&kernel, &y.values, *strength)?;
-                let off = fit.left_out.sqr()?.sum_all()?.to_scalar::<f64>()?;
-                if best.as_ref().is_none_or(|(least, _)| off < *least) {
-                    let (x, y) = (x.clone(), y.clone());
-                    let (dual, left_out) = (fit.dual, fit.left_out);
-                    let strength = *strength;
-                    best = Some((off, Choice { pairs, strength, x, y, dual, left_out }));
-                }
-            }
-        }
-        let none = || Error::parameter("examples", "finite statistics", "none that can be fitted");
-        best.map(|(_, choice)| choice).ok_or_else(none)
-    }
-
-    /// What is explained of examples that neither the choice nor the fit has seen: of means, and of variances.
-    fn held_out(&self, config: &KeyConfig) -> Result<(f64, f64)> {
-        let (examples, columns) = self.output.dims2()?;
-        let mut order: Vec<u32> = (0..examples as u32).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(config.seed));
-        let mut off = Tensor::zeros(columns, DType::F64, &Device::Cpu)?;
-        let mut all = off.clone();
-        for fold in 0..config.folds {
-            let in_fold = |at: &usize| at % config.folds == fold;
-            let (mut held, mut seen) = (Vec::new(), Vec::new());
-            for (at, row) in order.iter().enumerate() {
-                if in_fold(&at) { held.push(*row) } else { seen.push(*row) }
-            }
-            let best = self.only(&seen)?.choose(config)?;
-            let held = self.only(&held)?;
-            let Some(input) = held.inputs.get(best.pairs) else { continue };
-            let near = best.x.apply(input)?.matmul(&best.x.values.t()?.contiguous()?)?;
-            let expected = near.matmul(&best.dual)?; // (held, columns), in spreads
-            let own = best.y.apply(&held.output)?;
-            off = (off + (&own - expected)?.sqr()?.sum(0)?)?;
-            all = (all + own.sqr()?.sum(0)?)?;
-        }
-        let share = |from: usize| -> Result<f64> {
-            let sum = |of: &Tensor| of.narrow(0, from, columns / 2)?.sum_all()?.to_scalar::<f64>();
-            let (off, all) = (sum(&off)?, sum(&all)?);
-            // An output that never changes leaves nothing to explain.
-            Ok(if all > 0.0 { 1.0 - off / all } else { 0.0 })
-        };
-        Ok((share(0)?, share(columns / 2)?))
     }
 }

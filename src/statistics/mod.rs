@@ -1,5 +1,5 @@
-//! What the states of a text say as a whole: means and variances of pairs, and what those of a prompt let one expect
-//! of its answer.
+//! What the states of a text say as a whole: means and variances of pairs, and what those of a prompt let one
+//! expect of its answer.
 //!
 //! ```text
 //! summary       means, variances and deviations of pairs, as a text grows     Summary, Running
@@ -8,8 +8,8 @@
 //! transition    which state comes next: a matrix, or one made of the past     Transition
 //! ```
 //!
-//! All of them take rows of numbers, `(tokens, hidden)`, whatever these are: embeddings, or hidden states of a layer,
-//! which [`states`] gives.
+//! All of them take rows of numbers, `(tokens, hidden)`, whatever these are: embeddings, or hidden states of
+//! a layer, which [`states`] gives.
 //!
 //! ```
 //! # use candle_core::Device;
@@ -28,6 +28,7 @@
 
 mod distance;
 mod fingerprint;
+mod held_out;
 mod key;
 mod ridge;
 mod solve;
@@ -46,12 +47,12 @@ pub(crate) use self::solve::{Cholesky, dot};
 pub use self::summary::{Pairs, Running, Summary};
 pub use self::transition::{Figures, Transition, TransitionConfig};
 
-/// The states of a text that enter a layer, `(tokens, hidden)`, read causally: its embeddings for layer 0, what leaves
-/// the last layer for as many as there are.
+/// The states of a text that enter a layer, `(tokens, hidden)`, read causally: its embeddings for layer 0,
+/// what leaves the last layer for as many as there are.
 ///
 /// # Errors
-/// [`Error::EmptyPrompt`] for no tokens; [`Error::TokenOutOfRange`]; [`Error::Parameter`] for a layer that is not there;
-/// as [`Transformer::forward`].
+/// [`Error::EmptyPrompt`] for no tokens; [`Error::TokenOutOfRange`]; [`Error::Parameter`] for a layer that is
+/// not there; as [`Transformer::forward`].
 pub fn states(transformer: &Transformer, ids: &[u32], layer: usize) -> Result<Tensor> {
     let layers = transformer.all_layers().end;
     if layer > layers {

@@ -5,8 +5,8 @@ use candle_core::{D, DType, Device, Tensor};
 use super::solve::Cholesky;
 use crate::error::Result;
 
-/// Numbers of all examples, `(examples, columns)` in `f64`, with the mean of each column taken off and its spread divided
-/// out.
+/// Numbers of all examples, `(examples, columns)` in `f64`, with the mean of each column taken off and its
+/// spread divided out.
 #[derive(Clone, Debug)]
 pub(super) struct Standard {
     pub(super) values: Tensor,
@@ -50,9 +50,10 @@ pub(super) struct Fit {
 
 /// Ridge regression with `λ` as a share of the mean square of a row: `strength` above 0.
 ///
-/// What each example would be off by if it were left out needs no other fit: with `r` the residual of the fit with all,
-/// and `H` what turns `Y` into what is expected of it, that is `r_i / (1 - H_ii)` (Allen 1974). With the means fitted,
-/// too, `H = 1/n + K (K + λ)⁻¹`, and so `r = λ α` and `1 - H_ii = λ (K + λ)⁻¹_ii - 1/n`.
+/// What each example would be off by if it were left out needs no other fit: with `r` the residual of the fit
+/// with all, and `H` what turns `Y` into what is expected of it, that is `r_i / (1 - H_ii)` (Allen 1974).
+/// With the means fitted, too, `H = 1/n + K (K + λ)⁻¹`, and so `r = λ α` and
+/// `1 - H_ii = λ (K + λ)⁻¹_ii - 1/n`.
 pub(super) fn fit(kernel: &Tensor, y: &Tensor, strength: f64) -> Result<Fit> {
     let rows = kernel.to_vec2::<f64>()?;
     let n = rows.len().max(1) as f64;

@@ -6,8 +6,8 @@ use rayon::prelude::*;
 pub(crate) struct Cholesky(Vec<Vec<f64>>);
 
 impl Cholesky {
-    /// Of a matrix whose lower triangle is given row by row. What rounding has left of a square on the diagonal is taken
-    /// for `least`, which must be above 0, where it is less.
+    /// Of a matrix whose lower triangle is given row by row. What rounding has left of a square on the
+    /// diagonal is taken for `least`, which must be above 0, where it is less.
     pub(crate) fn of(matrix: &[Vec<f64>], least: f64) -> Self {
         let mut lower: Vec<Vec<f64>> = Vec::with_capacity(matrix.len());
         for (i, given) in matrix.iter().enumerate() {
@@ -87,7 +87,8 @@ mod tests {
                 prop_assert!((dot(a, &x) - b).abs() < 1e-9, "{} {}", dot(a, &x), b);
                 for j in 0..n {
                     let product: f64 = a.iter().zip(&inverse).map(|(a, row)| a * row[j]).sum();
-                    prop_assert!((product - if i == j { 1.0 } else { 0.0 }).abs() < 1e-8);
+                    let unit = if i == j { 1.0 } else { 0.0 };
+                    prop_assert!((product - unit).abs() < 1e-8);
                 }
             }
         }

@@ -15,17 +15,17 @@ use crate::error::{Error, Result};
 pub enum Pairs {
     /// All of them.
     Full,
-    /// Some, chosen by chance, each pair as likely as any other; all where there are no more. The same seed chooses the
-    /// same pairs of a sequence of some length.
+    /// Some, chosen by chance, each pair as likely as any other; all where there are no more. The same seed
+    /// chooses the same pairs of a sequence of some length.
     Scattershot {
         /// How many, 1 to 2²⁰.
         count: usize,
         /// Of the choice.
         seed: u64,
     },
-    /// Neighbours, level by level: at level 0 the first row and the second, the third and the fourth, and so on; at the
-    /// next the midpoints of these pairs, paired the same way. A pair of level `l` spans `2^(l + 1)` rows, and rows
-    /// that do not fill one are left out.
+    /// Neighbours, level by level: at level 0 the first row and the second, the third and the fourth, and so
+    /// on; at the next the midpoints of these pairs, paired the same way. A pair of level `l` spans `2^(l +
+    /// 1)` rows, and rows that do not fill one are left out.
     ///
     /// ```text
     /// level 0    (0 1) (2 3) (4 5) (6 7) (8 9) 10
@@ -63,7 +63,8 @@ impl Pairs {
 
 /// Statistics of the pairs of a sequence, one number for each channel: `(hidden)`.
 ///
-/// Of a pair `w`, `x` the midpoint is `(w + x) / 2`, and the standard deviation, of these two numbers, `|w - x| / 2`.
+/// Of a pair `w`, `x` the midpoint is `(w + x) / 2`, and the standard deviation, of these two numbers, `|w -
+/// x| / 2`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// Which pairs these are.
@@ -96,8 +97,8 @@ impl Summary {
     }
 }
 
-/// A [`Summary`] of a sequence that grows. Adding a row costs as much as there are levels, or, for all pairs and some of
-/// them, as there are rows. Added one by one or all at once, rows give the same to the last bit.
+/// A [`Summary`] of a sequence that grows. Adding a row costs as much as there are levels, or, for all pairs
+/// and some of them, as there are rows. Added one by one or all at once, rows give the same to the last bit.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -172,8 +173,8 @@ impl Running {
     /// Adds rows, `(.., hidden)`.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for rows of another width than those before; [`Error::NotFinite`] for one that holds a NaN
-    /// or an infinity. Nothing is added then.
+    /// [`Error::Parameter`] for rows of another width than those before; [`Error::NotFinite`] for one that
+    /// holds a NaN or an infinity. Nothing is added then.
     pub fn add(&mut self, rows: &Tensor) -> Result<()> {
         let rows = flat(&rows.detach())?;
         let (_, hidden) = rows
@@ -283,8 +284,8 @@ impl Running {
         })
     }
 
-    /// The median of the pairs' midpoints, channel by channel (Hodges & Lehmann 1963): the mean of the middle two, where
-    /// they are even in number. Looks at all pairs again, however often it is asked.
+    /// The median of the pairs' midpoints, channel by channel (Hodges & Lehmann 1963): the mean of the middle
+    /// two, where they are even in number. Looks at all pairs again, however often it is asked.
     ///
     /// # Errors
     /// As [`Running::summary`].

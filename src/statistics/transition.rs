@@ -59,11 +59,12 @@ pub struct Figures {
     pub steps: usize,
 }
 
-/// Two paths to the next state of a text. States are clusters of rows (k-means; Lloyd 1982, begun as Arthur & Vassilvitskii
-/// 2007). The *default* path is a matrix of how often each followed each in other texts; the *generated* one is made of how
-/// often it did so in the steps just past, with the default for a prior. In training whichever comes closer to what came is
-/// kept; in use, where that is not known, a gate chooses, a logistic regression on how sure both are, how much they agree, and
-/// how often the past has been in this state.
+/// Two paths to the next state of a text. States are clusters of rows (k-means; Lloyd 1982, begun as Arthur &
+/// Vassilvitskii 2007). The *default* path is a matrix of how often each followed each in other texts; the
+/// *generated* one is made of how often it did so in the steps just past, with the default for a prior. In
+/// training whichever comes closer to what came is kept; in use, where that is not known, a gate chooses, a
+/// logistic regression on how sure both are, how much they agree, and how often the past has been in this
+/// state.
 ///
 /// Half of the texts go into the matrix, a quarter teaches the gate, and a quarter is held out for the [`Figures`].
 ///
@@ -108,8 +109,9 @@ impl Transition {
     /// Fits one to texts: rows of states `(tokens, hidden)` each.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for settings outside their ranges, fewer than four texts, or fewer different rows than states;
-    /// [`Error::InText`] for a text of fewer than two rows, of another width than the first, or that is not finite.
+    /// [`Error::Parameter`] for settings outside their ranges, fewer than four texts, or fewer different rows
+    /// than states; [`Error::InText`] for a text of fewer than two rows, of another width than the first, or
+    /// that is not finite.
     pub fn fit(texts: &[Tensor], config: &TransitionConfig) -> Result<Self> {
         config.validate()?;
         if texts.len() < 4 {
@@ -218,8 +220,8 @@ impl Transition {
         walks.par_iter().map(of_walk).collect::<Vec<_>>().concat()
     }
 
-    /// The gate: which path was closer, told from what was known before, each step counting by how much closer. Newton's
-    /// method, with a little ridge.
+    /// The gate: which path was closer, told from what was known before, each step counting by how much
+    /// closer. Newton's method, with a little ridge.
     fn learned(&self, walks: &[Vec<usize>]) -> Features {
         const RIDGE: f64 = 1e-2;
         let steps = self.steps(walks);

@@ -100,8 +100,8 @@ impl ThoughtModel {
         self.thought_gate.as_ref()
     }
 
-    /// The embedding table as [`Codes`] of one decimal digit a coordinate. Made when they are first asked for, for all
-    /// clones, and not again when a table changes that is being trained.
+    /// The embedding table as [`Codes`] of one decimal digit a coordinate. Made when they are first asked
+    /// for, for all clones, and not again when a table changes that is being trained.
     ///
     /// # Errors
     /// As [`Codes::new`].

@@ -61,7 +61,7 @@ impl HandOff {
 /// |---|---|
 /// | [`passes`](Self::passes), [`span`](Self::span) | how often, and through which layers `a..b` |
 /// | [`noise`](Self::noise) | on what enters the first pass |
-/// | [`refine`](Self::refine) | a [sequence](crate::refine) of ops: [`Interpolate`], [`CosineReweight`](crate::refine::CosineReweight), nudges by [gradient](crate::refine::GradientNudge) or by [trial](crate::refine::ForwardNudge), your own, a closure |
+/// | [`refine`](Self::refine) | a [sequence](crate::refine) of ops: [`Interpolate`], [`CosineReweight`](crate::refine::CosineReweight), nudges by [gradient](crate::refine::GradientNudge) or by [trial](crate::refine::ForwardNudge), [noise](Noise), the [nearest embedding](crate::refine::Substitute), your own, a closure |
 /// | [`halt`](Self::halt) | stop early by drift, by cosine, or by what the model would say next |
 /// | [`hand_off`](Self::hand_off) | `Refined`: all layers re-read the thoughts. `KeyValue`: their keys and values become the cache. `Mixed`: these and the plain model's, in proportion |
 /// | [`rethink_every`](Self::rethink_every) | think again over prompt and answer every so many tokens |

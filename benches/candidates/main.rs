@@ -10,8 +10,8 @@
 //!
 //! Every way to choose is run on the same items with the same seeds, so that differences are taken item by item.
 //! Beside each stands dropping at random with the same rounds, which writes as many tokens. Figures of items are
-//! appended to a file, `--out`, and what is there is not run again: a run can be stopped and taken up. `--items 2` is a
-//! quick look at whether all of it works.
+//! appended to a file, `--out`, and what is there is not run again: a run can be stopped and taken up, and `--items` of as
+//! many as there are gives the table of them. `--items 2` is a quick look at whether all of it works.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
@@ -46,18 +46,20 @@ fn main() -> Result<()> {
         ["cost"] => return cost::run(),
         ["flashback"] => Task::flashback(items.unwrap_or(240))?,
         ["questions", file] => Task::questions(file.as_ref(), items.unwrap_or(240))?,
-        ["passages", file] => Task::passages(file.as_ref(), items.unwrap_or(200))?,
+        ["passages", file] => Task::passages(file.as_ref(), items.unwrap_or(usize::MAX))?,
         _ => return Err(USAGE.into()),
     };
     let mut record = Record::open(out)?;
-    for way in ways::all(&task) {
-        for (index, item) in task.items.iter().enumerate() {
+    let ways = ways::all(&task);
+    // Item by item: if it is stopped, all ways have come as far.
+    for (index, item) in task.items.iter().enumerate() {
+        for way in &ways {
             if !record.has(&way.name, index) {
                 let done = way.run(&task, item, index as u64)?;
                 record.add(&way.name, index, done)?;
             }
         }
-        eprintln!("[{}: {}]", task.name, way.name);
+        eprintln!("[{}: {} of {}]", task.name, index + 1, task.items.len());
     }
     println!("{}", record.table(&task));
     Ok(())

@@ -22,6 +22,9 @@ const HOPS: usize = LONGEST;
 /// Tokens of a passage that are the prompt, and of those that follow.
 const HALF: usize = 64;
 
+/// Passages that are asked for at most; a key is fitted to the others.
+const PASSAGES: usize = 200;
+
 /// Items of one kind, and the settings that all ways to choose among answers to them have in common.
 pub(crate) struct Task {
     pub(crate) name: &'static str,
@@ -146,7 +149,7 @@ impl Task {
             let (Some(first), Some(second)) = (ids.get(..HALF), ids.get(HALF..2 * HALF)) else {
                 continue;
             };
-            if all.len() < items {
+            if all.len() < PASSAGES {
                 let right = Right::GoesOn(tokenizer.decode(second, true));
                 all.push(Item { prompt: first.into(), right });
             } else {
@@ -164,6 +167,7 @@ impl Task {
             );
             task.key = Some(key.insist());
         }
+        all.truncate(items);
         task.items = all;
         Ok(task)
     }

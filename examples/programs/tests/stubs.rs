@@ -215,8 +215,12 @@ fn inspect_draws_who_was_dropped_when() -> Result {
     )?;
     let figure = parsed.descendants().find(|node| node.attribute("id") == Some("candidates"));
     let figure = figure.ok_or("no figure")?;
-    let texts: Vec<&str> =
-        figure.descendants().filter_map(|node| node.text()).map(str::trim).collect();
+    let texts: Vec<&str> = figure
+        .descendants()
+        .filter(|node| node.is_text())
+        .filter_map(|node| node.text())
+        .map(str::trim)
+        .collect();
     assert_eq!(texts.iter().filter(|text| **text == "won").count(), 1, "{texts:?}");
     let gone = answer.candidates.iter().filter(|stub| stub.reason != Reason::Won).count();
     let shown = |text: &&&str| ["outscored", "no chance"].contains(*text);
@@ -269,15 +273,15 @@ fn a_terminal_shows_them_as_a_table() -> Result {
     let report: Value = serde_json::from_str(&stdout)?;
     let mut screen = vt100::Parser::new(50, 120, 0);
     screen.process(&bytes);
-    let shown = screen.screen().contents();
+    let shown: Vec<String> = screen.screen().rows(0, 120).collect();
     // What is left of it: a row for each, the winner's first.
-    let rows: Vec<&str> = shown.lines().filter(|line| line.starts_with("   ")).collect();
-    assert_eq!(rows.len(), 6, "{shown}");
-    assert!(rows[0].contains("  won  "), "{shown}");
+    let rows: Vec<&String> = shown.iter().filter(|line| line.starts_with("   ")).collect();
+    assert_eq!(rows.len(), 6, "{shown:?}");
+    assert!(rows[0].contains("  won  "), "{shown:?}");
     for (index, stub) in report["candidates"].as_array().into_iter().flatten().enumerate() {
         let row = rows.iter().find(|row| row.starts_with(&format!("{index:>4}  ")));
         let at = stub["dropped_at"].as_u64().map_or_else(String::new, |at| format!(" at {at} "));
-        assert!(row.ok_or("no row")?.contains(&at), "{shown}");
+        assert!(row.ok_or("no row")?.contains(&at), "{shown:?}");
     }
     Ok(())
 }

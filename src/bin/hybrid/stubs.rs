@@ -1,10 +1,10 @@
 //! Candidates as they are written: a table that is redrawn in a terminal, and a line for each that goes elsewhere.
 
-use std::io::{IsTerminal, stderr};
+use std::collections::HashSet;
+use std::io::{IsTerminal, Write, stderr};
 
 use hybrid_attention::generate::{Reason, Stub};
 use hybrid_attention::{GenerationConfig, HybridModel, Prompt, TokenStream};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::options::CandidateArgs;
@@ -28,36 +28,44 @@ pub(crate) fn begin(
 }
 
 fn watch(stream: TokenStream<'static>) -> TokenStream<'static> {
-    if !stderr().is_terminal() {
-        let mut said = 0;
-        return stream.on_candidates(move |stubs| {
-            let mut gone: Vec<&Stub> =
-                stubs.iter().filter(|stub| stub.reason != Reason::Running).collect();
-            gone.sort_by_key(|stub| (stub.dropped_at.unwrap_or(usize::MAX), stub.index));
-            gone.iter().skip(said).for_each(|stub| say(&format!("[{}]", row(stub))));
-            said = gone.len();
-        });
+    let draws = stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|it| it != "dumb");
+    if draws {
+        let mut drawn = 0;
+        return stream.on_candidates(move |stubs| drawn = draw(&table(stubs), drawn));
     }
-    let style = ProgressStyle::with_template("{msg}");
-    let bar = ProgressBar::new_spinner()
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    let mut told = HashSet::new();
     stream.on_candidates(move |stubs| {
-        bar.set_message(table(stubs));
-        bar.tick();
-        if !stubs.iter().any(|stub| stub.reason == Reason::Running) {
-            bar.abandon(); // it stays where it is
+        for stub in stubs.iter().filter(|stub| stub.reason != Reason::Running) {
+            if told.insert(stub.index) {
+                say(&format!("[{}]", row(stub)));
+            }
         }
     })
 }
 
-fn table(stubs: &[Stub]) -> String {
+/// Draws lines over as many as were drawn before, and returns how many there are. They are cut at the right edge, so that
+/// each takes one line whatever its characters are; failures are ignored.
+fn draw(lines: &[String], before: usize) -> usize {
+    let mut drawing = match before {
+        0 => String::new(),
+        _ => format!("\x1b[{before}A"), // up
+    };
+    drawing += "\x1b[?7l"; // no wrapping
+    lines.iter().for_each(|line| drawing += &format!("\r\x1b[2K{line}\n"));
+    drawing += "\x1b[?7h";
+    let _ = stderr().write_all(drawing.as_bytes());
+    lines.len()
+}
+
+/// A line for each, and one for those there is no room for.
+fn table(stubs: &[Stub]) -> Vec<String> {
     let rows = ranked(stubs);
     let more = rows.len().saturating_sub(ROWS);
     let mut lines: Vec<String> = rows.into_iter().take(ROWS).map(row).collect();
     if more > 0 {
         lines.push(format!("and {more} more"));
     }
-    lines.join("\n")
+    lines
 }
 
 /// Those that are still there, or were to the end, the best first; then the others, from the last that went.

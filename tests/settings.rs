@@ -582,12 +582,23 @@ fn settings_are_spelled_plainly() -> Result {
         .stop_id(9)
         .eos_ids([])
         .top_logprobs(10)
-        .prompt_logprobs(true);
+        .prompt_logprobs(true)
+        .candidates(
+            Candidates::thoughts(9)
+                .keep(0.25)
+                .every(3)
+                .score(Score::Agreement(Extract::LastNumber))
+                .within(1.5),
+        );
     let expected = json!({
         "thinking": written, "max_tokens": 1, "temperature": 2.0, "top_k": 3, "top_p": 0.4,
         "min_p": 0.5, "repetition_penalty": 1.6, "frequency_penalty": 0.7,
         "presence_penalty": -0.8, "seed": u64::MAX, "stop": ["a\n"], "stop_ids": [9],
         "eos_ids": [], "top_logprobs": 10, "prompt_logprobs": true,
+        "candidates": {
+            "count": 9, "differ": "thoughts", "keep": 0.25, "every": 3, "within": 1.5,
+            "score": {"agreement": "last_number"},
+        },
     });
     assert_eq!(serde_json::to_value(&config)?, expected);
     survives(&config)?;

@@ -404,16 +404,16 @@ fn key(transformer: &Transformer, passages: &[Vec<u32>]) -> Result {
 fn transition(transformer: &Transformer, passages: &[Vec<u32>]) -> Result {
     println!("\nthe next of 16 states, nats a step of held-out texts\n");
     println!(
-        "| layer | seed | default | generated | the closer | by the gate | steps |\n|---|---|---|---|---|---|---|"
+        "| layer | prior | default | generated | the closer | by the gate | steps |\n|---|---|---|---|---|---|---|"
     );
     for layer in LAYERS {
         let rows = |ids: &Vec<u32>| Ok(states(transformer, ids, layer)?);
         let texts = passages.iter().map(rows).collect::<Result<Vec<_>>>()?;
-        for seed in 0..3 {
-            let config = TransitionConfig { seed, ..TransitionConfig::default() };
+        for prior in [1.0, 4.0, 16.0, 64.0] {
+            let config = TransitionConfig { prior, ..TransitionConfig::default() };
             let it = Transition::fit(&texts, &config)?.figures();
             println!(
-                "| {layer} | {seed} | {:.3} | {:.3} | {:.3} | {:.3} | {} |",
+                "| {layer} | {prior} | {:.3} | {:.3} | {:.3} | {:.3} | {} |",
                 it.default, it.generated, it.closer, it.gated, it.steps
             );
         }

@@ -77,8 +77,9 @@ impl KeyConfig {
 /// left out. How much of it all is worth is then seen on parts of the examples that neither choice nor fit
 /// has seen: [`Key::mean_r2`] and [`Key::variance_r2`], the share of the output's variance around its mean
 /// over examples that is explained, all channels counting alike. Where neither is above 0 the key knows
-/// nothing and [declines](Key::declines). On SmolLM2 and news text that is so for the variance, and nearly so
-/// for the mean: see `cargo bench --bench codes`.
+/// nothing and [declines](Key::declines). Of SmolLM2's embeddings of news, from the first half of a text to
+/// the second, that is 0.03 for means and 0.02 for variances; of the states that enter layer 10, where the
+/// second half has seen the first, 0.22 and 0.04 (`cargo bench --bench codes`).
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};

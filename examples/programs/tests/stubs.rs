@@ -217,7 +217,7 @@ fn inspect_draws_who_was_dropped_when() -> Result {
     let figure = figure.ok_or("no figure")?;
     let texts: Vec<&str> = figure
         .descendants()
-        .filter(|node| node.is_text())
+        .filter(roxmltree::Node::is_text)
         .filter_map(|node| node.text())
         .map(str::trim)
         .collect();

@@ -435,7 +435,8 @@ impl HybridModel {
     }
 
     /// Thinks about a prompt as `config` says, and returns the refined thoughts, `(tokens, hidden)`, and
-    /// how far each pass moved them. Without passes these are the embeddings.
+    /// how far each pass moved them. Without passes these are the embeddings; of several candidates, they are those of
+    /// the first.
     ///
     /// # Errors
     /// An empty prompt, one that is too long for the model or has [documents](Prompt::document), text without a
@@ -467,8 +468,9 @@ impl HybridModel {
     /// [`Error::TokenOutOfRange`]; [`Error::NoTokenizer`] for text without a tokenizer,
     /// [`Error::Unsupported`] for text where the checkpoint's is of a kind that is not read;
     /// [`Error::NoHead`]; [`Error::Tokenizer`] for text that it fails on; [`Error::Template`] for a chat that the
-    /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range. The stream
-    /// itself may end with [`Error::NotFinite`] when the model's numbers overflow, with
+    /// checkpoint has no template for; [`Error::Parameter`] for a setting outside its range, or one that does not go
+    /// with [candidates](GenerationConfig::candidates); [`Error::PoolFull`] where the caches have no room for all of these.
+    /// The stream itself may end with [`Error::NotFinite`] when the model's numbers overflow, with
     /// [`Error::PoolFull`], [`Error::Cancelled`], or when a device fails.
     pub fn stream(
         &self,
@@ -482,8 +484,8 @@ impl HybridModel {
     /// to the last bit as alone. See [`Answers`].
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a setting outside its range. If something is wrong with one prompt, its
-    /// answer is an error.
+    /// [`Error::Parameter`] for a setting outside its range, and for [candidates](GenerationConfig::candidates). If
+    /// something is wrong with one prompt, its answer is an error.
     pub fn generate_many(
         &self,
         prompts: impl IntoIterator<Item = impl Into<Prompt>>,

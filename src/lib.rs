@@ -19,6 +19,7 @@ pub mod model;
 mod pooling;
 pub mod refine;
 mod replace;
+pub mod statistics;
 pub mod thought;
 mod tokenizer;
 

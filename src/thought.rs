@@ -136,6 +136,7 @@ pub struct ThoughtLoop {
     /// `a..b`. Without passes there are no thoughts to enter it, and it begins at 0.
     span: Range<usize>,
     refine: Seq,
+    candidate: u64,
     cancel: Cancel,
 }
 
@@ -156,6 +157,14 @@ impl ThoughtLoop {
     #[must_use]
     pub fn model(&self) -> &ThoughtModel {
         &self.model
+    }
+
+    /// The same loop for one of several candidates, by its number: [`Noise`](crate::refine::Noise) is
+    /// drawn anew for each. Default 0.
+    #[must_use]
+    pub fn candidate(mut self, candidate: u64) -> Self {
+        self.candidate = candidate;
+        self
     }
 
     /// The same loop, all of whose verbs stop when this is cancelled.
@@ -209,16 +218,17 @@ impl ThoughtLoop {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Thoughts> {
         let (batch, passes) = (&text.batch, self.thinking.passes);
-        let readout = CausalReadout::new(self.model.decoder(), self.span.start, text);
+        let readout = CausalReadout::new(&self.model, self.span.start, text);
         let mut watch = Watch::new(self, batch, &readout, &first)?;
         let begin = Step {
             embeddings: &text.embeddings,
             passes,
+            candidate: self.candidate,
             gate: self.model.thought_gate(),
             readout: Some(&readout),
             ..Step::new(&first, &first, batch)
         };
-        let (mut z, mut first_h) = (first.clone(), None);
+        let (mut z, mut first_h) = (self.noised(&first, batch)?, None);
         for index in 0..passes {
             progress(index, passes);
             z = self.truncated(index, z, &first, batch)?;
@@ -261,6 +271,16 @@ impl ThoughtLoop {
             whole.push(some(&rows, &(kept.end..all.end))?);
         }
         Ok(Tensor::cat(&whole, 0)?.reshape(z.shape())?)
+    }
+
+    /// What enters the first pass.
+    fn noised(&self, first: &Tensor, batch: &Batch) -> Result<Tensor> {
+        match &self.thinking.noise {
+            Some(noise) if self.thinking.passes > 0 => {
+                Thinks(batch).or(&noise.on(first, batch, self.candidate)?, first)
+            }
+            _ => Ok(first.clone()),
+        }
     }
 
     /// How many passes at the beginning carry no gradient.

@@ -90,6 +90,13 @@ fn the_others_do_what_they_say() -> Result {
 
     let refined = succeed("refine_op", &[], "")?;
     assert!(refined.starts_with("Max, after drifts of ["), "{refined}");
+    let paths = succeed("transition", &[], "")?;
+    let nats = |says: &str| -> Result<f64> {
+        let line = paths.lines().find(|line| line.contains(says)).ok_or("no such line")?;
+        Ok(line.split(' ').next().unwrap_or_default().parse()?)
+    };
+    let (closer, gated) = (nats("the closer of the two")?, nats("that the gate chooses")?);
+    assert!(closer <= gated && closer <= nats("in other stories")?, "{paths}");
     let by_hand = succeed("by_hand", &[], "")?; // it compares itself with `generate`
     assert!(by_hand.starts_with("by hand:  [") && by_hand.contains("\ngenerate: ["), "{by_hand}");
     Ok(())

@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::model::Batch;
 use hybrid_attention::refine::{
-    Among, Anchor, CosineReweight, Focus, Interpolate, OpConfig, Refine, Seq, Step, seq,
+    Among, Anchor, CosineReweight, Focus, Interpolate, Noise, OpConfig, Refine, Seq, Step, seq,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -717,6 +717,8 @@ fn ops() -> Vec<Box<dyn Refine>> {
         Box::new(CosineReweight::mix(0.5).among(Among::Past).exclude_self()),
         Box::new(CosineReweight::scale(0.6).among(Among::Future).exclude_self()),
         Box::new(CosineReweight::scale(0.6).focus(rows)),
+        Box::new(Noise::per_coordinate(0.3)),
+        Box::new(Noise::per_row(0.3).uniform().keep_norm()),
     ]
 }
 
@@ -938,6 +940,15 @@ fn ops_are_spelled_plainly() -> Result {
     });
     let mix = CosineReweight::mix(0.1).among(Among::Future);
     spelled(&rows, mix.focus(Focus::Rows(vec![0, 7])))?;
+
+    let op = "noise";
+    spelled(&json!({"op": op, "sd": 0.1}), Noise::per_coordinate(0.1))?;
+    spelled(&json!({"op": op, "sd": 0.1, "of": "row"}), Noise::per_row(0.1).seed(0))?;
+    let all = json!({
+        "op": op, "sd": 0.1, "of": "length", "shape": "uniform", "subtract": true,
+        "keep_norm": true, "seed": u64::MAX
+    });
+    spelled(&all, Noise::relative(0.1).uniform().subtract().keep_norm().seed(u64::MAX))?;
 
     // What a person may write, too
     let read = |json: Value| serde_json::from_value::<OpConfig>(json);

@@ -7,10 +7,11 @@ use std::path::Path;
 
 use candle_core::Device;
 use candle_core::quantized::GgmlDType;
+use hybrid_attention::generate::{Candidates, Extract, Score};
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
-    Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, OpConfig,
-    Optimizer, OutputNudge, Refine, Seq, Step, seq,
+    Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, Noise,
+    OpConfig, Optimizer, OutputNudge, Refine, Seq, Step, Substitute, seq,
 };
 use hybrid_attention::thought::{Detail, Halt, HandOff};
 use hybrid_attention::{
@@ -297,6 +298,18 @@ fn shares() -> impl Strategy<Value = f64> {
     prop_oneof![select(vec![0.0, 0.5, 1.0, 0.1]), 0.0..=1.0]
 }
 
+fn noises() -> impl Strategy<Value = Noise> {
+    let of = select(vec![Noise::per_coordinate, Noise::per_row, Noise::relative]);
+    (of, shares(), any::<(bool, bool, bool, u64)>()).prop_map(
+        |(of, sd, (uniform, subtract, keep_norm, seed))| {
+            let noise = of(sd).seed(seed);
+            let noise = if uniform { noise.uniform() } else { noise };
+            let noise = if subtract { noise.subtract() } else { noise };
+            if keep_norm { noise.keep_norm() } else { noise }
+        },
+    )
+}
+
 fn ops() -> impl Strategy<Value = OpConfig> {
     let weight = prop_oneof![
         shares().prop_map(Interpolate::new),
@@ -343,6 +356,8 @@ fn ops() -> impl Strategy<Value = OpConfig> {
         reweight,
         gradient,
         forward,
+        noises().prop_map(OpConfig::Noise),
+        shares().prop_map(|share| OpConfig::Substitute(Substitute::new(share))),
         Just(OpConfig::Interpolate(Interpolate::gated()))
     ]
 }
@@ -353,6 +368,8 @@ fn sequence(ops: Vec<OpConfig>) -> Option<Seq> {
         OpConfig::CosineReweight(op) => Some(seq.add(op)),
         OpConfig::GradientNudge(op) => Some(seq.add(op)),
         OpConfig::ForwardNudge(op) => Some(seq.add(op)),
+        OpConfig::Noise(op) => Some(seq.add(op)),
+        OpConfig::Substitute(op) => Some(seq.add(op)),
         _ => None,
     })
 }
@@ -379,17 +396,22 @@ fn thinkings() -> impl Strategy<Value = Thinking> {
     );
     let nudge = (0usize..3, shares())
         .prop_map(|(steps, learning_rate)| OutputNudge::new(steps).learning_rate(learning_rate));
-    let refine = (refine, prop::option::of(nudge));
+    let refine = (refine, prop::option::of(nudge), prop::option::of(noises()));
     let gradient = prop::option::of(1usize..4);
     let when = (0usize..4, prop::collection::vec(halt, 0..4), 0usize..5, gradient);
     (when, how, refine).prop_map(
-        |((passes, halts, every, gradient), (span, sight, hand_off, detail), (refine, nudge))| {
+        |(
+            (passes, halts, every, gradient),
+            (span, sight, hand_off, detail),
+            (refine, nudge, noise),
+        )| {
             let thinking = Thinking::new(passes).sight(sight).hand_off(hand_off);
             let thinking = thinking.rethink_every(every).detail(detail);
             let thinking = halts.into_iter().fold(thinking, Thinking::halt);
             let thinking = gradient.into_iter().fold(thinking, Thinking::gradient_passes);
             let thinking = refine.into_iter().fold(thinking, Thinking::refine);
             let thinking = nudge.into_iter().fold(thinking, Thinking::output_nudge);
+            let thinking = noise.into_iter().fold(thinking, Thinking::noise);
             span.into_iter().fold(thinking, |it, (from, to)| it.span(from..to.max(from + 1)))
         },
     )
@@ -401,8 +423,9 @@ fn generations() -> impl Strategy<Value = GenerationConfig> {
     let ids = || prop::collection::vec(0u32..32, 0..3);
     let stops = (prop::collection::vec(".{1,5}", 0..3), ids(), prop::option::of(ids()));
     let given = (0usize..9, any::<bool>(), 0usize..9, prop::option::of(thinkings()));
+    let given = (given, prop::option::of(candidates()));
     (penalties, sampling, stops, given).prop_map(|(penalties, sampling, stops, given)| {
-        let (max_tokens, prompt_logprobs, top_logprobs, thinking) = given;
+        let ((max_tokens, prompt_logprobs, top_logprobs, thinking), candidates) = given;
         let config = GenerationConfig::default()
             .max_tokens(max_tokens)
             .prompt_logprobs(prompt_logprobs)
@@ -418,7 +441,28 @@ fn generations() -> impl Strategy<Value = GenerationConfig> {
         let config = stops.0.into_iter().fold(config, GenerationConfig::stop);
         let config = stops.1.into_iter().fold(config, GenerationConfig::stop_id);
         let config = stops.2.into_iter().fold(config, GenerationConfig::eos_ids);
+        let config = candidates.into_iter().fold(config, GenerationConfig::candidates);
         thinking.into_iter().fold(config, GenerationConfig::thinking)
+    })
+}
+
+fn candidates() -> impl Strategy<Value = Candidates> {
+    let score = select(vec![
+        Score::MeanLogprob,
+        Score::SumLogprob,
+        Score::Entropy,
+        Score::SelfCertainty,
+        Score::Agreement(Extract::LastNumber),
+        Score::Agreement(Extract::FirstWord),
+        Score::Random,
+        Score::Key,
+    ]);
+    let rules = (prop::option::of(0.0..1.1), 0usize..5, prop::option::of(0.0..3.0));
+    (any::<bool>(), 0usize..6, score, rules).prop_map(|(thoughts, count, score, rules)| {
+        let (keep, every, within) = rules;
+        let of = if thoughts { Candidates::thoughts(count) } else { Candidates::samples(count) };
+        let of = keep.map_or(of.clone().keep_all(), |share| of.keep(share));
+        within.into_iter().fold(of.score(score).every(every), Candidates::within)
     })
 }
 
@@ -538,12 +582,23 @@ fn settings_are_spelled_plainly() -> Result {
         .stop_id(9)
         .eos_ids([])
         .top_logprobs(10)
-        .prompt_logprobs(true);
+        .prompt_logprobs(true)
+        .candidates(
+            Candidates::thoughts(9)
+                .keep(0.25)
+                .every(3)
+                .score(Score::Agreement(Extract::LastNumber))
+                .within(1.5),
+        );
     let expected = json!({
         "thinking": written, "max_tokens": 1, "temperature": 2.0, "top_k": 3, "top_p": 0.4,
         "min_p": 0.5, "repetition_penalty": 1.6, "frequency_penalty": 0.7,
         "presence_penalty": -0.8, "seed": u64::MAX, "stop": ["a\n"], "stop_ids": [9],
         "eos_ids": [], "top_logprobs": 10, "prompt_logprobs": true,
+        "candidates": {
+            "count": 9, "differ": "thoughts", "keep": 0.25, "every": 3, "within": 1.5,
+            "score": {"agreement": "last_number"},
+        },
     });
     assert_eq!(serde_json::to_value(&config)?, expected);
     survives(&config)?;

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::candidates::Stub;
 use super::stop::StopReason;
 use crate::thought::Trace;
 
@@ -43,6 +44,10 @@ pub struct Answer {
     /// What thinking did: one trace for the prompt, and one for each time it was thought about
     /// again; none when there was no thinking.
     pub traces: Vec<Trace>,
+    /// What became of each of the [candidates](super::GenerationConfig::candidates), in the order of their numbers; none
+    /// where there was only the answer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<Stub>,
     /// Where the time went.
     pub seconds: Seconds,
 }

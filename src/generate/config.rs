@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::candidates::Candidates;
 use crate::error::{Error, Result};
 use crate::thought::Thinking;
 
@@ -54,6 +55,8 @@ pub struct GenerationConfig {
     pub top_logprobs: usize,
     /// Whether to give the log-probability of each prompt token.
     pub prompt_logprobs: bool,
+    /// Several candidates to choose from; see the method of the same name.
+    pub candidates: Option<Candidates>,
 }
 
 impl Default for GenerationConfig {
@@ -74,6 +77,7 @@ impl Default for GenerationConfig {
             eos_ids: None,
             top_logprobs: 0,
             prompt_logprobs: false,
+            candidates: None,
         }
     }
 }
@@ -199,6 +203,15 @@ impl GenerationConfig {
         self
     }
 
+    /// Writes several candidates side by side, drops the worst, and answers with the one that is left; see
+    /// [`Candidates`]. It goes with one prompt at a time, and with thinking that neither thinks again nor has an output
+    /// nudge. Default: one answer, without any of this.
+    #[must_use]
+    pub fn candidates(mut self, candidates: Candidates) -> Self {
+        self.candidates = Some(candidates);
+        self
+    }
+
     /// Checks every value that does not depend on the model; generation does so by itself.
     ///
     /// # Errors
@@ -220,6 +233,7 @@ impl GenerationConfig {
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::parameter("stop", "a text that is not empty", "\"\""));
         }
+        self.candidates.as_ref().map_or(Ok(()), |candidates| candidates.validate(self))?;
         self.thinking.as_ref().map_or(Ok(()), Thinking::validate)
     }
 }

@@ -58,6 +58,16 @@ impl Conversation {
         Self { cache: self.cache.fork(), ids, messages }
     }
 
+    /// A [`fork`](Self::fork) that has heard no messages.
+    pub(super) fn bare_fork(&self) -> Self {
+        Self { cache: self.cache.fork(), ids: self.ids.clone(), messages: Vec::new() }
+    }
+
+    /// Goes on from where a [`bare_fork`](Self::bare_fork) has come to.
+    pub(super) fn continue_as(&mut self, fork: Self) {
+        (self.cache, self.ids) = (fork.cache, fork.ids);
+    }
+
     /// The tokens it remembers.
     #[must_use]
     pub fn ids(&self) -> &[u32] {

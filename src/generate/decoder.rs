@@ -17,7 +17,7 @@ use crate::model::{Batch, CHUNK, ForwardContext, Pass, Transformer};
 use crate::thought::{EncodedBatch, Entry, ThoughtLoop, Trace};
 
 /// A text that is being read and written, and what must be kept of it to think about it again.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Decoder {
     mind: ThoughtLoop,
     /// What was thought about last: the prompt, then prompt and answer.
@@ -30,6 +30,18 @@ pub(super) struct Decoder {
     /// What is added to the final hidden states of the answer, `(1, hidden)`.
     output_nudge: Option<Tensor>,
     cancel: Cancel,
+}
+
+/// A prompt that has come as far as the first layer that thinks.
+pub(super) struct Begun {
+    start: Instant,
+    text: EncodedBatch,
+    /// The first thoughts of `text`.
+    first: Tensor,
+    /// Prompt tokens before it, which are in the cache.
+    held: usize,
+    /// How many of these did not run, because the conversation had them, or documents that were read before.
+    kept: usize,
 }
 
 /// The result of the work before the first token.
@@ -54,7 +66,21 @@ impl Decoder {
         self.cancel = cancel;
     }
 
-    fn transformer(&self) -> &Transformer {
+    /// The same for one of several candidates, whose thoughts are its own.
+    pub(super) fn for_candidate(&self, candidate: u64) -> Self {
+        Self { mind: self.mind.clone().candidate(candidate), ..self.clone() }
+    }
+
+    pub(super) fn mind(&self) -> &ThoughtLoop {
+        &self.mind
+    }
+
+    /// What stops it.
+    pub(super) fn cancelled_by(&self) -> &Cancel {
+        &self.cancel
+    }
+
+    pub(super) fn transformer(&self) -> &Transformer {
         self.mind.model().decoder()
     }
 
@@ -66,14 +92,22 @@ impl Decoder {
         conversation: &mut Conversation,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<PromptRead> {
+        let begun = self.begin(wants_logprobs, conversation)?;
+        self.think_and_read(&begun, wants_logprobs, conversation, progress)
+    }
+
+    /// Reads the prompt up to the layers that think: what candidates that think have in common.
+    pub(super) fn begin(
+        &mut self,
+        wants_logprobs: bool,
+        conversation: &mut Conversation,
+    ) -> Result<Begun> {
         let start = Instant::now();
         let ids = &self.text.ids;
-        let total = ids.len();
         let plain = self.mind.thinking().is_none();
         // Thoughts depend on the whole prompt; prompt logprobs and an output nudge need the output of
         // the last layer at every position: in these cases nothing from before can be kept.
-        let fits_output = self.mind.thinking().chosen_output_nudge().is_some();
-        if !plain || wants_logprobs || fits_output || self.has_documents() {
+        if !plain || wants_logprobs || self.fits_output() || self.has_documents() {
             conversation.forget();
         }
         // What is in the cache, and how much of that did not run now.
@@ -93,28 +127,41 @@ impl Decoder {
                 }
                 other => other,
             })?;
-
         let first = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         if self.thinks_again() {
             self.first = vec![first.clone()];
         }
+        Ok(Begun { start, text, first, held, kept })
+    }
+
+    /// The rest of [`read`](Self::read).
+    pub(super) fn think_and_read(
+        &mut self,
+        begun: &Begun,
+        wants_logprobs: bool,
+        conversation: &mut Conversation,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<PromptRead> {
+        let Begun { start, text, first, held, kept } = begun;
+        let (plain, total) = (self.mind.thinking().is_none(), self.text.ids.len());
         let thinking_from = Instant::now();
-        let thoughts = self.mind.think(&text, first, |done, total| {
+        let thoughts = self.mind.think(text, first.clone(), |done, total| {
             progress(Progress::Think { done, total });
         })?;
         let think = if plain { 0.0 } else { seconds_since(thinking_from) };
 
-        let mut scores = PromptLogProbs::new(wants_logprobs, ids, held);
+        let new = text.ids();
+        let mut scores = PromptLogProbs::new(wants_logprobs, &self.text.ids, *held);
         let cache = &mut conversation.cache;
-        let Entry { xs, layers } = self.mind.enter(&text, &thoughts, Some(&mut [cache]))?;
+        let Entry { xs, layers } = self.mind.enter(text, &thoughts, Some(&mut [cache]))?;
         let mut hidden = Vec::new();
-        progress(Progress::Prefill { done: held, total });
+        progress(Progress::Prefill { done: *held, total });
         for from in (0..new.len()).step_by(CHUNK) {
             let length = CHUNK.min(new.len() - from);
             let xs = xs.narrow(0, from, length)?;
             let h = self.forward(&xs, layers.clone(), conversation)?;
             scores.add(self.transformer(), &h)?;
-            match fits_output {
+            match self.fits_output() {
                 true => hidden.push(h),
                 false => hidden = vec![h.narrow(0, length - 1, 1)?],
             }
@@ -128,8 +175,8 @@ impl Decoder {
         self.fit_output(&hidden)?;
         let logits = self.logits(&hidden)?;
         let traces = if plain { Vec::new() } else { vec![thoughts.trace] };
-        let seconds = Seconds { think, prefill: seconds_since(start) - think, decode: 0.0 };
-        Ok(PromptRead { logits, kept, prompt_logprobs, traces, seconds })
+        let seconds = Seconds { think, prefill: seconds_since(*start) - think, decode: 0.0 };
+        Ok(PromptRead { logits, kept: *kept, prompt_logprobs, traces, seconds })
     }
 
     /// Puts the documents into an empty cache, and reads what stands before and between them. Returns how many
@@ -226,6 +273,10 @@ impl Decoder {
             self.output_nudge = Some(nudge.fit(&normed, &self.text.ids, &head)?);
         }
         Ok(())
+    }
+
+    fn fits_output(&self) -> bool {
+        self.mind.thinking().chosen_output_nudge().is_some()
     }
 
     fn has_documents(&self) -> bool {

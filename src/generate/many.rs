@@ -5,19 +5,18 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::DType;
 use rayon::prelude::*;
 
 use super::answer::Answer;
 use super::config::GenerationConfig;
 use super::conversation::Conversation;
 use super::decoder::{Decoder, seconds_since};
+use super::lane::Lane;
 use super::prompt::Prompt;
 use super::source::Source;
 use super::writer::Writer;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{Batch, ForwardContext, Pass, Sight};
 
 /// Answers to several prompts, each as soon as it ends: an iterator over the index of the prompt, from 0
 /// on, and its answer.
@@ -50,7 +49,7 @@ pub struct Answers {
     config: GenerationConfig,
     waiting: VecDeque<(usize, Prompt)>,
     /// Answers in progress, in the order in which they were begun.
-    lanes: Vec<Lane>,
+    lanes: Vec<Begun>,
     /// Answers that have ended and were not returned yet.
     ended: VecDeque<(usize, Result<Answer>)>,
     side_by_side: usize,
@@ -59,19 +58,17 @@ pub struct Answers {
     cancel: Cancel,
 }
 
-/// One answer in progress.
-struct Lane {
+/// One answer in progress, and what to begin it anew with.
+struct Begun {
     index: usize,
     prompt: Prompt,
-    decoder: Decoder,
-    writer: Writer,
-    conversation: Conversation,
+    lane: Lane,
 }
 
 impl Answers {
     /// The most answers that run side by side: up to this many rows, products are computed as they are
     /// for one row.
-    pub const MOST: usize = 16;
+    pub const MOST: usize = Lane::MOST;
 
     pub(crate) fn new(
         source: &Arc<Source>,
@@ -79,6 +76,11 @@ impl Answers {
         config: &GenerationConfig,
     ) -> Result<Self> {
         config.validate()?;
+        if config.candidates.is_some() {
+            let expected =
+                "none for many prompts: each has an answer of its own by `generate` or `stream`";
+            return Err(Error::parameter("candidates", expected, "some"));
+        }
         source.thinking(config).on(&source.model)?;
         Ok(Self {
             source: Arc::clone(source),
@@ -118,7 +120,7 @@ impl Answers {
         while self.lanes.len() < self.side_by_side.min(self.room) {
             let Some((index, prompt)) = self.waiting.pop_front() else { break };
             match self.begin(index, &prompt) {
-                Ok(lane) => self.keep_or_end(lane),
+                Ok(begun) => self.keep_or_end(begun),
                 Err(Error::PoolFull { .. }) if !self.lanes.is_empty() => {
                     self.waiting.push_front((index, prompt));
                     self.room = self.lanes.len();
@@ -129,91 +131,72 @@ impl Answers {
     }
 
     /// Reads a prompt and writes its first token.
-    fn begin(&self, index: usize, prompt: &Prompt) -> Result<Lane> {
+    fn begin(&self, index: usize, prompt: &Prompt) -> Result<Begun> {
         let (source, config) = (&self.source, &self.config);
         let transformer = source.model.decoder();
         let encoded = source.encode(prompt)?;
         let total = encoded.ids.len();
         transformer.check_context(total)?;
-        let mut writer = Writer::new(source, config, &encoded.ids)?;
+        let writer = Writer::new(source, config, &encoded.ids)?;
         let context = transformer.config().max_position_embeddings;
         let capacity = total.saturating_add(config.max_tokens).min(context).max(total);
-        let mut conversation = Conversation::new(&source.pool, capacity)?;
-        let mut decoder = Decoder::new(source.mind(config, &encoded)?, encoded);
-        decoder.cancel(self.cancel.clone());
-        let read = decoder.read(config.prompt_logprobs, &mut conversation, &mut |_| ())?;
+        let conversation = Conversation::new(&source.pool, capacity)?;
+        let decoder = Decoder::new(source.mind(config, &encoded)?, encoded);
+        let mut lane = Lane { decoder, writer, conversation };
+        lane.decoder.cancel(self.cancel.clone());
+        let Lane { decoder, writer, conversation } = &mut lane;
+        let read = decoder.read(config.prompt_logprobs, conversation, &mut |_| ())?;
         let logits = writer.begin(read);
-        if writer.stop.is_none() {
-            writer.write(&logits, conversation.has_room())?;
+        if lane.writer.stop.is_none() {
+            lane.write(&logits)?;
         }
-        Ok(Lane { index, prompt: prompt.clone(), decoder, writer, conversation })
+        Ok(Begun { index, prompt: prompt.clone(), lane })
     }
 
     /// Runs the last token of every answer in progress, and writes the next one of each.
     fn step(&mut self) {
         let lanes = std::mem::take(&mut self.lanes);
-        let (mut together, alone): (Vec<Lane>, Vec<Lane>) =
-            lanes.into_iter().partition(|lane| lane.decoder.steps_plainly());
+        let (mut together, alone): (Vec<Begun>, Vec<Begun>) =
+            lanes.into_iter().partition(|begun| begun.lane.decoder.steps_plainly());
         let mut alone = VecDeque::from(alone);
-        match self.step_together(&mut together) {
+        let mut lanes: Vec<&mut Lane> = together.iter_mut().map(|begun| &mut begun.lane).collect();
+        match Lane::step_together(self.source.model.decoder(), &mut lanes, &self.cancel) {
             Ok(logits) => {
                 // Drawing from a large vocabulary takes a while: on all cores.
-                let lanes = together.into_par_iter().zip(logits);
-                let written: Vec<_> = lanes.map(|(lane, logits)| lane.write(&logits)).collect();
-                written.into_iter().for_each(|(lane, written)| self.take_back(lane, written));
+                let begun = together.into_par_iter().zip(logits);
+                let written: Vec<_> = begun.map(|(begun, logits)| begun.write(&logits)).collect();
+                written.into_iter().for_each(|(begun, written)| self.take_back(begun, written));
             }
             Err(error @ Error::PoolFull { .. }) => self.give_way(together, alone.len(), error),
             // Stepping each by itself shows which one failed: the failed pass left no trace.
             Err(_) => alone.extend(together),
         }
-        while let Some(mut lane) = alone.pop_front() {
-            match lane.step_alone() {
+        while let Some(mut begun) = alone.pop_front() {
+            match begun.step_alone() {
                 Err(error @ Error::PoolFull { .. }) => {
-                    self.give_way(vec![lane], alone.len(), error);
+                    self.give_way(vec![begun], alone.len(), error);
                 }
-                Err(error) => self.end(lane.index, Err(error)),
+                Err(error) => self.end(begun.index, Err(error)),
                 Ok(logits) => {
-                    let (lane, written) = lane.write(&logits);
-                    self.take_back(lane, written);
+                    let (begun, written) = begun.write(&logits);
+                    self.take_back(begun, written);
                 }
             }
         }
-        self.lanes.sort_by_key(|lane| lane.index);
+        self.lanes.sort_by_key(|begun| begun.index);
     }
 
-    /// The logits after the last token of each, in one pass.
-    fn step_together(&self, lanes: &mut [Lane]) -> Result<Vec<Vec<f32>>> {
-        let ids: Vec<u32> = lanes.iter().filter_map(|lane| lane.writer.last()).collect();
-        if ids.is_empty() {
-            return Ok(Vec::new());
-        }
-        let (start, transformer) = (Instant::now(), self.source.model.decoder());
-        let xs = transformer.embed_ids(&ids)?; // (lanes, hidden)
-        let batch = Batch::dense(ids.len(), 1)?;
-        let caches = lanes.iter_mut().map(|lane| &mut lane.conversation.cache).collect();
-        let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
-        let context = ForwardContext::from(pass).cancel(&self.cancel);
-        let h = transformer.forward(&xs, transformer.all_layers(), context)?;
-        let logits = transformer.logits(&h)?.to_dtype(DType::F32)?.to_vec2()?; // (lanes, vocab)
-        let seconds = seconds_since(start);
-        for (lane, id) in lanes.iter_mut().zip(ids) {
-            lane.decoder.took(id, &mut lane.conversation);
-            lane.writer.answer.seconds.decode += seconds;
-        }
-        Ok(logits)
-    }
-
-    fn take_back(&mut self, lane: Lane, written: Result<()>) {
+    fn take_back(&mut self, begun: Begun, written: Result<()>) {
         match written {
-            Ok(()) => self.keep_or_end(lane),
-            Err(error) => self.end(lane.index, Err(error)),
+            Ok(()) => self.keep_or_end(begun),
+            Err(error) => self.end(begun.index, Err(error)),
         }
     }
 
-    fn keep_or_end(&mut self, lane: Lane) {
-        match lane.writer.stop {
-            None => self.lanes.push(lane),
-            Some(_) => self.end(lane.index, lane.writer.finish()),
+    fn keep_or_end(&mut self, begun: Begun) {
+        match begun.lane.writer.stop {
+            None => self.lanes.push(begun),
+            Some(_) => self.end(begun.index, begun.lane.writer.finish()),
         }
     }
 
@@ -222,10 +205,10 @@ impl Answers {
         self.ended.push_back((index, answer));
     }
 
-    /// Handles lanes whose step got no memory, while `others` have yet to step.
-    fn give_way(&mut self, mut lanes: Vec<Lane>, others: usize, error: Error) {
+    /// Handles answers whose step got no memory, while `others` have yet to step.
+    fn give_way(&mut self, mut lanes: Vec<Begun>, others: usize, error: Error) {
         let under_way = self.lanes.len() + lanes.len() + others;
-        if let Some(Lane { index, prompt, .. }) = lanes.pop() {
+        if let Some(Begun { index, prompt, .. }) = lanes.pop() {
             match under_way {
                 1 => self.end(index, Err(error)),
                 _ => {
@@ -238,19 +221,19 @@ impl Answers {
     }
 }
 
-impl Lane {
+impl Begun {
     fn write(mut self, logits: &[f32]) -> (Self, Result<()>) {
-        let written = self.writer.write(logits, self.conversation.has_room()).map(|_token| ());
+        let written = self.lane.write(logits).map(|_token| ());
         (self, written)
     }
 
     fn step_alone(&mut self) -> Result<Vec<f32>> {
-        let Some(id) = self.writer.last() else { return Err(Error::StreamFailed) };
+        let Lane { decoder, writer, conversation } = &mut self.lane;
+        let Some(id) = writer.last() else { return Err(Error::StreamFailed) };
         let start = Instant::now();
-        let answer = &mut self.writer.answer;
+        let answer = &mut writer.answer;
         let thought = answer.seconds.think;
-        let logits =
-            self.decoder.step(id, &mut self.conversation, &mut answer.traces, &mut answer.seconds);
+        let logits = decoder.step(id, conversation, &mut answer.traces, &mut answer.seconds);
         let seconds = &mut answer.seconds;
         seconds.decode += seconds_since(start) - (seconds.think - thought);
         logits

@@ -1,9 +1,11 @@
-//! From a prompt to an answer: settings, sampling, stopping, streaming.
+//! From a prompt to an answer: settings, sampling, stopping, streaming, and choosing among candidates.
 
 mod answer;
+mod candidates;
 mod config;
 mod conversation;
 mod decoder;
+mod lane;
 mod many;
 mod progress;
 mod prompt;
@@ -14,6 +16,7 @@ mod stream;
 mod writer;
 
 pub use self::answer::{Answer, Seconds, Token};
+pub use self::candidates::{Candidates, Extract, Reason, Score, Stub};
 pub use self::config::GenerationConfig;
 pub use self::conversation::Conversation;
 pub use self::many::Answers;

@@ -36,6 +36,12 @@ impl Sampler {
         Ok(Self { config: config.clone(), rng, seen, position: prompt.len() })
     }
 
+    /// The same with another seed.
+    pub(super) fn with_seed(mut self, seed: u64) -> Self {
+        self.rng = ChaCha8Rng::seed_from_u64(seed);
+        self
+    }
+
     /// Draws the next token from one position's logits and remembers it for the penalties.
     ///
     /// # Errors
@@ -184,6 +190,19 @@ impl<'a> LogProbs<'a> {
         (f64::from(logit) - self.log_sum) as f32
     }
 
+    /// The entropy of the next token, `-Σ p log p`, and its self-certainty, `-log V - Σ log p / V`, both in nats. What
+    /// cannot come counts in neither.
+    fn entropy_and_certainty(&self) -> (f64, f64) {
+        let (mut entropy, mut sum, mut possible) = (0.0, 0.0, 0.0);
+        for &logit in self.logits.iter().filter(|logit| logit.is_finite()) {
+            let logprob = f64::from(logit) - self.log_sum;
+            entropy -= f64::from((logprob as f32).exp()) * logprob;
+            sum += logprob;
+            possible += 1.0;
+        }
+        (entropy.max(0.0), -sum / possible - possible.ln())
+    }
+
     /// The `n` likeliest tokens, likeliest first.
     pub(super) fn top(&self, n: usize) -> Vec<(u32, f32)> {
         if n == 0 {
@@ -197,5 +216,29 @@ impl<'a> LogProbs<'a> {
         }
         ids.sort_unstable_by(likelier);
         ids.into_iter().map(|(id, _)| (id, self.of(id))).collect()
+    }
+}
+
+/// How sure the model was of the tokens that it drew.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Confidence {
+    entropy: f64,
+    certainty: f64,
+    tokens: f64,
+}
+
+impl Confidence {
+    /// With another token.
+    pub(super) fn add(&mut self, logprobs: &LogProbs<'_>) {
+        let (entropy, certainty) = logprobs.entropy_and_certainty();
+        self.entropy += entropy;
+        self.certainty += certainty;
+        self.tokens += 1.0;
+    }
+
+    /// The mean entropy and self-certainty.
+    pub(super) fn means(self) -> (f64, f64) {
+        let tokens = self.tokens.max(1.0);
+        (self.entropy / tokens, self.certainty / tokens)
     }
 }

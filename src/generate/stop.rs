@@ -19,6 +19,8 @@ pub enum StopReason {
     MaxTokens,
     /// The cache, or the model's context, is full.
     Context,
+    /// Its statistics came [within](super::Candidates::within) what a key expects.
+    Intended,
 }
 
 impl fmt::Display for StopReason {
@@ -29,6 +31,7 @@ impl fmt::Display for StopReason {
             Self::StopString => "stop string",
             Self::MaxTokens => "token limit",
             Self::Context => "context full",
+            Self::Intended => "intended statistics",
         })
     }
 }

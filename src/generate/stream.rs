@@ -1,13 +1,16 @@
 //! The one decoding loop of the crate: an iterator of tokens.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::answer::{Answer, Seconds, Token};
+use super::candidates::{Race, Start, Stub};
 use super::config::GenerationConfig;
 use super::conversation::Conversation;
 use super::decoder::{Decoder, seconds_since};
+use super::lane::Lane;
 use super::progress::Progress;
 use super::prompt::Prompt;
 use super::source::Source;
@@ -15,6 +18,7 @@ use super::stop::StopReason;
 use super::writer::Writer;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
+use crate::statistics::{Fingerprint, Key, Pairs, Summary, states};
 use crate::thought::Trace;
 use crate::tokenizer::Message;
 
@@ -42,6 +46,9 @@ impl Held<'_> {
 /// from elsewhere: the current call then ends with [`Error::Cancelled`] before the next layer. After an
 /// error the stream ends.
 ///
+/// Of [candidates](GenerationConfig::candidates) the stream is the one that wins: its first token comes when it can no
+/// longer be overtaken, and with it, one by one, what it has said meanwhile.
+///
 /// ```
 /// # use candle_core::Device;
 /// use hybrid_attention::{Cancel, Error, GenerationConfig, HybridModel};
@@ -66,6 +73,8 @@ pub struct TokenStream<'c> {
     kept: usize,
     prompt_logprobs: bool,
     progress: Box<dyn FnMut(Progress) + Send + 'c>,
+    /// The candidates, if there are several.
+    race: Option<Box<Race<'c>>>,
     /// What the user said, for a turn of a conversation.
     said: Option<Message>,
 }
@@ -79,6 +88,10 @@ enum Next {
     Logits(Vec<f32>),
     /// A generated token that has not run yet.
     Token(u32),
+    /// Candidates of which none has won yet.
+    Race,
+    /// Nowhere yet: the one that won has said this meanwhile.
+    Said(VecDeque<Token>),
     /// Nowhere: a step failed, and with it the stream.
     Nothing,
 }
@@ -98,7 +111,7 @@ impl<'c> TokenStream<'c> {
         let (mind, total) = (source.mind(config, &prompt)?, prompt.ids.len());
         transformer.check_context(total)?;
         transformer.check_ids(&prompt.ids)?;
-        let conversation = match conversation {
+        let mut conversation = match conversation {
             Some(lent) => {
                 transformer.check_cache(lent.cache())?;
                 if total > lent.capacity() {
@@ -113,8 +126,19 @@ impl<'c> TokenStream<'c> {
                 Held::Own(Box::new(Conversation::new(&source.pool, capacity)?))
             }
         };
+        let race = match &config.candidates {
+            None => None,
+            Some(candidates) => {
+                candidates.check(mind.thinking())?;
+                let cache = conversation.get().cache();
+                let end = total.saturating_add(config.max_tokens).min(cache.capacity());
+                candidates.check_room(cache, total..end, mind.span().start)?;
+                Some(Box::new(Race::new(candidates, config)))
+            }
+        };
         Ok(Self {
             conversation,
+            race,
             decoder: Decoder::new(mind, prompt),
             writer,
             next: Next::Prompt,
@@ -143,6 +167,108 @@ impl<'c> TokenStream<'c> {
     pub fn on_progress(mut self, call: impl FnMut(Progress) + Send + 'c) -> Self {
         self.progress = Box::new(call);
         self
+    }
+
+    /// The same stream, whose [candidates](GenerationConfig::candidates) are judged by a function instead of their
+    /// [`Score`](super::Score): the higher the better, and of several that are equal, that with the higher mean
+    /// log-probability. It is called for each stub that is still there, in every round and at the end.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// use hybrid_attention::generate::Candidates;
+    /// use hybrid_attention::{GenerationConfig, HybridModel};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let config = GenerationConfig::default().temperature(1.0).seed(3).max_tokens(8);
+    /// let config = config.candidates(Candidates::samples(6).every(4));
+    /// let stream = model.stream("The coin is in the jar.", &config)?;
+    /// let brief = stream.score_by(|stub| Ok(-(stub.text.len() as f64)))?.collect_answer()?;
+    /// # assert_eq!(brief.candidates.len(), 6);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where there are no candidates. An error of the function ends the stream, and so does a
+    /// score that is not a number.
+    pub fn score_by(mut self, score: impl FnMut(&Stub) -> Result<f64> + Send + 'c) -> Result<Self> {
+        let Some(race) = &mut self.race else { return Err(no_candidates()) };
+        race.own_score = Some(Box::new(score));
+        Ok(self)
+    }
+
+    /// The same stream, whose [candidates](GenerationConfig::candidates) are held to what `key` expects of an answer to
+    /// this prompt: by [`Score::Key`](super::Score::Key), and for [`Candidates::within`](super::Candidates::within).
+    ///
+    /// What is compared are the [states](crate::statistics::states) of prompt and answer, each read by itself, as the key's
+    /// examples should have been; an end-of-sequence token does not count.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// use hybrid_attention::generate::{Candidates, Score};
+    /// use hybrid_attention::statistics::{Example, Fingerprint, Key, KeyConfig, states};
+    /// use hybrid_attention::{GenerationConfig, HybridModel};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let of = |ids: &[u32]| states(model.transformer(), ids, 0);
+    /// let example = |n: u32| Ok(Example { input: of(&[n, n + 7, 9, n])?, output: of(&[n + 7, n])? });
+    /// let examples = (3..40).map(example).collect::<hybrid_attention::Result<Vec<_>>>()?;
+    /// let config = KeyConfig { pairs: vec![hybrid_attention::statistics::Pairs::Full], ..KeyConfig::default() };
+    /// let key = Key::fit(&examples, &config, Fingerprint::of(model.transformer())?)?;
+    ///
+    /// let candidates = Candidates::samples(4).every(2).score(Score::Key);
+    /// let config = GenerationConfig::default().temperature(1.0).seed(5).max_tokens(6).candidates(candidates);
+    /// let answer = model.stream([11, 150, 12, 13], &config)?.key(&key.insist())?.collect_answer()?;
+    /// # assert!(answer.candidates.iter().any(|stub| stub.deviation.is_some()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where there are no candidates, for a key of another model, one that
+    /// [declines](Key::declines), and a prompt that is too short for its pairs.
+    pub fn key(mut self, key: &Key) -> Result<Self> {
+        let Some(race) = &mut self.race else { return Err(no_candidates()) };
+        if key.declines() {
+            let (mean, variance) = (key.mean_r2(), key.variance_r2());
+            let expected = "one that explains some of the answers held out from it, or insists";
+            let got = format!("an R² of {mean:.3} for means and {variance:.3} for variances");
+            return Err(Error::parameter("key", expected, got));
+        }
+        let model = self.decoder.mind().model().clone();
+        Fingerprint::of(model.decoder())?.check("key", key.fingerprint())?;
+        let layer = key.layer();
+        let states = move |ids: &[u32]| states(model.decoder(), ids, layer);
+        let input = Summary::of(&states(&self.writer.answer.prompt_ids)?, key.pairs())?;
+        let intended = key.intended(&input)?;
+        race.deviation = Some(Box::new(move |stub| {
+            let ends = matches!(stub.stop, Some(StopReason::Eos | StopReason::StopId));
+            let said = stub.ids.len() - usize::from(ends && !stub.ids.is_empty());
+            match stub.ids.get(..said).unwrap_or(&[]) {
+                [] | [_] => Ok(f64::INFINITY), // no pairs
+                ids => intended.deviation(&Summary::of(&states(ids)?, Pairs::Full)?),
+            }
+        }));
+        Ok(self)
+    }
+
+    /// The same stream, which tells of its [candidates](GenerationConfig::candidates) whenever some of them are
+    /// dropped, and when one has won.
+    #[must_use]
+    pub fn on_candidates(mut self, call: impl FnMut(&[Stub]) + Send + 'c) -> Self {
+        if let Some(race) = &mut self.race {
+            race.told = Box::new(call);
+        }
+        self
+    }
+
+    /// The [candidates](GenerationConfig::candidates) as they were when they were judged last; none where there is
+    /// only the answer.
+    #[must_use]
+    pub fn candidates(&self) -> &[Stub] {
+        self.race.as_ref().map_or(&[], |race| &race.stubs)
     }
 
     /// The prompt as the model reads it.
@@ -174,7 +300,7 @@ impl<'c> TokenStream<'c> {
     #[must_use]
     pub fn stop(&self) -> Option<StopReason> {
         match self.next {
-            Next::Prompt | Next::Nothing => None,
+            Next::Prompt | Next::Nothing | Next::Race | Next::Said(_) => None,
             Next::Logits(_) | Next::Token(_) => self.writer.stop,
         }
     }
@@ -194,7 +320,9 @@ impl<'c> TokenStream<'c> {
         for token in &mut self {
             token?;
         }
-        self.writer.finish()
+        let answer = self.writer.finish()?;
+        let candidates = self.race.map(|race| race.stubs).unwrap_or_default();
+        Ok(Answer { candidates, ..answer })
     }
 
     /// Thinks about the prompt and reads it, if that has not been done: what the first call of `next`
@@ -205,11 +333,18 @@ impl<'c> TokenStream<'c> {
     /// before.
     pub fn read_prompt(&mut self) -> Result<usize> {
         match self.next {
-            Next::Logits(_) | Next::Token(_) => return Ok(self.kept),
+            Next::Logits(_) | Next::Token(_) | Next::Race | Next::Said(_) => return Ok(self.kept),
             Next::Nothing => return Err(Error::StreamFailed),
             Next::Prompt => self.next = Next::Nothing,
         }
         let Self { conversation, decoder, writer, progress, .. } = self;
+        if let Some(race) = &mut self.race {
+            let (conversation, prompt_logprobs) = (conversation.get(), self.prompt_logprobs);
+            let start = Start { decoder, writer, conversation, prompt_logprobs, progress };
+            self.kept = race.read(start)?;
+            self.next = Next::Race;
+            return Ok(self.kept);
+        }
         let read = decoder.read(self.prompt_logprobs, conversation.get(), progress)?;
         self.kept = read.kept;
         self.next = Next::Logits(writer.begin(read));
@@ -217,23 +352,58 @@ impl<'c> TokenStream<'c> {
     }
 
     fn advance(&mut self) -> Result<Token> {
+        if let Next::Race = self.next {
+            self.next = Next::Nothing;
+            self.next = Next::Said(self.race()?);
+        }
         let logits = match std::mem::replace(&mut self.next, Next::Nothing) {
             Next::Logits(logits) => logits,
             Next::Token(id) => {
                 let Answer { traces, seconds, .. } = &mut self.writer.answer;
                 self.decoder.step(id, self.conversation.get(), traces, seconds)?
             }
-            Next::Prompt | Next::Nothing => return Err(Error::StreamFailed),
+            Next::Said(mut said) => {
+                let token = said.pop_front().ok_or(Error::StreamFailed)?;
+                self.next = match said.is_empty() {
+                    true => Next::Token(token.id),
+                    false => Next::Said(said),
+                };
+                self.end_turn();
+                return Ok(token);
+            }
+            Next::Prompt | Next::Nothing | Next::Race => return Err(Error::StreamFailed),
         };
         let token = self.writer.write(&logits, self.conversation.get().has_room())?;
         self.next = Next::Token(token.id);
-        if self.writer.stop.is_some()
-            && let Some(said) = self.said.take()
-        {
+        self.end_turn();
+        Ok(token)
+    }
+
+    /// Lets the candidates write until one has won, which takes the place of the answer. Returns what it has said.
+    fn race(&mut self) -> Result<VecDeque<Token>> {
+        let Some(race) = &mut self.race else { return Err(Error::StreamFailed) };
+        let transformer = self.decoder.transformer();
+        let (winner, said) = race.run(transformer, self.decoder.cancelled_by())?;
+        let Lane { decoder, writer, conversation } = winner;
+        let seconds = self.writer.answer.seconds;
+        (self.decoder, self.writer) = (decoder, writer);
+        self.writer.answer.seconds = seconds;
+        self.conversation.get().continue_as(conversation);
+        Ok(said.into())
+    }
+
+    /// What is left to be done when the answer has ended.
+    fn end_turn(&mut self) {
+        if self.stop().is_none() {
+            return;
+        }
+        if let Some(race) = &mut self.race {
+            race.complete(&self.writer);
+        }
+        if let Some(said) = self.said.take() {
             let answer = Message::assistant(self.writer.answer.text.clone());
             self.conversation.get().messages.extend([said, answer]);
         }
-        Ok(token)
     }
 }
 
@@ -247,7 +417,7 @@ impl Iterator for TokenStream<'_> {
         if let Err(error) = self.read_prompt() {
             return Some(Err(error));
         }
-        if self.writer.stop.is_some() {
+        if self.stop().is_some() {
             return None;
         }
         let (start, thought) = (Instant::now(), self.writer.answer.seconds.think);
@@ -256,6 +426,10 @@ impl Iterator for TokenStream<'_> {
         seconds.decode += seconds_since(start) - (seconds.think - thought);
         Some(token)
     }
+}
+
+fn no_candidates() -> Error {
+    Error::parameter("candidates", "some to be judged", "none")
 }
 
 impl fmt::Debug for TokenStream<'_> {

@@ -3,14 +3,14 @@
 use super::answer::{Answer, Seconds, Token};
 use super::config::GenerationConfig;
 use super::decoder::PromptRead;
-use super::sampler::{LogProbs, Sampler};
+use super::sampler::{Confidence, LogProbs, Sampler};
 use super::source::Source;
 use super::stop::{StopReason, StopStrings};
 use crate::error::{Error, Result};
 use crate::tokenizer::DecodeStream;
 
 /// Writes one answer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Writer {
     sampler: Sampler,
     detokenizer: Option<DecodeStream>,
@@ -19,6 +19,8 @@ pub(super) struct Writer {
     eos_ids: Vec<u32>,
     max_tokens: usize,
     top_logprobs: usize,
+    /// How sure the model was; only of candidates.
+    pub(super) confidence: Option<Confidence>,
     /// Why it ended, once it has.
     pub(super) stop: Option<StopReason>,
     /// The answer so far; `stop` above, not its own field, says why it ended.
@@ -40,6 +42,7 @@ impl Writer {
             eos_ids: config.eos_ids.clone().unwrap_or_else(|| source.eos_ids.clone()),
             max_tokens: config.max_tokens,
             top_logprobs: config.top_logprobs,
+            confidence: config.candidates.is_some().then(Confidence::default),
             stop: (config.max_tokens == 0).then_some(StopReason::MaxTokens),
             answer: Answer {
                 prompt_ids: prompt.to_vec(),
@@ -50,9 +53,15 @@ impl Writer {
                 prompt_logprobs: None,
                 stop: StopReason::MaxTokens,
                 traces: Vec::new(),
+                candidates: Vec::new(),
                 seconds: Seconds::default(),
             },
         })
+    }
+
+    /// Another of the same answer, whose tokens are drawn with a seed of their own.
+    pub(super) fn with_seed(&self, seed: u64) -> Self {
+        Self { sampler: self.sampler.clone().with_seed(seed), ..self.clone() }
     }
 
     /// Records the result of reading the prompt, and returns the logits after it.
@@ -69,6 +78,9 @@ impl Writer {
         let position = self.answer.prompt_ids.len() + self.answer.ids.len();
         let logprobs = LogProbs::new(logits, position)?;
         let (logprob, top_logprobs) = (logprobs.of(id), logprobs.top(self.top_logprobs));
+        if let Some(confidence) = &mut self.confidence {
+            confidence.add(&logprobs);
+        }
         self.answer.ids.push(id);
 
         self.stop = self.stop_at(id, has_room);
@@ -91,6 +103,21 @@ impl Writer {
         self.answer.logprobs.push(logprob);
         self.answer.top_logprobs.push(top_logprobs.clone());
         Ok(Token { id, text, logprob, top_logprobs })
+    }
+
+    /// Ends the answer after what it has said, if it has not ended. Returns text that was still held back.
+    pub(super) fn end(&mut self, stop: StopReason) -> String {
+        if self.stop.is_some() {
+            return String::new();
+        }
+        self.stop = Some(stop);
+        let piece = self.detokenizer.as_mut().map(DecodeStream::finish).unwrap_or_default();
+        let (mut text, met) = self.stop_strings.push(&piece);
+        if !met {
+            text.push_str(&self.stop_strings.finish());
+        }
+        self.answer.text.push_str(&text);
+        text
     }
 
     /// Whether the answer ends with this token, stop strings aside.

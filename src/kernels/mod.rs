@@ -38,6 +38,8 @@ pub(crate) use fresh::Fresh;
 pub(crate) use input_rows::FEW_ROWS;
 pub(crate) use memory::FreedMemory;
 pub use memory::keep_freed_memory;
-pub(crate) use quantized::{Codebook, CodebookMatrix, reads_blocks};
+pub(crate) use quantized::{
+    Codebook, CodebookMatrix, DIGIT_ROWS, DigitRun, DigitTable, reads_blocks, sum_digits,
+};
 pub(crate) use storage::{f32s, gradient_for, values};
 pub(crate) use weight::Weight;

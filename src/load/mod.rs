@@ -42,7 +42,6 @@ use self::convert::{Refusal, Source, Stored};
 use self::folder::Folder;
 pub use self::generation_defaults::GenerationDefaults;
 use self::names::{Naming, Rows};
-use self::safetensors::Header;
 use self::scales::Scales;
 use self::split::{Model, Part};
 pub use self::weight_type::WeightType;
@@ -191,7 +190,7 @@ impl Checkpoint {
 
         let mut tensors = BTreeMap::<String, Entry>::new();
         for path in &folder.weights {
-            for (name, entry) in entries(into_memory(path)?)? {
+            for (name, entry) in header(into_memory(path)?)?.entries {
                 if tensors.contains_key(&name) {
                     let message = format!("{name} is in another shard too");
                     return Err(Error::malformed(path, message));
@@ -312,22 +311,31 @@ fn scale_by_factors(config: &mut Config, entry: &Entry) -> Result<()> {
 /// The tensors of a single safetensors file, under its own names. As with a [`Checkpoint`], the file
 /// must not be changed meanwhile.
 #[derive(Debug)]
-pub(crate) struct TensorFile(BTreeMap<String, Entry>);
+pub(crate) struct TensorFile {
+    entries: BTreeMap<String, Entry>,
+    metadata: HashMap<String, String>,
+}
 
 impl TensorFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        entries(Mapped::open(path)?).map(Self)
+        header(Mapped::open(path)?)
     }
 
     /// Names and shapes.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
-        self.0.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
+        self.entries.iter().map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
+    }
+
+    /// What it says of itself, under this name.
+    pub(crate) fn metadata(&self, name: &str) -> Option<&str> {
+        self.metadata.get(name).map(String::as_str)
     }
 
     /// A tensor of this shape, in `f32`. Values are checked to be finite.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
-        let Some(entry) = self.0.get(name) else {
-            let place = self.0.values().next().map_or_else(|| "an empty file".into(), Entry::place);
+        let Some(entry) = self.entries.get(name) else {
+            let place =
+                self.entries.values().next().map_or_else(|| "an empty file".into(), Entry::place);
             return Err(Error::MissingWeight { name: name.to_string(), place });
         };
         let as_f32 = |_| DType::F32;
@@ -373,16 +381,15 @@ pub(crate) fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
 }
 
 /// Reads the header of a safetensors file.
-fn entries(file: Mapped) -> Result<BTreeMap<String, Entry>> {
+fn header(file: Mapped) -> Result<TensorFile> {
     let file = Arc::new(file);
-    let Header { tensors, .. } =
-        safetensors::parse(&file.bytes).map_err(|it| Error::malformed(&file.path, it))?;
-    let entries = tensors.into_iter().map(|(name, tensor)| {
+    let header = safetensors::parse(&file.bytes).map_err(|it| Error::malformed(&file.path, it))?;
+    let entries = header.tensors.into_iter().map(|(name, tensor)| {
         let (shape, range) = (tensor.shape, tensor.range);
         let (file, stored) = (Arc::clone(&file), stored(tensor.dtype));
         (name, Entry { file, stored, shape, range })
     });
-    Ok(entries.collect())
+    Ok(TensorFile { entries: entries.collect(), metadata: header.metadata })
 }
 
 impl Entry {

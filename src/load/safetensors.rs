@@ -21,6 +21,7 @@ pub(crate) struct StoredTensor {
 #[derive(Debug)]
 pub(crate) struct Header {
     pub(crate) tensors: BTreeMap<String, StoredTensor>,
+    /// Texts under names, whatever they are.
     pub(crate) metadata: HashMap<String, String>,
 }
 

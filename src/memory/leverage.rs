@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::statistics::{Cholesky, dot};
 
 /// Added to the diagonal, as a share of its mean: keys may lie in fewer directions than they have numbers.
 const RIDGE: f64 = 1e-4;
@@ -17,33 +18,16 @@ pub(super) fn leverage(rows: &Tensor) -> Result<Vec<f32>> {
     let trace: f64 =
         gram.iter().enumerate().filter_map(|(i, row)| row.get(i)).map(|v| f64::from(*v)).sum();
     let ridge = RIDGE * trace / width.max(1) as f64 + f64::MIN_POSITIVE;
-    let mut lower: Vec<Vec<f64>> = Vec::with_capacity(width);
-    for (i, gram) in gram.iter().enumerate() {
-        // row i of L, from the columns before it
-        let mut row = Vec::with_capacity(i + 1);
-        for (j, value) in gram.iter().take(i).enumerate() {
-            let above = lower.get(j).map_or(&[][..], Vec::as_slice);
-            let diagonal = above.last().copied().unwrap_or(1.0);
-            row.push((f64::from(*value) - dot(&row, above)) / diagonal);
-        }
-        let own = gram.get(i).map_or(0.0, |value| f64::from(*value)) + ridge - dot(&row, &row);
-        row.push(own.max(ridge).sqrt());
-        lower.push(row);
-    }
+    let ridged = gram.iter().enumerate().map(|(i, row)| {
+        let own = |(j, value): (usize, &f32)| f64::from(*value) + if i == j { ridge } else { 0.0 };
+        row.iter().enumerate().map(own).collect()
+    });
+    let lower = Cholesky::of(&ridged.collect::<Vec<_>>(), ridge);
     let of_row = |row: Vec<f32>| {
-        let mut y: Vec<f64> = Vec::with_capacity(width);
-        for (value, lower) in row.iter().zip(&lower) {
-            let diagonal = lower.last().copied().unwrap_or(1.0);
-            y.push((f64::from(*value) - dot(lower, &y)) / diagonal);
-        }
+        let y = lower.halfway(row.into_iter().map(f64::from));
         dot(&y, &y) as f32
     };
     Ok(rows.to_vec2::<f32>()?.into_iter().map(of_row).collect())
-}
-
-/// Over as many numbers as the shorter one has.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 #[cfg(test)]

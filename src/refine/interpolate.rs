@@ -228,7 +228,7 @@ impl Default for Weight {
     }
 }
 
-fn check_share(name: &'static str, share: f64) -> Result<()> {
+pub(super) fn check_share(name: &'static str, share: f64) -> Result<()> {
     match (0.0..=1.0).contains(&share) {
         true => Ok(()),
         false => Err(Error::parameter(name, "a share in [0, 1]", share)),
@@ -240,7 +240,7 @@ fn no_weights() -> Error {
 }
 
 /// From `from` towards `to`. Both ends are exact, whatever the other one holds.
-fn lerp(from: &Tensor, to: &Tensor, share: f64) -> Result<Tensor> {
+pub(super) fn lerp(from: &Tensor, to: &Tensor, share: f64) -> Result<Tensor> {
     if share == 0.0 {
         return Ok(from.clone());
     }

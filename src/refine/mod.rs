@@ -16,8 +16,11 @@
 //! # let _ = thinking;
 //! ```
 
+mod codes;
 mod cosine;
+mod digits;
 mod interpolate;
+mod noise;
 mod nudge;
 mod objective;
 mod optimizer;
@@ -25,6 +28,7 @@ mod output;
 mod rows;
 mod search;
 mod seq;
+mod substitute;
 mod trust;
 
 use std::fmt::Debug;
@@ -32,10 +36,13 @@ use std::fmt::Debug;
 use candle_core::Tensor;
 
 use crate::batch::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
+pub use self::codes::{Codes, Near};
 pub use self::cosine::{Among, CosineReweight, Focus};
+pub use self::digits::{DigitDistance, Digits};
 pub use self::interpolate::{Anchor, Interpolate};
+pub use self::noise::Noise;
 pub use self::nudge::GradientNudge;
 pub use self::objective::Objective;
 pub use self::optimizer::Optimizer;
@@ -43,6 +50,7 @@ pub use self::output::OutputNudge;
 pub(crate) use self::rows::{Thinks, directions};
 pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
+pub use self::substitute::Substitute;
 
 /// What a refinement is told about the pass that it refines.
 ///
@@ -68,6 +76,8 @@ pub struct Step<'a> {
     pub index: usize,
     /// How many passes there will be at most; at least 1.
     pub passes: usize,
+    /// Which of several candidates these thoughts are, from 0: [`Noise`] differs from one to the other.
+    pub candidate: u64,
     /// The checkpoint's own interpolation gate, `(hidden)`, if it has one: its sigmoid is the share
     /// of the new state.
     pub gate: Option<&'a Tensor>,
@@ -89,13 +99,14 @@ impl<'a> Step<'a> {
             batch,
             index: 0,
             passes: 1,
+            candidate: 0,
             gate: None,
             readout: None,
         }
     }
 }
 
-/// What a refinement may ask of the model: how its decoder would read some thoughts.
+/// What a refinement may ask of the model: how its decoder would read some thoughts, and what its tokens are.
 ///
 /// The layers from the span on read them causally, whatever the hand-off. Thoughts `z` are
 /// `(tokens, hidden)`, or of another leading shape, as in the [`Step`].
@@ -104,7 +115,7 @@ pub trait Readout: Debug {
     /// Differentiable when `z` is tracked.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) for a tracked
+    /// When the computation fails; [`Error::Unsupported`] for a tracked
     /// `z` over weights that carry no gradient.
     fn logits(&self, z: &Tensor) -> Result<Tensor>;
 
@@ -119,9 +130,17 @@ pub trait Readout: Debug {
     /// memory of one layer's graph, not of all.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) over weights
+    /// When the computation fails; [`Error::Unsupported`] over weights
     /// that carry no gradient.
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)>;
+
+    /// The embedding table, to find the nearest row of.
+    ///
+    /// # Errors
+    /// When the computation fails; by default [`Error::Unsupported`]: there is no table.
+    fn codes(&self) -> Result<&Codes> {
+        Err(Error::unsupported("readout", "one without an embedding table"))
+    }
 }
 
 /// One op of a refinement: turns what came out of a thought pass, or of the op before, into what
@@ -167,7 +186,7 @@ pub trait Refine: Debug + Send + Sync {
     /// Checks the parameters before any pass is run.
     ///
     /// # Errors
-    /// [`Error::Parameter`](crate::Error::Parameter) for one outside its range.
+    /// [`Error::Parameter`] for one outside its range.
     fn validate(&self) -> Result<()> {
         Ok(())
     }

@@ -7,7 +7,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
 use super::rows::Thinks;
-use super::{CosineReweight, ForwardNudge, GradientNudge, Interpolate, Refine, Step};
+use super::{
+    CosineReweight, ForwardNudge, GradientNudge, Interpolate, Noise, Refine, Step, Substitute,
+};
 use crate::error::{Error, Result};
 
 /// An empty sequence of ops, to add to: `seq().add(..).add(..).add_fn(..)`.
@@ -39,6 +41,10 @@ pub enum OpConfig {
     GradientNudge(GradientNudge),
     /// [`ForwardNudge`].
     ForwardNudge(ForwardNudge),
+    /// [`Noise`].
+    Noise(Noise),
+    /// [`Substitute`].
+    Substitute(Substitute),
 }
 
 impl OpConfig {
@@ -48,13 +54,18 @@ impl OpConfig {
             Self::Interpolate(op) => Arc::new(op),
             Self::GradientNudge(op) => Arc::new(op),
             Self::ForwardNudge(op) => Arc::new(op),
+            Self::Noise(op) => Arc::new(op),
+            Self::Substitute(op) => Arc::new(op),
         }
     }
 
     /// What it costs in readings of the text, at least one.
     fn reads(&self) -> usize {
         match self {
-            Self::CosineReweight(_) | Self::Interpolate(_) => 1,
+            Self::CosineReweight(_)
+            | Self::Interpolate(_)
+            | Self::Noise(_)
+            | Self::Substitute(_) => 1,
             Self::GradientNudge(op) => op.reads(),
             Self::ForwardNudge(op) => op.reads(),
         }
@@ -115,6 +126,13 @@ impl Seq {
     pub(crate) fn reads(&self) -> usize {
         let reads = |op: &Arc<dyn Refine>| op.to_config().map_or(1, |config| config.reads());
         self.ops.iter().map(reads).fold(0, usize::saturating_add)
+    }
+
+    /// Whether an op may do something else for each of several candidates.
+    pub(crate) fn may_differ(&self) -> bool {
+        let differs =
+            |op: &Arc<dyn Refine>| matches!(op.to_config(), None | Some(OpConfig::Noise(_)));
+        self.ops.iter().any(differs)
     }
 
     /// Checks the parameters of every op.

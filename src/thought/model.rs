@@ -1,7 +1,7 @@
 //! A model that thinks: one set of weights, with what decodes and what runs thought passes.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
@@ -9,6 +9,7 @@ use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
 use crate::error::Result;
 use crate::model::{Batch, ForwardContext, Pass, Sight, Stack, Transformer, Weights};
+use crate::refine::{Codes, Digits};
 
 /// A [`Transformer`] and what comes with it for thought passes: low-rank adapters of their own, blocks
 /// that only they run, a gate.
@@ -23,12 +24,20 @@ pub struct ThoughtModel {
     /// Run after the span in every thought pass.
     thought_layers: Option<Arc<Stack>>,
     thought_gate: Option<Tensor>,
+    /// Of the embedding table, once they are asked for.
+    codes: Arc<OnceLock<Codes>>,
 }
 
 impl From<Transformer> for ThoughtModel {
     fn from(transformer: Transformer) -> Self {
         let decoder = Arc::new(transformer);
-        Self { thinker: Arc::clone(&decoder), decoder, thought_layers: None, thought_gate: None }
+        Self {
+            thinker: Arc::clone(&decoder),
+            decoder,
+            thought_layers: None,
+            thought_gate: None,
+            codes: Arc::default(),
+        }
     }
 }
 
@@ -89,6 +98,22 @@ impl ThoughtModel {
     #[must_use]
     pub fn thought_gate(&self) -> Option<&Tensor> {
         self.thought_gate.as_ref()
+    }
+
+    /// The embedding table as [`Codes`] of one decimal digit a coordinate. Made when they are first asked
+    /// for, for all clones, and not again when a table changes that is being trained.
+    ///
+    /// # Errors
+    /// As [`Codes::new`].
+    pub fn codes(&self) -> Result<&Codes> {
+        if let Some(codes) = self.codes.get() {
+            return Ok(codes);
+        }
+        let (decoder, config) = (Arc::clone(&self.decoder), self.decoder.config());
+        let size = (config.vocab_size, config.hidden_size);
+        let look_up = move |ids: &[u32]| decoder.embed_ids(ids);
+        let made = Codes::of(size, Box::new(look_up), Digits::default())?;
+        Ok(self.codes.get_or_init(|| made))
     }
 
     /// Bytes of its matrices by type, those of thought layers included; see

@@ -2,16 +2,16 @@
 
 use candle_core::{Tensor, Var};
 
-use super::EncodedBatch;
+use super::{EncodedBatch, ThoughtModel};
 use crate::error::{Error, Result};
 use crate::likelihood;
 use crate::model::{Pass, Transformer, flat};
-use crate::refine::Readout;
+use crate::refine::{Codes, Readout};
 
 /// Layers `a..n` over thoughts about a text, causally and without a cache, then the head.
 #[derive(Debug)]
 pub(super) struct CausalReadout<'a> {
-    transformer: &'a Transformer,
+    model: &'a ThoughtModel,
     /// The layer `a` that thoughts enter.
     entry: usize,
     text: &'a EncodedBatch,
@@ -26,26 +26,26 @@ struct Target {
 }
 
 impl<'a> CausalReadout<'a> {
-    pub(super) fn new(transformer: &'a Transformer, entry: usize, text: &'a EncodedBatch) -> Self {
-        Self { transformer, entry, text }
+    pub(super) fn new(model: &'a ThoughtModel, entry: usize, text: &'a EncodedBatch) -> Self {
+        Self { model, entry, text }
     }
 
     /// The decoder's head.
     pub(super) fn transformer(&self) -> &Transformer {
-        self.transformer
+        self.model.decoder()
     }
 
     /// The stream that leaves the last layer, in the shape of `z`.
     pub(super) fn hidden(&self, z: &Tensor) -> Result<Tensor> {
-        let layers = self.entry..self.transformer.all_layers().end;
-        self.transformer.forward(z, layers, Pass::Causal(&self.text.batch))
+        let layers = self.entry..self.transformer().all_layers().end;
+        self.transformer().forward(z, layers, Pass::Causal(&self.text.batch))
     }
 
     /// Logits after the last token of each sequence: `(sequences, vocab)`.
     pub(super) fn last_logits(&self, z: &Tensor) -> Result<Tensor> {
         let last = self.text.batch.all_rows().map(|rows| rows.end.saturating_sub(1) as u32);
         let last = Tensor::new(last.collect::<Vec<_>>(), z.device())?;
-        self.transformer.logits(&flat(&self.hidden(z)?)?.index_select(&last, 0)?)
+        self.transformer().logits(&flat(&self.hidden(z)?)?.index_select(&last, 0)?)
     }
 
     /// The loss of each sequence, `(sequences)`, from the stream that leaves the last layer; with its
@@ -73,7 +73,7 @@ impl<'a> CausalReadout<'a> {
                     (*id, *weight) = (target.id, target.weight);
                 }
             }
-            let logprobs = likelihood::of_targets(&self.transformer.logits(&input)?, &ids)?;
+            let logprobs = likelihood::of_targets(&self.transformer().logits(&input)?, &ids)?;
             let parts = (logprobs * Tensor::new(weights, device)?)?.neg()?; // (rows)
             let values = parts.to_vec1::<f32>()?;
             for target in these {
@@ -110,7 +110,7 @@ impl<'a> CausalReadout<'a> {
 
 impl Readout for CausalReadout<'_> {
     fn logits(&self, z: &Tensor) -> Result<Tensor> {
-        self.transformer.logits(&self.hidden(z)?)
+        self.transformer().logits(&self.hidden(z)?)
     }
 
     fn loss(&self, z: &Tensor) -> Result<Tensor> {
@@ -122,9 +122,9 @@ impl Readout for CausalReadout<'_> {
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)> {
         let batch = &self.text.batch;
         let run = |xs: &Tensor, layer: usize| {
-            self.transformer.forward(xs, layer..layer + 1, Pass::Causal(batch))
+            self.transformer().forward(xs, layer..layer + 1, Pass::Causal(batch))
         };
-        let layers = self.entry..self.transformer.all_layers().end;
+        let layers = self.entry..self.transformer().all_layers().end;
         let mut entering = Vec::with_capacity(layers.len());
         let mut xs = z.detach();
         for layer in layers.clone() {
@@ -140,6 +140,10 @@ impl Readout for CausalReadout<'_> {
             gradient = pulled.backward()?.remove(&xs).ok_or_else(no_gradient)?.detach();
         }
         Ok((loss, gradient))
+    }
+
+    fn codes(&self) -> Result<&Codes> {
+        self.model.codes()
     }
 }
 

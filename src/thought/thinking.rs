@@ -13,7 +13,7 @@ use crate::apart;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::Sight;
-use crate::refine::{Interpolate, OutputNudge, Seq, Step, seq};
+use crate::refine::{Interpolate, Noise, OutputNudge, Refine, Seq, Step, seq};
 
 /// The end of a span that goes up to the last layer, whichever that is.
 const TOP: usize = usize::MAX;
@@ -60,7 +60,8 @@ impl HandOff {
 /// | part | what there is |
 /// |---|---|
 /// | [`passes`](Self::passes), [`span`](Self::span) | how often, and through which layers `a..b` |
-/// | [`refine`](Self::refine) | a [sequence](crate::refine) of ops: [`Interpolate`], [`CosineReweight`](crate::refine::CosineReweight), nudges by [gradient](crate::refine::GradientNudge) or by [trial](crate::refine::ForwardNudge), your own, a closure |
+/// | [`noise`](Self::noise) | on what enters the first pass |
+/// | [`refine`](Self::refine) | a [sequence](crate::refine) of ops: [`Interpolate`], [`CosineReweight`](crate::refine::CosineReweight), nudges by [gradient](crate::refine::GradientNudge) or by [trial](crate::refine::ForwardNudge), [noise](Noise), the [nearest embedding](crate::refine::Substitute), your own, a closure |
 /// | [`halt`](Self::halt) | stop early by drift, by cosine, or by what the model would say next |
 /// | [`hand_off`](Self::hand_off) | `Refined`: all layers re-read the thoughts. `KeyValue`: their keys and values become the cache. `Mixed`: these and the plain model's, in proportion |
 /// | [`rethink_every`](Self::rethink_every) | think again over prompt and answer every so many tokens |
@@ -97,6 +98,8 @@ pub struct Thinking {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) span: Option<(usize, usize)>,
     pub(super) sight: Sight,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) noise: Option<Noise>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) refine: Option<Seq>,
     pub(super) halt: Vec<Halt>,
@@ -241,6 +244,25 @@ impl Thinking {
         self
     }
 
+    /// Noise on what enters the first pass: on the embeddings of context, for a span from layer 0 on, and on its
+    /// first thoughts for any other. Default: none, and none without passes. [`Step::first`], the hand-off and plain
+    /// tokens keep what is free of noise. To draw something else for each of several candidates:
+    /// [`ThoughtLoop::candidate`].
+    ///
+    /// ```
+    /// use hybrid_attention::Thinking;
+    /// use hybrid_attention::refine::Noise;
+    ///
+    /// let thinking = Thinking::new(1).noise(Noise::relative(0.5).keep_norm().seed(7));
+    /// # thinking.validate()?;
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    #[must_use]
+    pub fn noise(mut self, noise: Noise) -> Self {
+        self.noise = Some(noise);
+        self
+    }
+
     /// What each pass does to the thoughts: one op, or a [`seq`](crate::refine::seq) of them. Default
     /// [`Interpolate::gated`] for a checkpoint that has learned a gate, and [`Interpolate::damped`] for
     /// any other.
@@ -342,6 +364,11 @@ impl Thinking {
         self.passes == 0
     }
 
+    /// Whether it may be another for each of several candidates: with noise, or ops of one's own.
+    pub(crate) fn may_differ(&self) -> bool {
+        self.noise.is_some() || self.refine.as_ref().is_some_and(Seq::may_differ)
+    }
+
     /// The nudge of the final hidden states of an answer, if there is one.
     #[must_use]
     pub fn chosen_output_nudge(&self) -> Option<&OutputNudge> {
@@ -377,14 +404,14 @@ impl Thinking {
             None => Interpolate::damped().into(),
         });
         let (thinking, model) = (self.clone(), model.clone());
-        Ok(ThoughtLoop { thinking, model, span, refine, cancel: Cancel::default() })
+        Ok(ThoughtLoop { thinking, model, span, refine, candidate: 0, cancel: Cancel::default() })
     }
 
     /// Checks what does not depend on the model.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for too many passes, gradients through none, or a tolerance outside its
-    /// range;
+    /// [`Error::Parameter`] for too many passes, gradients through none, or a tolerance or a deviation
+    /// outside its range;
     /// [`Error::Refinement`] for an op's own parameter.
     pub fn validate(&self) -> Result<()> {
         if self.passes > Self::MAX_PASSES {
@@ -397,6 +424,7 @@ impl Thinking {
         self.hand_off.validate()?;
         self.output_nudge.as_ref().map_or(Ok(()), OutputNudge::validate)?;
         self.halt.iter().try_for_each(Halt::validate)?;
+        self.noise.as_ref().map_or(Ok(()), Noise::validate)?;
         self.refine.as_ref().map_or(Ok(()), Seq::validate)
     }
 }

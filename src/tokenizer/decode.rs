@@ -148,7 +148,7 @@ fn fallback_byte(token: &str) -> Option<u8> {
 /// The concatenated pieces are the text that follows the prompt: what [`Tokenizer::decode`] gives for
 /// prompt and answer together, minus what it gives for the prompt. A character that is spread over
 /// several tokens comes with the last of them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DecodeStream {
     tokenizer: Tokenizer,
     skip_special: bool,

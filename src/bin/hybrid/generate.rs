@@ -5,11 +5,15 @@ use std::io::{Write, stdout};
 use std::path::PathBuf;
 
 use clap::Args;
-use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt};
+use hybrid_attention::{Answer, GenerationConfig, HybridModel, Prompt, TokenStream};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::files::read_text;
-use crate::options::{CacheArgs, ModelArgs, PromptArgs, SamplingArgs, ThinkingArgs, kept};
+use crate::options::{
+    CacheArgs, CandidateArgs, ModelArgs, PromptArgs, SamplingArgs, ThinkingArgs, kept,
+};
+use crate::stubs;
 use crate::terminal::{self, Result};
 
 #[derive(Args, Debug)]
@@ -27,6 +31,7 @@ pub(crate) struct Options {
     ///
     /// Prints a JSON object a line, in the order of the prompts. Each answer is what it would be alone.
     #[arg(long, value_name = "F", group = "input", help_heading = "Prompt")]
+    #[arg(conflicts_with = "candidates")]
     prompts: Option<PathBuf>,
 
     #[command(flatten)]
@@ -34,6 +39,9 @@ pub(crate) struct Options {
 
     #[command(flatten)]
     sampling: SamplingArgs,
+
+    #[command(flatten)]
+    candidates: CandidateArgs,
 
     #[command(flatten)]
     answer: AnswerArgs,
@@ -84,6 +92,7 @@ impl Options {
         let AnswerArgs { max_tokens, stop, prompt_logprobs, .. } = &self.answer;
         let config = config.max_tokens(*max_tokens).prompt_logprobs(*prompt_logprobs);
         let config = self.sampling.apply(self.thinking.apply(config));
+        let config = self.candidates.apply(config, self.sampling.temperature);
         stop.iter().fold(config, GenerationConfig::stop)
     }
 }
@@ -96,20 +105,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let model = options.input.apply(options.cache.apply(model)?)?;
     let config = options.config(model.generation_config());
     match asked {
-        Asked::One(prompt) if options.answer.json => report_one(&model, prompt, &config, load),
-        Asked::One(prompt) => tell(&model, prompt, &config, load),
+        Asked::One(prompt) => {
+            let stream = stubs::begin(&model, prompt, &config, &options.candidates)?;
+            match options.answer.json {
+                true => report_one(&model, stream, load),
+                false => tell(&model, stream, load),
+            }
+        }
         Asked::Many(lines) => report_all(&model, &lines, &config, load),
     }
 }
 
 /// Prints one answer as it is generated.
-pub(crate) fn tell(
-    model: &HybridModel,
-    prompt: Prompt,
-    config: &GenerationConfig,
-    load: f64,
-) -> Result<()> {
-    let mut stream = terminal::begin(model, prompt, config)?;
+pub(crate) fn tell(model: &HybridModel, mut stream: TokenStream<'_>, load: f64) -> Result<()> {
     let mut count = 0;
     for token in &mut stream {
         let token = token?;
@@ -134,14 +142,12 @@ pub(crate) fn tell(
 }
 
 /// One answer as a JSON object.
-fn report_one(
-    model: &HybridModel,
-    prompt: Prompt,
-    config: &GenerationConfig,
-    load: f64,
-) -> Result<()> {
-    let stream = terminal::begin(model, prompt, config)?;
-    let spinner = terminal::spinner("generating");
+fn report_one(model: &HybridModel, stream: TokenStream<'_>, load: f64) -> Result<()> {
+    // Candidates are shown as they go.
+    let spinner = match stream.candidates() {
+        [] => terminal::spinner("generating"),
+        _ => ProgressBar::hidden(),
+    };
     let answer = stream.collect_answer()?;
     spinner.finish_and_clear();
     Ok(writeln!(stdout(), "{}", report(model, &answer, load))?)
@@ -199,6 +205,9 @@ pub(crate) fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {
     });
     if let Some(logprobs) = &answer.prompt_logprobs {
         report["prompt_logprobs"] = json!(logprobs);
+    }
+    if !answer.candidates.is_empty() {
+        report["candidates"] = stubs::report(&answer.candidates);
     }
     report
 }

@@ -14,6 +14,7 @@ mod inspect;
 mod measure;
 mod memory;
 mod options;
+mod stubs;
 mod terminal;
 mod think;
 mod torch;

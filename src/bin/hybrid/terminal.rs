@@ -26,6 +26,7 @@ pub(crate) fn stopped_by(stop: Option<StopReason>) -> &'static str {
         Some(StopReason::StopId | StopReason::StopString) => "a stop text",
         Some(StopReason::MaxTokens) => "--max-tokens",
         Some(StopReason::Context) => "the end of its context",
+        Some(StopReason::Intended) => "--within",
         _ => "an error",
     }
 }
@@ -74,8 +75,13 @@ pub(crate) fn begin(
     prompt: Prompt,
     config: &GenerationConfig,
 ) -> Result<TokenStream<'static>> {
+    read(model.stream(prompt, config)?)
+}
+
+/// The same of a stream.
+pub(crate) fn read(stream: TokenStream<'static>) -> Result<TokenStream<'static>> {
     let (bar, update) = reading_bar();
-    let mut stream = model.stream(prompt, config)?.on_progress(update);
+    let mut stream = stream.on_progress(update);
     stream.read_prompt()?;
     bar.finish_and_clear();
     Ok(stream)

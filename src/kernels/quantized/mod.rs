@@ -7,11 +7,13 @@
 //! blocks        the formats                                         reads chunk, simd, codebook
 //! codebook      those that candle lacks, and matrices in them       reads chunk, blocks
 //! few_rows      products                                            reads all of them
+//! digits        sums over digits of 4 bits, of no block             reads simd
 //! ```
 
 pub(super) mod blocks;
 mod chunk;
 mod codebook;
+mod digits;
 mod few_rows;
 mod fixed_point;
 mod simd;
@@ -27,6 +29,7 @@ use super::dense::Element;
 pub(super) use blocks::{QuantBlock, for_blocks};
 pub(super) use codebook::for_codebook;
 pub(crate) use codebook::{Codebook, CodebookMatrix};
+pub(crate) use digits::{DIGIT_ROWS, DigitRun, DigitTable, sum_digits};
 pub(super) use few_rows::{few_rows, to_fixed_point};
 pub(super) use fixed_point::FixedPoint;
 

@@ -36,6 +36,13 @@ pub(in crate::kernels) trait QuantSimd: Copy {
     /// A byte for each bit, with all of its bits set or none.
     fn bits(self, bits: [u8; 4]) -> Self::Bytes;
 
+    /// Bytes added to bytes. All sums must fit a byte.
+    fn sum(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// Adds bytes to 32 numbers of 16 bits: those at even places to the first half, the others to the second.
+    fn sum_wide(self, sums: [Self::Bytes; 2], bytes: Self::Bytes) -> [Self::Bytes; 2];
+    /// As numbers of 16 bits.
+    fn sixteens(self, bytes: Self::Bytes) -> [u16; 16];
+
     /// The `f16` with these bits.
     #[inline(always)]
     fn half(self, bits: u16) -> f32 {
@@ -195,6 +202,34 @@ impl QuantSimd for Plain {
     }
 
     #[inline(always)]
+    fn sum(self, a: [u64; 4], b: [u64; 4]) -> [u64; 4] {
+        [a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]]
+    }
+
+    #[inline(always)]
+    fn sum_wide(self, [even, odd]: [[u64; 4]; 2], bytes: [u64; 4]) -> [[u64; 4]; 2] {
+        const EVEN: u64 = u64::from_le_bytes([255, 0, 255, 0, 255, 0, 255, 0]);
+        [
+            self.sum(even, bytes.map(|eight| eight & EVEN)),
+            self.sum(odd, bytes.map(|eight| (eight >> 8) & EVEN)),
+        ]
+    }
+
+    #[inline(always)]
+    fn sixteens(self, bytes: [u64; 4]) -> [u16; 16] {
+        let mut numbers = [0; 16];
+        for (numbers, eight) in numbers.as_chunks_mut::<4>().0.iter_mut().zip(bytes) {
+            let mut place = 0;
+            *numbers = [(); 4].map(|()| {
+                let number = (eight >> place) as u16;
+                place += 16;
+                number
+            });
+        }
+        numbers
+    }
+
+    #[inline(always)]
     fn add_chunk(
         self,
         q: &Parts<Self>,
@@ -306,6 +341,23 @@ mod x86 {
                 let bytes = self.avx2._mm256_shuffle_epi8(bytes, cast(BYTES));
                 let set = self.avx2._mm256_and_si256(bytes, cast(PLACES));
                 self.avx2._mm256_cmpeq_epi8(set, cast(PLACES))
+            }
+
+            #[inline(always)]
+            fn sum(self, a: __m256i, b: __m256i) -> __m256i {
+                self.avx2._mm256_add_epi8(a, b)
+            }
+
+            #[inline(always)]
+            fn sum_wide(self, [even, odd]: [__m256i; 2], bytes: __m256i) -> [__m256i; 2] {
+                let low = self.avx2._mm256_and_si256(bytes, self.avx._mm256_set1_epi16(255));
+                let high = self.avx2._mm256_srli_epi16::<8>(bytes);
+                [self.avx2._mm256_add_epi16(even, low), self.avx2._mm256_add_epi16(odd, high)]
+            }
+
+            #[inline(always)]
+            fn sixteens(self, bytes: __m256i) -> [u16; 16] {
+                cast(bytes)
             }
         };
     }

@@ -1,11 +1,12 @@
 //! Blocks of positions, and the budget that they are taken from.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::KvCache;
+use super::{KvCache, memory_of_machine};
 use crate::error::{Error, Result};
 use crate::kernels::KV_BLOCK;
 use crate::model::Transformer;
@@ -121,6 +122,36 @@ impl KvPool {
     #[must_use]
     pub fn used_bytes(&self) -> usize {
         self.budget.used.load(Ordering::Relaxed)
+    }
+
+    /// Layers of each cache.
+    pub(crate) fn layers(&self) -> usize {
+        self.shape.layers
+    }
+
+    /// What these positions take in this many layers, those before them aside: of the blocks that they are in, all.
+    /// Under a window, what is held at a time.
+    pub(crate) fn bytes_of(&self, positions: Range<usize>, layers: usize) -> usize {
+        let Range { start, end } = positions;
+        if start >= end {
+            return 0;
+        }
+        let blocks = end.div_ceil(KV_BLOCK) - start / KV_BLOCK;
+        let seen = self.shape.window.map_or(usize::MAX, |window| window.div_ceil(KV_BLOCK) + 1);
+        self.block_bytes().saturating_mul(blocks.min(seen)).saturating_mul(layers)
+    }
+
+    /// Refuses this many bytes more, where the budget or the memory of the machine has no room for them.
+    ///
+    /// # Errors
+    /// [`Error::PoolFull`].
+    pub(crate) fn check_free(&self, bytes: usize) -> Result<()> {
+        let memory = if self.shape.device.is_cpu() { memory_of_machine() } else { usize::MAX };
+        let (budget, used) = (self.budget.bytes.min(memory), self.used_bytes());
+        match used.checked_add(bytes).filter(|sum| *sum <= budget) {
+            Some(_) => Ok(()),
+            None => Err(Error::PoolFull { budget, used, requested: bytes }),
+        }
     }
 
     /// The type that keys and values are kept in.

@@ -1,10 +1,12 @@
 //! The drawings, as SVG for the page.
 
+use hybrid_attention::generate::{Reason, Stub};
 use hybrid_attention::thought::Map;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::stubs;
 use crate::terminal::Result;
 
 /// Colours that the page's style sheet replaces, so that drawings follow the light or dark scheme.
@@ -115,6 +117,41 @@ pub(super) fn drift(drift: &[f64]) -> Result<String> {
         chart.draw_series(LineSeries::new(points(), CURVE.stroke_width(2)))?;
         chart.draw_series(points().map(|point| Circle::new(point, 4, CURVE.filled())))?;
         Ok(())
+    })
+}
+
+/// A bar for each candidate, from its first token to its last, in the colours of its scores.
+pub(super) fn race(stubs: &[&Stub]) -> Result<String> {
+    let (left, row, bar, width) = (44, 20, 12, 420);
+    let scores = || stubs.iter().flat_map(|stub| &stub.scores).map(|(_, score)| *score as f32);
+    let (min, max) = (scores().fold(f32::MAX, f32::min), scores().fold(f32::MIN, f32::max));
+    let scale = Scale { name: "score", min, max, root: false };
+    let longest = stubs.iter().map(|stub| stub.ids.len()).max().unwrap_or(0).max(1);
+    let at = |tokens: usize| left + (tokens.min(longest) * width as usize / longest) as i32;
+    let bottom = row * stubs.len() as i32;
+    svg(((left + width + 160) as u32, (bottom + 76) as u32), |area| {
+        for (index, stub) in stubs.iter().enumerate() {
+            let (top, won) = (index as i32 * row + 4, stub.reason == Reason::Won);
+            let ink = if won { &INK } else { &FAINT };
+            let style = text_style(11.0, ink, HPos::Right, VPos::Center);
+            area.draw_text(&stub.index.to_string(), &style, (left - 6, top + bar / 2))?;
+            let mut from = 0;
+            for (to, score) in &stub.scores {
+                // What a winner wrote after it was left alone, nobody judged.
+                let fill = colour(scale.shade(*score as f32)).filled();
+                area.draw(&Rectangle::new([(at(from), top), (at(*to), top + bar)], fill))?;
+                from = *to;
+            }
+            let end = at(stub.ids.len());
+            area.draw(&Rectangle::new([(at(0), top), (end, top + bar)], FAINT.stroke_width(1)))?;
+            let style = text_style(11.0, ink, HPos::Left, VPos::Center);
+            area.draw_text(stubs::name(stub.reason), &style, (end + 6, top + bar / 2))?;
+        }
+        for (tokens, anchor) in [(0, HPos::Center), (longest, HPos::Center)] {
+            let style = text_style(11.0, &FAINT, anchor, VPos::Top);
+            area.draw_text(&tokens.to_string(), &style, (at(tokens), bottom + 4))?;
+        }
+        draw_legend(area, (left, bottom + 28), &scale)
     })
 }
 

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The page, `inspect.html` unless `--out` says otherwise, is self-contained: no network, no scripts.
-//! `--json` writes the same numbers, and all of them where the page must pool.
+//! `--json` writes the same numbers, and all of them where the page must pool. With `--candidates` the page also
+//! draws which of them were dropped when; they are drawn with seed 0.
 
 mod draw;
 mod page;
@@ -16,13 +17,15 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use hybrid_attention::generate::Stub;
 use hybrid_attention::thought::{Detail, Trace};
 use hybrid_attention::{Answer, GenerationConfig, HybridModel, Thinking};
 use serde::Serialize;
 
 use self::tokens::Token;
 use crate::files::{check_folder, write};
-use crate::options::{ModelArgs, ThinkingArgs, ThoughtPromptArgs};
+use crate::options::{CandidateArgs, ModelArgs, ThinkingArgs, ThoughtPromptArgs};
+use crate::stubs;
 use crate::terminal::{self, Result};
 
 #[derive(Args, Debug)]
@@ -52,6 +55,9 @@ pub(crate) struct Options {
 
     #[command(flatten)]
     thinking: ThinkingArgs,
+
+    #[command(flatten)]
+    candidates: CandidateArgs,
 }
 
 impl Options {
@@ -69,8 +75,11 @@ impl Options {
         Ok(thinking.detail(if self.no_maps { Detail::Tokens } else { Detail::Maps }))
     }
 
+    /// The likeliest answer, or with thinking the best of the candidates.
     fn config(&self, config: GenerationConfig, thinking: Thinking) -> GenerationConfig {
-        config.temperature(0.0).max_tokens(self.max_tokens).thinking(thinking)
+        let thinks = !thinking.is_none();
+        let config = config.temperature(0.0).max_tokens(self.max_tokens).thinking(thinking);
+        if thinks { self.candidates.apply(config.seed(0), None) } else { config }
     }
 
     /// Finds errors now that would otherwise appear only after all the work.
@@ -93,6 +102,9 @@ struct Inspection {
     /// The control: the same prompt without thinking.
     plain: Said,
     thought: Said,
+    /// From which the one after thinking was chosen.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    candidates: Vec<Stub>,
 }
 
 /// An answer, as far as it was generated.
@@ -110,7 +122,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let answer = |thinking| -> Result<Answer> {
         let config = options.config(model.generation_config(), thinking);
-        Ok(terminal::begin(&model, prompt.clone(), &config)?.collect_answer()?)
+        let stream = match config.candidates {
+            Some(_) => stubs::begin(&model, prompt.clone(), &config, &options.candidates)?,
+            None => terminal::begin(&model, prompt.clone(), &config)?,
+        };
+        Ok(stream.collect_answer()?)
     };
     let thinking = options.thinking(model.thinking())?;
     let mut thought = answer(thinking.clone())?;
@@ -121,11 +137,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let inspection = Inspection {
         model: options.model.name(),
         layers: model.config().num_hidden_layers,
-        settings: thinking,
+        // With its noise, if the candidates have some.
+        settings: options.config(model.generation_config(), thinking).thinking.unwrap_or_default(),
         tokens: tokens::of_prompt(model.tokenizer(), &thought.prompt_ids, context_bytes),
         trace: thought.traces.swap_remove(0),
         plain: said(&model, &plain),
         thought: said(&model, &thought),
+        candidates: thought.candidates,
     };
     if let Some(path) = &options.json {
         write(path, |file| Ok(serde_json::to_writer(file, &inspection)?))?;

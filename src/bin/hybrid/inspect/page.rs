@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::draw::{self, Label, Scale};
 use super::tokens::{Token, escape, label, plain, visible};
 use super::{Inspection, Said};
+use crate::stubs;
 use crate::terminal::Result;
 
 /// The most rows of a drawing; a longer prompt's neighbouring tokens are pooled.
@@ -29,6 +30,7 @@ pub(super) fn render(inspection: &Inspection) -> Result<String> {
     );
     page += &facts(inspection, &settings);
     page += &answers(inspection);
+    page += &candidates(inspection)?;
     page += &drift(inspection)?;
     page += &table(inspection);
     page += &maps(inspection, &settings)?;
@@ -115,10 +117,14 @@ fn answers(inspection: &Inspection) -> String {
         true => "The two are the same.",
         false => "They part where it is marked.",
     };
+    let chosen = match inspection.candidates.len() {
+        0 => "",
+        _ => " The latter is the best of several that were drawn.",
+    };
     format!(
         "<h2>Its answer, without and with thinking</h2>\n\
          <p>The beginning of the likeliest answer to the same prompt, without any thought pass and after \
-         them. {verdict} Another answer is not a better one.</p>\n<div class=\"side\">\n{}{}</div>\n",
+         them.{chosen} {verdict} Another answer is not a better one.</p>\n<div class=\"side\">\n{}{}</div>\n",
         card("Without thinking", plain, same),
         card("After thinking", thought, same),
     )
@@ -136,6 +142,35 @@ fn card(title: &str, said: &Said, same: usize) -> String {
          token: how surprised the model is by its own words</p></div>\n",
         -sum / said.logprobs.len().max(1) as f64,
     )
+}
+
+/// Who was dropped when, and what each had said.
+fn candidates(inspection: &Inspection) -> Result<String> {
+    if inspection.candidates.is_empty() {
+        return Ok(String::new());
+    }
+    let stubs = stubs::ranked(&inspection.candidates);
+    let mut rows = String::new();
+    for stub in &stubs {
+        let at = stub.dropped_at.map_or_else(String::new, |at| at.to_string());
+        let score = stub.score().map_or_else(String::new, |score| format!("{score:.3}"));
+        rows += &format!(
+            "<tr><td>{}</td><td>{score}</td><td>{at}</td><td class=\"text\">{}</td><td class=\"text\">{}</td></tr>\n",
+            stub.index,
+            stubs::name(stub.reason),
+            escape(&visible(&stub.text)),
+        );
+    }
+    Ok(format!(
+        "<h2>Candidates</h2>\n<p>The answer is what was left of {} that grew side by side. Each bar is as long as \
+         its text, in tokens; its colours are the scores that it had on the way. The best is on top, and below it those \
+         that were dropped, the last ones first.</p>\n<figure id=\"candidates\"><div>{}</div></figure>\n\
+         <div class=\"scroll\"><table>\n<thead><tr><th></th><th>score</th><th>dropped<br/>at token</th>\
+         <th class=\"text\">became of it</th><th class=\"text\">text</th></tr></thead>\n<tbody>\n{rows}</tbody>\n\
+         </table></div>\n",
+        stubs.len(),
+        draw::race(&stubs)?,
+    ))
 }
 
 fn drift(inspection: &Inspection) -> Result<String> {

@@ -139,7 +139,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         show(&found)?;
         return match options.max_tokens {
             0 => Ok(()),
-            _ => generate::tell(&model, prompt, &config, load),
+            _ => generate::tell(&model, terminal::begin(&model, prompt, &config)?, load),
         };
     }
     let answer = terminal::begin(&model, prompt, &config)?.collect_answer()?;

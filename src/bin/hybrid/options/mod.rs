@@ -1,10 +1,12 @@
 //! Options that several subcommands have.
 
+mod candidates;
 mod model;
 mod prompt;
 mod sampling;
 mod thinking;
 
+pub(crate) use candidates::CandidateArgs;
 pub(crate) use model::{CacheArgs, ModelArgs, kept};
 pub(crate) use prompt::{PromptArgs, ThoughtPromptArgs, with_chat_template};
 pub(crate) use sampling::SamplingArgs;

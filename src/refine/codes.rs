@@ -26,8 +26,9 @@ pub struct Near {
 /// A table of embeddings as digits, to find the nearest row of: a scan of half a byte a digit, after which
 /// the best few are ranked by what they are.
 ///
-/// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. What a scan costs and what it misses,
-/// beside exact search and beside buckets of signs, is what `cargo bench --bench codes` shows.
+/// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. There the nearest row is that of exact
+/// search in all of 500 queries with noise of one or two standard deviations, and in 99.8 % at three. One query
+/// is found 4 to 6 times as fast as by a matrix product; sixteen at once are not (`cargo bench --bench codes`).
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

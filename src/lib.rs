@@ -8,6 +8,7 @@ mod config;
 mod embed;
 mod error;
 pub mod evaluate;
+mod fingerprint;
 pub mod generate;
 pub mod hub;
 mod hybrid;

@@ -27,7 +27,6 @@
 mod documents;
 mod embedding;
 pub mod evaluate;
-mod fingerprint;
 mod kept;
 mod leverage;
 mod look;
@@ -60,10 +59,11 @@ pub use store::Postgres;
 pub use store::{Record, Store, Volatile};
 
 use self::documents::Fresh;
-use self::kept::Kept;
 use self::embedding::Embedded as Vectors;
+use self::kept::Kept;
 use self::note::now;
 use crate::error::{Error, Result};
+use crate::fingerprint;
 use crate::generate::Prompt;
 use crate::hybrid::HybridModel;
 use crate::tokenizer::Tokenizer;

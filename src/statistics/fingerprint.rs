@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::states;
 use crate::error::{Error, Result};
+use crate::fingerprint;
 use crate::model::Transformer;
 
 /// What a model makes of a few fixed tokens, by which numbers that were made with it know it again.
@@ -11,8 +12,6 @@ use crate::model::Transformer;
 pub struct Fingerprint(Vec<f32>);
 
 impl Fingerprint {
-    /// The most that what two machines make of one text differs by: 1 minus the cosine.
-    const ROUNDING: f64 = 1e-5;
     const TOKENS: u64 = 16;
 
     /// Of a model: one short pass through all of its layers.
@@ -46,24 +45,7 @@ impl Fingerprint {
     /// # Errors
     /// [`Error::Parameter`] with the name `what`.
     pub fn check(&self, what: &'static str, other: &Self) -> Result<()> {
-        let refuse = |got: String| Err(Error::parameter(what, "one of this model", got));
-        if self.0.len() != other.0.len() {
-            return refuse(format!(
-                "one of a model with {} channels, not {}",
-                other.0.len(),
-                self.0.len()
-            ));
-        }
-        let dot = |a: &Self, b: &Self| -> f64 {
-            a.0.iter().zip(&b.0).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-        };
-        let cosine = dot(self, other) / (dot(self, self) * dot(other, other)).sqrt();
-        match 1.0 - cosine <= Self::ROUNDING {
-            true => Ok(()),
-            false => refuse(format!(
-                "one of another model, or of this one in another weight type or with another adapter: \
-                 fixed tokens come out with a cosine of {cosine}"
-            )),
-        }
+        let same = fingerprint::check(&other.0, &self.0, "states");
+        same.map_err(|got| Error::parameter(what, "one of this model", got))
     }
 }

@@ -14,10 +14,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::embedding::{Embedding, PROBE};
-use super::fingerprint;
 use super::note::NoteId;
 use crate::embed::{EmbedConfig, Readable};
 use crate::error::{Error, Result};
+use crate::fingerprint;
 use crate::generate::Prompt;
 use crate::hybrid::HybridModel;
 use crate::load::read_text;
@@ -98,7 +98,7 @@ impl Manifest {
 #[derive(Debug)]
 enum Reader {
     Thinks(Box<ThoughtLoop>),
-    Embeds(EmbedConfig),
+    Embeds(Box<EmbedConfig>),
 }
 
 /// Documents that are kept in a folder.
@@ -161,7 +161,7 @@ impl Kept {
                 (Reader::Thinks(Box::new(thinks)), None)
             }
             (Keep::Embedded, Embedding::Whole(config)) => {
-                (Reader::Embeds(config.clone()), Some(embedding.settings()?))
+                (Reader::Embeds(Box::new(config.clone())), Some(embedding.settings()?))
             }
             (Keep::Embedded, other) => {
                 let expected = "an embedding of whole texts, to keep what its pass leaves";

@@ -63,6 +63,8 @@ fn help_lists_every_option() -> Result {
     let shared = [&model[..], &thinking].concat();
     let sampling = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed"];
     let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system", "--chat-template"];
+    let candidates =
+        ["--candidates", "--keep", "--every", "--score", "--noise", "--key", "--within"];
     let generate = ["--json", "--prompt-logprobs", "--kv-cache", "--prompts", "--stop"];
     let chat = ["--system", "--chat-template", "--context", "--kv-cache"];
     let embed = [
@@ -81,10 +83,10 @@ fn help_lists_every_option() -> Result {
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
     let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
     for (name, options) in [
-        ("generate", [&shared[..], &sampling, &prompt, &generate].concat()),
+        ("generate", [&shared[..], &sampling, &prompt, &candidates, &generate].concat()),
         ("chat", [&shared[..], &sampling, &chat].concat()),
         ("embed", [&shared[..], &embed].concat()),
-        ("inspect", [&shared[..], &prompt, &inspect].concat()),
+        ("inspect", [&shared[..], &prompt, &candidates, &inspect].concat()),
         ("measure", [&model[..], &measure].concat()),
     ] {
         let help = help(name)?;
@@ -100,10 +102,10 @@ fn help_lists_every_option() -> Result {
 #[test]
 fn help_is_grouped_and_short_where_it_is_asked_to_be() -> Result {
     for (name, headings) in [
-        ("generate", vec!["Model:", "Prompt:", "Thinking:", "Sampling:", "Answer:"]),
+        ("generate", vec!["Model:", "Prompt:", "Thinking:", "Sampling:", "Candidates:", "Answer:"]),
         ("chat", vec!["Model:", "Chat:", "Thinking:", "Sampling:"]),
         ("embed", vec!["Model:", "Texts and vectors:", "Thinking:"]),
-        ("inspect", vec!["Model:", "Prompt:", "Thinking:", "Page:"]),
+        ("inspect", vec!["Model:", "Prompt:", "Thinking:", "Candidates:", "Page:"]),
         ("measure", vec!["Model:", "Passages:"]),
     ] {
         let long = help(name)?;

@@ -38,8 +38,8 @@ pub use self::stub::{Reason, Stub};
 /// is dropped at once. Writing ends when one is left, which then goes on alone, or when all that are left have ended.
 ///
 /// It need not help. Dropping by [`Score::Random`] costs as much and is the control that a score has to beat, and the greedy
-/// answer costs a tenth; on the stories of [`HybridModel::tiny`](crate::HybridModel::tiny) no way to choose was better than
-/// that. `cargo bench --bench candidates` finds out on your own items.
+/// answer is one that costs a fraction: on the stories of [`HybridModel::tiny`](crate::HybridModel::tiny) no way to choose
+/// was better than that. `cargo bench --bench candidates` holds all of them to these controls.
 ///
 /// The prompt is read once, and samples share its keys and values, each with blocks of its own from the last block of
 /// the prompt on. Of thoughts, the layers before the [span](Thinking::span) are shared in the same way. From there on

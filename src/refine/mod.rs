@@ -115,7 +115,7 @@ pub trait Readout: Debug {
     /// Differentiable when `z` is tracked.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) for a tracked
+    /// When the computation fails; [`Error::Unsupported`] for a tracked
     /// `z` over weights that carry no gradient.
     fn logits(&self, z: &Tensor) -> Result<Tensor>;
 
@@ -130,7 +130,7 @@ pub trait Readout: Debug {
     /// memory of one layer's graph, not of all.
     ///
     /// # Errors
-    /// When the computation fails; [`Error::Unsupported`](crate::Error::Unsupported) over weights
+    /// When the computation fails; [`Error::Unsupported`] over weights
     /// that carry no gradient.
     fn loss_and_gradient(&self, z: &Tensor) -> Result<(Tensor, Tensor)>;
 
@@ -186,7 +186,7 @@ pub trait Refine: Debug + Send + Sync {
     /// Checks the parameters before any pass is run.
     ///
     /// # Errors
-    /// [`Error::Parameter`](crate::Error::Parameter) for one outside its range.
+    /// [`Error::Parameter`] for one outside its range.
     fn validate(&self) -> Result<()> {
         Ok(())
     }

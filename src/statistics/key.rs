@@ -90,7 +90,7 @@ impl KeyConfig {
 /// let model = HybridModel::tiny(&Device::Cpu)?;
 /// let of = |ids: &[u32]| states(model.transformer(), ids, 2);
 /// let mut examples = Vec::new();
-/// for first in 0..20 {
+/// for first in 0..80 {
 ///     let input = of(&[first, first + 3, 2 * first, 9])?;
 ///     examples.push(Example { output: (&input * 2.0)?, input }); // an output that follows from the input
 /// }

@@ -339,7 +339,7 @@ fn a_key_comes_back_from_its_file_for_its_model_alone() -> Result {
     assert!(matches!(&other, Error::Parameter { name: "key", .. }), "{other}");
     let wider = Fingerprint::of(&tiny::transformer(&tiny::config(), 1)?)?;
     let other = Key::load(&path, &wider).err().ok_or("accepted")?.to_string();
-    assert!(other.contains("have 16 numbers, and those of this model 6"), "{other}");
+    assert!(other.contains("have 6 numbers, and those of this model 16"), "{other}");
 
     let whole = fs::read(&path)?;
     for cut in [0, 7, 100, whole.len() / 2, whole.len() - 1] {

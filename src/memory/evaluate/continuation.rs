@@ -25,7 +25,7 @@ use crate::thought::Thinking;
 /// # fn main() -> hybrid_attention::Result<()> {
 /// let model = HybridModel::tiny(&Device::Cpu)?;
 /// let text = "Then Eva gave everything to Max. Then Max gave all of it to Eva again.";
-/// let passages: Vec<_> = Passage::cut(&model, text, 6)?.into_iter().collect();
+/// let passages: Vec<_> = Passage::cut(&model, text, 4)?.into_iter().collect();
 /// for row in Continuation::default().run(&model, &passages, || ())? {
 ///     println!("{} {:?} {:.3}", row.name, row.share, Estimate::of(&row.losses).mean);
 /// }

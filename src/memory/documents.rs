@@ -189,10 +189,9 @@ impl<'a> Fresh<'a> {
 
 impl Drop for Fresh<'_> {
     fn drop(&mut self) {
-        for (kept, id) in
-            self.kept.iter().flat_map(|kept| self.notes.iter().map(move |id| (kept, *id)))
-        {
-            if let Err(error) = kept.remove(id) {
+        let Some(kept) = self.kept else { return };
+        for id in &self.notes {
+            if let Err(error) = kept.remove(*id) {
                 tracing::warn!(%error, "a document is kept of a note that was not remembered");
             }
         }

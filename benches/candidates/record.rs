@@ -10,15 +10,16 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::tasks::Task;
-use crate::ways;
+use crate::ways::{self, Way};
 
 /// What came of an item.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Done {
     pub(crate) figure: f64,
     /// Those of all candidates.
     pub(crate) tokens: usize,
-    pub(crate) seconds: f64,
+    /// Where it was run by itself.
+    pub(crate) seconds: Option<f64>,
 }
 
 /// By the name of the way and the number of the item.
@@ -37,7 +38,7 @@ impl Record {
         let read = |line: Value| -> Option<((String, usize), Done)> {
             let key = (line["way"].as_str()?.to_owned(), line["item"].as_u64()? as usize);
             let tokens = line["tokens"].as_u64()? as usize;
-            let (figure, seconds) = (line["figure"].as_f64()?, line["seconds"].as_f64()?);
+            let (figure, seconds) = (line["figure"].as_f64()?, line["seconds"].as_f64());
             Some((key, Done { figure, tokens, seconds }))
         };
         let done = lines.filter_map(read).collect();
@@ -48,8 +49,8 @@ impl Record {
         Ok(Self { done, file: Some(file) })
     }
 
-    pub(crate) fn has(&self, way: &str, item: usize) -> bool {
-        self.done.contains_key(&(way.to_owned(), item))
+    pub(crate) fn get(&self, way: &str, item: usize) -> Option<Done> {
+        self.done.get(&(way.to_owned(), item)).copied()
     }
 
     pub(crate) fn add(&mut self, way: &str, item: usize, done: Done) -> Result<()> {
@@ -64,27 +65,34 @@ impl Record {
 
     /// The figures of a way, item by item.
     fn of(&self, way: &str, items: usize) -> Vec<Done> {
-        (0..items).filter_map(|item| self.done.get(&(way.to_owned(), item)).copied()).collect()
+        (0..items).filter_map(|item| self.get(way, item)).collect()
     }
 
     /// A Markdown table.
     pub(crate) fn table(&self, task: &Task) -> String {
         let count = task.items.len();
+        let ways = ways::all(task);
+        let seconds = |way: &Way, item| self.get(&way.name, item).and_then(|done| done.seconds);
+        // What others took is compared with nothing.
+        let timed: Vec<usize> = (0..count)
+            .filter(|&item| ways.iter().all(|way| seconds(way, item).is_some()))
+            .collect();
         let mut table = format!(
             "{count} items of {}: {}, mean ± standard error; differences item by item, in brackets how many of their \
-             standard errors. Of candidates, dropping at random is of the same kind.\n\n\
+             standard errors. Of candidates, dropping at random is of the same kind. Seconds are those of {} items.\n\n\
              | way | figure | less greedy | less dropping at random | tokens | seconds |\n|---|---|---|---|---|---|\n",
-            task.name, task.figure,
+            task.name,
+            task.figure,
+            timed.len(),
         );
         let figures = |way: &str| -> Vec<f64> {
             self.of(way, count).iter().map(|done| done.figure).collect()
         };
         let greedy = figures("greedy");
-        for way in ways::all(task) {
+        for way in &ways {
             let own = self.of(&way.name, count);
             let values = figures(&way.name);
-            let mean =
-                |of: fn(&Done) -> f64| own.iter().map(of).sum::<f64>() / own.len().max(1) as f64;
+            let mean = |of: Vec<f64>| of.iter().sum::<f64>() / of.len().max(1) as f64;
             let random = way.name.split_once(", ").map(|(kind, _)| format!("{kind}, random"));
             let random = random.filter(|random| *random != way.name).map(|random| figures(&random));
             let Estimate { mean: figure, standard_error } = Estimate::of(&values);
@@ -93,8 +101,8 @@ impl Record {
                 way.name,
                 if way.name == "greedy" { String::new() } else { less(&values, &greedy) },
                 random.map_or_else(String::new, |random| less(&values, &random)),
-                mean(|done| done.tokens as f64),
-                mean(|done| done.seconds),
+                mean(own.iter().map(|done| done.tokens as f64).collect()),
+                mean(timed.iter().filter_map(|&item| seconds(way, item)).collect()),
             );
         }
         table

@@ -42,6 +42,10 @@ pub(crate) struct Task {
     /// As many whole answers take as many tokens as candidates of which the worst are dropped.
     pub(crate) whole: usize,
     pub(crate) key: Option<Key>,
+    /// Deviations of the noise that thoughts begin with, as shares of each vector's length.
+    pub(crate) noise: &'static [f64],
+    /// How many items are run way by way.
+    pub(crate) timed: usize,
 }
 
 pub(crate) struct Item {
@@ -108,6 +112,8 @@ impl Task {
             every: 1,
             whole: 10, // 16 + 8 + 4 tokens
             key: None,
+            noise: &[0.1, 0.2],
+            timed: items,
         })
     }
 
@@ -188,6 +194,8 @@ impl Task {
             every: 8,
             whole: 4, // 8 (16 + 8 + 4 + 2) + 32 tokens, of 64 each
             key: None,
+            noise: &[0.2],
+            timed: 8,
         })
     }
 }

@@ -51,8 +51,27 @@ pub enum Extract {
 }
 
 impl Score {
-    /// The score of each stub among all that are still there.
-    pub(super) fn of(self, stubs: &[&Stub]) -> Vec<f64> {
+    /// The score of each stub among these, all that are still there.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// use hybrid_attention::generate::{Candidates, Score};
+    /// use hybrid_attention::{GenerationConfig, HybridModel};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let candidates = Candidates::samples(4).keep_all().score(Score::MeanLogprob);
+    /// let config = GenerationConfig::default().temperature(1.0).seed(1).max_tokens(3).candidates(candidates);
+    /// let answer = model.generate("The coin is in the jar.", &config)?;
+    /// // The same answers, judged by something else.
+    /// let stubs: Vec<_> = answer.candidates.iter().collect();
+    /// let sums = Score::SumLogprob.of(&stubs);
+    /// assert!(sums.iter().all(|sum| *sum <= 0.0));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn of(self, stubs: &[&Stub]) -> Vec<f64> {
         let each = |score: fn(&Stub) -> f64| stubs.iter().map(|stub| score(stub)).collect();
         match self {
             Self::MeanLogprob => each(Stub::mean_logprob),
@@ -69,8 +88,9 @@ impl Score {
         }
     }
 
-    /// What the score of a stub cannot rise above, where that is known.
-    pub(super) fn bound(self, stub: &Stub, max_tokens: usize) -> Option<f64> {
+    /// What the score of a stub cannot rise above in an answer of at most `max_tokens`, where that is known.
+    #[must_use]
+    pub fn bound(self, stub: &Stub, max_tokens: usize) -> Option<f64> {
         let most = max_tokens.max(1) as f64;
         match self {
             Self::SumLogprob => Some(stub.sum_logprob()),

@@ -185,8 +185,9 @@ impl Task {
             figure: "words in common with what follows",
             model: HybridModel::from_gguf(path, DType::BF16, &Device::Cpu)?,
             items,
-            // What thinks is the noise: weights that were not trained to think lose by passes.
-            thinking: Thinking::new(1).refine(Interpolate::new(0.0)),
+            // What thinks is the noise: weights that were not trained to think lose by passes, so that nothing of
+            // this one is taken, and it is as short as can be.
+            thinking: Thinking::new(1).span(0..1).refine(Interpolate::new(0.0)),
             thinks: false,
             extract: Extract::Words,
             temperature: 0.7,

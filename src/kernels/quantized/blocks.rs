@@ -284,7 +284,7 @@ impl QuantBlock for Iq4Nl {
 
     #[inline(always)]
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
-        simd.look_up(&NON_LINEAR, simd.nibbles(part(chunk[n].as_flattened(), 2)))
+        simd.look_up(&[NON_LINEAR; 2], simd.nibbles(part(chunk[n].as_flattened(), 2)))
     }
 
     #[inline(always)]
@@ -301,7 +301,7 @@ impl QuantBlock for Mxfp4 {
 
     #[inline(always)]
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
-        simd.look_up(&E2M1, simd.nibbles(part(&chunk[n], 1)))
+        simd.look_up(&[E2M1; 2], simd.nibbles(part(&chunk[n], 1)))
     }
 
     #[inline(always)]
@@ -320,7 +320,7 @@ impl QuantBlock for Iq4Xs {
 
     #[inline(always)]
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
-        simd.look_up(&NON_LINEAR, simd.nibbles(part(&chunk[0], 8 + 16 * n)))
+        simd.look_up(&[NON_LINEAR; 2], simd.nibbles(part(&chunk[0], 8 + 16 * n)))
     }
 
     #[inline(always)]

@@ -64,6 +64,13 @@ impl OnQuantSimd for Sum<'_> {
         let in_byte = usize::from(u8::MAX / self.most.max(1));
         let in_sixteen = usize::from(u16::MAX / u16::from(self.most.max(1)));
         let none = simd.load(&[0; 32]);
+        // Two columns at a time. Of each half of the rows, the first 16 bytes are sums of the columns at even places.
+        let add = |sums: &mut [_; 2], digits: &[[u8; 16]; 2], tables: &[DigitTable; 2]| {
+            let digits = simd.load(&pulp::cast(*digits));
+            for (sum, digits) in sums.iter_mut().zip([digits, simd.shift_down(digits, 4)]) {
+                *sum = simd.sum(*sum, simd.look_up(tables, simd.and(digits, 15)));
+            }
+        };
         let blocks = self.digits.chunks_exact(self.tables.len().max(1));
         for (block, sums) in blocks.zip(self.sums) {
             *sums = [0; DIGIT_ROWS];
@@ -72,21 +79,39 @@ impl OnQuantSimd for Sum<'_> {
                 let (digits, later_digits) = left.0.split_at((*columns).min(left.0.len()));
                 let (tables, later_tables) = left.1.split_at((*columns).min(left.1.len()));
                 left = (later_digits, later_tables);
-                for (digits, tables) in digits.chunks(in_sixteen).zip(tables.chunks(in_sixteen)) {
-                    let mut wide = [none; 2];
-                    for (digits, tables) in digits.chunks(in_byte).zip(tables.chunks(in_byte)) {
-                        let mut bytes = none;
-                        for (digits, table) in digits.iter().zip(tables) {
-                            let found = simd.look_up(table, simd.nibbles(digits));
-                            bytes = simd.sum(bytes, found);
+                let most = 2 * in_sixteen;
+                for (digits, tables) in digits.chunks(most).zip(tables.chunks(most)) {
+                    let mut wide = [[none; 2]; 2];
+                    let most = 2 * in_byte;
+                    for (digits, tables) in digits.chunks(most).zip(tables.chunks(most)) {
+                        let mut bytes = [none; 2];
+                        let (pairs, last_digits) = digits.as_chunks();
+                        let (pairs_of_tables, last_tables) = tables.as_chunks();
+                        for (digits, tables) in pairs.iter().zip(pairs_of_tables) {
+                            add(&mut bytes, digits, tables);
                         }
-                        wide = simd.sum_wide(wide, bytes);
+                        for (digits, table) in last_digits.iter().zip(last_tables) {
+                            add(&mut bytes, &[*digits, [0; 16]], &[*table, [0; 16]]);
+                        }
+                        for (wide, bytes) in wide.iter_mut().zip(bytes) {
+                            *wide = simd.sum_wide(*wide, bytes);
+                        }
                     }
-                    let [even, odd] = wide.map(|half| simd.sixteens(half));
-                    let pairs = sums.as_chunks_mut::<2>().0.iter_mut();
-                    for ([first, second], (even, odd)) in pairs.zip(even.iter().zip(&odd)) {
-                        *first += weight * u64::from(*even);
-                        *second += weight * u64::from(*odd);
+                    for (sums, wide) in sums.as_chunks_mut::<16>().0.iter_mut().zip(wide) {
+                        // (columns at even and odd places, every other row)
+                        let [even, odd]: [[[u16; 8]; 2]; 2] =
+                            wide.map(|half| pulp::cast(simd.sixteens(half)));
+                        for (at, [first, second]) in sums.as_chunks_mut().0.iter_mut().enumerate() {
+                            let both = |rows: [[u16; 8]; 2]| {
+                                rows.iter()
+                                    .filter_map(|it| it.get(at))
+                                    .copied()
+                                    .map(u64::from)
+                                    .sum::<u64>()
+                            };
+                            *first += weight * both(even);
+                            *second += weight * both(odd);
+                        }
                     }
                 }
             }

@@ -30,8 +30,9 @@ pub(in crate::kernels) trait QuantSimd: Copy {
     /// Adds the same to every byte, without a carry into the one above.
     fn add(self, bytes: Self::Bytes, byte: u8) -> Self::Bytes;
 
-    /// The numbers that bytes up to 15 choose out of a codebook.
-    fn look_up(self, codebook: &[i8; 16], bytes: Self::Bytes) -> Self::Bytes;
+    /// The numbers that bytes up to 15 choose out of codebooks: the first 16 out of the first, the others out of the
+    /// second.
+    fn look_up(self, codebooks: &[[i8; 16]; 2], bytes: Self::Bytes) -> Self::Bytes;
 
     /// A byte for each bit, with all of its bits set or none.
     fn bits(self, bits: [u8; 4]) -> Self::Bytes;
@@ -184,11 +185,13 @@ impl QuantSimd for Plain {
     }
 
     #[inline(always)]
-    fn look_up(self, codebook: &[i8; 16], bytes: [u64; 4]) -> [u64; 4] {
-        bytes.map(|eight| {
+    fn look_up(self, [first, second]: &[[i8; 16]; 2], bytes: [u64; 4]) -> [u64; 4] {
+        let choose = |codebook: &[i8; 16], eight: u64| {
             let chosen = eight.to_le_bytes().map(|byte| codebook[usize::from(byte & 15)] as u8);
             u64::from_le_bytes(chosen)
-        })
+        };
+        let [a, b, c, d] = bytes;
+        [choose(first, a), choose(first, b), choose(second, c), choose(second, d)]
     }
 
     #[inline(always)]
@@ -329,8 +332,8 @@ mod x86 {
             }
 
             #[inline(always)]
-            fn look_up(self, codebook: &[i8; 16], bytes: __m256i) -> __m256i {
-                self.avx2._mm256_shuffle_epi8(cast([*codebook; 2]), bytes)
+            fn look_up(self, codebooks: &[[i8; 16]; 2], bytes: __m256i) -> __m256i {
+                self.avx2._mm256_shuffle_epi8(cast(*codebooks), bytes)
             }
 
             #[inline(always)]

@@ -22,6 +22,9 @@ const HOPS: usize = LONGEST;
 /// Tokens of a passage that are the prompt, and of those that follow.
 const HALF: usize = 64;
 
+/// Questions among which the others of the file are passed over.
+const QUESTIONS: usize = 240;
+
 /// Passages that are asked for at most; a key is fitted to the others.
 const PASSAGES: usize = 200;
 
@@ -129,8 +132,8 @@ impl Task {
             let prompt = Prompt::chat(&[Message::user(text)]);
             all.push(Item { prompt, right: Right::Is(Extract::LastNumber, right) });
         }
-        // Some from everywhere: they are in the order of their kinds.
-        let step = (all.len() / items.max(1)).max(1);
+        // Some from everywhere, as they are in the order of their kinds, and the same ones however many are asked for.
+        let step = (all.len() / QUESTIONS).max(1);
         let all: Vec<Item> = all.into_iter().step_by(step).take(items).collect();
         Ok(Self {
             name: "questions",

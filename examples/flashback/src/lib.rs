@@ -15,8 +15,11 @@
 //!
 //! The test split has names of its own and, for the facts, pairings of opener and verb that the
 //! training split never uses.
+//!
+//! A suite beside it asks about stories whose words a [`Glossary`] explains.
 
 mod conversations;
+mod glossary;
 mod names;
 mod vocabulary;
 
@@ -24,6 +27,7 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 
 pub use conversations::{ASKED, Asked, CONVERSATIONS, CORRECTED, Conversations, TOLD, Told};
+pub use glossary::{Called, Entry, Glossary, TALE_FACTS, TEST_WORDS, Tale, Word};
 use names::{Names, PEOPLE, THINGS};
 pub use vocabulary::{END, UNKNOWN, Vocabulary};
 
@@ -115,6 +119,16 @@ impl Split {
         let held_out = (opener + verb).is_multiple_of(4);
         held_out == (self == Self::Test)
     }
+
+    /// Draws an opener and a verb.
+    fn wording(self, rng: &mut impl Rng) -> (usize, usize) {
+        loop {
+            let (opener, verb) = (rng.random_range(0..5), rng.random_range(0..6));
+            if self.has(opener, verb) {
+                return (opener, verb);
+            }
+        }
+    }
 }
 
 /// One sentence: `from` is in, or handed everything to, `to`.
@@ -196,12 +210,7 @@ impl Story {
             let (chain, rest) = names.split_at(length + 1);
             names = rest;
             for (index, link) in chain.windows(2).enumerate() {
-                let (opener, verb) = loop {
-                    let pair = (rng.random_range(0..5), rng.random_range(0..6));
-                    if plan.split.has(pair.0, pair.1) {
-                        break pair;
-                    }
-                };
+                let (opener, verb) = plan.split.wording(rng);
                 facts.push(Fact { from: link[0], to: link[1], opener, verb });
                 questions.push(Question {
                     name: link[0],

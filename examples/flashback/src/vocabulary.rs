@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use crate::glossary::{COMMA, HERE, MEANS, syllables};
 use crate::{CONTAINMENT, HAND_OVER, name};
 
 /// Stands for a piece of text that no story has.
@@ -17,7 +18,7 @@ pub struct Vocabulary {
     pieces: Vec<String>,
     ids: HashMap<String, u32>,
     /// The tokens that are names.
-    names: Range<u32>,
+    names: Vec<Range<u32>>,
 }
 
 impl Default for Vocabulary {
@@ -37,12 +38,26 @@ impl Default for Vocabulary {
             pieces.extend(wording.verbs.iter().map(ToString::to_string));
             pieces.extend([format!(".\n{before}"), after.to_string()]);
         }
-        let ids = pieces.iter().cloned().zip(0..).collect();
-        Self { pieces, ids, names }
+        Self::new(pieces, vec![names])
     }
 }
 
 impl Vocabulary {
+    fn new(pieces: Vec<String>, names: Vec<Range<u32>>) -> Self {
+        let ids = pieces.iter().cloned().zip(0..).collect();
+        Self { pieces, ids, names }
+    }
+
+    /// With the tokens of the glossary suite: syllables are names, too.
+    pub fn of_glossary() -> Self {
+        let Self { mut pieces, mut names, .. } = Self::default();
+        pieces.extend([HERE, MEANS, COMMA].map(str::to_string));
+        let first = pieces.len() as u32;
+        pieces.extend(syllables());
+        names.push(first..pieces.len() as u32);
+        Self::new(pieces, names)
+    }
+
     /// What each token spells, in their order.
     pub fn pieces(&self) -> &[String] {
         &self.pieces
@@ -60,6 +75,6 @@ impl Vocabulary {
 
     /// Whether a token is a name.
     pub fn is_name(&self, id: u32) -> bool {
-        self.names.contains(&id)
+        self.names.iter().any(|names| names.contains(&id))
     }
 }

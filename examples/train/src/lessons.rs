@@ -120,14 +120,22 @@ impl Lessons {
     /// Records the share of right answers in a batch, and moves on to the next lesson when this one is
     /// learned, or its time is up.
     pub(crate) fn mark(&mut self, most_passes: usize, passes: usize, right: f64, done: f64) {
-        let lesson = &LESSONS[self.now];
         // Without passes little can be done about long chains: a lesson with passes counts only those
         // batches.
-        if passes > 0 || most_passes.min(lesson.passes) == 0 {
-            self.right += 0.03 * (right - self.right);
+        if passes > 0 || most_passes.min(LESSONS[self.now].passes) == 0 {
+            self.note(right);
         }
-        let last = self.now + 1 == LESSONS.len();
-        if !last && (self.right >= LEARNED || done >= lesson.ends) {
+        self.move_on(&LESSONS.map(|lesson| lesson.ends), done);
+    }
+
+    pub(crate) fn note(&mut self, right: f64) {
+        self.right += 0.03 * (right - self.right);
+    }
+
+    /// Takes the next of some lessons, each of which ends at a share of the run at the latest.
+    pub(crate) fn move_on(&mut self, ends: &[f64], done: f64) {
+        let last = self.now + 1 == ends.len();
+        if !last && (self.right >= LEARNED || done >= ends[self.now]) {
             *self = Self { now: self.now + 1, right: 0.5 };
         }
     }

@@ -10,6 +10,7 @@ mod adamw;
 mod base;
 mod curve;
 mod flashback;
+mod glossary;
 mod lessons;
 mod names;
 mod options;

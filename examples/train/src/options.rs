@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 
 use crate::base::Base;
-use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Settings};
+use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Settings, Suite};
 use crate::text::Text;
 
 /// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
@@ -20,6 +20,10 @@ pub struct Options {
     /// The method, or a control
     #[arg(long, value_enum, default_value_t = Arm::BothWays)]
     arm: Arm,
+
+    /// What to learn without --text
+    #[arg(long, value_enum, default_value_t, conflicts_with = "text")]
+    suite: Suite,
 
     /// A checkpoint to train: a folder with safetensors, or a .gguf file [default: a new small model]
     #[arg(long, value_name = "PATH")]
@@ -82,7 +86,7 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     save_every: Option<u64>,
 
-    /// Stories for each length of chain in the examination at the end
+    /// Stories in the examination at the end, for each length of chain if there are chains
     #[arg(long, default_value_t = 300, value_name = "N", conflicts_with = "text")]
     pub(crate) stories: usize,
 
@@ -126,6 +130,7 @@ impl Options {
             gradient_passes: self.gradient_passes.unwrap_or(MOST_PASSES.max(self.passes)),
             model: base.map(|base| name(&base.path)),
             adapter: self.rank.map(low_rank),
+            suite: self.suite,
             text: text.map(of_text),
         }
     }

@@ -39,6 +39,24 @@ impl Arm {
     }
 }
 
+/// What a model is taught where there is no text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Suite {
+    /// Facts in the wrong order
+    #[default]
+    Flashback,
+    /// Facts in words that a glossary explains
+    Glossary,
+}
+
+impl Suite {
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// Passes on the flashback suite are drawn from 0 to this many.
 pub(crate) const MOST_PASSES: usize = 4;
 
@@ -66,7 +84,9 @@ pub(crate) struct Settings {
     /// What is trained of it; without any, all weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) adapter: Option<LowRank>,
-    /// What it learns; without any, the flashback suite.
+    #[serde(default, skip_serializing_if = "Suite::is_default")]
+    pub(crate) suite: Suite,
+    /// What it learns; without any, the suite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) text: Option<OfText>,
 }

@@ -1,4 +1,4 @@
-//! The tokenizer of the flashback suite, as in its `tokenizer.json`.
+//! The tokenizer of a suite, as in its `tokenizer.json`.
 
 use flashback_suite::{END, UNKNOWN, Vocabulary};
 use tokenizers::decoders::fuse::Fuse;
@@ -11,9 +11,16 @@ pub(crate) fn tokenizer(vocabulary: &Vocabulary) -> tokenizers::Result<Tokenizer
     let pieces = || vocabulary.pieces().iter().zip(0..);
     let ids = pieces().map(|(piece, id)| (piece.clone(), id)).collect();
     let model = WordLevel::builder().vocab(ids).unk_token(UNKNOWN.to_string()).build()?;
-    let names = pieces().filter(|(_, id)| vocabulary.is_name(*id));
-    let names: Vec<&str> = names.map(|(piece, _)| piece.trim_start()).collect();
-    let name = SplitPattern::Regex(format!(" (?:{})\\b", names.join("|")));
+    let names = pieces().filter(|(_, id)| vocabulary.is_name(*id)).map(|(piece, _)| piece.as_str());
+    // Most follow a blank, and what ends an invented word a hyphen.
+    let after = |before: char| names.clone().filter_map(move |piece| piece.strip_prefix(before));
+    let alternatives = |before| after(before).collect::<Vec<_>>().join("|");
+    let (blank, hyphen) = (alternatives(' '), alternatives('-'));
+    let mut pattern = format!(" (?:{blank})\\b");
+    if !hyphen.is_empty() {
+        pattern += &format!("|-(?:{hyphen})\\b");
+    }
+    let name = SplitPattern::Regex(pattern);
     let mut tokenizer = Tokenizer::new(model);
     let cut = Split::new(name, SplitDelimiterBehavior::Isolated, false)?;
     tokenizer.with_pre_tokenizer(Some(cut));

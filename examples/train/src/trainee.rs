@@ -32,8 +32,8 @@ pub(crate) struct Trainee {
 
 /// What is trained, and so what the run leaves at the end.
 enum Kind {
-    /// A new small model for the flashback suite.
-    New,
+    /// A new small model for a suite with this vocabulary.
+    New(Vocabulary),
     /// All weights of the checkpoint in this folder.
     Whole(PathBuf),
     /// A low-rank adapter, and where it is active.
@@ -51,8 +51,8 @@ const FIRST_GATE: f32 = -3.0;
 const GATE_LR: f64 = 0.01;
 
 impl Trainee {
-    /// A small new model for the flashback suite.
-    pub(crate) fn for_flashback(settings: &Settings, vocabulary: &Vocabulary) -> Result<Self> {
+    /// A small new model for a suite.
+    pub(crate) fn new(settings: &Settings, vocabulary: &Vocabulary) -> Result<Self> {
         let (a, b) = settings.span;
         let layers = match settings.arm {
             Arm::Deep => b + MOST_PASSES * (b - a) + 1,
@@ -79,7 +79,13 @@ impl Trainee {
             vars.push((name, Var::from_vec(values, shape, &Device::Cpu)?));
         }
         let names = Some(Embeddings::new(vocabulary, config.hidden_size, &mut rng));
-        Ok(Self { config, vars, frozen: HashMap::new(), names, kind: Kind::New })
+        Ok(Self {
+            config,
+            vars,
+            frozen: HashMap::new(),
+            names,
+            kind: Kind::New(vocabulary.clone()),
+        })
     }
 
     /// A checkpoint, or an adapter on it. With a vocabulary, it is trained on the flashback suite.
@@ -145,7 +151,7 @@ impl Trainee {
     pub(crate) fn optimizer(&self, settings: &Settings) -> Result<AdamW> {
         let optimizer = AdamW::new(&self.vars, 0.98, 0.01)?;
         Ok(match self.kind {
-            Kind::New => optimizer,
+            Kind::New(_) => optimizer,
             Kind::Whole(_) | Kind::Adapter(..) => optimizer.with_rate(GATE, GATE_LR / settings.lr),
         })
     }
@@ -163,7 +169,7 @@ impl Trainee {
         let model = ThoughtModel::new(&self.config, &mut weights)?;
         Ok(match &self.kind {
             Kind::Adapter(adapter, scope) => model.adapted(adapter, *scope)?,
-            Kind::New | Kind::Whole(_) => model,
+            Kind::New(_) | Kind::Whole(_) => model,
         })
     }
 
@@ -176,12 +182,11 @@ impl Trainee {
     pub(crate) fn save(&self, folder: &Path, rng: &mut impl Rng) -> Result<()> {
         let weights = folder.join("model.safetensors");
         match &self.kind {
-            Kind::New => {
-                let vocabulary = Vocabulary::default();
-                let config = config_json(&vocabulary, self.config.num_hidden_layers);
+            Kind::New(vocabulary) => {
+                let config = config_json(vocabulary, self.config.num_hidden_layers);
                 std::fs::write(folder.join("config.json"), config)?;
                 candle_core::safetensors::save(&self.weights(DType::BF16, rng)?, weights)?;
-                let tokenizer = tokenizer(&vocabulary).map_err(|error| error.to_string())?;
+                let tokenizer = tokenizer(vocabulary).map_err(|error| error.to_string())?;
                 let path = folder.join("tokenizer.json");
                 tokenizer.save(path, true).map_err(|error| error.to_string())?;
             }

@@ -10,10 +10,11 @@ use hybrid_attention::thought::ThoughtModel;
 
 use crate::base::Base;
 use crate::flashback::{self, Flashback};
+use crate::glossary::OfGlossary;
 use crate::options::Options;
 use crate::record::{Run, Saved};
 use crate::score::read;
-use crate::settings::Settings;
+use crate::settings::{Arm, Settings, Suite};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::text::Text;
@@ -44,8 +45,23 @@ pub fn train(options: &Options) -> Result<()> {
             let (vocabulary, stories) = (Vocabulary::default(), options.stories);
             let settings = options.settings(base.as_ref(), None);
             settings.check(base.as_ref().map(|base| base.config.num_hidden_layers))?;
+            if settings.suite == Suite::Glossary {
+                if base.is_some() || settings.arm != Arm::NoPasses {
+                    return Err(
+                        "--suite glossary: for a new model without passes, --arm no-passes".into(),
+                    );
+                }
+                let vocabulary = Vocabulary::of_glossary();
+                let trainee = Trainee::new(&settings, &vocabulary)?;
+                return teach(
+                    options,
+                    &settings,
+                    &OfGlossary { vocabulary, tales: stories },
+                    &trainee,
+                );
+            }
             let trainee = match base {
-                None => Trainee::for_flashback(&settings, &vocabulary)?,
+                None => Trainee::new(&settings, &vocabulary)?,
                 Some(base) => {
                     flashback::check_base(&base, &vocabulary)?;
                     Trainee::on(base, &settings, Some(&vocabulary))?

@@ -281,6 +281,9 @@ mod tests {
                         ids.iter().map(|id| vocabulary.pieces()[*id as usize].as_str()).collect()
                     };
                     assert_eq!(spelled(&told), tale.text(called, &all));
+                    let names = told.iter().filter(|id| vocabulary.is_name(**id)).count();
+                    let own = if called == Called::Words { 3 } else { 2 };
+                    assert_eq!(names, 3 * all.len() + own * TALE_FACTS);
                     assert!(told.iter().chain(&asked).all(|id| *id != 0) && answer != 0);
                     // What is asked about is told once, and followed by the answer.
                     let names = &asked[1..asked.len() - 1];

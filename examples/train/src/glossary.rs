@@ -35,13 +35,41 @@ const fn defined(definitions: usize) -> Telling {
     Telling { told: Called::Words, asked: Called::Names, definitions }
 }
 
-/// What is told in each lesson, as often as it stands here, and the share of the run by which it ends at the latest.
-const LESSONS: [(&[Telling], f64); 4] = [
-    (&[BY_NAMES], 0.2),
-    (&[BY_NAMES, BY_WORDS], 0.3),
-    (&[BY_NAMES, BY_WORDS, defined(TALE_FACTS), defined(TALE_FACTS)], 0.6),
-    (&[BY_NAMES, BY_WORDS, defined(2 * TALE_FACTS), defined(2 * TALE_FACTS)], 1.0),
-];
+/// Of the facts, and of definitions, only what they are about, or sentences.
+#[derive(Clone, Copy, PartialEq)]
+enum Wording {
+    /// Names and words alone: the binding of neighbours is learned first.
+    Terse,
+    /// Terse or full, at random.
+    Both,
+    Full,
+}
+
+struct Lesson {
+    /// As often as each stands here.
+    tellings: &'static [Telling],
+    wording: Wording,
+    /// The share of the run by which it ends at the latest.
+    ends: f64,
+}
+
+/// What is taught, one after the other.
+const LESSONS: [Lesson; 6] = {
+    const fn lesson(tellings: &'static [Telling], wording: Wording, ends: f64) -> Lesson {
+        Lesson { tellings, wording, ends }
+    }
+    const DEFINED: &[Telling] = &[BY_NAMES, BY_WORDS, defined(TALE_FACTS), defined(TALE_FACTS)];
+    const AMONG: &[Telling] =
+        &[BY_NAMES, BY_WORDS, defined(2 * TALE_FACTS), defined(2 * TALE_FACTS)];
+    [
+        lesson(&[BY_NAMES], Wording::Terse, 0.2),
+        lesson(&[BY_NAMES, BY_WORDS], Wording::Terse, 0.35),
+        lesson(DEFINED, Wording::Terse, 0.6),
+        lesson(DEFINED, Wording::Both, 0.7),
+        lesson(DEFINED, Wording::Full, 0.8),
+        lesson(AMONG, Wording::Full, 1.0),
+    ]
+};
 
 /// Words of the glossary of the examination.
 const WORDS: usize = 10;
@@ -76,8 +104,13 @@ impl Task for OfGlossary {
     const STEPS_PER_POINT: usize = 50;
 
     fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
-        let (tellings, _) = LESSONS[at.now()];
+        let Lesson { tellings, wording, .. } = &LESSONS[at.now()];
         let telling = tellings[rng.random_range(0..tellings.len())];
+        let terse = match wording {
+            Wording::Terse => true,
+            Wording::Both => rng.random(),
+            Wording::Full => false,
+        };
         let definitions = match telling.definitions {
             0 => 0,
             most => rng.random_range(TALE_FACTS..=most),
@@ -87,11 +120,14 @@ impl Task for OfGlossary {
             // What a word meant in one tale says nothing of the next.
             let glossary = Glossary::draw(Split::Train, definitions.max(WORDS), rng);
             let tale = Tale::draw(&glossary, rng);
-            ids.extend(self.told(&tale, &glossary, telling.told, definitions, rng));
+            let told = self.told(&tale, &glossary, telling.told, definitions, rng);
+            ids.extend(told.filter(|id| !terse || self.vocabulary.is_name(*id)));
             let mut facts: Vec<usize> = (0..TALE_FACTS).collect();
             facts.shuffle(rng);
             for fact in facts {
-                ids.extend(tale.ask_ids(fact, telling.asked, &self.vocabulary));
+                let mut asked = tale.ask_ids(fact, telling.asked, &self.vocabulary);
+                asked.truncate(asked.len() - usize::from(terse));
+                ids.extend(asked);
                 answers.push((ids.len() as u32 - 1, tale.answer_id(fact, &self.vocabulary)));
             }
         }
@@ -101,7 +137,7 @@ impl Task for OfGlossary {
 
     fn mark(&self, _: &Settings, at: &mut Lessons, _: usize, right: f64, done: f64) {
         at.note(right);
-        at.move_on(&LESSONS.map(|(_, ends)| ends), done);
+        at.move_on(&LESSONS.map(|lesson| lesson.ends), done);
     }
 
     fn status(&self, at: &Lessons, _: f32) -> String {
@@ -140,12 +176,12 @@ impl OfGlossary {
         called: Called,
         definitions: usize,
         rng: &mut impl Rng,
-    ) -> Vec<u32> {
+    ) -> impl Iterator<Item = u32> {
         let definitions = match definitions {
             0 => Vec::new(),
             count => tale.definitions(glossary, count, rng),
         };
-        tale.ids(called, &definitions, &self.vocabulary)
+        tale.ids(called, &definitions, &self.vocabulary).into_iter()
     }
 
     /// For each tale of the examination, whether what it is asked by name is answered right.

@@ -123,8 +123,9 @@ impl DictionaryConfig {
     /// # Errors
     /// [`Error::Parameter`] for no layers, a template without its two places, no tokens, or another type.
     pub fn validate(&self) -> Result<()> {
-        if self.layers.is_empty() {
-            return Err(Error::parameter("layers", "at least one", "none"));
+        if self.layers.is_empty() || !self.layers.is_sorted_by(|a, b| a < b) {
+            let got = format!("{:?}", self.layers);
+            return Err(Error::parameter("layers", "at least one, ascending", got));
         }
         self.parts()?;
         if self.max_tokens == Some(0) {

@@ -70,8 +70,8 @@ fn an_entry_knows_no_other() -> Result {
     let model = model("byte_level", 1)?;
     for (config, longest) in [
         (layers(), 5),
-        (layers().sight(Sight::Causal).pooling(Pooling::LastToken).pooled(Pooled::Entry), 5),
-        (layers().pooling(Pooling::WeightedMean).pooled(Pooled::Entry).dtype(DType::BF16), 5),
+        (layers().sight(Sight::Causal).pooling(Pooling::LastToken), 5),
+        (layers().pooling(Pooling::WeightedMean).pooled(Pooled::Headword).dtype(DType::BF16), 5),
         (layers().template("{headword}{definition}").max_tokens(9), 5),
     ] {
         // Enough of them for several passes.

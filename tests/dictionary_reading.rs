@@ -468,6 +468,30 @@ fn thoughts_are_handed_off_alike_with_and_without_a_cache() -> Result {
     Ok(())
 }
 
+/// What does not think is left out of a pass, and leaves the others their tokens.
+#[test]
+fn a_pass_without_its_tail_looks_up_the_same() -> Result {
+    let base = model(KEPT[0], 16)?;
+    let dictionary = dictionary(&base)?;
+    let reading = base.with_dictionary(&dictionary, &trained(&dictionary)?, AdapterScope::Both)?;
+    let texts = [ids(TEXT)?, ids(OTHER)?, ids(TEXT)?];
+    let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
+    let mut batch = Batch::ragged(&lengths)?;
+    for (sequence, segments) in [vec![1..4, 6..12], vec![], vec![0..8]].iter().enumerate() {
+        batch = batch.with_context(sequence, segments)?;
+    }
+    let text = EncodedBatch::new(reading.transformer(), &texts.concat(), batch)?;
+    let thinking = Thinking::new(1).refine(Interpolate::new(1.0));
+    let mind = thinking.on(reading.thought_model())?;
+    let first = text.embeddings().clone();
+    let got = mind.think(&text, first.clone(), |_, _| ())?.z;
+    let whole = mind.think_once(&first, text.batch())?;
+    for row in text.batch().segments().flatten() {
+        assert_close(&row.to_string(), &got.narrow(0, row, 1)?, &whole.narrow(0, row, 1)?, 2e-5)?;
+    }
+    Ok(())
+}
+
 /// Thought passes look up where the scope says so, and what is read causally where it says that.
 #[test]
 fn a_scope_says_where_it_is_read() -> Result {
@@ -608,6 +632,22 @@ fn what_does_not_fit_a_model_is_refused() -> Result {
     refused(of(&DictionaryConfig::layers([3])), "layers")?;
     refused(adapter.clone().with_generic(1, &tiny::noise(1, &[32], 1.0)?), "layer")?;
     refused(adapter.with_generic(0, &tiny::noise(1, &[31], 1.0)?), "generic")
+}
+
+/// Another engine would decode without what the decoder looks up.
+#[test]
+fn thoughts_are_no_prompt_for_another_engine_where_decoding_looks_up() -> Result {
+    let base = model(KEPT[0], 17)?;
+    let dictionary = dictionary(&base)?;
+    for (scope, decodes) in SCOPES.into_iter().zip([false, true, true]) {
+        let reading = base.with_dictionary(&dictionary, &trained(&dictionary)?, scope)?;
+        let thoughts = reading.think(TEXT, &generation(&Thinking::new(1)))?;
+        match decodes {
+            true => refused(thoughts.prompt_embeddings(), "without a dictionary")?,
+            false => assert_identical("z", &thoughts.prompt_embeddings()?, &thoughts.z)?,
+        }
+    }
+    Ok(())
 }
 
 /// What a memory keeps of texts would be taken for what another dictionary makes of them.

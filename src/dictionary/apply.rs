@@ -12,12 +12,9 @@ use super::compile::reader;
 use crate::adapter::AdapterScope;
 use crate::error::{Error, Result};
 use crate::hybrid::HybridModel;
+use crate::kernels::FEW_ROWS;
 use crate::model::{Linear, Seen, SideProjection, SideSignal, SideSource, Transformer};
 use crate::thought::ThoughtModel;
-
-/// Products of as few rows as this round differently from those of more. With more, a row does not depend on how many
-/// entries are looked up beside its own.
-const FEW_ROWS: usize = 16;
 
 impl HybridModel {
     /// A model of the same weights that looks the words of its texts up in a dictionary, where `scope` says: see
@@ -141,7 +138,8 @@ impl SideSource for Beside {
 }
 
 impl Beside {
-    /// The vectors of rows of no entry, and of some entries.
+    /// The vectors of rows of no entry, and of some entries. Few rows would round differently from many: so there are
+    /// never as few, and a row does not show how many entries are looked up beside its own.
     fn vectors(&self, entries: &[u32], read: &Read) -> Result<Tensor> {
         let rows = entries.len().max(FEW_ROWS);
         let mut values = Vec::with_capacity(rows * self.hidden);

@@ -11,16 +11,13 @@ use super::file::{About, Head, Word};
 use super::forms::{Forms, borders};
 use crate::error::{Error, Result};
 use crate::hybrid::HybridModel;
+use crate::kernels::FEW_ROWS;
 use crate::model::{Batch, ForwardContext, Pass, Sight, Site, Tap, Transformer};
 use crate::statistics::Fingerprint;
 use crate::tokenizer::Tokenizer;
 
 /// Tokens that run side by side.
 const BATCH_TOKENS: usize = 1024;
-
-/// Fewer rows than these round differently from more: so no pass has as few, and an entry does not show what ran
-/// beside it.
-const LEAST_ROWS: usize = 17;
 
 /// Makes the vectors of a dictionary.
 pub(super) struct Compiler<'a> {
@@ -115,10 +112,11 @@ impl<'a> Compiler<'a> {
         vectors.into_iter().enumerate().map(entry).collect()
     }
 
-    /// The vectors of some entries, those of all layers one after the other.
+    /// The vectors of some entries, those of all layers one after the other. Few rows would round differently from many:
+    /// so no pass has as few, and an entry does not show what ran beside it.
     fn run(&self, readings: &[Reading]) -> Result<Vec<Vec<f32>>> {
         let own: usize = readings.iter().map(|it| it.ids.len()).sum();
-        let times = LEAST_ROWS.div_ceil(own.max(1));
+        let times = (FEW_ROWS + 1).div_ceil(own.max(1));
         let all = || (0..times).flat_map(|_| readings);
         let lengths: Vec<usize> = all().map(|it| it.ids.len()).collect();
         let ids: Vec<u32> = all().flat_map(|it| it.ids.iter().copied()).collect();

@@ -18,7 +18,7 @@ const DEFINITION: &str = "{definition}";
 /// use hybrid_attention::Pooling;
 /// use hybrid_attention::dictionary::{DictionaryConfig, Pooled};
 ///
-/// let config = DictionaryConfig::layers(3..9).pooled(Pooled::Entry).pooling(Pooling::LastToken);
+/// let config = DictionaryConfig::layers(3..9).pooled(Pooled::Headword).pooling(Pooling::LastToken);
 /// config.validate()?;
 /// # Ok::<_, hybrid_attention::Error>(())
 /// ```
@@ -41,11 +41,11 @@ pub struct DictionaryConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pooled {
-    /// Those of the headword, which see the definition where an entry is read in both directions.
-    #[default]
-    Headword,
     /// All of them from the headword on.
+    #[default]
     Entry,
+    /// Those of the headword, which see the definition where an entry is read in both directions.
+    Headword,
 }
 
 fn f32_type() -> DType {
@@ -70,7 +70,7 @@ impl DictionaryConfig {
         }
     }
 
-    /// Which tokens of an entry are pooled. Default [`Pooled::Headword`].
+    /// Which tokens of an entry are pooled. Default [`Pooled::Entry`].
     #[must_use]
     pub fn pooled(mut self, pooled: Pooled) -> Self {
         self.pooled = pooled;
@@ -84,9 +84,15 @@ impl DictionaryConfig {
         self
     }
 
-    /// Whether the tokens of an entry see what comes after them. Read so, an entry is read by the model's
+    /// Whether the tokens of an entry see what comes after them. In both directions an entry is read by the model's
     /// [thinker](crate::thought::ThoughtModel::thinker), and causally by its
     /// [decoder](crate::thought::ThoughtModel::decoder). Default [`Sight::Bidirectional`].
+    ///
+    /// A model that was never trained to see what comes next is better read causally, with
+    /// [`Pooling::WeightedMean`]. Of 40 invented words that mean 20 things in two wordings each, the vectors that
+    /// SmolLM2-135M makes (layers 2 to 29, every fourth, less their mean) are nearest to that of the other wording for
+    /// 65 to 85 % of them when it reads so, for 25 to 50 % in both directions, and for 5 to 17 % where of these only the
+    /// headword's tokens are pooled; by chance it would be 3 %.
     #[must_use]
     pub fn sight(mut self, sight: Sight) -> Self {
         self.sight = sight;

@@ -14,6 +14,45 @@ use crate::error::{Error, Result};
 ///
 /// What it says of a row may depend on the tokens that the row [sees](Seen::sees) and on nothing else. Then cached
 /// decoding is full recomputation, and a sequence is the same whatever runs beside it.
+///
+/// ```
+/// # use std::collections::BTreeMap;
+/// # use std::ops::Range;
+/// # use std::sync::Arc;
+/// # use candle_core::{Device, Tensor};
+/// use hybrid_attention::model::{Batch, Linear, Pass, Seen, SideProjection, SideSignal, SideSource};
+/// # use hybrid_attention::{HybridModel, Result};
+///
+/// /// How often each token has occurred.
+/// #[derive(Debug)]
+/// struct Counts;
+///
+/// impl SideSource for Counts {
+///     fn signal(&self, texts: &[Seen<'_>], _: Range<usize>) -> Result<SideSignal> {
+///         let of = |(ids, at): (&[u32], usize)| {
+///             let (seen, own) = (ids.get(..=at).unwrap_or(&[]), ids.get(at));
+///             seen.iter().filter(|id| Some(*id) == own).count() as f32
+///         };
+///         let counts = texts.iter().flat_map(|text| text.rows().map(|at| of((text.ids(), at))));
+///         let counts: Vec<f32> = counts.collect();
+///         let rows = counts.len();
+///         Ok(SideSignal::new().layer(1, Tensor::from_vec(counts, (rows, 1), &Device::Cpu)?))
+///     }
+/// }
+/// # fn main() -> Result<()> {
+/// let model = HybridModel::tiny(&Device::Cpu)?;
+/// let column = || Linear::dense(&Tensor::full(0.1f32, (384, 1), &Device::Cpu)?);
+/// let columns = BTreeMap::from([(1, SideProjection { gate: column()?, up: column()? })]);
+/// let counting = model.transformer().with_side_source(Arc::new(Counts), columns)?;
+///
+/// let ids = [11, 150, 11];
+/// let (xs, batch) = (counting.embed_ids(&ids)?, Batch::one(3)?.with_ids(&ids)?);
+/// let h = counting.forward(&xs, 0..4, Pass::Causal(&batch))?; // (3, 128)
+/// assert!(counting.forward(&xs, 0..4, Pass::Causal(&Batch::one(3)?)).is_err()); // of which tokens?
+/// # let _ = h;
+/// # Ok(())
+/// # }
+/// ```
 pub trait SideSource: Debug + Send + Sync {
     /// The signal of these layers: in each of them, if any, a row for each row of all `texts`, one text after the
     /// other.

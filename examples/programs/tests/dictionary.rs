@@ -52,11 +52,11 @@ fn what_is_compiled_is_read_as_the_library_reads_it() -> Result {
     assert_eq!(dictionary.vector(1, 2)?, expected.vector(1, 2)?);
 
     let settings =
-        "--layers 0..2 --tokens entry --pooling last --causal --truncate 9 --bf16 --template";
+        "--layers 0..2 --tokens headword --pooling last --causal --truncate 9 --bf16 --template";
     let settings: Vec<&str> = settings.split(' ').chain(["{headword} {definition}"]).collect();
     let other = at("other.safetensors");
     succeed(&[&compile[..5], &[&other], &settings].concat())?;
-    let all = DictionaryConfig::layers(0..2).pooled(Pooled::Entry).pooling(Pooling::LastToken);
+    let all = DictionaryConfig::layers(0..2).pooled(Pooled::Headword).pooling(Pooling::LastToken);
     let all = all.sight(Sight::Causal).max_tokens(9).dtype(DType::BF16);
     let all = all.template("{headword} {definition}");
     assert_eq!(Dictionary::open(&other)?.config(), &all);

@@ -41,14 +41,15 @@ struct CompileOptions {
     layers: Option<Range<usize>>,
 
     /// Which tokens of an entry make its vector
-    #[arg(long, value_enum, default_value_t = Tokens::Headword)]
+    #[arg(long, value_enum, default_value_t = Tokens::Entry)]
     tokens: Tokens,
 
     /// How the vectors of these tokens become one
     #[arg(long, value_enum, default_value_t = Pool::Mean)]
     pooling: Pool,
 
-    /// Let tokens see only what comes before them
+    /// Let tokens see only what comes before them: better, with --pooling weighted-mean, for weights that were not
+    /// trained to see both ways
     #[arg(long)]
     causal: bool,
 
@@ -70,9 +71,9 @@ struct CompileOptions {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Tokens {
-    Headword,
     /// All from the headword on
     Entry,
+    Headword,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

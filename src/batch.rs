@@ -1,6 +1,7 @@
 //! Which tokens of a pass belong together, and which of those think.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -40,6 +41,15 @@ struct Sequence {
     first: usize,
     /// Context segments, counted from the first token: ascending, not overlapping, not empty.
     context: Vec<Range<usize>>,
+    ids: Option<Ids>,
+}
+
+/// The tokens of a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Ids {
+    /// Those before the pass, then those of its rows, and any that were cut off behind them.
+    all: Arc<[u32]>,
+    past: usize,
 }
 
 impl Batch {
@@ -126,6 +136,60 @@ impl Batch {
         }
         this.first = first;
         Ok(self)
+    }
+
+    /// The same sequences, with the token of each row, for what is looked up by tokens: see
+    /// [`Transformer::with_side_source`](crate::model::Transformer::with_side_source). Nothing else needs them.
+    ///
+    /// ```
+    /// use hybrid_attention::model::Batch;
+    ///
+    /// let batch = Batch::ragged(&[2, 1])?.with_ids(&[11, 150, 12])?.following(1, &[7, 8])?;
+    /// assert_eq!((batch.ids(0), batch.ids(1)), (Some(&[11, 150][..]), Some(&[12][..])));
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] when there is not one id for each token.
+    pub fn with_ids(mut self, ids: &[u32]) -> Result<Self> {
+        if ids.len() != self.tokens() {
+            let expected = format!("{} tokens, as in the batch", self.tokens());
+            return Err(Error::parameter("ids", expected, ids.len()));
+        }
+        for this in &mut self.sequences {
+            let all = ids.get(this.rows.clone()).unwrap_or(&[]).into();
+            this.ids = Some(Ids { all, past: 0 });
+        }
+        Ok(self)
+    }
+
+    /// The same sequences, one of which follows on all tokens of `past`, as a cache holds them. They are not rows of
+    /// the pass.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] when there is no such sequence, or it has no [ids](Self::with_ids) of its own.
+    pub fn following(mut self, sequence: usize, past: &[u32]) -> Result<Self> {
+        let this = self.sequence_mut(sequence)?;
+        let Some(ids) = &mut this.ids else {
+            return Err(Error::parameter("ids", "those of the batch's own tokens first", "none"));
+        };
+        let own = ids.all.get(ids.past..).unwrap_or(&[]);
+        *ids = Ids { all: [past, own].concat().into(), past: past.len() };
+        Ok(self)
+    }
+
+    /// The tokens of a sequence's rows, if the batch has them.
+    #[must_use]
+    pub fn ids(&self, sequence: usize) -> Option<&[u32]> {
+        let (all, past) = self.seen(sequence)?;
+        all.get(past..)
+    }
+
+    /// The tokens of a sequence from its beginning, and how many of them come before its rows.
+    pub(crate) fn seen(&self, sequence: usize) -> Option<(&[u32], usize)> {
+        let this = self.sequences.get(sequence)?;
+        let ids = this.ids.as_ref()?;
+        Some((ids.all.get(..ids.past + this.rows.len())?, ids.past))
     }
 
     fn sequence_mut(&mut self, sequence: usize) -> Result<&mut Sequence> {
@@ -264,7 +328,8 @@ impl Batch {
             let skipped = rows.start.saturating_sub(this.rows.start);
             let start = this.rows.start.max(rows.start) - rows.start;
             let end = this.rows.end.min(rows.end) - rows.start;
-            Sequence { rows: start..end, first: this.first + skipped, context: Vec::new() }
+            let ids = this.ids.clone().map(|ids| Ids { past: ids.past + skipped, ..ids });
+            Sequence { rows: start..end, first: this.first + skipped, context: Vec::new(), ids }
         });
         (Self { sequences: cut.collect() }, from..to)
     }
@@ -325,7 +390,7 @@ impl Sequence {
     fn whole(rows: Range<usize>) -> Self {
         let whole = 0..rows.len();
         let context = if whole.is_empty() { Vec::new() } else { std::iter::once(whole).collect() };
-        Self { rows, first: 0, context }
+        Self { rows, first: 0, context, ids: None }
     }
 }
 

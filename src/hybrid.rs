@@ -357,6 +357,11 @@ impl HybridModel {
         Ok(Self { source: Arc::new(source) })
     }
 
+    /// The same with another model of the same checkpoint, whose keys and values differ.
+    pub(crate) fn with_thought_model(&self, model: ThoughtModel) -> Result<Self> {
+        Ok(Self { source: Arc::new(self.source.with_model(model)?) })
+    }
+
     /// The same model with caches that keep keys and values as `dtype`, both those of its conversations
     /// and those of single answers. Default: the type of the residual stream, `F32` on the CPU; there,
     /// `BF16` and `F16` need half the memory, and rounding changes the output slightly. See

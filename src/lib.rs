@@ -5,6 +5,7 @@ mod apart;
 mod batch;
 mod cancel;
 mod config;
+pub mod dictionary;
 mod embed;
 mod error;
 pub mod evaluate;

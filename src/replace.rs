@@ -24,6 +24,11 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
     })
 }
 
+/// Gives a file that was written and synced under another name its own.
+pub(crate) fn finish(part: &Path, path: &Path) -> Result<()> {
+    fs::rename(part, path).map_err(Error::io(path))
+}
+
 /// Makes a file whole, unless there is one, which stays as it is.
 pub(crate) fn create(path: &Path, content: &[u8]) -> Result<()> {
     if path.try_exists().map_err(Error::io(path))? {

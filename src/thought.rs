@@ -59,7 +59,7 @@ use self::readout::CausalReadout;
 use self::watch::Watch;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::{Batch, ForwardContext, Pass, Transformer, flat};
+use crate::model::{Batch, ForwardContext, Pass, Sight, Transformer, flat};
 use crate::refine::{Seq, Step, Thinks};
 
 pub use self::document::Document;
@@ -88,12 +88,17 @@ impl EncodedBatch {
     /// # Errors
     /// [`Error::TokenOutOfRange`]; [`Error::Parameter`] when there is not one id for each token.
     pub fn new(transformer: &Transformer, ids: &[u32], batch: Batch) -> Result<Self> {
-        if ids.len() != batch.tokens() {
-            let expected = format!("{} tokens, as in the batch", batch.tokens());
-            return Err(Error::parameter("ids", expected, ids.len()));
-        }
-        let embeddings = transformer.embed_ids(ids)?;
+        let (batch, embeddings) = (batch.with_ids(ids)?, transformer.embed_ids(ids)?);
         Ok(Self { ids: ids.to_vec(), batch, embeddings })
+    }
+
+    /// The same text, where a sequence follows on tokens that its cache holds: [`Batch::following`].
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] when there is no such sequence.
+    pub fn following(mut self, sequence: usize, past: &[u32]) -> Result<Self> {
+        self.batch = self.batch.following(sequence, past)?;
+        Ok(self)
     }
 
     /// The tokens, sequence after sequence.
@@ -102,7 +107,7 @@ impl EncodedBatch {
         &self.ids
     }
 
-    /// Where each sequence begins and which of its tokens think together.
+    /// Where each sequence begins, which of its tokens think together, and which these are.
     #[must_use]
     pub fn batch(&self) -> &Batch {
         &self.batch
@@ -189,7 +194,10 @@ impl ThoughtLoop {
         }
         match self.span.start {
             0 => Ok(text.embeddings.clone()),
-            a => self.model.decoder().forward(&text.embeddings, 0..a, self.cancellable(pass)),
+            a => {
+                let context = self.cancellable(self.over(text, pass));
+                self.model.decoder().forward(&text.embeddings, 0..a, context)
+            }
         }
     }
 
@@ -301,6 +309,17 @@ impl ThoughtLoop {
     /// What the first pass made of them, as an anchor for later passes.
     fn constant(&self, h: &Tensor) -> Tensor {
         if self.without_gradient() == 0 { h.clone() } else { h.detach() }
+    }
+
+    /// `pass`, with the tokens of the text where the decoder looks something up by them.
+    fn over<'a>(&self, text: &'a EncodedBatch, pass: Pass<'a>) -> Pass<'a> {
+        match pass {
+            Pass::Cached(cache) if self.model.decoder().has_side_source() => {
+                let caches = std::iter::once(cache).collect();
+                Pass::Remembered { batch: &text.batch, sight: Sight::Causal, caches }
+            }
+            pass => pass,
+        }
     }
 
     fn cancellable<'a>(&'a self, pass: Pass<'a>) -> ForwardContext<'a> {

@@ -191,17 +191,17 @@ impl Vectors {
         let lengths: Vec<usize> = texts.iter().map(|(_, it)| it.ids.len()).collect();
         let left_out: Vec<usize> = texts.iter().map(|(_, it)| it.left_out).collect();
         let ids: Vec<u32> = texts.iter().flat_map(|(_, it)| it.ids.iter().copied()).collect();
-        let batch = Batch::ragged(&lengths)?;
-        let text = EncodedBatch::new(transformer, &ids, batch.clone())?;
+        let text = EncodedBatch::new(transformer, &ids, Batch::ragged(&lengths)?)?;
+        let batch = text.batch();
 
-        let z = mind.encode(&text, Pass::Causal(&batch))?;
+        let z = mind.encode(&text, Pass::Causal(batch))?;
         let thoughts = mind.think(&text, z, |_, _| ())?;
         let pass = match caches {
-            None => Pass::uncached(&batch, self.sight),
-            Some(caches) => Pass::Remembered { batch: &batch, sight: self.sight, caches },
+            None => Pass::uncached(batch, self.sight),
+            Some(caches) => Pass::Remembered { batch, sight: self.sight, caches },
         };
         let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
-        let vectors = self.pooling.pool_after(&h.to_dtype(DType::F32)?, &batch, &left_out)?;
+        let vectors = self.pooling.pool_after(&h.to_dtype(DType::F32)?, batch, &left_out)?;
         let vectors = if self.normalize { unit_length(&vectors)? } else { vectors };
 
         let named = texts.iter().map(|(index, _)| *index).zip(vectors.to_vec2::<f32>()?);

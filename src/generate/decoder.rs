@@ -1,6 +1,7 @@
 //! The model's side of an answer: read the prompt, think about it, continue token by token. All of it
 //! uses the public verbs of [`ThoughtLoop`] and [`Transformer`].
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
@@ -13,7 +14,7 @@ use super::sampler::LogProbs;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::likelihood;
-use crate::model::{Batch, CHUNK, ForwardContext, Pass, Transformer};
+use crate::model::{Batch, CHUNK, ForwardContext, Pass, Sight, Transformer};
 use crate::thought::{EncodedBatch, Entry, ThoughtLoop, Trace};
 
 /// A text that is being read and written, and what must be kept of it to think about it again.
@@ -127,6 +128,7 @@ impl Decoder {
                 }
                 other => other,
             })?;
+        let text = text.following(0, ids.get(..held).unwrap_or(&[]))?;
         let first = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         if self.thinks_again() {
             self.first = vec![first.clone()];
@@ -159,7 +161,8 @@ impl Decoder {
         for from in (0..new.len()).step_by(CHUNK) {
             let length = CHUNK.min(new.len() - from);
             let xs = xs.narrow(0, from, length)?;
-            let h = self.forward(&xs, layers.clone(), conversation)?;
+            let ids = new.get(from..from + length).unwrap_or(&[]);
+            let h = self.forward(&xs, ids, layers.clone(), conversation)?;
             scores.add(self.transformer(), &h)?;
             match self.fits_output() {
                 true => hidden.push(h),
@@ -190,7 +193,7 @@ impl Decoder {
             let between = ids.get(held..place.start).unwrap_or(&[]);
             if !between.is_empty() {
                 let xs = transformer.embed_ids(between)?;
-                self.forward(&xs, transformer.all_layers(), conversation)?;
+                self.forward(&xs, between, transformer.all_layers(), conversation)?;
             }
             transformer.place(document.kept(), tokens.clone(), &mut conversation.cache)?;
             (held, kept) = (place.end, kept + place.len());
@@ -208,23 +211,25 @@ impl Decoder {
     ) -> Result<Vec<f32>> {
         if !self.thinks_again() {
             let xs = self.transformer().embed_ids(&[id])?;
-            let h = self.forward(&xs, self.transformer().all_layers(), conversation)?;
+            let h = self.forward(&xs, &[id], self.transformer().all_layers(), conversation)?;
             self.took(id, conversation);
             return self.logits(&h);
         }
         let text = EncodedBatch::new(self.transformer(), &[id], Batch::one(1)?)?;
+        let text = text.following(0, &self.ran())?;
         let xs = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         self.first.push(xs.clone());
         self.new.push(id);
         if self.new.len() < self.mind.thinking().rethinks_every() {
             let layers = self.mind.span().start..self.transformer().all_layers().end;
-            return self.logits(&self.forward(&xs, layers, conversation)?);
+            return self.logits(&self.forward(&xs, &[id], layers, conversation)?);
         }
         self.think_again(conversation, traces, seconds)
     }
 
     /// Records a generated token that has run.
-    pub(super) fn took(&self, id: u32, conversation: &mut Conversation) {
+    pub(super) fn took(&mut self, id: u32, conversation: &mut Conversation) {
+        self.new.push(id);
         if self.reads_plainly() {
             conversation.ids.push(id);
         }
@@ -249,20 +254,38 @@ impl Decoder {
 
         let cache = &mut conversation.cache;
         let Entry { xs, layers } = self.mind.enter_again(&text, &thoughts, cache, changed)?;
-        let h = self.forward(&xs, layers, conversation)?;
+        let from = self.text.ids.len().saturating_sub(xs.dim(0)?);
+        let ids = self.text.ids.get(from..).unwrap_or(&[]);
+        let h = self.forward(&xs, ids, layers, conversation)?;
         traces.push(thoughts.trace);
         self.fit_output(&h)?;
         self.logits(&h)
     }
 
+    /// All tokens that have run, from the beginning of the text.
+    pub(super) fn ran(&self) -> Vec<u32> {
+        [self.text.ids.as_slice(), &self.new].concat()
+    }
+
+    /// Runs the tokens `ids`, whose stream is `xs`, behind what the cache holds in these layers.
     fn forward(
         &self,
         xs: &Tensor,
-        layers: std::ops::Range<usize>,
+        ids: &[u32],
+        layers: Range<usize>,
         conversation: &mut Conversation,
     ) -> Result<Tensor> {
-        let pass = ForwardContext::from(Pass::Cached(&mut conversation.cache));
-        self.transformer().forward(xs, layers, pass.cancel(&self.cancel))
+        let (transformer, cache) = (self.transformer(), &mut conversation.cache);
+        if !transformer.has_side_source() {
+            let pass = ForwardContext::from(Pass::Cached(cache));
+            return transformer.forward(xs, layers, pass.cancel(&self.cancel));
+        }
+        let (mut past, held) = (self.ran(), cache.position(&layers)?);
+        past.truncate(held);
+        let batch = Batch::one(ids.len())?.with_ids(ids)?.following(0, &past)?;
+        let caches = std::iter::once(cache).collect();
+        let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
+        transformer.forward(xs, layers, ForwardContext::from(pass).cancel(&self.cancel))
     }
 
     /// Fits the output nudge, if there is one, to the last layer's output, `(tokens, hidden)`.

@@ -41,7 +41,13 @@ impl Lane {
         }
         let start = Instant::now();
         let xs = transformer.embed_ids(&ids)?; // (lanes, hidden)
-        let batch = Batch::dense(ids.len(), 1)?;
+        let mut batch = Batch::dense(ids.len(), 1)?;
+        if transformer.has_side_source() {
+            batch = batch.with_ids(&ids)?;
+            for (sequence, lane) in lanes.iter().enumerate() {
+                batch = batch.following(sequence, &lane.decoder.ran())?;
+            }
+        }
         let caches = lanes.iter_mut().map(|lane| &mut lane.conversation.cache).collect();
         let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
         let context = ForwardContext::from(pass).cancel(cancel);

@@ -552,7 +552,7 @@ impl Mapped {
 pub(crate) fn map(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the mapping is read-only and outlives every slice of it, which borrow from it. What no program can
     // rule out is that another process writes to the file, or truncates it, meanwhile; the documentation of
-    // `Checkpoint` and of `Memory::keep` makes preventing that the caller's duty.
+    // `Checkpoint`, `Memory::keep` and `Dictionary::open` makes preventing that the caller's duty.
     unsafe { Mmap::map(file) }
 }
 

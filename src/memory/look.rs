@@ -72,7 +72,7 @@ fn pass(
     }
     let asked = taps.iter().map(|tap| tap.layers.end).max();
     let end = asked.filter(|_| !all_layers).unwrap_or(transformer.all_layers().end);
-    let batch = Batch::one(read.len())?;
+    let batch = Batch::one(read.len())?.with_ids(&read)?;
     let xs = transformer.embed_ids(&read)?;
     let mut taps = Together(taps);
     let context = ForwardContext::from(Pass::uncached(&batch, sight));

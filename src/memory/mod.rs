@@ -132,13 +132,22 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Store`] for a store that fails, whose vectors are another model's or were made another way, or
-    /// that for `None` does not say how they were made, because it was by a closure; what [`HybridModel::embed`]
+    /// that for `None` does not say how they were made, because it was by a closure; [`Error::Unsupported`] for a model
+    /// with a [dictionary](crate::dictionary); what [`HybridModel::embed`]
     /// and [`MainPoint::of`] say.
     pub fn over(
         store: impl Store + 'static,
         model: &HybridModel,
         embedding: impl Into<Option<Embedding>>,
     ) -> Result<Self> {
+        let thinks = model.thought_model();
+        if thinks.decoder().has_side_source() || thinks.thinker().has_side_source() {
+            // Its fixed text may hold no headword, and then would not tell dictionaries apart.
+            return Err(Error::unsupported(
+                "memory",
+                "of a model that looks words up in a dictionary",
+            ));
+        }
         let failed = |error: &dyn std::fmt::Display| Error::store(store.place(), error);
         let read = |text: &str| -> Result<Manifest> {
             let found: Manifest = serde_json::from_str(text).map_err(|error| failed(&error))?;

@@ -45,7 +45,12 @@ impl Block {
     pub(super) fn forward(&self, xs: &Tensor, cx: &mut BlockContext<'_, '_, '_>) -> Result<Tensor> {
         let xs = (xs + self.self_attn.forward(&self.input_layernorm.forward(xs)?, cx)?)?;
         cx.show(Site::AfterAttention, &xs)?;
-        &xs + self.feed_forward.forward(&self.post_attention_layernorm.forward(&xs)?, cx)?
+        &xs + self.feed_forward.forward(&self.feed_forward_input(&xs)?, cx)?
+    }
+
+    /// What the MLP or the experts read of the stream after attention, `(tokens, hidden)`.
+    pub(super) fn feed_forward_input(&self, xs: &Tensor) -> Result<Tensor> {
+        self.post_attention_layernorm.forward(xs)
     }
 
     /// All of its projections, by the names they have in a checkpoint: `self_attn.q_proj` and so on.

@@ -42,12 +42,14 @@ mod linear;
 mod mask;
 mod mlp;
 mod rope;
+mod side;
 mod stack;
 mod tap;
 mod weights;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -65,6 +67,7 @@ pub use self::linear::Linear;
 pub(crate) use self::linear::LowRank;
 pub use self::mask::{Mask, Sight};
 pub use self::mlp::SideProjection;
+pub use self::side::{Seen, SideSource};
 pub use self::stack::Stack;
 pub use self::tap::{Attended, Site, Tap};
 pub use self::weights::Weights;
@@ -339,6 +342,36 @@ impl Transformer {
         let mut variant = self.variant();
         variant.stack.set_side(layer, side)?;
         Ok(variant)
+    }
+
+    /// This transformer with something that it looks up by the tokens of each pass, and the columns that read it, by
+    /// layer. All other tensors are shared.
+    ///
+    /// Every pass through one of these layers then needs a batch with the [ids](Batch::with_ids) of its tokens, and of
+    /// those that a cache [holds before them](Batch::following); without them it is an error, never a pass without
+    /// the signal. A [`SideSignal`] that a caller brings has no place beside it.
+    ///
+    /// # Errors
+    /// As [`with_side`](Self::with_side); [`Error::Parameter`] for a second source.
+    pub fn with_side_source(
+        &self,
+        source: Arc<dyn SideSource>,
+        columns: BTreeMap<usize, SideProjection>,
+    ) -> Result<Self> {
+        let mut variant = self.variant();
+        variant.stack.attach(source, columns)?;
+        Ok(variant)
+    }
+
+    /// Whether it looks something up by the tokens of a pass, which has to have them.
+    #[must_use]
+    pub fn has_side_source(&self) -> bool {
+        self.stack.has_side_source()
+    }
+
+    /// What the feed-forward half of a layer reads of the stream after attention, which a tap shows: its norm.
+    pub(crate) fn feed_forward_input(&self, layer: usize, xs: &Tensor) -> Result<Tensor> {
+        self.stack.feed_forward_input(layer, xs)
     }
 
     /// The same tensors in a transformer of its own, to be changed: its keys and values will differ.

@@ -14,6 +14,7 @@ use super::linear::Linear;
 use super::mask::{Mask, Sight};
 use super::mlp::SideProjection;
 use super::rope::{Rope, Turn};
+use super::side::{Attached, SideSource};
 use super::tap::{Site, Tap};
 use super::weights::Weights;
 use crate::batch::{Batch, flat};
@@ -34,6 +35,7 @@ pub struct Stack {
     hidden_size: usize,
     window: Option<usize>,
     most_positions: usize,
+    side_source: Option<Attached>,
 }
 
 /// What the pieces of a pass have in common.
@@ -67,6 +69,7 @@ impl Stack {
             hidden_size: config.hidden_size,
             window: config.sliding_window,
             most_positions: config.max_position_embeddings,
+            side_source: None,
         })
     }
 
@@ -109,6 +112,17 @@ impl Stack {
         if layers.is_empty() {
             return Ok(xs.clone());
         }
+        let looked_up = match &self.side_source {
+            Some(attached) => attached.signal(&layers, &pass)?,
+            None => None,
+        };
+        let side = match (side, &looked_up) {
+            (Some(_), Some(_)) => {
+                let expected = "none where it is looked up by tokens";
+                return Err(Error::parameter("side signal", expected, "one of the caller's"));
+            }
+            (side, looked_up) => side.or(looked_up.as_ref()),
+        };
         if let Some(side) = side {
             for (layer, block) in layers.clone().zip(&self.blocks[layers.clone()]) {
                 match side.width(layer, tokens)? {
@@ -274,6 +288,37 @@ impl Stack {
         let layers = self.blocks.len();
         match self.blocks.get_mut(layer) {
             Some(block) => block.set_side(side),
+            None => Err(Error::parameter("layer", format!("less than {layers}"), layer)),
+        }
+    }
+
+    pub(super) fn attach(
+        &mut self,
+        source: Arc<dyn SideSource>,
+        columns: BTreeMap<usize, SideProjection>,
+    ) -> Result<()> {
+        if self.side_source.is_some() {
+            let expected = "one without any";
+            return Err(Error::parameter("transformer", expected, "one with a side source"));
+        }
+        let layers = columns.keys().copied().collect();
+        for (layer, side) in columns {
+            self.set_side(layer, Some(side))?;
+        }
+        self.side_source = Some(Attached { source, layers });
+        Ok(())
+    }
+
+    pub(super) fn has_side_source(&self) -> bool {
+        self.side_source.is_some()
+    }
+
+    /// The norm before the feed-forward half of a layer, over the stream after its attention.
+    pub(super) fn feed_forward_input(&self, layer: usize, xs: &Tensor) -> Result<Tensor> {
+        self.check_stream(xs)?;
+        let layers = self.blocks.len();
+        match self.blocks.get(layer) {
+            Some(block) => block.feed_forward_input(xs),
             None => Err(Error::parameter("layer", format!("less than {layers}"), layer)),
         }
     }

@@ -64,6 +64,9 @@ pub fn states(transformer: &Transformer, ids: &[u32], layer: usize) -> Result<Te
     let xs = transformer.embed_ids(ids)?;
     match layer {
         0 => Ok(xs),
-        _ => transformer.forward(&xs, 0..layer, Pass::Causal(&Batch::one(ids.len())?)),
+        _ => {
+            let batch = Batch::one(ids.len())?.with_ids(ids)?;
+            transformer.forward(&xs, 0..layer, Pass::Causal(&batch))
+        }
     }
 }

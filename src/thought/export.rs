@@ -22,6 +22,8 @@ pub struct Origin {
     thinking: Thinking,
     span: Range<usize>,
     config: Config,
+    /// Whether the decoder looks something up by tokens.
+    looks_up: bool,
 }
 
 impl Origin {
@@ -32,6 +34,7 @@ impl Origin {
             thinking: mind.thinking.clone(),
             span: mind.span(),
             config: mind.model.decoder().config().clone(),
+            looks_up: mind.model.decoder().has_side_source(),
         }
     }
 
@@ -65,6 +68,10 @@ impl Origin {
                 return not("rethink_every", "0", got);
             }
         }
+        if self.looks_up {
+            let got = "one with a dictionary, which embeddings do not bring".to_string();
+            return not("model", "one that decodes without a dictionary", got);
+        }
         if self.thinking.output_nudge.is_some() {
             return not("output_nudge", "none", "one, which is added before the head".to_string());
         }
@@ -92,11 +99,12 @@ impl Thoughts {
     /// That is so for thoughts of a span from layer 0 on that are handed off as [`HandOff::Refined`]. The rows of
     /// context are thoughts; those of plain tokens, and of the last token of the prompt, are still their embeddings.
     /// Without passes, all are. An [adapter](crate::Adapter) that the decoder has must be merged into the other
-    /// engine's weights; one for thinking alone has done its work.
+    /// engine's weights; one for thinking alone has done its work. So has a [dictionary](crate::dictionary) that is for
+    /// thinking alone; with any other they are no prompt.
     ///
     /// # Errors
     /// [`Error::Parameter`], naming what makes them something else than a prompt: the span, the hand-off, thinking
-    /// again, a nudge of the output, several sequences, or thoughts that were put together by hand.
+    /// again, a nudge of the output, a dictionary, several sequences, or thoughts that were put together by hand.
     pub fn prompt_embeddings(&self) -> Result<Tensor> {
         self.origin()?.check()?;
         Ok(flat(&self.z)?.detach().to_dtype(DType::F32)?)

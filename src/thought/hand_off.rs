@@ -40,7 +40,7 @@ impl ThoughtLoop {
             true => self.model.thinker(),
             false => self.model.decoder(),
         };
-        reader.forward(&xs, layers, self.cancellable(pass))
+        reader.forward(&xs, layers, self.cancellable(self.over(text, pass)))
     }
 
     /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: returns the stream
@@ -203,7 +203,10 @@ impl ThoughtLoop {
                         cache.extend(layer, &handed.0, &handed.1)?;
                         pieces.push(own); // replaced below, whatever it holds
                     } else {
-                        let pass = self.cancellable(Pass::Cached(cache));
+                        let (batch, _) = batch.piece(&(of_stream..of_stream + run.len()));
+                        let (sight, caches) = (Sight::Causal, vec![&mut **cache]);
+                        let pass = Pass::Remembered { batch: &batch, sight, caches };
+                        let pass = self.cancellable(pass);
                         pieces.push(decoder.forward(&own, layer..layer + 1, pass)?);
                     }
                 }

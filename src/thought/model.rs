@@ -179,7 +179,8 @@ impl ThoughtModel {
         Ok(Self { thought_gate: gate.or_else(|| self.thought_gate.clone()), ..changed })
     }
 
-    fn changed(
+    /// This model with `change` made to what decodes, to what thinks, or to both.
+    pub(crate) fn changed(
         &self,
         scope: AdapterScope,
         change: impl Fn(&Transformer) -> Result<Transformer>,

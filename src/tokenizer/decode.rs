@@ -91,7 +91,7 @@ impl Detokenizer {
         true
     }
 
-    fn append(&self, token: &str, bytes: &mut Vec<u8>) {
+    pub(super) fn append(&self, token: &str, bytes: &mut Vec<u8>) {
         if self.byte_level {
             let spelled: Option<Vec<u8>> = token.chars().map(byte_of).collect();
             // A token that was added to the vocabulary is spelled literally.

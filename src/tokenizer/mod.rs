@@ -277,6 +277,15 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The bytes that a token adds to a text in its middle; none for a control token.
+    pub(crate) fn bytes(&self, id: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(token) = self.token(id).filter(|_| !self.is_special(id)) {
+            self.detokenizer.append(&token, &mut bytes);
+        }
+        bytes
+    }
+
     /// Turns text into token ids. Special tokens spelled in `text` are parsed.
     ///
     /// With `add_special` the checkpoint's own rule decides what is added around the text, usually BOS

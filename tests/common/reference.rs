@@ -87,7 +87,7 @@ impl Reference {
         &self.weights[name]
     }
 
-    fn norm(&self, name: &str, x: &[f64]) -> Vec<f64> {
+    pub(crate) fn norm(&self, name: &str, x: &[f64]) -> Vec<f64> {
         let mean = dot(x, x) / x.len() as f64;
         let scale = 1.0 / (mean + self.config.rms_norm_eps).sqrt();
         x.iter().zip(&self.matrix(name)[0]).map(|(x, weight)| x * scale * weight).collect()

@@ -6,6 +6,7 @@
 //! ```
 
 mod chat;
+mod dictionary;
 mod embed;
 mod files;
 mod generate;
@@ -48,6 +49,8 @@ enum Command {
     Measure(measure::Options),
     /// Remember texts, find them by what they say, and answer by them
     Memory(memory::Options),
+    /// Read the entries of a dictionary once, for models that were trained to look words up in it
+    Dictionary(dictionary::Options),
 }
 
 fn main() -> ExitCode {
@@ -60,5 +63,6 @@ fn main() -> ExitCode {
         Command::Think(options) => think::run(options),
         Command::Measure(options) => measure::run(options),
         Command::Memory(options) => memory::run(options),
+        Command::Dictionary(options) => dictionary::run(options),
     })
 }

@@ -1,6 +1,7 @@
 //! Options that several subcommands have.
 
 mod candidates;
+mod dictionary;
 mod model;
 mod prompt;
 mod sampling;

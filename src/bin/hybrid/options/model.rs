@@ -11,6 +11,7 @@ use hybrid_attention::load::Checkpoint;
 use hybrid_attention::{Adapter, AdapterScope, HybridModel, WeightType};
 use indicatif::HumanBytes;
 
+use super::dictionary::DictionaryArgs;
 use crate::terminal::{self, Result};
 
 /// Which model, and where it runs.
@@ -52,6 +53,9 @@ pub(crate) struct ModelArgs {
     /// When the adapter is active
     #[arg(long, value_enum, default_value_t = AdapterFor::Both, requires = "adapter", hide_short_help = true)]
     pub(crate) adapter_for: AdapterFor,
+
+    #[command(flatten)]
+    dictionary: DictionaryArgs,
 }
 
 /// The note for a run without a checkpoint.
@@ -66,6 +70,16 @@ pub(crate) enum AdapterFor {
     /// Whenever text is read causally
     Decoding,
     Both,
+}
+
+impl From<AdapterFor> for AdapterScope {
+    fn from(scope: AdapterFor) -> Self {
+        match scope {
+            AdapterFor::Thinking => Self::Thinking,
+            AdapterFor::Decoding => Self::Decoding,
+            AdapterFor::Both => Self::Both,
+        }
+    }
 }
 
 /// A weight type on the command line.
@@ -162,6 +176,7 @@ impl ModelArgs {
         // Before the weights, which take longer.
         let adapter =
             self.adapter.as_ref().map(|path| Adapter::from_folder(path, &device)).transpose()?;
+        let dictionary = self.dictionary.open(&device)?;
         let mut model = match checkpoint {
             None => {
                 terminal::say(TOY);
@@ -180,12 +195,10 @@ impl ModelArgs {
             }
         };
         if let Some(adapter) = adapter {
-            let mind = match self.adapter_for {
-                AdapterFor::Thinking => AdapterScope::Thinking,
-                AdapterFor::Decoding => AdapterScope::Decoding,
-                AdapterFor::Both => AdapterScope::Both,
-            };
-            model = model.with_adapter(&adapter, mind)?;
+            model = model.with_adapter(&adapter, self.adapter_for.into())?;
+        }
+        if let Some(dictionary) = dictionary {
+            model = self.dictionary.apply(model, dictionary)?;
         }
         Ok((model, start.elapsed().as_secs_f64()))
     }

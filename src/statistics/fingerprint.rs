@@ -32,7 +32,11 @@ impl Fingerprint {
         self.0.len()
     }
 
-    pub(super) fn from_numbers(numbers: Vec<f32>) -> Self {
+    pub(crate) fn numbers(&self) -> &[f32] {
+        &self.0
+    }
+
+    pub(crate) fn from_numbers(numbers: Vec<f32>) -> Self {
         Self(numbers)
     }
 

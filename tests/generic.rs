@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 
 use candle_core::{DType, Device, Tensor};
+use hybrid_attention::memory::evaluate::{Generics, Passage, Row};
 use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::{Interpolate, OpConfig, Refine, Remove, Seq, Step, seq};
 use hybrid_attention::statistics::{Fingerprint, Generic, Subspace};
@@ -42,11 +43,10 @@ fn square(rows: &Tensor) -> Result<f64> {
     Ok(rows.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?)
 }
 
-fn refused<T>(result: Result<T, Error>, expected: &str) {
-    match result.err() {
-        Some(Error::Parameter { name, .. }) => assert_eq!(name, expected),
-        other => panic!("{expected}: {other:?}"),
-    }
+fn refused<T>(result: hybrid_attention::Result<T>, expected: &str) {
+    let error = result.err();
+    let is = matches!(&error, Some(Error::Parameter { name, .. }) if *name == expected);
+    assert!(is, "{expected}: {error:?}");
 }
 
 // ---- directions ----
@@ -158,9 +158,9 @@ fn subspaces_overlap_as_far_as_they_do() -> Result {
         let (one, other) =
             (Subspace::random(width, k, seed)?, Subspace::random(width, k, seed + 1000)?);
         assert_eq!((one.dimensions(), one.width()), (k, width));
-        one.overlap(&other)
+        Ok(one.overlap(&other)?)
     });
-    let overlaps = overlaps.collect::<Result<Vec<_>, _>>()?;
+    let overlaps = overlaps.collect::<Result<Vec<_>>>()?;
     let mean = overlaps.iter().sum::<f64>() / 64.0;
     assert!((mean - 0.25).abs() < 0.02, "{mean}");
     let rows = tiny::noise(1, &[400, width], 1.0)?;
@@ -442,7 +442,7 @@ fn it_comes_back_from_its_file_for_its_model_alone() -> Result {
     let variances = end - 4 * k;
     let mean = variances - 4 * HIDDEN;
     let directions = mean - 4 * HIDDEN - 4 * k * HIDDEN;
-    let changed = |at: usize, value: f32| -> Result<Result<(), Error>> {
+    let changed = |at: usize, value: f32| -> Result<hybrid_attention::Result<()>> {
         let mut bytes = whole.clone();
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         fs::write(&path, bytes)?;
@@ -475,5 +475,143 @@ fn it_comes_back_from_its_file_for_its_model_alone() -> Result {
     let none = folder.path().join("none");
     assert!(matches!(Generic::load(&none, &own), Err(Error::Io { .. })));
     assert!(matches!(generic.save(none.join("below")), Err(Error::Io { .. })));
+    Ok(())
+}
+
+// ---- what it is worth ----
+
+/// Texts of a few kinds, none like another.
+fn passages(model: &HybridModel, count: usize) -> Result<Vec<Passage>> {
+    let things = ["clock", "boat", "door", "baker", "harbour", "town", "lantern"];
+    let text = |at: usize| {
+        let word = |by: usize| things[(at * by + by) % things.len()];
+        format!(
+            "The {} of the {} stood by the {} in the rain; nobody knew why the {} was there.",
+            word(1),
+            word(2),
+            word(3),
+            word(5)
+        )
+    };
+    let cut = (0..count).filter_map(|at| Passage::cut(model, &text(at), 20).transpose());
+    let passages = cut.collect::<hybrid_attention::Result<Vec<_>>>()?;
+    assert_eq!(passages.len(), count);
+    Ok(passages)
+}
+
+/// Reciprocal ranks by cosines, and what is taken out of both sides.
+fn ranks(
+    model: &HybridModel,
+    passages: &[Passage],
+    layer: Option<usize>,
+    remove: &Remove,
+) -> Result<Vec<f64>> {
+    let config = layer.into_iter().fold(EmbedConfig::default(), EmbedConfig::layer);
+    let vectors = |part: fn(&Passage) -> &str| -> Result<Vec<Vec<f32>>> {
+        let texts: Vec<&str> = passages.iter().map(part).collect();
+        Ok(remove.apply(&model.embed(&texts, &config.clone().normalize(false))?)?.to_vec2()?)
+    };
+    let (stored, query) = (vectors(|it| &it.stored)?, vectors(|it| &it.query)?);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    let cosine = |a: &[f32], b: &[f32]| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+    let rank = |(own, query): (usize, &Vec<f32>)| {
+        let right = cosine(query, &stored[own]);
+        1.0 / stored.iter().filter(|it| cosine(query, it) >= right).count() as f64
+    };
+    Ok(query.iter().enumerate().map(rank).collect())
+}
+
+fn mrr(ranks: &[f64]) -> f64 {
+    ranks.iter().sum::<f64>() / ranks.len() as f64
+}
+
+#[test]
+fn what_it_is_worth_is_what_is_found_by_hand() -> Result {
+    let model = model(1)?;
+    let all = passages(&model, 21)?;
+    let (fit, choose, one, other) = (&all[..6], &all[6..11], &all[11..16], &all[16..]);
+    let layers = vec![Some(1), Some(3), None];
+    let generics = Generics { layers: layers.clone(), counts: vec![1, 3, 6], draws: 2 };
+    let count = std::cell::Cell::new(0);
+    let tested =
+        generics.run(&model, [fit, choose], &[one, other], || count.set(count.get() + 1))?;
+    assert_eq!((count.get(), tested.len()), (3 * 4, 2));
+    let own = Fingerprint::of(model.transformer())?;
+    let of = |passages: &[Passage], layer: Option<usize>| -> Result<(Tensor, Generic)> {
+        let texts: Vec<&str> = passages.iter().map(|it| it.stored.as_str()).collect();
+        let next = passages.iter().map(|it| it.query.as_str());
+        let texts: Vec<&str> = texts.into_iter().chain(next).collect();
+        let config = layer.into_iter().fold(EmbedConfig::default(), EmbedConfig::layer);
+        let vectors = model.embed(&texts, &config.normalize(false))?;
+        let generic = Generic::fit(&vectors, layer, own.clone())?;
+        Ok((vectors, generic))
+    };
+    let mut chosen = Vec::new();
+    for (index, layer) in layers.into_iter().enumerate() {
+        let (_, generic) = of(fit, layer)?;
+        let by_others = [1, 3, 6].map(|k| {
+            Ok::<_, Box<dyn std::error::Error>>((
+                k,
+                mrr(&ranks(&model, choose, layer, &generic.remove(k)?)?),
+            ))
+        });
+        let by_others = by_others.into_iter().collect::<Result<Vec<_>>>()?;
+        let best = by_others.iter().map(|(_, mrr)| *mrr).fold(0.0, f64::max);
+        for (passages, tested) in [one, other].into_iter().zip(&tested) {
+            let at = &tested.layers[index];
+            assert_eq!((at.layer, at.most), (layer, 6));
+            let of_k = by_others.iter().find(|(k, _)| *k == at.k).ok_or("another k")?;
+            assert!((of_k.1 - best).abs() < 1e-9, "{} is not the best of {by_others:?}", at.k);
+            chosen.push((at.chosen, best));
+
+            let drawn = [0, 1].map(|seed| -> Result<Vec<f64>> {
+                let drawn = Subspace::random(HIDDEN, at.k, seed)?;
+                ranks(&model, passages, layer, &generic.remove_others(&drawn)?)
+            });
+            let [first, second] = drawn;
+            let random: Vec<f64> = first?.iter().zip(second?).map(|(a, b)| (a + b) / 2.0).collect();
+            let remove = generic.remove(at.k)?;
+            let by_hand = [
+                (Generics::NOTHING, ranks(&model, passages, layer, &Remove::default())?),
+                (Generics::MEAN, ranks(&model, passages, layer, &generic.remove(0)?)?),
+                (
+                    Generics::DIRECTIONS,
+                    ranks(&model, passages, layer, &remove.clone().keep_mean())?,
+                ),
+                (Generics::BOTH, ranks(&model, passages, layer, &remove)?),
+                (Generics::RANDOM, random),
+            ];
+            assert_eq!(at.rows.len(), by_hand.len());
+            for (Row { name, reciprocal_ranks, .. }, (expected, ranks)) in
+                at.rows.iter().zip(by_hand)
+            {
+                assert_eq!((name.as_str(), reciprocal_ranks), (expected, &ranks), "{layer:?}");
+            }
+            let (vectors, own) = of(passages, layer)?;
+            let most = generic.subspace(6)?;
+            assert_eq!(at.explained, generic.explained(&vectors, &most)?);
+            let by_chance = generic.explained(&vectors, &Subspace::random(HIDDEN, 6, 0)?)?;
+            assert_eq!(at.by_chance, by_chance.directions);
+            assert_eq!(at.overlap, most.overlap(&own.subspace(6)?)?);
+            assert!(at.overlap > 0.0 && at.overlap < 1.0);
+        }
+    }
+    let best = chosen.iter().map(|(_, mrr)| *mrr).fold(0.0, f64::max);
+    assert_eq!(chosen.iter().filter(|(chosen, _)| *chosen).count(), 2, "one for each test");
+    assert!(chosen.iter().all(|(chosen, mrr)| !chosen || *mrr == best), "{chosen:?}");
+    assert_eq!(Generics::new(&model).layers, [Some(1), Some(2), Some(3), None]);
+
+    let run = |generics: &Generics, fit: &[Passage], tests: &[&[Passage]]| {
+        generics.run(&model, [fit, choose], tests, || ()).map(drop)
+    };
+    refused(run(&generics, &all[..1], &[one]), "passages");
+    refused(run(&generics, fit, &[one, &all[..1]]), "passages");
+    refused(run(&Generics { layers: Vec::new(), ..generics.clone() }, fit, &[one]), "layers");
+    refused(run(&Generics { layers: vec![Some(4)], ..generics.clone() }, fit, &[one]), "layer");
+    refused(run(&Generics { draws: 0, ..generics.clone() }, fit, &[one]), "draws");
+    for counts in [vec![], vec![0, 1]] {
+        refused(run(&Generics { counts, ..generics.clone() }, fit, &[one]), "counts");
+    }
+    refused(run(&Generics { counts: vec![12], ..generics }, fit, &[one]), "k");
     Ok(())
 }

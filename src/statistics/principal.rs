@@ -138,11 +138,11 @@ mod tests {
             a.iter().zip(b).map(|(a, b)| of_a * a + of_b * b).collect()
         };
         for repeated in [1, 4] {
-            let rows = [row(3.0, 0.0), row(0.0, -2.0)].repeat(repeated);
-            let found = principal(rows);
+            let rows = (0..repeated).flat_map(|_| [row(3.0, 0.0), row(0.0, -2.0)]);
+            let found = principal(rows.collect());
             assert_eq!(found.len(), 2);
             for (found, (direction, square)) in found.iter().zip([(a, 9.0), (b, 4.0)]) {
-                assert!((found.square - square * repeated as f64).abs() < 1e-12);
+                assert!((found.square - square * f64::from(repeated)).abs() < 1e-12);
                 assert!((dot(&found.direction, &direction).abs() - 1.0).abs() < 1e-12);
             }
         }

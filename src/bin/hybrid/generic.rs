@@ -88,14 +88,13 @@ struct Held {
 
 impl Held {
     fn of(vectors: &[Vec<f32>], layer: Option<usize>, fingerprint: &Fingerprint) -> Result<Self> {
-        let (mut seen, mut held) = (Vec::new(), Vec::new());
-        for (index, vector) in vectors.iter().enumerate() {
-            if index % FOLD == FOLD - 1 {
-                held.push(vector.clone())
-            } else {
-                seen.push(vector.clone())
-            }
-        }
+        let some = |held: bool| -> Vec<Vec<f32>> {
+            let all = vectors.iter().enumerate();
+            all.filter(|(at, _)| (at % FOLD == FOLD - 1) == held)
+                .map(|(_, it)| it.clone())
+                .collect()
+        };
+        let (seen, held) = (some(false), some(true));
         let (texts, count) = (seen.len(), held.len());
         let table = |rows: Vec<Vec<f32>>| Tensor::new(rows, &Device::Cpu);
         let generic = Generic::fit(&table(seen)?, layer, fingerprint.clone())?;

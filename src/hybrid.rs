@@ -605,7 +605,7 @@ impl HybridModel {
     /// ```
     ///
     /// # Errors
-    /// As [`embed`](Self::embed); [`Error::Parameter`] for embedding that thinks, and for a text that is longer than
+    /// As [`embed`](Self::embed); [`Error::Parameter`] for embedding that thinks or stops at a layer, and for a text that is longer than
     /// [`EmbedConfig::max_tokens`].
     pub fn embed_document(&self, text: &str, config: &EmbedConfig) -> Result<(Vec<f32>, Document)> {
         self.readable(text, config)?.read(self.cache_dtype())

@@ -11,6 +11,7 @@ mod error;
 pub mod evaluate;
 mod fingerprint;
 pub mod generate;
+mod generic;
 pub mod hub;
 mod hybrid;
 mod kernels;

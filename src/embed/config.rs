@@ -9,6 +9,7 @@ use crate::apart;
 use crate::error::{Error, Result};
 use crate::model::Sight;
 use crate::pooling::Pooling;
+use crate::refine::Remove;
 use crate::thought::Thinking;
 
 /// How [`HybridModel::embed`](crate::HybridModel::embed) turns a text into one vector.
@@ -32,6 +33,10 @@ pub struct EmbedConfig {
     pub(crate) batch_tokens: usize,
     pub(crate) instruction: Option<String>,
     pub(crate) max_tokens: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) remove: Option<Box<Remove>>,
 }
 
 impl Default for EmbedConfig {
@@ -44,6 +49,8 @@ impl Default for EmbedConfig {
             batch_tokens: Self::BATCH_TOKENS,
             instruction: None,
             max_tokens: None,
+            layer: None,
+            remove: None,
         }
     }
 }
@@ -62,7 +69,8 @@ impl EmbedConfig {
     /// What it asks for has a budget, as all of the file has, which is checked here: thinking that costs no more
     /// than [`Thinking::MOST_READS_FROM_FILE`], an instruction of at most
     /// [`MOST_INSTRUCTION_FROM_FILE`](Self::MOST_INSTRUCTION_FROM_FILE) bytes, and nothing said of
-    /// [`batch_tokens`](Self::batch_tokens), which is for the machine and not for the model.
+    /// [`batch_tokens`](Self::batch_tokens), which is for the machine and not for the model, nor of
+    /// [`layer`](Self::layer) and [`remove`](Self::remove), which could not be undone.
     ///
     /// ```
     /// use hybrid_attention::{EmbedConfig, Pooling, Sight};
@@ -91,9 +99,15 @@ impl EmbedConfig {
             Some(_) => return Err(malformed(&"embed: expected an object")),
         };
         own.validate()?;
-        if own.batch_tokens != Self::BATCH_TOKENS {
-            let expected = "nothing, as the default of a checkpoint";
-            return Err(Error::parameter("batch_tokens", expected, own.batch_tokens));
+        for (name, is_set) in [
+            ("batch_tokens", own.batch_tokens != Self::BATCH_TOKENS),
+            ("layer", own.layer.is_some()),
+            ("remove", own.remove.is_some()),
+        ] {
+            if is_set {
+                let expected = "nothing, as the default of a checkpoint";
+                return Err(Error::parameter(name, expected, "a value"));
+            }
         }
         let bytes = own.instruction.as_ref().map_or(0, String::len);
         if bytes > Self::MOST_INSTRUCTION_FROM_FILE {
@@ -117,7 +131,21 @@ impl EmbedConfig {
                 return Err(Error::parameter(name, "at least 1", 0));
             }
         }
+        self.reads_to()?;
         self.thinking.as_ref().map_or(Ok(()), Thinking::validate)
+    }
+
+    /// The layer whose entering states are pooled; `None` for what leaves the final norm.
+    pub(crate) fn reads_to(&self) -> Result<Option<usize>> {
+        let of = self.remove.as_deref().map(Remove::layer);
+        match (of, self.layer) {
+            (Some(of), Some(layer)) if of != self.layer => {
+                let of = of.map_or("what leaves the final norm".into(), |of| format!("layer {of}"));
+                let expected = format!("vectors of layer {layer} to remove something from");
+                Err(Error::parameter("remove", expected, of))
+            }
+            (of, layer) => Ok(layer.or(of.flatten())),
+        }
     }
 
     /// How the tokens' vectors become one. Default: as the checkpoint says, else [`Pooling::Mean`] where
@@ -190,6 +218,24 @@ impl EmbedConfig {
     #[must_use]
     pub fn max_tokens(mut self, max_tokens: usize) -> Self {
         self.max_tokens = Some(max_tokens);
+        self
+    }
+
+    /// Pools the states that enter this layer, `0` (embeddings) to as many layers as there are, and runs no layer
+    /// from there on: vectors of the residual stream itself, which has not passed the final norm. Not for embedding
+    /// that [thinks](Self::thinking). Default: what leaves the last layer, behind the final norm.
+    #[must_use]
+    pub fn layer(mut self, layer: usize) -> Self {
+        self.layer = Some(layer);
+        self
+    }
+
+    /// Takes what is generic out of the vectors, before they are scaled: a mean and directions that
+    /// [`Generic::remove`](crate::statistics::Generic::remove) found. They are then of the
+    /// [layer](Self::layer) that these are of. Default: nothing is taken out.
+    #[must_use]
+    pub fn remove(mut self, remove: Remove) -> Self {
+        self.remove = Some(Box::new(remove));
         self
     }
 }

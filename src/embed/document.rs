@@ -23,11 +23,15 @@ impl Readable {
     /// letters that they are.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for embedding that thinks, and for a text that it would cut; [`Error::Tokenizer`].
+    /// [`Error::Parameter`] for embedding that thinks or stops at a layer, and for a text that it would cut; [`Error::Tokenizer`].
     pub(crate) fn new(mut vectors: Vectors, tokenizer: &Tokenizer, text: &str) -> Result<Self> {
         if !vectors.mind.thinking().is_none() {
             let expected = "none where the pass that embeds is kept";
             return Err(Error::parameter("thinking of the embedding", expected, "passes"));
+        }
+        if let Some(layer) = vectors.layer {
+            let expected = "none where the pass that embeds is kept";
+            return Err(Error::parameter("layer", expected, layer));
         }
         let Some((_, tokens)) = vectors.waiting.pop_front() else { return Err(Error::EmptyPrompt) };
         if tokens.cut {

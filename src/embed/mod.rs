@@ -16,6 +16,8 @@ use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::{Batch, KvCache, Pass, Sight, Transformer};
 use crate::pooling::{Pooling, unit_length};
+use crate::refine::Remove;
+use crate::statistics::Fingerprint;
 use crate::thought::{EncodedBatch, Thinking, ThoughtLoop, ThoughtModel};
 use crate::tokenizer::Tokenizer;
 
@@ -79,6 +81,9 @@ pub struct Vectors {
     sight: Sight,
     pooling: Pooling,
     normalize: bool,
+    /// The layer whose entering states are pooled; of none, what leaves the final norm.
+    layer: Option<usize>,
+    remove: Remove,
     batch_tokens: usize,
     /// The longest first.
     waiting: VecDeque<(usize, Tokens)>,
@@ -116,7 +121,12 @@ impl Vectors {
             Sight::Causal => Pooling::WeightedMean,
             Sight::Bidirectional => Pooling::Mean,
         };
-        let thinking = config.thinking.as_ref().or(defaults.thinking.as_ref());
+        let none = Thinking::none();
+        let thinking = config.thinking.as_ref().or(defaults.thinking.as_ref()).unwrap_or(&none);
+        let layer = config.reads_to()?;
+        let remove = config.remove.as_deref().cloned().unwrap_or_default();
+        check_layer(model.decoder(), layer, thinking)?;
+        check_remove(model.decoder(), &remove)?;
         let reader = Reader {
             transformer: model.decoder(),
             tokenizer,
@@ -131,10 +141,12 @@ impl Vectors {
         let mut waiting = texts.iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
         waiting.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.ids.len()));
         Ok(Self {
-            mind: thinking.unwrap_or(&Thinking::none()).on(model)?,
+            mind: thinking.on(model)?,
             sight,
             pooling: config.pooling.or(defaults.pooling).unwrap_or(of_sight),
             normalize: config.normalize.or(defaults.normalize).unwrap_or(true),
+            layer,
+            remove,
             batch_tokens: config.batch_tokens,
             waiting: waiting.into(),
             ready: VecDeque::new(),
@@ -194,14 +206,20 @@ impl Vectors {
         let text = EncodedBatch::new(transformer, &ids, Batch::ragged(&lengths)?)?;
         let batch = text.batch();
 
-        let z = mind.encode(&text, Pass::Causal(batch))?;
-        let thoughts = mind.think(&text, z, |_, _| ())?;
         let pass = match caches {
             None => Pass::uncached(batch, self.sight),
             Some(caches) => Pass::Remembered { batch, sight: self.sight, caches },
         };
-        let h = transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?;
+        let h = match self.layer {
+            Some(layer) => mind.read(&text, layer, pass)?,
+            None => {
+                let z = mind.encode(&text, Pass::Causal(batch))?;
+                let thoughts = mind.think(&text, z, |_, _| ())?;
+                transformer.norm(&mind.hand_off(&text, &thoughts, pass)?)?
+            }
+        };
         let vectors = self.pooling.pool_after(&h.to_dtype(DType::F32)?, batch, &left_out)?;
+        let vectors = self.remove.apply(&vectors)?;
         let vectors = if self.normalize { unit_length(&vectors)? } else { vectors };
 
         let named = texts.iter().map(|(index, _)| *index).zip(vectors.to_vec2::<f32>()?);
@@ -242,6 +260,35 @@ impl Iterator for Vectors {
 }
 
 impl ExactSizeIterator for Vectors {}
+
+/// Refuses a layer that is not there, and one of a text that is thought about.
+fn check_layer(model: &Transformer, layer: Option<usize>, thinking: &Thinking) -> Result<()> {
+    let layers = model.all_layers().end;
+    match layer {
+        Some(layer) if layer > layers => {
+            Err(Error::parameter("layer", format!("0 to {layers}"), layer))
+        }
+        Some(layer) if !thinking.is_none() => {
+            Err(Error::parameter("layer", "none where embedding thinks", layer))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses what was found in another model.
+fn check_remove(model: &Transformer, remove: &Remove) -> Result<()> {
+    let hidden = model.config().hidden_size;
+    if let Some(width) = remove.width().filter(|width| *width != hidden) {
+        return Err(Error::parameter("remove", format!("rows of {hidden} numbers"), width));
+    }
+    match remove.fingerprint() {
+        Some(own) => {
+            let own = Fingerprint::from_numbers(own.to_vec());
+            Fingerprint::of(model)?.check("remove", &own)
+        }
+        None => Ok(()),
+    }
+}
 
 /// What turns texts into tokens.
 struct Reader<'a> {

@@ -198,7 +198,7 @@ impl Noise {
 }
 
 /// Two numbers of a normal distribution at a time (Box & Muller 1958).
-fn gaussian(two: &mut [f32], rng: &mut impl RngCore) {
+pub(crate) fn gaussian(two: &mut [f32], rng: &mut impl RngCore) {
     let length = (-2.0 * share(rng).ln()).sqrt();
     let angle = TAU * share(rng) - PI;
     for (one, value) in two.iter_mut().zip([angle.cos(), angle.sin()]) {

@@ -8,7 +8,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 
 use super::rows::Thinks;
 use super::{
-    CosineReweight, ForwardNudge, GradientNudge, Interpolate, Noise, Refine, Step, Substitute,
+    CosineReweight, ForwardNudge, GradientNudge, Interpolate, Noise, Refine, Remove, Step,
+    Substitute,
 };
 use crate::error::{Error, Result};
 
@@ -43,6 +44,8 @@ pub enum OpConfig {
     ForwardNudge(ForwardNudge),
     /// [`Noise`].
     Noise(Noise),
+    /// [`Remove`].
+    Remove(Remove),
     /// [`Substitute`].
     Substitute(Substitute),
 }
@@ -55,6 +58,7 @@ impl OpConfig {
             Self::GradientNudge(op) => Arc::new(op),
             Self::ForwardNudge(op) => Arc::new(op),
             Self::Noise(op) => Arc::new(op),
+            Self::Remove(op) => Arc::new(op),
             Self::Substitute(op) => Arc::new(op),
         }
     }
@@ -65,6 +69,7 @@ impl OpConfig {
             Self::CosineReweight(_)
             | Self::Interpolate(_)
             | Self::Noise(_)
+            | Self::Remove(_)
             | Self::Substitute(_) => 1,
             Self::GradientNudge(op) => op.reads(),
             Self::ForwardNudge(op) => op.reads(),

@@ -5,6 +5,7 @@
 //! summary       means, variances and deviations of pairs, as a text grows     Summary, Running
 //! distance      how far two summaries are from each other                     Distance
 //! key           ridge regression from an input's to an output's, and whether that says anything    Key
+//! generic       what many texts have in common: mean, directions, what these explain of others    Generic, Subspace
 //! transition    which state comes next: a matrix, or one made of the past     Transition
 //! ```
 //!
@@ -28,10 +29,14 @@
 
 mod distance;
 mod fingerprint;
+mod generic;
 mod held_out;
 mod key;
+mod principal;
 mod ridge;
+mod rows;
 mod solve;
+mod subspace;
 mod summary;
 mod transition;
 
@@ -42,8 +47,10 @@ use crate::model::{Batch, Pass, Transformer};
 
 pub use self::distance::Distance;
 pub use self::fingerprint::Fingerprint;
+pub use self::generic::{Explained, Generic};
 pub use self::key::{Example, Intended, Key, KeyConfig, Part};
 pub(crate) use self::solve::{Cholesky, dot};
+pub use self::subspace::Subspace;
 pub use self::summary::{Pairs, Running, Summary};
 pub use self::transition::{Figures, Transition, TransitionConfig};
 

@@ -1,13 +1,13 @@
 //! Which state comes next: from a matrix that holds for all texts, or from one made of what this text did before.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
+use super::rows::rows_of;
 use super::solve::{Cholesky, dot};
-use crate::batch::flat;
 use crate::error::{Error, Result};
 
 /// How a [`Transition`] is fitted.
@@ -261,26 +261,6 @@ impl Transition {
             gated: mean(&|step| if self.generates(&step.2) { step.1 } else { step.0 }),
             steps: steps.len(),
         }
-    }
-}
-
-/// Rows as numbers, at least so many and of this width.
-fn rows_of(rows: &Tensor, width: &mut Option<usize>, least: usize) -> Result<Vec<Vec<f32>>> {
-    let rows = flat(&rows.detach())?;
-    let (count, hidden) = rows
-        .dims2()
-        .map_err(|_| Error::parameter("rows", "(tokens, hidden)", format!("{:?}", rows.dims())))?;
-    let expected = *width.get_or_insert(hidden);
-    if hidden != expected {
-        return Err(Error::parameter("rows", format!("{expected} channels"), hidden));
-    }
-    if count < least {
-        return Err(Error::parameter("rows", format!("at least {least}"), count));
-    }
-    let rows = rows.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-    match rows.iter().position(|row| row.iter().any(|it| !it.is_finite())) {
-        Some(position) => Err(Error::NotFinite { what: "states", position }),
-        None => Ok(rows),
     }
 }
 

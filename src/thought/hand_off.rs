@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 
 use super::{EncodedBatch, HandOff, ThoughtLoop, Thoughts};
 use crate::error::{Error, Result};
-use crate::model::{Batch, KvCache, Pass, Sight, flat};
+use crate::model::{Batch, KvCache, Pass, Sight, Transformer, flat};
 
 /// Where the decoder continues: a stream that it reads causally, and the layers that have yet to run.
 #[derive(Clone, Debug)]
@@ -36,11 +36,25 @@ impl ThoughtLoop {
             Pass::Remembered { caches, .. } => self.enter(text, thoughts, Some(caches))?,
             Pass::Causal(_) | Pass::Bidirectional(_) => self.enter(text, thoughts, None)?,
         };
-        let reader = match pass.is_bidirectional() {
+        self.reader(&pass).forward(&xs, layers, self.cancellable(self.over(text, pass)))
+    }
+
+    /// The states that enter `layer` when a text is read and not thought about, `(tokens, hidden)`.
+    pub(crate) fn read(&self, text: &EncodedBatch, layer: usize, pass: Pass<'_>) -> Result<Tensor> {
+        match layer {
+            0 => Ok(text.embeddings.clone()),
+            _ => {
+                let context = self.cancellable(self.over(text, pass));
+                self.reader(&pass).forward(&text.embeddings, 0..layer, context)
+            }
+        }
+    }
+
+    fn reader(&self, pass: &Pass<'_>) -> &Transformer {
+        match pass.is_bidirectional() {
             true => self.model.thinker(),
             false => self.model.decoder(),
-        };
-        reader.forward(&xs, layers, self.cancellable(self.over(text, pass)))
+        }
     }
 
     /// The part of [`hand_off`](Self::hand_off) that needs the whole text at once: returns the stream

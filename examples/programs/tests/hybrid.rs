@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::Interpolate;
+use hybrid_attention::statistics::{Fingerprint, Generic, Subspace};
 use hybrid_attention::thought::{Detail, HandOff};
 use hybrid_attention::{
     Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking, WeightType,
@@ -78,6 +79,10 @@ fn help_lists_every_option() -> Result {
         "--cosine",
         "--out",
         "--batch-tokens",
+        "--layer",
+        "--generic",
+        "--remove",
+        "--keep-mean",
         "weighted-mean",
     ];
     let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
@@ -87,6 +92,7 @@ fn help_lists_every_option() -> Result {
         ("chat", [&shared[..], &sampling, &chat].concat()),
         ("embed", [&shared[..], &embed].concat()),
         ("inspect", [&shared[..], &prompt, &candidates, &inspect].concat()),
+        ("generic", [&model[..], &["--texts", "--out", "--json", "--layer", "--pooling"]].concat()),
         ("measure", [&model[..], &measure].concat()),
     ] {
         let help = help(name)?;
@@ -106,6 +112,7 @@ fn help_is_grouped_and_short_where_it_is_asked_to_be() -> Result {
         ("chat", vec!["Model:", "Chat:", "Thinking:", "Sampling:"]),
         ("embed", vec!["Model:", "Texts and vectors:", "Thinking:"]),
         ("inspect", vec!["Model:", "Prompt:", "Thinking:", "Candidates:", "Page:"]),
+        ("generic", vec!["Model:", "Texts and vectors:"]),
         ("measure", vec!["Model:", "Passages:"]),
     ] {
         let long = help(name)?;
@@ -816,6 +823,111 @@ fn embed_needs_texts_and_a_tokenizer() -> Result {
         fail("embed", without.path(), &["the cat"])?,
         "error: no tokenizer in this checkpoint: a text prompt needs one; hand in token ids instead\n"
     );
+    Ok(())
+}
+
+// ---- generic ----
+
+#[test]
+fn generic_writes_what_embed_takes_out() -> Result {
+    let folder = checkpoint(true)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let words = ["cat", "dog", "boat", "town", "rain"];
+    let texts: Vec<String> = (0..12)
+        .map(|at| {
+            format!("the {} sat on the {}, {at} of all", words[at % 5], words[(3 * at + 1) % 4])
+        })
+        .collect();
+    let (file, out) = (folder.path().join("texts.txt"), folder.path().join("generic.safetensors"));
+    fs::write(&file, texts.join("\n\n"))?;
+    let (file, at) = (format!("--texts={}", file.display()), format!("--out={}", out.display()));
+    let fingerprint = Fingerprint::of(model.transformer())?;
+    for layer in [None, Some(1)] {
+        let own = layer.map(|layer| format!("--layer={layer}"));
+        let own: Vec<&str> = own.iter().map(String::as_str).collect();
+        let (stdout, stderr) = succeed(
+            "generic",
+            folder.path(),
+            &[&[file.as_str(), &at, "--json"], &own[..]].concat(),
+            "",
+        )?;
+        assert_eq!(stderr, format!("[wrote {}]\n", out.display()));
+        let generic = Generic::load(&out, &fingerprint)?;
+        let right = Generic::of(&model, &texts, layer)?;
+        assert_eq!((generic.layer(), generic.texts(), generic.mean()), (layer, 12, right.mean()));
+        assert_eq!(generic, right);
+
+        // Every fifth is held out.
+        let config =
+            layer.into_iter().fold(EmbedConfig::default(), EmbedConfig::layer).normalize(false);
+        let some = |held: bool| -> Result<Tensor> {
+            let some = texts.iter().enumerate().filter(|(at, _)| (at % 5 == 4) == held);
+            Ok(model.embed(&some.map(|(_, text)| text).collect::<Vec<_>>(), &config)?)
+        };
+        let (seen, held) = (Generic::fit(&some(false)?, layer, fingerprint.clone())?, some(true)?);
+        let report: Value = serde_json::from_str(&stdout)?;
+        assert_eq!((&report["texts"], &report["held_out"]), (&10.into(), &2.into()));
+        let rows = report["rows"].as_array().ok_or("no rows")?;
+        assert_eq!(rows.len(), 4); // 1, 2, 4, 8 of 9
+        let (table, _) =
+            succeed("generic", folder.path(), &[&[file.as_str()], &own[..]].concat(), "")?;
+        for (row, k) in rows.iter().zip([1, 2, 4, 8]) {
+            let own = seen.explained(&held, &seen.subspace(k)?)?;
+            let width = generic.mean().len();
+            let chance = seen.explained(&held, &Subspace::random(width, k, 0)?)?;
+            let near = |got: &Value, right: f64| {
+                got.as_f64().is_some_and(|got| (got - right).abs() < 1e-5)
+            };
+            assert!(
+                near(&report["mean"], own.mean) && near(&row["variance"], own.directions),
+                "{row}"
+            );
+            assert!(near(&row["by_chance"], chance.directions), "{row}");
+            let [own, chance] = [own, chance].map(|it| 100.0 * it.directions);
+            assert!(table.contains(&format!("| {k} | {own:.1} | {chance:.1} |")), "{table}");
+        }
+
+        let from = format!("--generic={}", out.display());
+        let whole = EmbedConfig::default();
+        for (args, remove) in [
+            (vec![], generic.remove(0)?),
+            (vec!["--remove=2"], generic.remove(2)?),
+            (vec!["--remove=2", "--keep-mean"], generic.remove(2)?.keep_mean()),
+        ] {
+            let args = [vec!["--json", from.as_str(), "the cat", "a dog"], args].concat();
+            let (stdout, _) = succeed("embed", folder.path(), &args, "")?;
+            let expected = model.embed(&["the cat", "a dog"], &whole.clone().remove(remove))?;
+            let vectors = stdout
+                .lines()
+                .map(|line| Ok(serde_json::from_str::<Value>(line)?["vector"].take()));
+            let vectors = vectors.collect::<Result<Vec<Value>>>()?;
+            assert_eq!(Value::from(vectors), serde_json::to_value(expected.to_vec2::<f32>()?)?);
+        }
+        let stderr = fail("embed", folder.path(), &[&from, "--remove=12", "the cat"])?;
+        assert!(stderr.contains("parameter k: expected at most 11 directions, got 12"), "{stderr}");
+    }
+    let from = format!("--generic={}", out.display());
+    let stderr = fail("embed", folder.path(), &[&from, "--layer=2", "the cat"])?;
+    assert!(
+        stderr.contains("expected vectors of layer 2 to remove something from, got layer 1"),
+        "{stderr}"
+    );
+    let stderr = fail("embed", folder.path(), &["--remove=1", "the cat"])?;
+    assert!(stderr.contains("--generic"), "{stderr}");
+    let other = hybrid_attention_testing::checkpoint(0.5, true)?;
+    let stderr = fail("embed", other.path(), &[&from, "the cat"])?;
+    assert!(stderr.contains("parameter generic: expected one of this model"), "{stderr}");
+    fs::write(&out, &fs::read(&out)?[..100])?;
+    let stderr = fail("embed", folder.path(), &[&from, "the cat"])?;
+    assert!(stderr.contains("generic.safetensors: "), "{stderr}");
+    let few = folder.path().join("few.txt");
+    fs::write(&few, "the cat\n".repeat(9))?;
+    let stderr = fail("generic", folder.path(), &["--texts", few.to_str().ok_or("no text")?])?;
+    assert!(stderr.contains("few.txt: expected at least 10 texts, got 9"), "{stderr}");
+    let nowhere = folder.path().join("absent").join("out");
+    let stderr =
+        fail("generic", folder.path(), &[&file, "--out", nowhere.to_str().ok_or("no text")?])?;
+    assert!(stderr.contains("its folder does not exist"), "{stderr}");
     Ok(())
 }
 

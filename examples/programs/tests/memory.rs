@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use candle_core::Device;
 use hybrid_attention::memory::evaluate::{
-    Continuation, Conversations, Given, Held, Passage, Retrieval, Story,
+    Continuation, Conversations, Generics, Given, Held, Passage, Retrieval, Story,
 };
 use hybrid_attention::memory::{Embedded, Embedding, MainPoint, Memory, NoteId, Recall, Salience};
 use hybrid_attention::{GenerationConfig, HybridModel};
@@ -391,6 +391,91 @@ fn eval_of_continuations_prints_the_figures_of_the_library() -> Result {
         let right = (row.share.is_some() && row.name != "random").then(|| mean(row) - random);
         assert!(is(less(&reported["less_random"]), right), "{reported}");
     }
+    Ok(())
+}
+
+#[test]
+fn eval_of_generics_prints_the_figures_of_the_library() -> Result {
+    let folder = checkpoint(1.0, true)?;
+    let path = folder.path().to_str().ok_or("no text")?;
+    let model = load(folder.path())?;
+    let words = ["cat", "dog", "boat", "town", "door", "rain", "sun"];
+    let text = |at: usize| {
+        let word = |by: usize| words[(at * by + by) % words.len()];
+        format!(
+            "the {} sat on the {} about the {}, and the {} is in the {} on the sea",
+            word(1),
+            word(2),
+            word(3),
+            word(4),
+            word(5)
+        )
+    };
+    let write = |name: &str, texts: std::ops::Range<usize>| -> Result<(String, Vec<Passage>)> {
+        let texts: Vec<String> = texts.map(text).collect();
+        let file = folder.path().join(name);
+        fs::write(&file, texts.join("\n\n"))?;
+        let cut = texts.iter().filter_map(|text| Passage::cut(&model, text, 8).transpose());
+        let passages = cut.collect::<hybrid_attention::Result<Vec<_>>>()?;
+        Ok((file.to_str().ok_or("no text")?.to_owned(), passages))
+    };
+    let (texts, tested) = write("texts.txt", 0..4)?;
+    let (others, rest) = write("others.txt", 4..19)?;
+    let base = ["eval", "--what=generic", "--model", path, "--texts", &texts, "--others", &others];
+    let base =
+        [&base[..], &["--tokens=8", "--passages=4", "--layers=1", "--directions=1,2", "--draws=2"]]
+            .concat();
+    let report: Value = serde_json::from_str(&succeed(&[&base[..], &["--json"]].concat())?)?;
+    let generics = Generics { layers: vec![Some(1), None], counts: vec![1, 2], draws: 2 };
+    let tests = [&tested[..], &rest[8..12]];
+    let right = generics.run(&model, [&rest[..4], &rest[4..8]], &tests, || ())?;
+    let table = succeed(&base)?;
+    let mut lines =
+        table.lines().filter(|line| line.starts_with("| entering") || line.starts_with("| behind"));
+    assert_eq!((&report["fit"], &report["choose"]), (&json!(4), &json!(4)));
+    for (reported, right) in report["tests"].as_array().ok_or("no list")?.iter().zip(&right) {
+        assert_eq!(reported["passages"], 4);
+        let mean = |row: &[f64]| row.iter().sum::<f64>() / row.len() as f64;
+        let default = mean(&right.layers[1].rows[0].reciprocal_ranks);
+        for (reported, at) in
+            reported["layers"].as_array().ok_or("no list")?.iter().zip(&right.layers)
+        {
+            assert_eq!((&reported["layer"], &reported["k"]), (&json!(at.layer), &json!(at.k)));
+            assert_eq!(
+                (&reported["chosen"], &reported["mean"]),
+                (&json!(at.chosen), &json!(at.explained.mean))
+            );
+            let nothing = mean(&at.rows[0].reciprocal_ranks);
+            for (reported, row) in
+                reported["rows"].as_array().ok_or("no list")?.iter().zip(&at.rows)
+            {
+                assert_eq!(reported["reciprocal_ranks"], json!(row.reciprocal_ranks));
+                let mrr = mean(&row.reciprocal_ranks);
+                let less = |than: &str, other: f64| -> Result {
+                    if let Some(less) = reported[than]["mean"].as_f64() {
+                        assert!((less - (mrr - other)).abs() < 1e-12, "{than}: {reported}");
+                    }
+                    Ok(())
+                };
+                less("less_nothing", nothing)?;
+                less("less_default", default)?;
+                assert_eq!(reported["less_random"].is_null(), row.name != Generics::BOTH);
+                assert_eq!(reported["less_nothing"].is_null(), row.name == Generics::NOTHING);
+                let cells: Vec<&str> =
+                    lines.next().ok_or("no line")?.split('|').map(str::trim).collect();
+                assert_eq!(
+                    (cells[1].ends_with("(*)"), cells[3]),
+                    (at.chosen, row.name.as_str()),
+                    "{table}"
+                );
+                assert!(cells[4].starts_with(&format!("{mrr:.3} ± ")), "{table}");
+            }
+        }
+        // and a line of shares for each layer
+        lines.by_ref().take(right.layers.len()).for_each(drop);
+    }
+    let stderr = fail(&base[..6])?;
+    assert!(stderr.contains("--what generic needs --others"), "{stderr}");
     Ok(())
 }
 

@@ -5,13 +5,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use clap::{Args, ValueEnum};
-use hybrid_attention::model::Sight;
-use hybrid_attention::{EmbedConfig, Error, HybridModel, Pooling};
+use clap::Args;
+use hybrid_attention::statistics::{Fingerprint, Generic};
+use hybrid_attention::{EmbedConfig, Error, HybridModel};
 use indicatif::ProgressBar;
 
 use crate::files::read_text;
-use crate::options::{ModelArgs, ThinkingArgs};
+use crate::options::{EmbedArgs, ModelArgs, ThinkingArgs};
 use crate::terminal::{self, Result};
 use crate::vectors::VectorFile;
 
@@ -39,28 +39,6 @@ pub(crate) struct Options {
     #[arg(long, value_name = "F")]
     file: Option<PathBuf>,
 
-    /// How the vectors of a text's tokens become one [default: as the checkpoint says, else mean where
-    /// tokens see both ways, and weighted-mean where they do not]
-    #[arg(long, value_enum)]
-    pooling: Option<Pool>,
-
-    /// Let tokens see only what comes before them: the default, unless the checkpoint says otherwise
-    #[arg(long, conflicts_with = "both_ways")]
-    causal: bool,
-
-    /// Let tokens see what comes after them, too: for weights that were trained for it
-    #[arg(long)]
-    both_ways: bool,
-
-    /// Put this in front of each text, and leave it and BOS out of the pooling
-    #[arg(long, value_name = "T")]
-    instruction: Option<String>,
-
-    /// Cut texts to this many tokens [default: as the checkpoint says, else a text that is longer than
-    /// the context is an error]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    truncate: Option<u64>,
-
     /// Print a JSON object a line instead of a table: {"vector": [...]} for each text, in their order
     #[arg(long)]
     json: bool,
@@ -73,29 +51,31 @@ pub(crate) struct Options {
     #[arg(long, value_name = "F", conflicts_with = "json")]
     out: Option<PathBuf>,
 
-    /// Tokens that run side by side: texts of similar length are packed until they hold this many
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), hide_short_help = true)]
-    #[arg(default_value_t = EmbedConfig::BATCH_TOKENS as u64)]
-    batch_tokens: u64,
-
     /// With --json, print the cosine of each pair at last: {"cosine": [[...]]}; for N texts these are N x N
     /// numbers
     #[arg(long, requires = "json")]
     cosine: bool,
+
+    /// Take what is generic out of the vectors: the mean in this file of `hybrid generic`, whose layer they are then of
+    #[arg(long, value_name = "F")]
+    generic: Option<PathBuf>,
+
+    /// And so many of its directions [default: 0]
+    #[arg(long, value_name = "K", requires = "generic")]
+    remove: Option<usize>,
+
+    /// Leave the mean in
+    #[arg(long, requires = "remove", hide_short_help = true)]
+    keep_mean: bool,
+
+    #[command(flatten)]
+    embedding: EmbedArgs,
 
     #[command(flatten)]
     model: ModelArgs,
 
     #[command(flatten)]
     thinking: ThinkingArgs,
-}
-
-/// A pooling on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Pool {
-    Mean,
-    WeightedMean,
-    Last,
 }
 
 impl Options {
@@ -112,25 +92,16 @@ impl Options {
     }
 
     fn config(&self) -> Result<EmbedConfig> {
-        let mut config = EmbedConfig::default();
-        config = config.batch_tokens(usize::try_from(self.batch_tokens)?);
-        if let Some(pooling) = self.pooling {
-            config = config.pooling(match pooling {
-                Pool::Mean => Pooling::Mean,
-                Pool::WeightedMean => Pooling::WeightedMean,
-                Pool::Last => Pooling::LastToken,
-            });
-        }
-        if self.causal || self.both_ways {
-            config = config.sight(if self.causal { Sight::Causal } else { Sight::Bidirectional });
-        }
-        if let Some(instruction) = &self.instruction {
-            config = config.instruction(instruction);
-        }
-        if let Some(most) = self.truncate {
-            config = config.max_tokens(usize::try_from(most)?);
-        }
+        let config = self.embedding.config()?;
         Ok(self.thinking.thinking().into_iter().fold(config, EmbedConfig::thinking))
+    }
+
+    /// `config`, with what of the file is to be taken out of the vectors.
+    fn removing(&self, model: &HybridModel, config: EmbedConfig) -> Result<EmbedConfig> {
+        let Some(path) = &self.generic else { return Ok(config) };
+        let generic = Generic::load(path, &Fingerprint::of(model.transformer())?)?;
+        let remove = generic.remove(self.remove.unwrap_or(0))?;
+        Ok(config.remove(if self.keep_mean { remove.keep_mean() } else { remove }))
     }
 }
 
@@ -150,6 +121,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let config = options.config()?;
     config.validate()?; // before waiting for the weights
     let (model, _) = options.model.load()?;
+    let config = options.removing(&model, config)?;
     if let Some(path) = &options.out {
         return write(&model, &texts, &config, path);
     }
@@ -183,10 +155,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-const BAR: &str = "embedding [{bar:30}] {pos}/{len}, {eta} to go";
+pub(crate) const BAR: &str = "embedding [{bar:30}] {pos}/{len}, {eta} to go";
 
 /// Vectors as they are computed, each with the index of its text among all, of which `texts` are those from `at` on.
-fn embed(
+pub(crate) fn embed(
     model: &HybridModel,
     texts: &[String],
     at: usize,

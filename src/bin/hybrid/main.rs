@@ -10,6 +10,7 @@ mod dictionary;
 mod embed;
 mod files;
 mod generate;
+mod generic;
 mod input;
 mod inspect;
 mod measure;
@@ -41,6 +42,8 @@ enum Command {
     Chat(chat::Options),
     /// Turn texts into vectors and compare them with each other
     Embed(embed::Options),
+    /// Find what vectors of texts have in common, and how much of others it explains
+    Generic(generic::Options),
     /// Look into the thought passes over a prompt: drift, tokens, similarity and attention
     Inspect(inspect::Options),
     /// Think about a prompt, and write the thoughts as embeddings for another engine
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Generate(options) => generate::run(options),
         Command::Chat(options) => chat::run(options),
         Command::Embed(options) => embed::run(options),
+        Command::Generic(options) => generic::run(options),
         Command::Inspect(options) => inspect::run(options),
         Command::Think(options) => think::run(options),
         Command::Measure(options) => measure::run(options),

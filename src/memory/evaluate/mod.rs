@@ -1,7 +1,8 @@
-//! What a memory is worth: three tables, on your model and your texts.
+//! What a memory is worth: four tables, on your model and your texts.
 //!
 //! - [`Retrieval`]: does a choice of words find a text as well as all of it does?
 //! - [`Continuation`]: does it say as much of how the text goes on?
+//! - [`Generics`]: is a text found better without what all texts have in common?
 //! - [`Conversations`]: what is recalled of what was told, and put right since, and is it answered by?
 //!
 //! ```
@@ -27,6 +28,7 @@
 
 mod continuation;
 mod conversations;
+mod generics;
 mod rarity;
 mod retrieval;
 
@@ -34,7 +36,10 @@ use unicode_segmentation::UnicodeSegmentation;
 
 pub use continuation::{Continuation, Given};
 pub use conversations::{Asked, Conversations, Held, Story, Told};
+pub use generics::{AtLayer, Generics, Tested};
 pub use retrieval::{Compared, Retrieval, Row};
+
+use rarity::Rarity;
 
 use super::main_point::Read;
 use super::salience::Salience;

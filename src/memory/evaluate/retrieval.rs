@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{D, Tensor};
 use serde::Serialize;
 
-use super::rarity::Rarity;
-use super::{Passage, Read, chance, check, every_score, room};
+use super::{Passage, Rarity, Read, chance, check, every_score, room};
 use crate::embed::EmbedConfig;
 use crate::error::{Error, Result};
 use crate::hybrid::HybridModel;
@@ -170,7 +169,7 @@ fn row(
 
 impl Row {
     /// Of scores, a row for each query.
-    fn new(compared: Compared, share: Option<f64>, scores: &[Vec<f32>]) -> Self {
+    pub(super) fn new(compared: Compared, share: Option<f64>, scores: &[Vec<f32>]) -> Self {
         let rank = |(own, scores): (usize, &Vec<f32>)| {
             let right = scores.get(own).copied().unwrap_or(f32::NAN);
             // At or above it, itself among them.
@@ -188,7 +187,7 @@ impl Row {
 }
 
 /// Passage by passage.
-fn mean(rows: Vec<Row>) -> Row {
+pub(super) fn mean(rows: Vec<Row>) -> Row {
     let count = rows.len() as f64;
     let mut rows = rows.into_iter();
     let Some(mut mean) = rows.next() else { return Row::new(Compared::Vectors, None, &[]) };
@@ -205,7 +204,7 @@ fn mean(rows: Vec<Row>) -> Row {
 }
 
 /// What needs no model: how often each word is in a text, times how rare it is.
-fn tf_idf(rare: &Rarity, passages: &[Passage]) -> Row {
+pub(super) fn tf_idf(rare: &Rarity, passages: &[Passage]) -> Row {
     let stored: Vec<_> = passages.iter().map(|it| rare.vector(&it.stored)).collect();
     let scores = passages.iter().map(|passage| {
         let query = rare.vector(&passage.query);

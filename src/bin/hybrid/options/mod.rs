@@ -2,12 +2,14 @@
 
 mod candidates;
 mod dictionary;
+mod embedding;
 mod model;
 mod prompt;
 mod sampling;
 mod thinking;
 
 pub(crate) use candidates::CandidateArgs;
+pub(crate) use embedding::EmbedArgs;
 pub(crate) use model::{CacheArgs, ModelArgs, kept};
 pub(crate) use prompt::{PromptArgs, ThoughtPromptArgs, with_chat_template};
 pub(crate) use sampling::SamplingArgs;

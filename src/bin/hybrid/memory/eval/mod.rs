@@ -4,14 +4,16 @@
 //! benches/texts.sh target/texts
 //! hybrid memory eval --model PATH --texts target/texts/lee.txt
 //! hybrid memory eval --model PATH --texts target/texts/lee.txt --what continuation
+//! hybrid memory eval --model PATH --texts target/texts/lee.txt --what generic --others target/texts/boolq.txt
 //! cargo run -p flashback-suite --bin conversations -- 50 1 > target/texts/stories.jsonl
 //! hybrid memory eval --model PATH --texts target/texts/stories.jsonl --what conversations
 //! ```
 //!
-//! Words by chance are drawn with fixed seeds: the same model and texts give the same table.
+//! Words and directions by chance are drawn with fixed seeds: the same model and texts give the same table.
 
 mod continuation;
 mod conversations;
+mod generics;
 mod retrieval;
 
 use std::io::{Write, stdout};
@@ -33,8 +35,8 @@ use crate::terminal::{self, Result};
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Texts")]
 pub(crate) struct Options {
-    /// What to measure: what finds a text's first part by its next, what says most of how it goes on, or what
-    /// answers questions about what was told
+    /// What to measure: what finds a text's first part by its next, what says most of how it goes on, what
+    /// finds it better without what all texts have in common, or what answers questions about what was told
     #[arg(long, value_enum, default_value_t = What::Retrieval, value_name = "WHAT")]
     what: What,
 
@@ -43,7 +45,20 @@ pub(crate) struct Options {
     #[arg(long, value_name = "F")]
     texts: PathBuf,
 
-    /// The most texts to take, from the first on
+    /// For generic, other texts: a third says what is generic, a third chooses, and the last is tested, too
+    #[arg(long, value_name = "F")]
+    others: Option<PathBuf>,
+
+    /// The layers whose entering states are compared without what is generic, beside what leaves the final norm
+    /// [default: a third, two thirds, and all of them]
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    layers: Option<Vec<usize>>,
+
+    /// Directions to choose from [default: 1,2,4,8,16,32]
+    #[arg(long, value_name = "K,K", value_delimiter = ',')]
+    directions: Option<Vec<usize>>,
+
+    /// The most texts to take, from the first on, and of --others three times as many
     #[arg(long, value_name = "N")]
     passages: Option<usize>,
 
@@ -55,7 +70,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "S,S", value_delimiter = ',')]
     shares: Option<Vec<f64>>,
 
-    /// How often words are drawn by chance
+    /// How often words, or directions, are drawn by chance
     #[arg(long, default_value_t = 5, value_name = "N")]
     draws: u64,
 
@@ -79,6 +94,7 @@ pub(crate) struct Options {
 enum What {
     Retrieval,
     Continuation,
+    Generic,
     Conversations,
 }
 
@@ -95,6 +111,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         What::Conversations => conversations::run(options, lines)?,
         What::Retrieval => retrieval::run(options, lines)?,
         What::Continuation => continuation::run(options, lines)?,
+        What::Generic => generics::run(options, lines)?,
     };
     match options.json {
         true => Ok(writeln!(stdout(), "{}", report.json)?),

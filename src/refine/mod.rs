@@ -47,7 +47,7 @@ pub use self::nudge::GradientNudge;
 pub use self::objective::Objective;
 pub use self::optimizer::Optimizer;
 pub use self::output::OutputNudge;
-pub(crate) use self::rows::{Thinks, directions};
+pub(crate) use self::rows::{Thinks, cosines};
 pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 pub use self::substitute::Substitute;

@@ -121,7 +121,7 @@ fn check(config: &Config, witness: &Witness, of_heads: &[Vec<AttentionSteps>]) -
         let (mut from, o_proj) = (0, matrix(&seen.o_proj)?);
         for (sequence, keys, values) in &seen.keys_and_values {
             let mut shares = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-            let mut projection = None;
+            let (mut projection, mut most) = (None, 0f64);
             for (head, steps) in of_heads.iter().enumerate() {
                 let it = steps.get(number).ok_or("too few steps")?;
                 let (rows, softmax) = (it.rows.clone(), &it.softmax);
@@ -167,11 +167,12 @@ fn check(config: &Config, witness: &Witness, of_heads: &[Vec<AttentionSteps>]) -
                 assert_near_as("w v", &product(&weights, &values), &context, largest(&values));
                 let share = product(&context, &o_proj[columns].to_vec());
                 assert_near("share", &matrix(&it.share)?, &share);
+                most += largest(&share); // partial sums are as large, and round as such
                 shares = shares.broadcast_add(&it.share)?;
                 projection = Some(it.projection.clone());
             }
             let projection = matrix(&projection.ok_or("no heads")?)?;
-            assert_near("shares of all heads", &matrix(&shares)?, &projection);
+            assert_near_as("shares of all heads", &matrix(&shares)?, &projection, most);
             (number, from) = (number + 1, from + of_heads[0][number].rows.len());
         }
         assert_eq!(from, seen.context.dim(0)?, "every row is somebody's");
@@ -405,7 +406,7 @@ fn steps_hold_for_a_real_model() -> Result {
     let Some(path) = smollm2() else { return Ok(()) };
     let model = HybridModel::from_gguf(path, None, &Device::Cpu)?;
     let tokenizer = model.tokenizer().ok_or("no tokenizer")?;
-    let text = "The trophy does not fit in the suitcase because it is too big. ".repeat(12);
+    let text = "The trophy does not fit in the suitcase because it is too big. ".repeat(4);
     let ids = tokenizer.encode(&text, true)?;
     let xs = model.transformer().embed_ids(&ids)?;
     for (layer, sight) in

@@ -26,9 +26,9 @@ use crate::model::{Attended, ForwardContext, Pass, Site, Tap, Transformer};
 /// and keys, and their product with the values is that context within 10⁻⁶ of the largest value. The share goes
 /// through the layer's own projection, with all other heads at 0.
 ///
-/// This holds for weights of any type: on the CPU, products with `bf16` or quantised weights are computed in `f32`, and
-/// the shares of all heads add up to the projection within 10⁻⁶. (With quantised weights, up to 16 rows at a time are
-/// rounded to 21 bits before they are multiplied.) On other devices they are as coarse as the type of the stream.
+/// Weights may be of any type: on the CPU, products with `bf16` or quantised weights are computed in `f32` too, and the
+/// shares of all heads add up to the projection, but for the rounding of `f32`. On other devices all this is as coarse as
+/// the type of the stream.
 ///
 /// Memory grows with the square of the text. Made by a [`HeadTap`], or by
 /// [`HybridModel::attention_steps`](crate::HybridModel::attention_steps) and

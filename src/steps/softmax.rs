@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 /// use candle_core::{Device, Tensor};
 /// use hybrid_attention::steps::SoftmaxSteps;
 ///
-/// // One row of a text that works attention through by hand: these are its scores up to a number added to all of
-/// // them, which changes no weight
+/// // A row of attention worked through by hand. The scores are found back from its weights, and so up to a number
+/// // added to all of them, which changes no weight
 /// let scores = Tensor::new(&[[0f32, 0.10, 0.05, 0.03, 0.02]], &Device::Cpu)?;
 /// let steps = SoftmaxSteps::without_maximum(&scores)?;
 /// let rounded = |xs: &Tensor| -> hybrid_attention::Result<Vec<Vec<i64>>> {
@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 /// };
 /// assert_eq!(rounded(&steps.exponentials)?, [[1000, 1105, 1051, 1030, 1020]]);
 /// assert_eq!(rounded(&steps.sums)?, [[5207]]);
-/// assert_eq!(rounded(&steps.weights)?, [[192, 212, 202, 198, 196]]); // which sum to 1
+/// assert_eq!(rounded(&steps.weights)?, [[192, 212, 202, 198, 196]]); // of 1000; a row that sums to 174 is wrong
 ///
 /// // A row's maximum is 1 in its exponentials, and its weights are the same
 /// let steps = SoftmaxSteps::of(&(scores + 1000.0)?)?;

@@ -10,15 +10,13 @@ use crate::model::{Attended, ForwardContext, Pass, Site, Tap, Transformer};
 
 /// What one head of one layer computes over one sequence of a pass, step by step.
 ///
-/// `d` is the `head_dim`. Queries stand at [`positions`](Self::positions), keys at
-/// [`key_positions`](Self::key_positions).
-///
 /// ```text
-/// q, k, v        from the pass           before         enters the layer
-/// s = q kᵀ / √d  where seen              context        w v
-/// w = softmax(s)                         share          context W_oᵀ, with the columns of this head
-///                                        projection     the sum of the shares of all heads
-///                                        after          before + projection
+/// q = R W_q x̂     k = R W_k x̂     v = W_v x̂       x̂ the normed residual, R the rotation by position
+/// s = q kᵀ / √d                                   d = head_dim; minus infinity where a key is not seen
+/// m = max s       e = exp(s - m)  Z = Σ e         w = e / Z
+/// c = w v         share = c W_oᵀ                  with the columns of W_o that read this head
+/// projection = Σ share                            over all heads
+/// after = before + projection
 /// ```
 ///
 /// Queries, keys, values, context, projection and both residuals are what the pass computed; on the CPU to the last
@@ -41,12 +39,12 @@ pub struct AttentionSteps {
     pub positions: Range<usize>,
     /// Where in its sequence each key stands.
     pub key_positions: Range<usize>,
-    /// `q`, `(queries, head_dim)`: the projected queries of this head, rotated by their positions; longer at late
+    /// `q_i = R_i W_q x̂_i`, `(queries, head_dim)`: the queries of this head, rotated by their positions; longer at late
     /// positions, where a model [scales](crate::QueryScaling) them.
     pub queries: Tensor,
-    /// `k`, `(keys, head_dim)`: the keys of the head's group, rotated by their positions.
+    /// `k_j = R_j W_k x̂_j`, `(keys, head_dim)`: the keys of the head's group, rotated by their positions.
     pub keys: Tensor,
-    /// `v`, `(keys, head_dim)`: the values of the head's group.
+    /// `v_j = W_v x̂_j`, `(keys, head_dim)`: the values of the head's group.
     pub values: Tensor,
     /// From `s_ij = q_i · k_j / √head_dim`, `(queries, keys)`, to weights.
     pub softmax: SoftmaxSteps,
@@ -184,12 +182,12 @@ impl Tap for HeadTap {
             return Ok(());
         };
         check_below("head", attended.heads(), self.head)?;
-        let (context, own) = (attended.context(), self.columns(attended));
+        let (context, own) = (attended.context().detach(), self.columns(attended));
         let behind = context.dim(1)? - own.end;
         let alone = context.narrow(1, own.start, own.len())?;
         let alone = alone.pad_with_zeros(1, own.start, behind)?; // (tokens, heads · head_dim)
         let share = attended.output_projection(&alone)?;
-        let projection = attended.output_projection(context)?;
+        let projection = attended.output_projection(&context)?;
         for sequence in 0..attended.mask().sequences() {
             if !attended.rows(sequence).is_empty() {
                 let steps = self.begin(attended, sequence, (&share, &projection, &before))?;

@@ -144,14 +144,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let thinking = options.thinking(model.thinking())?;
     let (ids, attention) =
         steps::work_through(&model, &prompt, context_bytes, &thinking, &options.attention)?;
-    let passes = match thinking.is_none() {
-        true => None,
-        false => Some(compare(options, &model, &prompt, thinking)?),
+    let (thought_about, passes) = match thinking.is_none() {
+        true => (Some(0), None),
+        false => (context_bytes, Some(compare(options, &model, &prompt, thinking)?)),
     };
     let inspection = Inspection {
         model: options.model.name(),
         layers: model.config().num_hidden_layers,
-        tokens: tokens::of_prompt(model.tokenizer(), &ids, context_bytes),
+        tokens: tokens::of_prompt(model.tokenizer(), &ids, thought_about),
         passes,
         attention,
     };

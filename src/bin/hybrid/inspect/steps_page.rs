@@ -11,6 +11,9 @@ use crate::terminal::Result;
 /// The most rows and columns of a table of numbers.
 const MOST_NUMBERS: usize = 12;
 
+/// The most columns of a picture for the numbers of a vector.
+const MOST_CHANNELS: usize = 64;
+
 pub(super) fn render(worked: &[Worked], tokens: &[Token]) -> Result<String> {
     if worked.is_empty() {
         return Ok(String::new());
@@ -22,11 +25,14 @@ pub(super) fn render(worked: &[Worked], tokens: &[Token]) -> Result<String> {
          looks; a column is a token looked at, or one number of a vector. What a token does not see has no \
          score.</p>\n"
         .to_string();
-    let widest = |step: &Step| step.values.first().map_or(0, Vec::len);
-    let steps = worked.iter().flat_map(|it| &it.steps);
-    if steps.map(widest).chain([tokens.len()]).any(|columns| columns > MOST) {
-        page += "<p class=\"note\">In the pictures neighbours are one row or column, with the mean of their \
-             numbers, where there are more than 128. The JSON of <code>--json</code> has every number.</p>\n";
+    let mut steps = worked.iter().flat_map(|it| &it.steps);
+    let wide = |step: &Step| step.columns == Columns::Channels && widest(step) > MOST_CHANNELS;
+    if size > 1 || steps.any(wide) {
+        page += &format!(
+            "<p class=\"note\">In a picture of more than {MOST} tokens, or of vectors of more than \
+             {MOST_CHANNELS} numbers, neighbours are one row or column, with the mean of their numbers. The JSON \
+             of <code>--json</code> has every number.</p>\n"
+        );
     }
     for (number, worked) in (1..).zip(worked) {
         page += &format!(
@@ -45,6 +51,10 @@ pub(super) fn render(worked: &[Worked], tokens: &[Token]) -> Result<String> {
         page += "</div>\n</section>\n";
     }
     Ok(page)
+}
+
+fn widest(step: &Step) -> usize {
+    step.values.first().map_or(0, Vec::len)
 }
 
 fn title(what: What) -> String {
@@ -66,8 +76,8 @@ fn numbers(step: &Step, labels: &[Label]) -> String {
         _ if step.columns == Columns::One => String::new(),
         _ => column.to_string(),
     };
-    let columns = 0..step.values.first().map_or(0, Vec::len);
-    let headings: String = columns.map(|it| format!("<th>{}</th>", heading(it))).collect();
+    let headings: String =
+        (0..widest(step)).map(|it| format!("<th>{}</th>", heading(it))).collect();
     let number = |value: &f32| match value.is_finite() {
         true => format!("<td>{value:.3}</td>"),
         false => "<td>−∞</td>".to_string(),
@@ -86,7 +96,7 @@ fn numbers(step: &Step, labels: &[Label]) -> String {
 fn picture(step: &Step, labels: &[Label], size: usize) -> Result<String> {
     let (columns, names): (_, &[Label]) = match step.columns {
         Columns::Tokens | Columns::Shares => (size, labels),
-        Columns::Channels => (step.values.first().map_or(0, Vec::len).div_ceil(MOST).max(1), &[]),
+        Columns::Channels => (widest(step).div_ceil(MOST_CHANNELS).max(1), &[]),
         Columns::One => (1, &[]),
     };
     let map = pool(&step.values, (size, columns), |square, _| mean_of_seen(square));

@@ -285,7 +285,7 @@ pub enum Error {
         what: &'static str,
         /// For `logits`, the position in the text of the token that they predict; for the `vectors` of
         /// texts, the index of the text; for `thoughts`, the index of the pass; for `embeddings`,
-        /// `queries` and `states`, the row; for `losses` and `gradients` of a nudge, the sequence in the
+        /// `queries`, `scores` and `states`, the row; for `losses` and `gradients` of a nudge, the sequence in the
         /// batch, or the position where a block of them begins.
         position: usize,
     },

@@ -16,6 +16,7 @@ use crate::generate::{
 use crate::hub::Pretrained;
 use crate::load::{Checkpoint, WeightType};
 use crate::model::{Pass, Sight, Transformer};
+use crate::steps::{self, AttentionSteps};
 use crate::thought::{Document, EncodedBatch, Thinking, ThoughtModel, Thoughts};
 use crate::tokenizer::{Message, Tokenizer};
 
@@ -455,6 +456,48 @@ impl HybridModel {
         let mind = self.source.thinking(config).on(&self.source.model)?;
         let z = mind.encode(&text, Pass::Causal(text.batch()))?;
         mind.think(&text, z, |_done, _passes| ())
+    }
+
+    /// What one head of one layer computes, step by step, while a prompt is read without thinking: causally by what
+    /// decodes, or in both directions, inside each part that is [context](Prompt::context), by what
+    /// [thinks](ThoughtModel::thinker). The prompt's last token is read causally either way.
+    ///
+    /// For passes over thoughts see [`ThoughtLoop::attention_steps`](crate::thought::ThoughtLoop::attention_steps), for
+    /// several texts at once and for caches [`HeadTap`](crate::steps::HeadTap).
+    ///
+    /// ```
+    /// use candle_core::Device;
+    /// use hybrid_attention::{HybridModel, Sight};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let steps = model.attention_steps("The coin is in the jar.", Sight::Causal, 2, 1)?;
+    /// println!("{}\n{}", steps.softmax.scores, steps.softmax.weights);
+    /// let after = (&steps.before + &steps.projection)?;
+    /// assert_eq!(after.to_vec2::<f32>()?, steps.after.to_vec2::<f32>()?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`think`](Self::think); [`Error::Parameter`] for a layer or a head that there is not.
+    pub fn attention_steps(
+        &self,
+        prompt: impl Into<Prompt>,
+        sight: Sight,
+        layer: usize,
+        head: usize,
+    ) -> Result<AttentionSteps> {
+        let prompt = self.source.encode(&prompt.into())?;
+        prompt.check_read_whole()?;
+        let reader = match sight {
+            Sight::Causal => self.source.model.decoder(),
+            Sight::Bidirectional => self.source.model.thinker(),
+        };
+        reader.check_context(prompt.ids.len())?;
+        let (xs, batch) = (reader.embed_ids(&prompt.ids)?, prompt.batch()?);
+        let pass = Pass::uncached(&batch, sight);
+        steps::of_pass(reader, &xs, 0, pass, (layer, head))?.pop().ok_or(Error::EmptyPrompt)
     }
 
     /// Answers a prompt: [`HybridModel::stream`], collected.

@@ -23,6 +23,7 @@ mod pooling;
 pub mod refine;
 mod replace;
 pub mod statistics;
+pub mod steps;
 pub mod thought;
 mod tokenizer;
 

@@ -61,6 +61,7 @@ use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::{Batch, ForwardContext, Pass, Sight, Transformer, flat};
 use crate::refine::{Seq, Step, Thinks};
+use crate::steps::{self, AttentionSteps};
 
 pub use self::document::Document;
 pub use self::export::Origin;
@@ -210,6 +211,29 @@ impl ThoughtLoop {
         let pass = || self.cancellable(Pass::uncached(batch, self.thinking.sight));
         let h = self.model.thinker().forward(z, self.span(), pass())?;
         self.model.run_thought_layers(&h, pass())
+    }
+
+    /// What one head of a layer of the span computes in a thought pass over `z`, as [`think_once`](Self::think_once)
+    /// runs it: one for each sequence that has tokens.
+    ///
+    /// # Errors
+    /// As [`Transformer::forward`]; [`Error::Parameter`] for a layer outside the span, and a head that there is not.
+    pub fn attention_steps(
+        &self,
+        z: &Tensor,
+        batch: &Batch,
+        layer: usize,
+        head: usize,
+    ) -> Result<Vec<AttentionSteps>> {
+        if !self.span.contains(&layer) {
+            return Err(Error::parameter(
+                "layer",
+                format!("one of the span {:?}", self.span),
+                layer,
+            ));
+        }
+        let pass = Pass::uncached(batch, self.thinking.sight);
+        steps::of_pass(self.model.thinker(), z, self.span.start, pass, (layer, head))
     }
 
     /// All passes over the first thoughts, refined after each; `progress` is called with the number of

@@ -57,7 +57,7 @@ impl Attention {
         let spans = cx.mask.spans();
         let context = kernels::attend(&q, &remembered.key_values(), spans, self.scale)?;
         let context = context.into_tensor(); // (tokens, heads · head_dim)
-        cx.show_attention(&q, &remembered, &context)?;
+        cx.show_attention(&q, &remembered, (&context, &self.o_proj))?;
         self.o_proj.product(&context)
     }
 

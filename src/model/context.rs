@@ -6,6 +6,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::kv_cache::{KvCache, Open, Remembered};
+use super::linear::Linear;
 use super::mask::{Mask, Sight};
 use super::rope::Rotation;
 use super::tap::{Attended, Site, Tap};
@@ -219,16 +220,16 @@ impl BlockContext<'_, '_, '_> {
         }
     }
 
-    /// Shows what attention computes to the tap.
+    /// Shows what attention computes to the tap, with the context and what projects it.
     pub(super) fn show_attention(
         &mut self,
         q: &Tensor,
         remembered: &Remembered,
-        context: &Tensor,
+        projected: (&Tensor, &Linear),
     ) -> Result<()> {
         match &mut self.tap {
             Some(tap) => {
-                let attended = Attended::new(q, remembered, context, &self.mask);
+                let attended = Attended::new(q, remembered, projected, &self.mask);
                 tap.attention(self.layer, &attended)
             }
             None => Ok(()),

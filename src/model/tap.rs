@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::kv_cache::{Remembered, gather};
+use super::linear::Linear;
 use super::mask::Mask;
 use crate::error::{Error, Result};
 use crate::kernels::{self, SequenceSpans, Spans};
@@ -49,6 +50,7 @@ pub struct Attended<'a> {
     queries: &'a Tensor,
     remembered: &'a Remembered,
     context: &'a Tensor,
+    o_proj: &'a Linear,
     mask: &'a Mask,
 }
 
@@ -56,16 +58,21 @@ impl<'a> Attended<'a> {
     pub(super) fn new(
         queries: &'a Tensor,
         remembered: &'a Remembered,
-        context: &'a Tensor,
+        (context, o_proj): (&'a Tensor, &'a Linear),
         mask: &'a Mask,
     ) -> Self {
-        Self { queries, remembered, context, mask }
+        Self { queries, remembered, context, o_proj, mask }
     }
 
     /// Who sees whom.
     #[must_use]
     pub fn mask(&self) -> &Mask {
         self.mask
+    }
+
+    /// The rows of a sequence among the tokens; an empty range for one that does not exist.
+    pub(crate) fn rows(&self, sequence: usize) -> Range<usize> {
+        self.mask.spans().sequences.get(sequence).map_or(0..0, |this| this.queries.clone())
     }
 
     /// Query heads.
@@ -109,6 +116,15 @@ impl<'a> Attended<'a> {
     #[must_use]
     pub fn context(&self) -> &Tensor {
         self.context
+    }
+
+    /// The layer's output projection: of the [`context`](Self::context), what attention adds to the residual stream.
+    /// `(.., heads · head_dim) -> (.., hidden)`
+    ///
+    /// # Errors
+    /// As [`Linear::forward`].
+    pub fn output_projection(&self, context: &Tensor) -> Result<Tensor> {
+        self.o_proj.forward(context)
     }
 
     /// The scores `q kᵀ / sqrt(head_dim)` of one head over one sequence, for some of its queries:

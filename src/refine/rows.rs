@@ -20,6 +20,12 @@ pub(crate) fn directions(rows: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((scaled.broadcast_div(&length)?, ((length * real)? * unit)?))
 }
 
+/// The cosine of every row with every other, in `f32` without gradient: `(rows, hidden) -> (rows, rows)`.
+pub(crate) fn cosines(rows: &Tensor) -> Result<Tensor> {
+    let (directions, _) = directions(&rows.detach().to_dtype(DType::F32)?)?;
+    Ok(directions.matmul(&directions.t()?)?.clamp(-1f32, 1f32)?)
+}
+
 /// In a type in which sums over many rows and channels lose nothing: half precision as `f32`.
 pub(crate) fn wide(xs: &Tensor) -> Result<Tensor> {
     let dtype = if xs.dtype() == DType::F64 { DType::F64 } else { DType::F32 };

@@ -4,7 +4,6 @@ use candle_core::{D, DType, Tensor};
 
 use crate::error::Result;
 use crate::model::Batch;
-use crate::refine::directions;
 
 /// For each sequence, one number per token.
 pub(super) type PerToken = Vec<Vec<f32>>;
@@ -39,12 +38,6 @@ pub(super) fn cosine(a: &Tensor, b: &Tensor, batch: &Batch) -> Result<PerToken> 
 /// The length of every thought.
 pub(super) fn norms(z: &Tensor, batch: &Batch) -> Result<PerToken> {
     per_token([z], batch, |[z]| length(z))
-}
-
-/// The cosine of every thought with every other: `(seq, hidden) -> (seq, seq)`.
-pub(super) fn similarity(z: &Tensor) -> Result<Tensor> {
-    let (directions, _) = directions(&z.detach().to_dtype(DType::F32)?)?;
-    Ok(directions.matmul(&directions.t()?)?.clamp(-1f32, 1f32)?)
 }
 
 /// The mean of some numbers; 0 if there are none.

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::kernels::log_softmax;
 use crate::likelihood;
 use crate::model::{Attended, Batch, ForwardContext, Pass, Tap, flat};
+use crate::refine::cosines;
 
 /// Looks at the thoughts after every pass, in as much detail as a [`Detail`] asks for.
 pub(super) struct Recorder<'a> {
@@ -76,7 +77,7 @@ impl<'a> Recorder<'a> {
             if rows.is_empty() {
                 return Ok(Map::new()); // candle cannot read an empty square
             }
-            Ok(measure::similarity(&after.narrow(0, rows.start, rows.len())?)?.to_vec2()?)
+            Ok(cosines(&after.narrow(0, rows.start, rows.len())?)?.to_vec2()?)
         };
         let similarity = self.batch.all_rows().map(similarity).collect::<Result<_>>()?;
         let mut shares = Shares { sequences: self.batch.sequences(), layers: Vec::new() };

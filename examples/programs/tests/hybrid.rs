@@ -7,10 +7,11 @@ use std::process::{Command, Output};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
-use hybrid_attention::model::Sight;
+use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::statistics::{Fingerprint, Generic, Subspace};
-use hybrid_attention::thought::{Detail, HandOff};
+use hybrid_attention::steps::{AttentionSteps, CosineSteps, SoftmaxSteps};
+use hybrid_attention::thought::{Detail, EncodedBatch, HandOff};
 use hybrid_attention::{
     Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking, WeightType,
 };
@@ -85,7 +86,8 @@ fn help_lists_every_option() -> Result {
         "--keep-mean",
         "weighted-mean",
     ];
-    let inspect = ["--plain", "--max-tokens", "--no-maps", "--out", "inspect.html", "--json"];
+    let inspect =
+        ["--plain", "--max-tokens", "--no-maps", "--attention", "--out", "inspect.html", "--json"];
     let measure = ["--text", "--passages", "--tokens", "--first", "--span", "--json"];
     for (name, options) in [
         ("generate", [&shared[..], &sampling, &prompt, &candidates, &generate].concat()),
@@ -1078,6 +1080,159 @@ fn inspect_draws_every_pass() -> Result {
     Ok(())
 }
 
+/// The steps of one computation as the page must have them: name, numbers.
+type Steps<'a> = Vec<(&'a str, &'a Tensor)>;
+
+fn of_softmax(it: &SoftmaxSteps) -> Steps<'_> {
+    let name = if it.maximum.is_some() { "scores" } else { "cosines" };
+    let maximum = it.maximum.iter().map(|maximum| ("row maximum", maximum));
+    let rest =
+        [("exponentials", &it.exponentials), ("row sums", &it.sums), ("weights", &it.weights)];
+    [(name, &it.scores)].into_iter().chain(maximum).chain(rest).collect()
+}
+
+fn of_head(it: &AttentionSteps) -> Steps<'_> {
+    let first = vec![("queries q", &it.queries), ("keys k", &it.keys), ("values v", &it.values)];
+    let last = vec![
+        ("context", &it.context),
+        ("share", &it.share),
+        ("output projection", &it.projection),
+        ("residual before", &it.before),
+        ("residual after", &it.after),
+    ];
+    [first, of_softmax(&it.softmax), last].concat()
+}
+
+#[test]
+fn inspect_works_through_heads_and_cosines() -> Result {
+    let folder = checkpoint(true)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let prompt = Prompt::default().context("the cat sat").plain(" the dog");
+    let thinking = Thinking::new(1).span(1..3);
+    let none = GenerationConfig::default().thinking(Thinking::none());
+    let read = model.think(prompt.clone(), &none)?;
+    let ids = read.origin.as_ref().ok_or("no origin")?.ids().to_vec();
+
+    let args = [
+        "--prompt=the cat sat",
+        "--plain= the dog",
+        "--passes=1",
+        "--span=1..3",
+        "--max-tokens=1",
+        "--attention=1:2",
+        "--attention=0:3",
+        "--attention=cosine",
+    ];
+    let Inspected { page, json } = inspect(folder.path(), &args)?;
+    assert_self_contained(&page)?;
+    let context = json["tokens"].as_array().into_iter().flatten();
+    let context = context.take_while(|token| token["thinks"].as_bool() == Some(true)).count();
+    assert!(context > 1 && ids.len() <= 12, "{context} of {}", ids.len());
+    let batch = Batch::one(ids.len())?.with_context(0, &[0..context])?;
+    let text = EncodedBatch::new(model.transformer(), &ids, batch.clone())?;
+    let mind = thinking.on(model.thought_model())?;
+    let z = mind.encode(&text, Pass::Causal(&batch))?;
+    let causal = model.attention_steps(prompt.clone(), Sight::Causal, 1, 2)?;
+    let pass = mind.attention_steps(&z, &batch, 1, 2)?.remove(0);
+    let below = model.attention_steps(prompt, Sight::Causal, 0, 3)?;
+    let cosines = CosineSteps::of(&read.z)?;
+    let mut of_cosines = vec![("embeddings x", &cosines.embeddings)];
+    of_cosines.extend(of_softmax(&cosines.softmax));
+    of_cosines.extend([("context", &cosines.context), ("residual after", &cosines.after)]);
+
+    // A pass does not run layer 0.
+    let expected = [
+        (serde_json::json!({ "causal": { "layer": 1, "head": 2 } }), of_head(&causal)),
+        (serde_json::json!({ "thought_pass": { "layer": 1, "head": 2 } }), of_head(&pass)),
+        (serde_json::json!({ "causal": { "layer": 0, "head": 3 } }), of_head(&below)),
+        (serde_json::json!("cosine"), of_cosines),
+    ];
+    let parsed = parse(&page)?;
+    let sections: Vec<_> = elements(parsed.root(), "section")
+        .filter(|node| node.attribute("id").is_some_and(|id| id.starts_with("steps-")))
+        .collect();
+    let worked = json["attention"].as_array().ok_or("nothing worked through")?;
+    assert_eq!((worked.len(), sections.len()), (expected.len(), expected.len()));
+    for ((worked, section), (what, steps)) in worked.iter().zip(sections).zip(expected) {
+        assert_eq!(worked["what"], what);
+        let shown = worked["steps"].as_array().ok_or("no steps")?;
+        let figures: Vec<_> = elements(section, "figure").collect();
+        assert_eq!((shown.len(), figures.len()), (steps.len(), steps.len()), "{what}");
+        for ((shown, figure), (name, tensor)) in shown.iter().zip(figures).zip(steps) {
+            assert_eq!(shown["name"], name);
+            let rows: Vec<Vec<f32>> = tensor.to_vec2()?;
+            let finite = |value: &f32| value.is_finite().then_some(*value);
+            let with_null: Vec<Vec<Option<f32>>> =
+                rows.iter().map(|row| row.iter().map(finite).collect()).collect();
+            let values: Vec<Vec<Option<f32>>> = serde_json::from_value(shown["values"].clone())?;
+            assert_eq!(values, with_null, "{what}, {name}");
+            // 12 rows and columns are numbers; what is hidden wide is drawn.
+            let cells = elements(figure, "td").filter(|cell| cell.attribute("class").is_none());
+            let cells: Vec<String> = cells.map(all_text).collect();
+            let drawn = elements(figure, "rect").count();
+            if rows[0].len() > 12 {
+                assert!(cells.is_empty() && drawn > rows.len(), "{what}, {name}");
+                continue;
+            }
+            let number = |value: &f32| match value.is_finite() {
+                true => format!("{value:.3}"),
+                false => "−∞".to_owned(),
+            };
+            assert_eq!(cells, rows.iter().flatten().map(number).collect::<Vec<_>>());
+            assert_eq!(drawn, 0, "{what}, {name}");
+        }
+    }
+    Ok(())
+}
+
+/// Neither passes nor a tokenizer, and a prompt too long for numbers.
+#[test]
+fn inspect_works_through_a_model_that_does_not_think() -> Result {
+    let folder = checkpoint(false)?;
+    let ids: Vec<String> = (0..150).map(|id| id.to_string()).collect();
+    let args = ["--ids", &ids.join(","), "--attention=2:0"];
+    let Inspected { page, json } = inspect(folder.path(), &args)?;
+    assert_self_contained(&page)?;
+    let parsed = parse(&page)?;
+    assert_eq!((&json["trace"], &json["plain"]), (&Value::Null, &Value::Null));
+    let headings: Vec<String> = elements(parsed.root(), "h2").map(all_text).collect();
+    assert_eq!(headings, ["Attention step by step"]);
+    assert_eq!(elements(parsed.root(), "table").count(), 0);
+    let scores = &json["attention"][0]["steps"][3];
+    assert_eq!((&scores["name"], &scores["values"][0][1]), (&Value::from("scores"), &Value::Null));
+    assert_eq!(scores["values"].as_array().map(Vec::len), Some(150));
+    // Two tokens are one row and column, whose names stand on two sides; those of channels and sums, on one.
+    let figure = elements(parsed.root(), "figure").nth(3).ok_or("no scores")?;
+    let names = elements(figure, "text").map(all_text);
+    assert_eq!(names.filter(|name| name.trim() == "#148").count(), 2);
+    let sums = elements(parsed.root(), "figure").nth(6).ok_or("no sums")?;
+    assert_eq!(elements(sums, "rect").count(), 75 + 64, "75 rows and a legend");
+    // What is not seen stays blank: above the diagonal of 75 there is nothing to see.
+    let colours = |at: usize| elements(figure, "rect").nth(at).and_then(|it| it.attribute("width"));
+    assert_eq!(colours(0), Some("9"), "the first pair sees itself only");
+    Ok(())
+}
+
+#[test]
+fn inspect_refuses_heads_that_there_are_not() -> Result {
+    let folder = checkpoint(false)?;
+    for (arg, expected) in [
+        ("--attention=3:0", "error: parameter layer: expected less than 3, got 3\n"),
+        ("--attention=0:4", "error: parameter head: expected less than 4, got 4\n"),
+    ] {
+        assert_eq!(fail("inspect", folder.path(), &["--ids=1,2", arg])?, expected);
+    }
+    for arg in ["--attention=1", "--attention=a:1", "--attention=1:-1", "--attention=1:2:3"] {
+        let stderr = fail("inspect", folder.path(), &["--ids=1,2", arg])?;
+        assert!(stderr.contains("expected a layer and a head like 10:3, or cosine"), "{stderr}");
+    }
+    // Candidates are those of thinking.
+    let args = ["--ids=1,2", "--attention=0:0", "--candidates=2"];
+    let stderr = fail("inspect", folder.path(), &args)?;
+    assert!(stderr.starts_with("error: nothing to look into without thinking"), "{stderr}");
+    Ok(())
+}
+
 #[test]
 fn inspect_says_why_thinking_ended() -> Result {
     let folder = checkpoint(false)?;
@@ -1164,7 +1319,10 @@ fn inspect_escapes_whatever_tokens_and_paths_spell() -> Result {
 fn inspect_and_generate_think_as_the_checkpoint_says() -> Result {
     let folder = checkpoint(false)?;
     let stderr = fail("inspect", folder.path(), &["--ids=1,2,3"])?;
-    assert_eq!(stderr, "error: nothing to look into without thinking: give --passes\n");
+    assert_eq!(
+        stderr,
+        "error: nothing to look into without thinking: give --passes or --attention\n"
+    );
 
     let own = r#"{"passes": 2, "span": [1, 2], "refine": [{"op": "interpolate", "weight": 0.1}]}"#;
     fs::write(folder.path().join("hybrid.json"), own)?;
@@ -1190,7 +1348,7 @@ fn inspect_names_the_problem_before_it_loads() -> Result {
     let nowhere = folder.path().join("absent").join("page.html");
     let nowhere = nowhere.to_str().ok_or("a path that is no text")?;
     for (args, expected) in [
-        (vec!["--passes=0"], "nothing to look into without thinking: give --passes"),
+        (vec!["--passes=0"], "nothing to look into without thinking: give --passes or --attention"),
         (vec!["--passes=1", "--out", nowhere], &format!("{nowhere}: its folder does not exist")),
         (vec!["--passes=1", "--json", nowhere], &format!("{nowhere}: its folder does not exist")),
         (

@@ -54,8 +54,10 @@ impl Scale {
         self.min + share * (self.max - self.min)
     }
 
-    fn shade(&self, value: f32) -> u32 {
-        (self.place(value) * (SHADES - 1.0)).round() as u32
+    /// None for what is not there.
+    fn shade(&self, value: f32) -> Option<u32> {
+        let shade = || (self.place(value) * (SHADES - 1.0)).round() as u32;
+        value.is_finite().then(shade)
     }
 }
 
@@ -138,8 +140,10 @@ pub(super) fn race(stubs: &[&Stub]) -> Result<String> {
             let mut from = 0;
             for (to, score) in &stub.scores {
                 // What a winner wrote after it was left alone, nobody judged.
-                let fill = colour(scale.shade(*score as f32)).filled();
-                area.draw(&Rectangle::new([(at(from), top), (at(*to), top + bar)], fill))?;
+                if let Some(shade) = scale.shade(*score as f32) {
+                    let fill = colour(shade).filled();
+                    area.draw(&Rectangle::new([(at(from), top), (at(*to), top + bar)], fill))?;
+                }
                 from = *to;
             }
             let end = at(stub.ids.len());
@@ -168,42 +172,45 @@ fn power_of_ten(value: &f64) -> String {
     }
 }
 
-/// A square of colours with the names of its rows and columns, and a legend.
+/// Cells of colours with the names of their rows, of their columns if these have any, and a legend.
 pub(super) fn heat_map(
     map: &Map,
-    labels: &[Label],
+    (rows, columns): (&[Label], &[Label]),
     (row, column): (&str, &str),
     scale: &Scale,
 ) -> Result<String> {
-    let count = map.len().max(1);
-    let cell = (600 / count).clamp(9, 26) as i32;
+    let counts = (map.len().max(1), map.first().map_or(1, Vec::len).max(1));
+    let cell = (600 / counts.0.max(counts.1)).clamp(9, 26) as i32;
     let font = (f64::from(cell) * 0.9).clamp(8.0, 12.0);
-    let widest = labels.iter().map(|label| label.text.chars().count()).max().unwrap_or(0);
-    let room = (widest as f64 * font * 0.64) as i32 + 10;
-    let (left, top) = (room + 20, room + 20);
-    let side = cell * count as i32;
-    let size = (left + side.max(260) + 12, top + side + 64);
+    let room = |labels: &[Label]| {
+        let widest = labels.iter().map(|label| label.text.chars().count()).max().unwrap_or(0);
+        (widest as f64 * font * 0.64) as i32 + 10
+    };
+    let (left, top) = (room(rows) + 20, room(columns) + 20);
+    let (height, width) = (cell * counts.0 as i32, cell * counts.1 as i32);
+    let size = (left + width.max(260) + 12, top + height + 64);
 
     svg((size.0 as u32, size.1 as u32), |area| {
-        area.draw_text(
-            &format!("{column} →"),
-            &text_style(12.0, &FAINT, HPos::Left, VPos::Top),
-            (left, 2),
-        )?;
+        if !columns.is_empty() {
+            let style = text_style(12.0, &FAINT, HPos::Left, VPos::Top);
+            area.draw_text(&format!("{column} →"), &style, (left, 2))?;
+        }
         let upwards = text_style(12.0, &FAINT, HPos::Right, VPos::Top);
         let upwards = upwards.transform(FontTransform::Rotate270);
         area.draw_text(&format!("← {row}"), &upwards, (2, top))?;
-        for (index, label) in labels.iter().enumerate() {
-            let middle = index as i32 * cell + cell / 2;
-            let ink = if label.strong { &INK } else { &FAINT };
-            let style = text_style(font, ink, HPos::Right, VPos::Center);
-            area.draw_text(&label.text, &style, (left - 5, top + middle))?;
-            let style = text_style(font, ink, HPos::Left, VPos::Center);
+        let middle = |index: usize| index as i32 * cell + cell / 2;
+        let ink = |label: &Label| if label.strong { &INK } else { &FAINT };
+        for (index, label) in rows.iter().enumerate() {
+            let style = text_style(font, ink(label), HPos::Right, VPos::Center);
+            area.draw_text(&label.text, &style, (left - 5, top + middle(index)))?;
+        }
+        for (index, label) in columns.iter().enumerate() {
+            let style = text_style(font, ink(label), HPos::Left, VPos::Center);
             let style = style.transform(FontTransform::Rotate270);
-            area.draw_text(&label.text, &style, (left + middle, top - 5))?;
+            area.draw_text(&label.text, &style, (left + middle(index), top - 5))?;
         }
         cells(area, map, (left, top), cell, scale)?;
-        draw_legend(area, (left, top + side + 18), scale)
+        draw_legend(area, (left, top + height + 18), scale)
     })
 }
 
@@ -249,8 +256,9 @@ fn cells(
         let mut x = left;
         for run in values.chunk_by(|a, b| scale.shade(*a) == scale.shade(*b)) {
             let end = x + run.len() as i32 * cell;
-            let shade = run.first().map_or(0, |value| scale.shade(*value));
-            area.draw(&Rectangle::new([(x, y), (end, y + cell)], colour(shade).filled()))?;
+            if let Some(shade) = run.first().and_then(|value| scale.shade(*value)) {
+                area.draw(&Rectangle::new([(x, y), (end, y + cell)], colour(shade).filled()))?;
+            }
             x = end;
         }
     }

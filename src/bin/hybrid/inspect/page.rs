@@ -5,12 +5,12 @@ use serde_json::Value;
 
 use super::draw::{self, Label, Scale};
 use super::tokens::{Token, escape, label, plain, visible};
-use super::{Inspection, Said};
+use super::{Inspection, Passes, Said, steps_page};
 use crate::stubs;
 use crate::terminal::Result;
 
 /// The most rows of a drawing; a longer prompt's neighbouring tokens are pooled.
-const MOST: usize = 128;
+pub(super) const MOST: usize = 128;
 
 /// The same for the drawings of single layers.
 const MOST_SMALL: usize = 32;
@@ -19,27 +19,33 @@ const MOST_SMALL: usize = 32;
 const LABEL: usize = 14;
 
 pub(super) fn render(inspection: &Inspection) -> Result<String> {
-    let settings = serde_json::to_value(&inspection.settings)?;
     let count = inspection.tokens.len();
+    let title = match &inspection.passes {
+        Some(_) => format!("What the thought passes did to {count} tokens"),
+        None => format!("What attention does with {count} tokens"),
+    };
     let mut page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
-         <title>Thought passes over {count} tokens</title>\n<style>\n{}</style>\n</head>\n<body>\n\
-         <h1>What the thought passes did to {count} tokens</h1>\n",
+         <title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<h1>{title}</h1>\n",
         include_str!("style.css"),
     );
-    page += &facts(inspection, &settings);
-    page += &answers(inspection);
-    page += &candidates(inspection)?;
-    page += &drift(inspection)?;
-    page += &table(inspection);
-    page += &maps(inspection, &settings)?;
+    if let Some(passes) = &inspection.passes {
+        let settings = serde_json::to_value(&passes.settings)?;
+        page += &facts(inspection, passes, &settings);
+        page += &answers(passes);
+        page += &candidates(passes)?;
+        page += &drift(passes)?;
+        page += &table(&inspection.tokens, passes);
+        page += &maps(&inspection.tokens, passes, &settings)?;
+    }
+    page += &steps_page::render(&inspection.attention, &inspection.tokens)?;
     page += "</body>\n</html>\n";
     Ok(page)
 }
 
 /// What was run, and how it ended.
-fn facts(inspection: &Inspection, settings: &Value) -> String {
+fn facts(inspection: &Inspection, passes: &Passes, settings: &Value) -> String {
     let span = match (span_end(settings, 0), span_end(settings, 1)) {
         (Some(a), Some(b)) => format!("{a}..{b} of {}", inspection.layers),
         _ => format!("all {}", inspection.layers),
@@ -55,14 +61,14 @@ fn facts(inspection: &Inspection, settings: &Value) -> String {
     };
     let tokens = &inspection.tokens;
     let thinks = tokens.iter().filter(|token| token.thinks).count();
-    let trace = &inspection.trace;
+    let trace = &passes.trace;
     let seconds: Vec<String> =
         trace.passes.iter().map(|pass| format!("{:.2}", pass.seconds)).collect();
     let rows = [
         ("Model", inspection.model.clone()),
         ("Prompt", format!("{} tokens, {thinks} of them thought about", tokens.len())),
         ("Passes", format!("{} of at most {}", trace.passes.len(), settings["passes"])),
-        ("Ended", why(inspection, settings)),
+        ("Ended", why(passes, settings)),
         ("Layers", span),
         ("Refinement", refinement(&settings["refine"])),
         ("Hand-off", hand_off),
@@ -95,10 +101,10 @@ fn refinement(refine: &Value) -> String {
 }
 
 /// Why the loop ended.
-fn why(inspection: &Inspection, settings: &Value) -> String {
+fn why(passes: &Passes, settings: &Value) -> String {
     let rules = settings["halt"].as_array().into_iter().flatten();
     let tolerance = |name| rules.clone().find_map(|rule| rule[name].as_f64()).unwrap_or_default();
-    match inspection.trace.halted.first() {
+    match passes.trace.halted.first() {
         Some(Halted::Cap) => "all passes were run".into(),
         Some(Halted::Drift) => format!("drift fell below {}", tolerance("drift")),
         Some(Halted::Cosine) => format!("1 − cosine fell below {}", tolerance("cosine")),
@@ -109,15 +115,15 @@ fn why(inspection: &Inspection, settings: &Value) -> String {
 }
 
 /// The control: what the model says without thinking, beside what it says after thinking.
-fn answers(inspection: &Inspection) -> String {
-    let (plain, thought) = (&inspection.plain, &inspection.thought);
+fn answers(passes: &Passes) -> String {
+    let (plain, thought) = (&passes.plain, &passes.thought);
     let id = |token: &Token| token.id;
     let same = plain.tokens.iter().zip(&thought.tokens).take_while(|(a, b)| id(a) == id(b)).count();
     let verdict = match same == plain.tokens.len().max(thought.tokens.len()) {
         true => "The two are the same.",
         false => "They part where it is marked.",
     };
-    let chosen = match inspection.candidates.len() {
+    let chosen = match passes.candidates.len() {
         0 => "",
         _ => " The latter is the best of several that were drawn.",
     };
@@ -145,11 +151,11 @@ fn card(title: &str, said: &Said, same: usize) -> String {
 }
 
 /// Who was dropped when, and what each had said.
-fn candidates(inspection: &Inspection) -> Result<String> {
-    if inspection.candidates.is_empty() {
+fn candidates(passes: &Passes) -> Result<String> {
+    if passes.candidates.is_empty() {
         return Ok(String::new());
     }
-    let stubs = stubs::ranked(&inspection.candidates);
+    let stubs = stubs::ranked(&passes.candidates);
     let mut rows = String::new();
     for stub in &stubs {
         let at = stub.dropped_at.map_or_else(String::new, |at| at.to_string());
@@ -173,21 +179,21 @@ fn candidates(inspection: &Inspection) -> Result<String> {
     ))
 }
 
-fn drift(inspection: &Inspection) -> Result<String> {
+fn drift(passes: &Passes) -> Result<String> {
     Ok(format!(
         "<h2>Drift</h2>\n<p>How far each pass moved the thoughts, relative to their length, mean over the \
          tokens. Under the dashed line, at \
          0.03, further passes change little. The scale is logarithmic.</p>\n\
          <figure id=\"drift\"><div>{}</div></figure>\n",
-        draw::drift(&inspection.trace.drift())?,
+        draw::drift(&passes.trace.drift())?,
     ))
 }
 
 /// A row for each token.
-fn table(inspection: &Inspection) -> String {
-    let passes = &inspection.trace.passes;
-    let first = inspection.trace.first.as_ref();
-    let traces: Vec<&TokenTrace> = passes.iter().filter_map(|pass| pass.tokens.as_ref()).collect();
+fn table(tokens: &[Token], passes: &Passes) -> String {
+    let first = passes.trace.first.as_ref();
+    let traces: Vec<&TokenTrace> =
+        passes.trace.passes.iter().filter_map(|pass| pass.tokens.as_ref()).collect();
     let (Some(first), Some(last)) = (first, traces.last()) else { return String::new() };
     let of = |values: &Vec<Vec<f32>>, token: usize| {
         values.first().and_then(|row| row.get(token)).copied().unwrap_or_default()
@@ -195,7 +201,7 @@ fn table(inspection: &Inspection) -> String {
     let most =
         traces.iter().flat_map(|trace| trace.kl.iter().flatten()).copied().fold(0.0, f32::max);
     let mut rows = String::new();
-    for (index, token) in inspection.tokens.iter().enumerate() {
+    for (index, token) in tokens.iter().enumerate() {
         let (class, part) = if token.thinks { ("context", "context") } else { ("plain", "plain") };
         rows += &format!(
             "<tr class=\"{class}\"><td>{index}</td><td class=\"text\">{}</td><td class=\"text\">{part}</td>",
@@ -231,25 +237,25 @@ fn table(inspection: &Inspection) -> String {
 }
 
 /// Similarity and attention, pass by pass.
-fn maps(inspection: &Inspection, settings: &Value) -> Result<String> {
+fn maps(tokens: &[Token], passes: &Passes, settings: &Value) -> Result<String> {
     let passes: Vec<&Maps> =
-        inspection.trace.passes.iter().filter_map(|pass| pass.maps.as_ref()).collect();
+        passes.trace.passes.iter().filter_map(|pass| pass.maps.as_ref()).collect();
     if passes.is_empty() {
         return Ok(String::new());
     }
-    let size = inspection.tokens.len().div_ceil(MOST).max(1);
-    let labels = labels(&inspection.tokens, size);
+    let size = tokens.len().div_ceil(MOST).max(1);
+    let labels = labels(tokens, size);
     let similarity: Vec<Map> = passes
         .iter()
         .filter_map(|maps| maps.similarity.first())
-        .map(|map| pool(map, size, |sum, rows, columns| sum / (rows * columns) as f32))
+        .map(|map| pool(map, (size, size), |values, _| share(values, values.len())))
         .collect();
     let layers: Vec<Vec<&Map>> = passes
         .iter()
         .map(|maps| maps.attention.iter().filter_map(|layer| layer.first()).collect())
         .collect();
     let attention: Vec<Map> =
-        layers.iter().map(|layers| pool(&mean(layers), size, share)).collect();
+        layers.iter().map(|layers| pool(&mean(layers), (size, size), share)).collect();
 
     // One scale for all passes, so that they can be compared.
     let least = similarity.iter().flatten().flatten().copied().fold(1.0, f32::min);
@@ -266,15 +272,19 @@ fn maps(inspection: &Inspection, settings: &Value) -> Result<String> {
          column the token looked at, the colour the share of its attention, mean over heads and layers. What \
          is right of the diagonal comes later in the text; a plain reading never sees it, and plain tokens \
          (grey) do not.</p>\n{}",
-        pooling_note(inspection.tokens.len(), size),
+        pooling_note(tokens.len(), size),
     );
     for (index, ((similarity, attention), layers)) in
         similarity.iter().zip(&attention).zip(&layers).enumerate()
     {
         let pass = index + 1;
-        let alike = draw::heat_map(similarity, &labels, ("token", "token"), &alike)?;
-        let seen =
-            draw::heat_map(attention, &labels, ("token that looks", "token looked at"), &seen)?;
+        let alike = draw::heat_map(similarity, (&labels, &labels), ("token", "token"), &alike)?;
+        let seen = draw::heat_map(
+            attention,
+            (&labels, &labels),
+            ("token that looks", "token looked at"),
+            &seen,
+        )?;
         page += &format!(
             "<section id=\"pass-{pass}\">\n<h3>Pass {pass}</h3>\n<div class=\"side\">\n\
              <figure class=\"similarity\"><figcaption>Similarity after pass {pass}</figcaption>\
@@ -297,7 +307,7 @@ fn by_layer(layers: &[&Map], first: usize) -> Result<String> {
     for (layer, map) in (first..).zip(layers) {
         figures += &format!(
             "<figure><figcaption>layer {layer}</figcaption><div>{}</div></figure>\n",
-            draw::small_map(&pool(map, size, share), &scale)?,
+            draw::small_map(&pool(map, (size, size), share), &scale)?,
         );
     }
     Ok(format!(
@@ -327,7 +337,7 @@ fn pooled_by(size: usize) -> String {
 }
 
 /// The names of rows and columns: for each group, its first token.
-fn labels(tokens: &[Token], size: usize) -> Vec<Label> {
+pub(super) fn labels(tokens: &[Token], size: usize) -> Vec<Label> {
     let of_group = |group: &[Token]| {
         let first = group.first().map_or("", |token| &token.text);
         Label { text: label(first, LABEL), strong: group.iter().any(|token| token.thinks) }
@@ -335,22 +345,26 @@ fn labels(tokens: &[Token], size: usize) -> Vec<Label> {
     tokens.chunks(size).map(of_group).collect()
 }
 
-/// A map pooled in squares of `size` by `size`: `merge` of each square's sum, rows and columns.
-fn pool(map: &Map, size: usize, merge: impl Fn(f32, usize, usize) -> f32) -> Map {
-    let square = |rows: &[Vec<f32>], from: usize| {
-        let values = || rows.iter().map(|row| row.iter().skip(from).take(size));
-        let columns = values().next().map_or(0, Iterator::count);
-        merge(values().flatten().sum(), rows.len(), columns)
-    };
+/// A map pooled in rectangles of so many rows and columns: `merge` of the numbers in each, and their rows.
+pub(super) fn pool(
+    map: &Map,
+    (tall, wide): (usize, usize),
+    merge: impl Fn(&[f32], usize) -> f32,
+) -> Map {
+    let columns = map.first().map_or(0, Vec::len);
     let row = |rows: &[Vec<f32>]| {
-        (0..map.len()).step_by(size).map(|from| square(rows, from)).collect::<Vec<_>>()
+        let rectangle = |from: usize| {
+            let values = rows.iter().flat_map(|row| row.iter().skip(from).take(wide));
+            merge(&values.copied().collect::<Vec<_>>(), rows.len())
+        };
+        (0..columns).step_by(wide).map(rectangle).collect::<Vec<_>>()
     };
-    map.chunks(size).map(row).collect()
+    map.chunks(tall).map(row).collect()
 }
 
 /// Pooled attention is what the rows on average give to all of the columns together.
-fn share(sum: f32, rows: usize, _columns: usize) -> f32 {
-    sum / rows as f32
+fn share(values: &[f32], rows: usize) -> f32 {
+    values.iter().sum::<f32>() / rows as f32
 }
 
 fn mean(maps: &[&Map]) -> Map {

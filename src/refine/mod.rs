@@ -50,7 +50,7 @@ pub use self::objective::Objective;
 pub use self::optimizer::Optimizer;
 pub use self::output::OutputNudge;
 pub use self::remove::Remove;
-pub(crate) use self::rows::{Thinks, cosines, directions};
+pub(crate) use self::rows::{Thinks, cosines};
 pub use self::search::ForwardNudge;
 pub use self::seq::{OpConfig, Seq, seq};
 pub use self::substitute::Substitute;

@@ -44,8 +44,9 @@ impl ThoughtLoop {
         match layer {
             0 => Ok(text.embeddings.clone()),
             _ => {
+                let reader = self.reader(&pass);
                 let context = self.cancellable(self.over(text, pass));
-                self.reader(&pass).forward(&text.embeddings, 0..layer, context)
+                reader.forward(&text.embeddings, 0..layer, context)
             }
         }
     }

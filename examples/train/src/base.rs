@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::Weights;
 use hybrid_attention::thought::ThoughtModel;
-use hybrid_attention::{Config, Tokenizer};
+use hybrid_attention::{Config, HybridModel, Tokenizer};
 use indicatif::HumanBytes;
 
 use crate::terminal::{self, Result};
@@ -77,6 +77,12 @@ impl Base {
     /// The model as it was.
     pub(crate) fn model(mut self) -> Result<ThoughtModel> {
         Ok(ThoughtModel::new(&self.config, &mut self.weights)?)
+    }
+
+    /// The same with its tokenizer.
+    pub(crate) fn with_tokenizer(&self) -> Result<HybridModel> {
+        let model = ThoughtModel::new(&self.config, &mut self.weights.clone())?;
+        Ok(HybridModel::new(model, Some(self.tokenizer.clone()))?)
     }
 }
 

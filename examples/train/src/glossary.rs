@@ -2,18 +2,21 @@
 
 use candle_core::{D, Tensor};
 use flashback_suite::{Called, Glossary, Split, TALE_FACTS, Tale, Vocabulary};
-use hybrid_attention::Thinking;
+use hybrid_attention::dictionary::{Dictionary, DictionaryConfig, Entries, Pooled};
 use hybrid_attention::evaluate::Estimate;
-use hybrid_attention::model::Batch;
+use hybrid_attention::model::{Batch, Sight};
 use hybrid_attention::thought::ThoughtModel;
+use hybrid_attention::{HybridModel, Pooling, Thinking};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+use crate::base::Base;
+use crate::flashback::check_base;
 use crate::lessons::Lessons;
 use crate::score::read;
-use crate::settings::Settings;
+use crate::settings::{Arm, Settings};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
@@ -71,31 +74,95 @@ const LESSONS: [Lesson; 6] = {
     ]
 };
 
+/// What is read with a dictionary, or without one by a control that has as much to learn.
+const BESIDE: Lesson = Lesson {
+    tellings: &[BY_NAMES, UNDEFINED, UNDEFINED, UNDEFINED],
+    wording: Wording::Full,
+    ends: 1.0,
+};
+
+const UNDEFINED: Telling = Telling { told: Called::Words, asked: Called::Names, definitions: 0 };
+
+/// Words of a dictionary to learn with.
+const LEARNED: usize = 10_000;
+
 /// Words of the glossary of the examination.
 const WORDS: usize = 10;
+
+/// Tokens that are read side by side in an examination.
+const MOST_TOKENS: usize = 4096;
 
 /// The seed of the examination, the same for all runs.
 const EXAMINATION: u64 = 20_261_128;
 
 /// Teaches a model the suite.
 pub(crate) struct OfGlossary {
-    pub(crate) vocabulary: Vocabulary,
+    vocabulary: Vocabulary,
     /// Tales of the examination; 0 for none.
-    pub(crate) tales: usize,
+    tales: usize,
+    /// The entries that are the same in all tales, where what reads them is learned.
+    beside: Option<Glossary>,
 }
 
-/// The shares of right answers over tales with words of the test split; a guess among the facts is right in a sixth.
+/// The shares of right answers; a guess among the facts is right in a sixth.
 #[derive(Debug, Serialize)]
 pub(crate) struct Examination {
     tales: usize,
     /// Told and asked by names.
     names: Estimate,
-    /// Told in words that nothing explains, and asked by names.
-    nothing: Estimate,
-    /// The same after the definitions of these words.
+    /// Told in words that nothing in the prompt explains, and asked by names: of the test split, or where these are
+    /// learned of the dictionary.
+    undefined: Estimate,
+    /// The same words after their definitions.
     defined: Estimate,
-    /// The same after all of a glossary of ten.
-    all_defined: Estimate,
+    /// The same after the definitions of four others, too.
+    among: Estimate,
+}
+
+/// How an entry is read: as a definition at the beginning of a tale.
+pub(crate) fn config(layers: usize) -> DictionaryConfig {
+    let config = DictionaryConfig::layers(0..layers).pooled(Pooled::Entry);
+    config
+        .sight(Sight::Causal)
+        .pooling(Pooling::LastToken)
+        .template("Here {headword} means {definition}")
+}
+
+/// The dictionary of a glossary.
+pub(crate) fn compile(model: &HybridModel, glossary: &Glossary) -> Result<Dictionary> {
+    let entries = glossary.entries.iter().map(|it| (it.word.to_string(), it.meaning));
+    let layers = model.config().num_hidden_layers;
+    Ok(Dictionary::compile(model, &Entries::new(entries)?, &config(layers))?)
+}
+
+/// What is taught, and whom: a new model, or what a checkpoint that has learned the suite lacks without definitions.
+pub(crate) fn begin(
+    settings: &Settings,
+    base: Option<Base>,
+    tales: usize,
+) -> Result<(OfGlossary, Trainee)> {
+    let vocabulary = Vocabulary::of_glossary();
+    if settings.arm != Arm::NoPasses {
+        return Err("--suite glossary: without passes, for --arm no-passes".into());
+    }
+    let Some(base) = base else {
+        let trainee = Trainee::new(settings, &vocabulary)?;
+        return Ok((OfGlossary { vocabulary, tales, beside: None }, trainee));
+    };
+    check_base(&base, &vocabulary)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+    let glossary = Glossary::draw(Split::Train, LEARNED, &mut rng);
+    let trainee = match (settings.dictionary, &settings.adapter) {
+        (Some(_), _) => {
+            let dictionary = compile(&base.with_tokenizer()?, &glossary)?;
+            Trainee::reading(base, dictionary, settings)?
+        }
+        (None, Some(_)) => Trainee::on(base, settings, None)?,
+        (None, None) => {
+            return Err("--suite glossary: with --model, give --dictionary or --rank".into());
+        }
+    };
+    Ok((OfGlossary { vocabulary, tales, beside: Some(glossary) }, trainee))
 }
 
 impl Task for OfGlossary {
@@ -104,7 +171,10 @@ impl Task for OfGlossary {
     const STEPS_PER_POINT: usize = 50;
 
     fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
-        let Lesson { tellings, wording, .. } = &LESSONS[at.now()];
+        let Lesson { tellings, wording, .. } = match self.beside {
+            Some(_) => &BESIDE,
+            None => &LESSONS[at.now()],
+        };
         let telling = tellings[rng.random_range(0..tellings.len())];
         let terse = match wording {
             Wording::Terse => true,
@@ -118,9 +188,13 @@ impl Task for OfGlossary {
         let (mut ids, mut answers) = (Vec::new(), Vec::new());
         for _ in 0..settings.batch {
             // What a word meant in one tale says nothing of the next.
-            let glossary = Glossary::draw(Split::Train, definitions.max(WORDS), rng);
-            let tale = Tale::draw(&glossary, rng);
-            let told = self.told(&tale, &glossary, telling.told, definitions, rng);
+            let own = match self.beside {
+                Some(_) => None,
+                None => Some(Glossary::draw(Split::Train, definitions.max(WORDS), rng)),
+            };
+            let Some(glossary) = own.as_ref().or(self.beside.as_ref()) else { continue };
+            let tale = Tale::draw(glossary, rng);
+            let told = self.told(&tale, glossary, telling.told, definitions, rng);
             ids.extend(told.filter(|id| !terse || self.vocabulary.is_name(*id)));
             let mut facts: Vec<usize> = (0..TALE_FACTS).collect();
             facts.shuffle(rng);
@@ -137,6 +211,9 @@ impl Task for OfGlossary {
 
     fn mark(&self, _: &Settings, at: &mut Lessons, _: usize, right: f64, done: f64) {
         at.note(right);
+        if self.beside.is_some() {
+            return;
+        }
         at.move_on(&LESSONS.map(|lesson| lesson.ends), done);
     }
 
@@ -158,9 +235,9 @@ impl Task for OfGlossary {
         let examination = Examination {
             tales: self.tales,
             names: share(Called::Names, 0)?,
-            nothing: share(Called::Words, 0)?,
+            undefined: share(Called::Words, 0)?,
             defined: share(Called::Words, TALE_FACTS)?,
-            all_defined: share(Called::Words, WORDS)?,
+            among: share(Called::Words, WORDS)?,
         };
         bar.finish_and_clear();
         Ok(Some(examination))
@@ -187,26 +264,39 @@ impl OfGlossary {
     /// For each tale of the examination, whether what it is asked by name is answered right.
     fn right(&self, model: &ThoughtModel, told: Called, definitions: usize) -> Result<Vec<f64>> {
         let mut rng = ChaCha8Rng::seed_from_u64(EXAMINATION);
-        let glossary = Glossary::draw(Split::Test, WORDS, &mut rng);
-        let mut tales: Vec<(Tale, usize)> = Vec::with_capacity(self.tales);
-        tales.resize_with(self.tales, || {
-            (Tale::draw(&glossary, &mut rng), rng.random_range(0..TALE_FACTS))
-        });
-        let mut right = Vec::with_capacity(self.tales);
-        for some in tales.chunks(50) {
-            let mut ids = Vec::new();
-            for (tale, fact) in some {
-                ids.extend(self.told(tale, &glossary, told, definitions, &mut rng));
-                ids.extend(tale.ask_ids(*fact, Called::Names, &self.vocabulary));
-            }
-            let batch = Batch::dense(some.len(), ids.len() / some.len())?;
-            let last: Vec<u32> = batch.all_rows().map(|rows| rows.end as u32 - 1).collect();
-            let hidden = read(model, &Thinking::none(), &ids, batch)?; // (tokens, hidden)
-            let last = hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?;
-            let said: Vec<u32> = model.decoder().logits(&last)?.argmax(D::Minus1)?.to_vec1()?;
-            let answers = some.iter().map(|(tale, fact)| tale.answer_id(*fact, &self.vocabulary));
-            right.extend(said.iter().zip(answers).map(|(said, answer)| f64::from(*said == answer)));
+        let own = Glossary::draw(Split::Test, WORDS, &mut rng);
+        let glossary = self.beside.as_ref().unwrap_or(&own);
+        let mut asked = Vec::with_capacity(self.tales);
+        for (tale, fact) in tales(glossary, self.tales) {
+            let mut ids: Vec<u32> =
+                self.told(&tale, glossary, told, definitions, &mut rng).collect();
+            ids.extend(tale.ask_ids(fact, Called::Names, &self.vocabulary));
+            asked.push((ids, tale.answer_id(fact, &self.vocabulary)));
         }
-        Ok(right)
+        answered(model, &asked)
     }
+}
+
+/// Tales of an examination, and the fact that each is asked about.
+pub(crate) fn tales(glossary: &Glossary, count: usize) -> Vec<(Tale, usize)> {
+    let mut rng = ChaCha8Rng::seed_from_u64(EXAMINATION);
+    let tale = |_| (Tale::draw(glossary, &mut rng), rng.random_range(0..TALE_FACTS));
+    (0..count).map(tale).collect()
+}
+
+/// For each prompt, all as long, whether what the model says next is right: 1 or 0.
+pub(crate) fn answered(model: &ThoughtModel, asked: &[(Vec<u32>, u32)]) -> Result<Vec<f64>> {
+    let mut right = Vec::with_capacity(asked.len());
+    let tokens = asked.first().map_or(0, |(ids, _)| ids.len());
+    for some in asked.chunks((MOST_TOKENS / tokens.max(1)).max(1)) {
+        let ids: Vec<u32> = some.iter().flat_map(|(ids, _)| ids).copied().collect();
+        let batch = Batch::dense(some.len(), tokens)?;
+        let last: Vec<u32> = batch.all_rows().map(|rows| rows.end as u32 - 1).collect();
+        let hidden = read(model, &Thinking::none(), &ids, batch)?; // (tokens, hidden)
+        let last = hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?;
+        let said: Vec<u32> = model.decoder().logits(&last)?.argmax(D::Minus1)?.to_vec1()?;
+        let both = said.iter().zip(some);
+        right.extend(both.map(|(said, (_, answer))| f64::from(said == answer)));
+    }
+    Ok(right)
 }

@@ -38,6 +38,10 @@ pub struct Options {
     #[arg(long, value_name = "A", requires = "rank")]
     alpha: Option<f64>,
 
+    /// Train how the MLPs of all layers read a dictionary, at this rank, on --suite glossary
+    #[arg(long, value_name = "R", requires = "model", conflicts_with_all = ["rank", "text"])]
+    dictionary: Option<usize>,
+
     /// The projections that have an adapter
     #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "rank")]
     #[arg(default_value = "q_proj,k_proj,v_proj,o_proj")]
@@ -103,7 +107,7 @@ impl Options {
             Some(base) if text.is_some() => base.middle(),
             _ => 1..3,
         });
-        let lr = match (self.rank, base) {
+        let lr = match (self.rank.or(self.dictionary), base) {
             (_, None) => 2e-3,
             (Some(_), _) => 1e-3,
             (None, _) => 3e-5,
@@ -131,6 +135,7 @@ impl Options {
             model: base.map(|base| name(&base.path)),
             adapter: self.rank.map(low_rank),
             suite: self.suite,
+            dictionary: self.dictionary,
             text: text.map(of_text),
         }
     }

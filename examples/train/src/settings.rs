@@ -86,6 +86,9 @@ pub(crate) struct Settings {
     pub(crate) adapter: Option<LowRank>,
     #[serde(default, skip_serializing_if = "Suite::is_default")]
     pub(crate) suite: Suite,
+    /// The rank of the columns that read a dictionary, if that is what is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) dictionary: Option<usize>,
     /// What it learns; without any, the suite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) text: Option<OfText>,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
 use hybrid_attention::adapter::{AdapterConfig, AdapterScope};
+use hybrid_attention::dictionary::{Dictionary, DictionaryAdapter};
 use hybrid_attention::thought::ThoughtModel;
 use hybrid_attention::{Adapter, Config};
 use rand::{Rng, SeedableRng};
@@ -38,7 +39,12 @@ enum Kind {
     Whole(PathBuf),
     /// A low-rank adapter, and where it is active.
     Adapter(Box<Adapter>, AdapterScope),
+    /// How a dictionary is read.
+    Reading(Dictionary, DictionaryAdapter),
 }
+
+/// The file of what reads a dictionary.
+pub(crate) const READING: &str = "dictionary_adapter.safetensors";
 
 const GATE: &str = "thought.gate";
 
@@ -147,11 +153,24 @@ impl Trainee {
         })
     }
 
+    /// What reads a dictionary beside a checkpoint.
+    pub(crate) fn reading(base: Base, dictionary: Dictionary, settings: &Settings) -> Result<Self> {
+        let Base { config, weights, .. } = base;
+        let rank = settings.dictionary.unwrap_or(1);
+        let how = dictionary.config();
+        let adapter = DictionaryAdapter::new(&config, how, rank, settings.seed, &Device::Cpu)?;
+        let adapter = adapter.trainable()?;
+        let names = adapter.tensors().map(|(name, _)| name);
+        let vars = names.zip(adapter.variables()?).collect();
+        let kind = Kind::Reading(dictionary, adapter);
+        Ok(Self { config, vars, frozen: weights, names: None, kind })
+    }
+
     /// The optimiser of the variables.
     pub(crate) fn optimizer(&self, settings: &Settings) -> Result<AdamW> {
         let optimizer = AdamW::new(&self.vars, 0.98, 0.01)?;
         Ok(match self.kind {
-            Kind::New(_) => optimizer,
+            Kind::New(_) | Kind::Reading(..) => optimizer,
             Kind::Whole(_) | Kind::Adapter(..) => optimizer.with_rate(GATE, GATE_LR / settings.lr),
         })
     }
@@ -159,7 +178,7 @@ impl Trainee {
     /// The model with names that are drawn from `rng`.
     pub(crate) fn model(&self, rng: &mut impl Rng) -> Result<ThoughtModel> {
         let mut weights = self.frozen.clone();
-        if !matches!(self.kind, Kind::Adapter(..)) {
+        if !matches!(self.kind, Kind::Adapter(..) | Kind::Reading(..)) {
             let vars = self.vars.iter();
             weights.extend(vars.map(|(name, var)| (name.clone(), var.as_tensor().clone())));
         }
@@ -169,6 +188,9 @@ impl Trainee {
         let model = ThoughtModel::new(&self.config, &mut weights)?;
         Ok(match &self.kind {
             Kind::Adapter(adapter, scope) => model.adapted(adapter, *scope)?,
+            Kind::Reading(dictionary, adapter) => {
+                model.with_dictionary(dictionary, adapter, AdapterScope::Both)?
+            }
             Kind::New(_) | Kind::Whole(_) => model,
         })
     }
@@ -196,6 +218,7 @@ impl Trainee {
                 candle_core::safetensors::save(&self.weights(DType::F32, rng)?, weights)?;
             }
             Kind::Adapter(adapter, _) => adapter.save(folder)?,
+            Kind::Reading(_, adapter) => adapter.save(folder.join(READING))?,
         }
         Ok(())
     }

@@ -10,11 +10,11 @@ use hybrid_attention::thought::ThoughtModel;
 
 use crate::base::Base;
 use crate::flashback::{self, Flashback};
-use crate::glossary::OfGlossary;
+use crate::glossary;
 use crate::options::Options;
 use crate::record::{Run, Saved};
 use crate::score::read;
-use crate::settings::{Arm, Settings, Suite};
+use crate::settings::{Settings, Suite};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::text::Text;
@@ -46,19 +46,11 @@ pub fn train(options: &Options) -> Result<()> {
             let settings = options.settings(base.as_ref(), None);
             settings.check(base.as_ref().map(|base| base.config.num_hidden_layers))?;
             if settings.suite == Suite::Glossary {
-                if base.is_some() || settings.arm != Arm::NoPasses {
-                    return Err(
-                        "--suite glossary: for a new model without passes, --arm no-passes".into(),
-                    );
-                }
-                let vocabulary = Vocabulary::of_glossary();
-                let trainee = Trainee::new(&settings, &vocabulary)?;
-                return teach(
-                    options,
-                    &settings,
-                    &OfGlossary { vocabulary, tales: stories },
-                    &trainee,
-                );
+                let (task, trainee) = glossary::begin(&settings, base, stories)?;
+                return teach(options, &settings, &task, &trainee);
+            }
+            if settings.dictionary.is_some() {
+                return Err("--dictionary: for --suite glossary".into());
             }
             let trainee = match base {
                 None => Trainee::new(&settings, &vocabulary)?,

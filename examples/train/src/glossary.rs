@@ -1,22 +1,25 @@
 //! The glossary suite as a task: to look facts up, then by invented words, then by what definitions say of these.
 
+use std::ops::Range;
+
 use candle_core::{D, Tensor};
 use flashback_suite::{Called, Glossary, Split, TALE_FACTS, Tale, Vocabulary};
-use hybrid_attention::dictionary::{Dictionary, DictionaryConfig, Entries, Pooled};
+use hybrid_attention::dictionary::{Dictionary, Entries};
 use hybrid_attention::evaluate::Estimate;
-use hybrid_attention::model::{Batch, Sight};
+use hybrid_attention::model::Batch;
 use hybrid_attention::thought::ThoughtModel;
-use hybrid_attention::{HybridModel, Pooling, Thinking};
+use hybrid_attention::{HybridModel, Thinking};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::base::Base;
+use crate::entries;
 use crate::flashback::check_base;
 use crate::lessons::Lessons;
 use crate::score::read;
-use crate::settings::{Arm, Settings};
+use crate::settings::{Arm, Sees, Settings};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
@@ -119,20 +122,19 @@ pub(crate) struct Examination {
     among: Estimate,
 }
 
-/// How an entry is read: as a definition at the beginning of a tale.
-pub(crate) fn config(layers: usize) -> DictionaryConfig {
-    let config = DictionaryConfig::layers(0..layers).pooled(Pooled::Entry);
-    config
-        .sight(Sight::Causal)
-        .pooling(Pooling::LastToken)
-        .template("Here {headword} means {definition}")
-}
+/// How an entry is read.
+pub(crate) const TEMPLATE: &str = "Here {headword} means {definition}";
 
-/// The dictionary of a glossary.
-pub(crate) fn compile(model: &HybridModel, glossary: &Glossary) -> Result<Dictionary> {
+/// The dictionary of a glossary: each entry is read as a definition at the beginning of a tale.
+pub(crate) fn compile(
+    model: &HybridModel,
+    glossary: &Glossary,
+    layers: Range<usize>,
+    sees: Sees,
+) -> Result<Dictionary> {
     let entries = glossary.entries.iter().map(|it| (it.word.to_string(), it.meaning));
-    let layers = model.config().num_hidden_layers;
-    Ok(Dictionary::compile(model, &Entries::new(entries)?, &config(layers))?)
+    let config = entries::config(layers, sees).template(TEMPLATE);
+    Ok(Dictionary::compile(model, &Entries::new(entries)?, &config)?)
 }
 
 /// What is taught, and whom: a new model, or what a checkpoint that has learned the suite lacks without definitions.
@@ -152,9 +154,10 @@ pub(crate) fn begin(
     check_base(&base, &vocabulary)?;
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let glossary = Glossary::draw(Split::Train, LEARNED, &mut rng);
-    let trainee = match (settings.dictionary, &settings.adapter) {
-        (Some(_), _) => {
-            let dictionary = compile(&base.with_tokenizer()?, &glossary)?;
+    let trainee = match (&settings.dictionary, &settings.adapter) {
+        (Some(reads), _) => {
+            let layers = settings.span.0..settings.span.1;
+            let dictionary = compile(&base.with_tokenizer()?, &glossary, layers, reads.sees)?;
             Trainee::reading(base, dictionary, settings)?
         }
         (None, Some(_)) => Trainee::on(base, settings, None)?,

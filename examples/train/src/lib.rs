@@ -7,8 +7,10 @@
 //! records.
 
 mod adamw;
+mod arms;
 mod base;
 mod curve;
+mod entries;
 mod flashback;
 mod glossary;
 mod lessons;
@@ -30,6 +32,7 @@ mod trainer;
 struct Readme;
 
 pub use adamw::AdamW;
+pub use arms::{Arms, arms};
 pub use options::Options;
 pub use report::report;
 pub use score::{Scores, read, score};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 
 use crate::base::Base;
-use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Settings, Suite};
+use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Reads, Sees, Settings, Suite};
 use crate::text::Text;
 
 /// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
@@ -38,9 +38,19 @@ pub struct Options {
     #[arg(long, value_name = "A", requires = "rank")]
     alpha: Option<f64>,
 
-    /// Train how the MLPs of all layers read a dictionary, at this rank, on --suite glossary
+    /// Train how MLPs read a dictionary, at this rank, in the layers of the span: that of --entries, or of --suite
+    /// glossary
     #[arg(long, value_name = "R", requires = "model", conflicts_with_all = ["rank", "text"])]
     dictionary: Option<usize>,
+
+    /// How the entries of the dictionary are read
+    #[arg(long, value_enum, requires = "dictionary", default_value_t = Sees::BothWays)]
+    sees: Sees,
+
+    /// A file of headwords and definitions, a tab between them: learn to say what held-out ones mean, with
+    /// --dictionary, or with --rank alone
+    #[arg(long, value_name = "TSV", requires = "model", conflicts_with_all = ["text", "suite"])]
+    pub(crate) entries: Option<PathBuf>,
 
     /// The projections that have an adapter
     #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "rank")]
@@ -102,9 +112,11 @@ pub struct Options {
 impl Options {
     pub(crate) fn settings(&self, base: Option<&Base>, text: Option<(&Path, &Text)>) -> Settings {
         let for_text = |of_text, other| if text.is_some() { of_text } else { other };
+        let batch = if self.entries.is_some() { 16 } else { for_text(4, 64) };
         let steps = self.steps.unwrap_or(for_text(300, 6000));
         let span = self.span.clone().unwrap_or_else(|| match base {
             Some(base) if text.is_some() => base.middle(),
+            Some(base) if self.dictionary.is_some() => 0..base.config.num_hidden_layers,
             _ => 1..3,
         });
         let lr = match (self.rank.or(self.dictionary), base) {
@@ -127,7 +139,7 @@ impl Options {
             arm: self.arm,
             seed: self.seed,
             steps,
-            batch: self.batch.unwrap_or(for_text(4, 64)),
+            batch: self.batch.unwrap_or(batch),
             lr: self.lr.unwrap_or(lr),
             warm_up: for_text(steps / 10, 100),
             span: (span.start, span.end),
@@ -135,7 +147,8 @@ impl Options {
             model: base.map(|base| name(&base.path)),
             adapter: self.rank.map(low_rank),
             suite: self.suite,
-            dictionary: self.dictionary,
+            dictionary: self.dictionary.map(|rank| Reads { rank, sees: self.sees }),
+            entries: None,
             text: text.map(of_text),
         }
     }
@@ -146,7 +159,7 @@ impl Options {
 }
 
 /// The last part of a path: where a file is located makes no difference to a run.
-fn name(path: &Path) -> String {
+pub(crate) fn name(path: &Path) -> String {
     let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     whole.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

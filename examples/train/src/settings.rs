@@ -50,6 +50,16 @@ pub(crate) enum Suite {
     Glossary,
 }
 
+/// How the entries of a dictionary are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Sees {
+    /// Each token sees the whole entry
+    BothWays,
+    /// Each token sees what comes before it
+    Causal,
+}
+
 impl Suite {
     #[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
     fn is_default(&self) -> bool {
@@ -86,9 +96,12 @@ pub(crate) struct Settings {
     pub(crate) adapter: Option<LowRank>,
     #[serde(default, skip_serializing_if = "Suite::is_default")]
     pub(crate) suite: Suite,
-    /// The rank of the columns that read a dictionary, if that is what is trained.
+    /// The columns that read a dictionary, if that is what is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) dictionary: Option<usize>,
+    pub(crate) dictionary: Option<Reads>,
+    /// The entries that it learns to expand, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) entries: Option<OfEntries>,
     /// What it learns; without any, the suite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) text: Option<OfText>,
@@ -100,6 +113,22 @@ pub(crate) struct LowRank {
     pub(crate) rank: usize,
     pub(crate) alpha: f64,
     pub(crate) target: Vec<String>,
+}
+
+/// Columns that read a dictionary, in the layers of the span.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Reads {
+    pub(crate) rank: usize,
+    pub(crate) sees: Sees,
+}
+
+/// A file of entries.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfEntries {
+    /// The name of the file.
+    pub(crate) file: String,
+    /// How many it has.
+    pub(crate) entries: usize,
 }
 
 /// A text, and how it is read.

@@ -156,7 +156,7 @@ impl Trainee {
     /// What reads a dictionary beside a checkpoint.
     pub(crate) fn reading(base: Base, dictionary: Dictionary, settings: &Settings) -> Result<Self> {
         let Base { config, weights, .. } = base;
-        let rank = settings.dictionary.unwrap_or(1);
+        let rank = settings.dictionary.as_ref().map_or(1, |reads| reads.rank);
         let how = dictionary.config();
         let adapter = DictionaryAdapter::new(&config, how, rank, settings.seed, &Device::Cpu)?;
         let adapter = adapter.trainable()?;
@@ -164,6 +164,13 @@ impl Trainee {
         let vars = names.zip(adapter.variables()?).collect();
         let kind = Kind::Reading(dictionary, adapter);
         Ok(Self { config, vars, frozen: weights, names: None, kind })
+    }
+
+    /// The same with another dictionary.
+    pub(crate) fn with_dictionary(&self, other: &Dictionary) -> Result<Option<ThoughtModel>> {
+        let Kind::Reading(_, adapter) = &self.kind else { return Ok(None) };
+        let model = ThoughtModel::new(&self.config, &mut self.frozen.clone())?;
+        Ok(Some(model.with_dictionary(other, adapter, AdapterScope::Both)?))
     }
 
     /// The optimiser of the variables.

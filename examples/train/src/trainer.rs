@@ -9,6 +9,7 @@ use flashback_suite::Vocabulary;
 use hybrid_attention::thought::ThoughtModel;
 
 use crate::base::Base;
+use crate::entries;
 use crate::flashback::{self, Flashback};
 use crate::glossary;
 use crate::options::Options;
@@ -35,6 +36,14 @@ pub fn train(options: &Options) -> Result<()> {
     }
     let base = options.model.as_deref().map(Base::load).transpose()?;
     match (base, &options.text) {
+        (Some(base), None) if options.entries.is_some() => {
+            let mut settings = options.settings(Some(&base), None);
+            settings.check(Some(base.config.num_hidden_layers))?;
+            let Some(path) = &options.entries else { return Ok(()) };
+            let (task, trainee) =
+                entries::begin(&mut settings, base, path, &options.out, options.stories)?;
+            teach(options, &settings, &task, &trainee)
+        }
         (Some(base), Some(path)) => {
             let text = Text::read(path, &base, options.tokens, options.passages)?;
             let settings = options.settings(Some(&base), Some((path.as_path(), &text)));
@@ -50,7 +59,7 @@ pub fn train(options: &Options) -> Result<()> {
                 return teach(options, &settings, &task, &trainee);
             }
             if settings.dictionary.is_some() {
-                return Err("--dictionary: for --suite glossary".into());
+                return Err("--dictionary: for --entries or --suite glossary".into());
             }
             let trainee = match base {
                 None => Trainee::new(&settings, &vocabulary)?,

@@ -1,0 +1,56 @@
+//! The glossary suite: its stories, and what explains their words best.
+//!
+//! ```text
+//! R=target/runs
+//! cargo run --release --bin train -- --suite glossary --arm no-passes --out $R/base
+//! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --dictionary 8 --out $R/beside
+//! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --rank 3 --span 0..4 \
+//!     --target q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --out $R/adapter
+//! cargo run --release --bin glossary -- arms --base $R/base --dictionary $R/beside --adapter $R/adapter
+//! ```
+
+use std::io::{Write, stdout};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use flashback_suite::{Called, Glossary, Split, TALE_FACTS, Tale};
+use hybrid_attention_train::terminal::{self, Result};
+use hybrid_attention_train::{Arms, arms};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+/// Stories in words that a glossary explains, and who understands them.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Tell one story after the definitions of its words
+    Story {
+        /// Decides the story
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+
+    /// Compare what explains the words: definitions in the prompt, a dictionary beside it, an adapter, or nothing
+    Arms(Arms),
+}
+
+fn main() -> ExitCode {
+    terminal::main(|| match Cli::parse().command {
+        Command::Story { seed } => tell(seed),
+        Command::Arms(how) => arms(&how),
+    })
+}
+
+fn tell(seed: u64) -> Result<()> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let glossary = Glossary::draw(Split::Test, TALE_FACTS, &mut rng);
+    let tale = Tale::draw(&glossary, &mut rng);
+    let definitions = tale.definitions(&glossary, TALE_FACTS, &mut rng);
+    writeln!(stdout(), "{}.", tale.text(Called::Words, &definitions))?;
+    Ok(())
+}

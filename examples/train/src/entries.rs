@@ -1,0 +1,263 @@
+//! Entries of a real dictionary as a task: to say what a headword is short for, or means.
+
+use std::io::{Write, stdout};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{D, Tensor};
+use candle_nn::loss::cross_entropy;
+use hybrid_attention::dictionary::{Dictionary, DictionaryConfig, Entries, Pooled};
+use hybrid_attention::evaluate::Estimate;
+use hybrid_attention::model::{Batch, Sight};
+use hybrid_attention::thought::ThoughtModel;
+use hybrid_attention::{Pooling, Thinking, Tokenizer};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::base::Base;
+use crate::lessons::Lessons;
+use crate::options::name;
+use crate::score::read;
+use crate::settings::{OfEntries, Sees, Settings};
+use crate::task::{Exercise, Task};
+use crate::terminal::{self, Result};
+use crate::trainee::Trainee;
+
+/// One in this many entries is held out, by chance.
+const HELD_OUT: usize = 5;
+
+/// The seed of what is held out, the same for all runs.
+const SPLIT: u64 = 20_261_128;
+
+/// What stands around a headword, before its definition. Each is as often learned as any other; the examination takes the
+/// first.
+const SENTENCES: [[&str; 2]; 4] = [
+    ["In computing, the abbreviation ", " stands for"],
+    ["They call it ", ", which is short for"],
+    ["What does ", " mean? It means"],
+    ["The manual writes ", " for"],
+];
+
+/// How the entries of a dictionary are read.
+pub(crate) fn config(layers: Range<usize>, sees: Sees) -> DictionaryConfig {
+    let config = DictionaryConfig::layers(layers).pooled(Pooled::Entry);
+    match sees {
+        Sees::BothWays => config,
+        // What is read last has seen all of it.
+        Sees::Causal => config.sight(Sight::Causal).pooling(Pooling::LastToken),
+    }
+}
+
+pub(crate) struct OfDictionary {
+    tokenizer: Tokenizer,
+    train: Vec<(String, String)>,
+    /// Of the examination.
+    held_out: Vec<(String, String)>,
+    /// In which each headword has the vectors of another one: the control.
+    shuffled: Option<Dictionary>,
+    /// To compare with.
+    model: PathBuf,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Examination {
+    learned: usize,
+    held_out: usize,
+    /// Nats of a token of the definitions of held-out entries.
+    ways: Vec<Way>,
+}
+
+#[derive(Debug, Serialize)]
+struct Way {
+    name: &'static str,
+    mean: Estimate,
+    /// Entry by entry less those of the checkpoint with nothing to go by.
+    difference: Estimate,
+    /// The share of definitions whose every token is the likeliest.
+    right: Estimate,
+    losses: Vec<f64>,
+}
+
+/// What is taught, and whom.
+pub(crate) fn begin(
+    settings: &mut Settings,
+    base: Base,
+    path: &Path,
+    out: &Path,
+    examined: usize,
+) -> Result<(OfDictionary, Trainee)> {
+    let entries = Entries::from_tsv(path)?;
+    settings.entries = Some(OfEntries { file: name(path), entries: entries.len() });
+    let pairs: Vec<(String, String)> =
+        entries.iter().map(|(headword, definition)| (headword.into(), definition.into())).collect();
+    let mut order: Vec<usize> = (0..pairs.len()).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(SPLIT);
+    order.shuffle(&mut rng);
+    let (held_out, train) = order.split_at(pairs.len() / HELD_OUT);
+    if held_out.len() < 2 || train.is_empty() {
+        let expected = 2 * HELD_OUT;
+        return Err(format!("{}: expected at least {expected} entries", path.display()).into());
+    }
+    let some = |indices: &[usize]| indices.iter().map(|index| pairs[*index].clone()).collect();
+    let examined = &held_out[..examined.min(held_out.len())];
+    let (mut dictionary, mut shuffled) = (None, None);
+    if let Some(reads) = &settings.dictionary {
+        let config = config(settings.span.0..settings.span.1, reads.sees);
+        std::fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
+        let bar = terminal::bar(0, "reading entries [{bar:30}] {pos}/{len} {eta}");
+        let progress = |done: usize, all: usize| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        };
+        let file = out.join("dictionary.safetensors");
+        let right =
+            Dictionary::compile_to(file, &base.with_tokenizer()?, &entries, &config, progress)?;
+        bar.finish_and_clear();
+        let mut others: Vec<u32> = (0..u32::try_from(pairs.len())?).collect();
+        others.shuffle(&mut rng);
+        shuffled = Some(right.reordered(&others)?);
+        dictionary = Some(right);
+    }
+    let task = OfDictionary {
+        tokenizer: base.tokenizer.clone(),
+        train: some(train),
+        held_out: some(examined),
+        shuffled,
+        model: base.path.clone(),
+    };
+    let trainee = match (dictionary, &settings.adapter) {
+        (Some(dictionary), _) => Trainee::reading(base, dictionary, settings)?,
+        (None, Some(_)) => Trainee::on(base, settings, None)?,
+        (None, None) => return Err("--entries: give --dictionary or --rank".into()),
+    };
+    Ok((task, trainee))
+}
+
+impl OfDictionary {
+    /// The tokens of a sentence up to the definition, and those of the definition.
+    fn sentence(
+        &self,
+        before: &str,
+        [left, right]: [&str; 2],
+        (headword, definition): &(String, String),
+    ) -> Result<(Vec<u32>, Vec<u32>)> {
+        let prompt = self.tokenizer.encode(&format!("{before}{left}{headword}{right}"), true)?;
+        // A token that spans both would not be one of the prompt.
+        let answer = self.tokenizer.encode(&format!(" {definition}."), false)?;
+        Ok((prompt, answer))
+    }
+
+    /// For each held-out entry the mean nats of its definition's tokens, and whether all of them are the likeliest.
+    fn losses(
+        &self,
+        model: &ThoughtModel,
+        defined: bool,
+        progress: impl Fn(),
+    ) -> Result<[Vec<f64>; 2]> {
+        let (mut losses, mut right) = (Vec::new(), Vec::new());
+        for entry in &self.held_out {
+            let before = match defined {
+                true => format!("- {}: {}\n", entry.0, entry.1),
+                false => String::new(),
+            };
+            let (prompt, answer) = self.sentence(&before, SENTENCES[0], entry)?;
+            let ids = [prompt.as_slice(), &answer].concat();
+            let hidden = read(model, &Thinking::none(), &ids, Batch::one(ids.len())?)?;
+            // Each token is predicted where the one before it is read.
+            let hidden = hidden.narrow(0, prompt.len() - 1, answer.len())?;
+            let logits = model.decoder().logits(&hidden)?; // (answer, vocab)
+            let said: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
+            right.push(f64::from(said == answer));
+            let answer = Tensor::new(answer, hidden.device())?;
+            losses.push(f64::from(cross_entropy(&logits, &answer)?.to_scalar::<f32>()?));
+            progress();
+        }
+        Ok([losses, right])
+    }
+}
+
+impl Task for OfDictionary {
+    type Examination = Examination;
+
+    const STEPS_PER_POINT: usize = 10;
+
+    fn draw(&self, settings: &Settings, _: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
+        let (mut ids, mut answers, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..settings.batch {
+            let sentence = SENTENCES[rng.random_range(0..SENTENCES.len())];
+            let entry = &self.train[rng.random_range(0..self.train.len())];
+            let (prompt, answer) = self.sentence("", sentence, entry)?;
+            let start = ids.len() + prompt.len();
+            answers.extend((start..).zip(&answer).map(|(at, id)| (at as u32 - 1, *id)));
+            lengths.push(prompt.len() + answer.len());
+            ids.extend(prompt.into_iter().chain(answer));
+        }
+        let batch = Batch::ragged(&lengths)?;
+        Ok(Exercise { ids, batch, answers, passes: 0, end: None })
+    }
+
+    fn status(&self, _: &Lessons, loss: f32) -> String {
+        format!("loss {loss:.3}")
+    }
+
+    fn examine(&self, settings: &Settings, trainee: &Trainee) -> Result<Option<Examination>> {
+        if self.held_out.is_empty() {
+            return Ok(None);
+        }
+        let count = 4 * self.held_out.len() as u64;
+        let bar = terminal::bar(count, "examination [{bar:30}] {pos}/{len}, {eta} to go");
+        let before = Base::load(&self.model)?.model()?;
+        let mut ways = vec![
+            ("nothing", self.losses(&before, false, || bar.inc(1))?),
+            ("the definition in the prompt", self.losses(&before, true, || bar.inc(1))?),
+        ];
+        drop(before);
+        let trained = trainee.model(&mut settings.rng(settings.steps))?;
+        let name = if self.shuffled.is_some() { "dictionary" } else { "low-rank adapter" };
+        ways.push((name, self.losses(&trained, false, || bar.inc(1))?));
+        if let Some(shuffled) = &self.shuffled
+            && let Some(model) = trainee.with_dictionary(shuffled)?
+        {
+            let losses = self.losses(&model, false, || bar.inc(1))?;
+            ways.push(("dictionary, shuffled", losses));
+        }
+        bar.finish_and_clear();
+        let nothing = ways.first().map(|(_, [losses, _])| losses.clone()).unwrap_or_default();
+        let way = |(name, [losses, right]): (&'static str, [Vec<f64>; 2])| Way {
+            name,
+            mean: Estimate::of(&losses),
+            difference: Estimate::of_difference(&losses, &nothing),
+            right: Estimate::of(&right),
+            losses,
+        };
+        let ways = ways.into_iter().map(way).collect();
+        let (learned, held_out) = (self.train.len(), self.held_out.len());
+        let examination = Examination { learned, held_out, ways };
+        write!(stdout(), "{}", examination.table())?;
+        Ok(Some(examination))
+    }
+}
+
+impl Examination {
+    /// A Markdown table.
+    fn table(&self) -> String {
+        let mut table = format!(
+            "{} entries held out, {} learned. Nats per token of the definition, ± standard error.\n\n\
+             | what is known of the headword | loss | less nothing | right to the letter |\n|---|---|---|---|\n",
+            self.held_out, self.learned
+        );
+        for Way { name, mean, difference, right, .. } in &self.ways {
+            table += &format!(
+                "| {name} | {:.3} ± {:.3} | {} | {:.3} ± {:.3} |\n",
+                mean.mean,
+                mean.standard_error,
+                difference.signed(),
+                right.mean,
+                right.standard_error
+            );
+        }
+        table
+    }
+}

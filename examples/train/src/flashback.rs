@@ -83,7 +83,7 @@ pub(crate) fn check_base(base: &Base, vocabulary: &Vocabulary) -> Result<()> {
     let same = vocabulary.pieces().len() == base.config.vocab_size
         && tokenizer::is_of(&base.tokenizer, vocabulary);
     if !same {
-        return said("not the tokenizer of the flashback suite; give --text to learn from a text");
+        return said("not the tokenizer of the suite; give --text to learn from a text");
     }
     match base.config.tie_word_embeddings {
         true => Ok(()),

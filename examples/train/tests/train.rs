@@ -421,7 +421,7 @@ fn what_cannot_be_trained_is_refused() -> Result {
         assert!(stderr.starts_with("error: ") && stderr.contains(&expected), "{more:?}: {stderr}");
     }
     let absent = folder.path().join("absent").display().to_string();
-    let not_suite = format!("error: {model}: not the tokenizer of the flashback suite");
+    let not_suite = format!("error: {model}: not the tokenizer of the suite");
     for (args, expected) in [
         (vec!["--rank=2"], "--model <PATH>"),
         (vec!["--text", &text], "--model <PATH>"),

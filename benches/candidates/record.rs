@@ -92,17 +92,23 @@ impl Record {
         for way in &ways {
             let own = self.of(&way.name, count);
             let values = figures(&way.name);
-            let mean = |of: Vec<f64>| of.iter().sum::<f64>() / of.len().max(1) as f64;
+            let mean = |of: Vec<f64>| of.iter().sum::<f64>() / of.len() as f64;
+            let seconds = match timed.len() {
+                0 => String::new(),
+                _ => {
+                    let of = timed.iter().filter_map(|&item| seconds(way, item));
+                    format!("{:.3}", mean(of.collect()))
+                }
+            };
             let random = way.name.split_once(", ").map(|(kind, _)| format!("{kind}, random"));
             let random = random.filter(|random| *random != way.name).map(|random| figures(&random));
             let Estimate { mean: figure, standard_error } = Estimate::of(&values);
             table += &format!(
-                "| {} | {figure:.3} ± {standard_error:.3} | {} | {} | {:.1} | {:.3} |\n",
+                "| {} | {figure:.3} ± {standard_error:.3} | {} | {} | {:.1} | {seconds} |\n",
                 way.name,
                 if way.name == "greedy" { String::new() } else { less(&values, &greedy) },
                 random.map_or_else(String::new, |random| less(&values, &random)),
                 mean(own.iter().map(|done| done.tokens as f64).collect()),
-                mean(timed.iter().filter_map(|&item| seconds(way, item)).collect()),
             );
         }
         table

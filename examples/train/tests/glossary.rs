@@ -142,15 +142,15 @@ fn what_has_learned_nothing_answers_as_the_model_does() -> Result {
 
 #[test]
 fn the_entries_of_a_file_are_learned_and_others_examined() -> Result {
-    let base = checkpoint(0.5, true)?;
-    let model = base.path().display().to_string();
-    let entries = base.path().join("entries.tsv");
-    let words = ["the", "cat", "sat", "on", "mat", "about", "dog"];
-    let lines = (0..14).map(|n| format!("{0}{1}\t{1} {0}\n", words[n % 7], words[n / 2]));
-    fs::write(&entries, lines.collect::<String>())?;
-    let entries = entries.display().to_string();
-    let folder = tempfile::tempdir()?;
+    // A model whose tokens are whole names: what it makes of the words around them does not matter.
+    let (runs, folder) = (Runs::new()?, tempfile::tempdir()?);
     let path = |name: &str| folder.path().join(name).display().to_string();
+    let (model, entries) = (runs.path("base"), path("entries.tsv"));
+    let names =
+        ["coin", "jar", "bell", "book", "boot", "bowl", "box", "cap", "card", "cart", "hat"];
+    let lines = names.iter().zip(names.iter().cycle().skip(1));
+    let lines = lines.map(|(headword, definition)| format!("{headword}\t{definition}\n"));
+    fs::write(&entries, lines.collect::<String>())?;
     let way = |record: &Value, name: &str| -> Result<Vec<f64>> {
         let ways = record["ways"].as_array().map(Vec::as_slice).unwrap_or_default();
         let way = ways.iter().find(|way| way["name"] == name).ok_or("no such way")?;
@@ -166,7 +166,10 @@ fn the_entries_of_a_file_are_learned_and_others_examined() -> Result {
         let record = json(&folder.path().join(sees).join("record.json"))?;
         let (nothing, dictionary) = (way(&record, "nothing")?, way(&record, "dictionary")?);
         assert_eq!(nothing.len(), 2);
-        assert_eq!(nothing == dictionary, lr == "1e-30", "{nothing:?} {dictionary:?}");
+        // What can be trained takes other kernels, which round in another way.
+        let apart = nothing.iter().zip(&dictionary).map(|(a, b)| (a - b).abs());
+        let apart = apart.fold(0.0, f64::max);
+        assert_eq!(apart < 1e-5, lr == "1e-30", "{nothing:?} {dictionary:?}");
         assert!(way(&record, "the definition in the prompt")? != nothing);
     }
     let out = path("adapter");

@@ -610,7 +610,7 @@ impl HybridModel {
     /// [`Error::InText`] with what [`HybridModel::stream`] says of a text, [`Error::EmptyPrompt`] among it
     /// where nothing is left to pool; [`Error::EmptyPrompt`] for no texts at all; [`Error::NotFinite`] with
     /// the index of the text whose vector is not finite; [`Error::Parameter`] for a setting outside its
-    /// range; [`Error::Unsupported`] where the checkpoint's sentence-transformers files ask for what this
+    /// range, and for what was found in another model and is to be [removed](EmbedConfig::remove); [`Error::Unsupported`] where the checkpoint's sentence-transformers files ask for what this
     /// crate does not compute and `config` names no pooling.
     pub fn embed<T: AsRef<str>>(&self, texts: &[T], config: &EmbedConfig) -> Result<Tensor> {
         self.embed_many(texts, config)?.collect_all()
@@ -648,8 +648,8 @@ impl HybridModel {
     /// ```
     ///
     /// # Errors
-    /// As [`embed`](Self::embed); [`Error::Parameter`] for embedding that thinks or stops at a layer, and for a text that is longer than
-    /// [`EmbedConfig::max_tokens`].
+    /// As [`embed`](Self::embed); [`Error::Parameter`] for embedding that thinks or stops at a layer, and for a text
+    /// that is longer than [`EmbedConfig::max_tokens`].
     pub fn embed_document(&self, text: &str, config: &EmbedConfig) -> Result<(Vec<f32>, Document)> {
         self.readable(text, config)?.read(self.cache_dtype())
     }

@@ -383,6 +383,8 @@ fn an_op_is_spelled_in_json() -> Result {
         refused(Remove::new(Some(vec![bad]), Vec::new()), "directions");
         refused(Remove::new(None, vec![vec![bad]]), "directions");
     }
+    let many = Subspace::random(300, Remove::MOST_DIRECTIONS + 1, 0)?.directions();
+    refused(Remove::new(None, many), "directions");
     refused(remove.apply(&Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?), "rows");
     Ok(())
 }

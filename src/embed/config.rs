@@ -122,7 +122,8 @@ impl EmbedConfig {
     /// Checks what does not depend on the model.
     ///
     /// # Errors
-    /// [`Error::Parameter`] and [`Error::Refinement`], as [`Thinking::validate`] for its thinking.
+    /// [`Error::Parameter`], also for a [layer](Self::layer) that is not that of what is to be
+    /// [removed](Self::remove), and [`Error::Refinement`], as [`Thinking::validate`] for its thinking.
     pub fn validate(&self) -> Result<()> {
         for (name, value) in
             [("batch_tokens", Some(self.batch_tokens)), ("max_tokens", self.max_tokens)]
@@ -232,7 +233,8 @@ impl EmbedConfig {
 
     /// Takes what is generic out of the vectors, before they are scaled: a mean and directions that
     /// [`Generic::remove`](crate::statistics::Generic::remove) found. They are then of the
-    /// [layer](Self::layer) that these are of. Default: nothing is taken out.
+    /// [layer](Self::layer) that these are of. Whether this model found them is checked once for each call, which
+    /// takes as long as a text of 16 tokens. Default: nothing is taken out.
     #[must_use]
     pub fn remove(mut self, remove: Remove) -> Self {
         self.remove = Some(Box::new(remove));

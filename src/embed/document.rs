@@ -23,7 +23,8 @@ impl Readable {
     /// letters that they are.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for embedding that thinks or stops at a layer, and for a text that it would cut; [`Error::Tokenizer`].
+    /// [`Error::Parameter`] for embedding that thinks or stops at a layer, and for a text that it would cut;
+    /// [`Error::Tokenizer`].
     pub(crate) fn new(mut vectors: Vectors, tokenizer: &Tokenizer, text: &str) -> Result<Self> {
         if !vectors.mind.thinking().is_none() {
             let expected = "none where the pass that embeds is kept";

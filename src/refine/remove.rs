@@ -68,6 +68,9 @@ impl TryFrom<Spelled> for Remove {
 }
 
 impl Remove {
+    /// The most directions of one.
+    pub const MOST_DIRECTIONS: usize = 256;
+
     /// How far the product of two directions may be from 0, and that of one with itself from 1.
     const ROUNDING: f64 = 1e-4;
 
@@ -75,8 +78,8 @@ impl Remove {
     /// other.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for numbers that are not finite, rows of different widths, and directions that are not
-    /// of length 1 or not at right angles.
+    /// [`Error::Parameter`] for numbers that are not finite, rows of different widths, more than
+    /// [`MOST_DIRECTIONS`](Self::MOST_DIRECTIONS), and directions that are not of length 1 or not at right angles.
     pub fn new(mean: Option<Vec<f32>>, directions: Vec<Vec<f32>>) -> Result<Self> {
         let mut all = mean.iter().chain(&directions);
         let width = all.clone().next().map_or(0, Vec::len);
@@ -88,9 +91,8 @@ impl Remove {
         if let Some(bad) = numbers.find(|it| !it.is_finite()) {
             return Err(Error::parameter("directions", "finite numbers, as in the mean", bad));
         }
-        // More directions than numbers cannot be at right angles: stop before comparing all of them.
-        if directions.len() > width {
-            let expected = format!("at most {width} directions");
+        if directions.len() > width.min(Self::MOST_DIRECTIONS) {
+            let expected = format!("at most {} directions", width.min(Self::MOST_DIRECTIONS));
             return Err(Error::parameter("directions", expected, directions.len()));
         }
         for (i, a) in directions.iter().enumerate() {

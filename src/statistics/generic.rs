@@ -79,7 +79,8 @@ impl Generic {
 
     /// That of vectors, `(texts, hidden)`, which the model with this fingerprint has made: of the states that enter
     /// `layer`, or, for `None`, of those that [`embed`](crate::HybridModel::embed) pools by default, behind the final
-    /// norm. Make them as vectors will be made that it is taken off:
+    /// norm. A few hundred texts are enough, and the time that directions take grows with the cube of their number. Make
+    /// them as vectors will be made that it is taken off:
     ///
     /// ```
     /// # use candle_core::Device;
@@ -113,7 +114,8 @@ impl Generic {
         }
         mean.iter_mut().for_each(|it| *it /= texts as f64);
         let centred = rows.iter().map(|row| less(row, &mean)).collect();
-        let found = principal(centred);
+        let mut found = principal(centred);
+        found.truncate(Remove::MOST_DIRECTIONS);
         if found.is_empty() {
             return Err(Error::parameter("vectors", "at least two that differ", "all the same"));
         }
@@ -151,8 +153,9 @@ impl Generic {
         &self.mean
     }
 
-    /// The variance along each direction, the greatest first: at most one fewer than there were texts, and no more
-    /// than a vector has numbers. Directions in which texts do not differ are left out.
+    /// The variance along each direction, the greatest first: at most one fewer than there were texts, no more than a
+    /// vector has numbers, and no more than [`Remove::MOST_DIRECTIONS`]. Directions in which texts do not differ are
+    /// left out.
     #[must_use]
     pub fn variances(&self) -> &[f32] {
         &self.variances

@@ -899,11 +899,11 @@ fn generic_writes_what_embed_takes_out() -> Result {
             let args = [vec!["--json", from.as_str(), "the cat", "a dog"], args].concat();
             let (stdout, _) = succeed("embed", folder.path(), &args, "")?;
             let expected = model.embed(&["the cat", "a dog"], &whole.clone().remove(remove))?;
-            let vectors = stdout
-                .lines()
-                .map(|line| Ok(serde_json::from_str::<Value>(line)?["vector"].take()));
-            let vectors = vectors.collect::<Result<Vec<Value>>>()?;
-            assert_eq!(Value::from(vectors), serde_json::to_value(expected.to_vec2::<f32>()?)?);
+            let vector = |line: &str| -> Result<Vec<f32>> {
+                Ok(serde_json::from_value(serde_json::from_str::<Value>(line)?["vector"].take())?)
+            };
+            let vectors = stdout.lines().map(vector).collect::<Result<Vec<_>>>()?;
+            assert_eq!(vectors, expected.to_vec2::<f32>()?);
         }
         let stderr = fail("embed", folder.path(), &[&from, "--remove=12", "the cat"])?;
         assert!(stderr.contains("parameter k: expected at most 11 directions, got 12"), "{stderr}");

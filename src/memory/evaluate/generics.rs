@@ -137,8 +137,8 @@ impl Generics {
         if let Some(few) = passages.iter().find(|passages| passages.len() < 2) {
             return Err(Error::parameter("passages", "at least 2 of each kind", few.len()));
         }
-        for (name, count) in [("layers", self.layers.len()), ("draws", self.draws as usize)] {
-            if count == 0 {
+        for (name, none) in [("layers", self.layers.is_empty()), ("draws", self.draws == 0)] {
+            if none {
                 return Err(Error::parameter(name, "at least 1", 0));
             }
         }

@@ -21,6 +21,10 @@ impl HybridModel {
     /// [`dictionary`](crate::dictionary). No weights are copied. Adapters that are to be trained or used with it are
     /// added afterwards, because a dictionary knows the model that it was compiled by.
     ///
+    /// Where it is for thinking alone, or for decoding alone, the hand-offs
+    /// [`KeyValue`](crate::HandOff::KeyValue) and [`Mixed`](crate::HandOff::Mixed) run layer by layer, as with any
+    /// adapter that is, and round differently.
+    ///
     /// # Errors
     /// As [`ThoughtModel::with_dictionary`]; [`Error::Parameter`] for the dictionary of another model.
     pub fn with_dictionary(

@@ -51,9 +51,11 @@ impl Matcher {
             patterns.push(bytes(form));
             entries.push(entry);
         }
-        // No other kind takes so little memory for many patterns.
+        // No other kind takes so little memory for many patterns. Where a mismatch leads back to, the last byte of a
+        // first token, hundreds of bytes may follow: in a list they would be gone through for every state.
         let kind = Some(AhoCorasickKind::ContiguousNFA);
-        let automaton = AhoCorasick::builder().kind(kind).prefilter(false).build(&patterns);
+        let automaton =
+            AhoCorasick::builder().kind(kind).dense_depth(4).prefilter(false).build(&patterns);
         let automaton = automaton
             .map_err(|error| Error::parameter("entries", "as many as an automaton holds", error))?;
         Ok(Self { automaton, entries, longest, borders })

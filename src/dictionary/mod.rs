@@ -10,7 +10,8 @@
 //! So the text and its dictionary share no attention, and a token costs the same whatever the size of the dictionary.
 //! `d` is the very tensor that the MLP of that layer reads while the entry runs, pooled over its tokens: there it has
 //! the scale of the `x` that it stands beside. [`DictionaryAdapter`] holds `U`, which has to be trained; until then the
-//! model is what it was, bit for bit.
+//! model is what it was, bit for bit. ([Two hand-offs](HybridModel::with_dictionary) round differently where only one of
+//! thinking and decoding reads it.)
 //!
 //! ```
 //! # use candle_core::Device;

@@ -18,9 +18,8 @@ use serde::Serialize;
 
 use crate::base::Base;
 use crate::lessons::Lessons;
-use crate::options::name;
 use crate::score::read;
-use crate::settings::{OfEntries, Sees, Settings};
+use crate::settings::{Arm, Sees, Settings};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
@@ -80,30 +79,42 @@ struct Way {
     losses: Vec<f64>,
 }
 
-/// What is taught, and whom.
-pub(crate) fn begin(
-    settings: &mut Settings,
-    base: Base,
-    path: &Path,
-    out: &Path,
-    examined: usize,
-) -> Result<(OfDictionary, Trainee)> {
-    let entries = Entries::from_tsv(path)?;
-    settings.entries = Some(OfEntries { file: name(path), entries: entries.len() });
-    let pairs: Vec<(String, String)> =
-        entries.iter().map(|(headword, definition)| (headword.into(), definition.into())).collect();
-    let mut order: Vec<usize> = (0..pairs.len()).collect();
-    let mut rng = ChaCha8Rng::seed_from_u64(SPLIT);
-    order.shuffle(&mut rng);
-    let (held_out, train) = order.split_at(pairs.len() / HELD_OUT);
-    if held_out.len() < 2 || train.is_empty() {
-        let expected = 2 * HELD_OUT;
-        return Err(format!("{}: expected at least {expected} entries", path.display()).into());
-    }
-    let some = |indices: &[usize]| indices.iter().map(|index| pairs[*index].clone()).collect();
-    let examined = &held_out[..examined.min(held_out.len())];
-    let (mut dictionary, mut shuffled) = (None, None);
-    if let Some(reads) = &settings.dictionary {
+impl OfDictionary {
+    /// What is taught, and whom. A dictionary is compiled into the folder `out`.
+    pub(crate) fn begin(
+        settings: &Settings,
+        base: Base,
+        entries: &Entries,
+        out: &Path,
+        examined: usize,
+    ) -> Result<(Self, Trainee)> {
+        if settings.arm != Arm::NoPasses {
+            return Err("--entries: without passes, for --arm no-passes".into());
+        }
+        let mut order: Vec<usize> = (0..entries.len()).collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(SPLIT);
+        order.shuffle(&mut rng);
+        let (held_out, train) = order.split_at(entries.len() / HELD_OUT);
+        if held_out.len() < 2 {
+            let message = format!("expected at least {}, got {}", 2 * HELD_OUT, entries.len());
+            return Err(format!("--entries: {message}").into());
+        }
+        let pairs: Vec<(&str, &str)> = entries.iter().collect();
+        let own = |index: &usize| (pairs[*index].0.to_string(), pairs[*index].1.to_string());
+        let some = |indices: &[usize]| indices.iter().map(own).collect();
+        let mut task = Self {
+            tokenizer: base.tokenizer.clone(),
+            train: some(train),
+            held_out: some(&held_out[..examined.min(held_out.len())]),
+            shuffled: None,
+            model: base.path.clone(),
+        };
+        let Some(reads) = &settings.dictionary else {
+            if settings.adapter.is_none() {
+                return Err("--entries: give --dictionary or --rank".into());
+            }
+            return Ok((task, Trainee::on(base, settings, None)?));
+        };
         let config = config(settings.span.0..settings.span.1, reads.sees);
         std::fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
         let bar = terminal::bar(0, "reading entries [{bar:30}] {pos}/{len} {eta}");
@@ -111,31 +122,15 @@ pub(crate) fn begin(
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         };
-        let file = out.join("dictionary.safetensors");
-        let right =
-            Dictionary::compile_to(file, &base.with_tokenizer()?, &entries, &config, progress)?;
+        let (file, model) = (out.join("dictionary.safetensors"), base.with_tokenizer()?);
+        let dictionary = Dictionary::compile_to(file, &model, entries, &config, progress)?;
         bar.finish_and_clear();
-        let mut others: Vec<u32> = (0..u32::try_from(pairs.len())?).collect();
+        let mut others: Vec<u32> = (0..u32::try_from(entries.len())?).collect();
         others.shuffle(&mut rng);
-        shuffled = Some(right.reordered(&others)?);
-        dictionary = Some(right);
+        task.shuffled = Some(dictionary.reordered(&others)?);
+        Ok((task, Trainee::reading(base, dictionary, settings)?))
     }
-    let task = OfDictionary {
-        tokenizer: base.tokenizer.clone(),
-        train: some(train),
-        held_out: some(examined),
-        shuffled,
-        model: base.path.clone(),
-    };
-    let trainee = match (dictionary, &settings.adapter) {
-        (Some(dictionary), _) => Trainee::reading(base, dictionary, settings)?,
-        (None, Some(_)) => Trainee::on(base, settings, None)?,
-        (None, None) => return Err("--entries: give --dictionary or --rank".into()),
-    };
-    Ok((task, trainee))
-}
 
-impl OfDictionary {
     /// The tokens of a sentence up to the definition, and those of the definition.
     fn sentence(
         &self,

@@ -137,37 +137,6 @@ pub(crate) fn compile(
     Ok(Dictionary::compile(model, &Entries::new(entries)?, &config)?)
 }
 
-/// What is taught, and whom: a new model, or what a checkpoint that has learned the suite lacks without definitions.
-pub(crate) fn begin(
-    settings: &Settings,
-    base: Option<Base>,
-    tales: usize,
-) -> Result<(OfGlossary, Trainee)> {
-    let vocabulary = Vocabulary::of_glossary();
-    if settings.arm != Arm::NoPasses {
-        return Err("--suite glossary: without passes, for --arm no-passes".into());
-    }
-    let Some(base) = base else {
-        let trainee = Trainee::new(settings, &vocabulary)?;
-        return Ok((OfGlossary { vocabulary, tales, beside: None }, trainee));
-    };
-    check_base(&base, &vocabulary)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-    let glossary = Glossary::draw(Split::Train, LEARNED, &mut rng);
-    let trainee = match (&settings.dictionary, &settings.adapter) {
-        (Some(reads), _) => {
-            let layers = settings.span.0..settings.span.1;
-            let dictionary = compile(&base.with_tokenizer()?, &glossary, layers, reads.sees)?;
-            Trainee::reading(base, dictionary, settings)?
-        }
-        (None, Some(_)) => Trainee::on(base, settings, None)?,
-        (None, None) => {
-            return Err("--suite glossary: with --model, give --dictionary or --rank".into());
-        }
-    };
-    Ok((OfGlossary { vocabulary, tales, beside: Some(glossary) }, trainee))
-}
-
 impl Task for OfGlossary {
     type Examination = Examination;
 
@@ -248,6 +217,37 @@ impl Task for OfGlossary {
 }
 
 impl OfGlossary {
+    /// What is taught, and whom: a new model, or what a checkpoint that has learned the suite lacks without definitions.
+    pub(crate) fn begin(
+        settings: &Settings,
+        base: Option<Base>,
+        tales: usize,
+    ) -> Result<(Self, Trainee)> {
+        let vocabulary = Vocabulary::of_glossary();
+        if settings.arm != Arm::NoPasses {
+            return Err("--suite glossary: without passes, for --arm no-passes".into());
+        }
+        let Some(base) = base else {
+            let trainee = Trainee::new(settings, &vocabulary)?;
+            return Ok((Self { vocabulary, tales, beside: None }, trainee));
+        };
+        check_base(&base, &vocabulary)?;
+        let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+        let glossary = Glossary::draw(Split::Train, LEARNED, &mut rng);
+        let trainee = match (&settings.dictionary, &settings.adapter) {
+            (Some(reads), _) => {
+                let layers = settings.span.0..settings.span.1;
+                let dictionary = compile(&base.with_tokenizer()?, &glossary, layers, reads.sees)?;
+                Trainee::reading(base, dictionary, settings)?
+            }
+            (None, Some(_)) => Trainee::on(base, settings, None)?,
+            (None, None) => {
+                return Err("--suite glossary: with --model, give --dictionary or --rank".into());
+            }
+        };
+        Ok((Self { vocabulary, tales, beside: Some(glossary) }, trainee))
+    }
+
     /// A tale after so many definitions, those of its words among them; or after none.
     fn told(
         &self,

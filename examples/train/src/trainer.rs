@@ -6,16 +6,17 @@ use std::time::Instant;
 use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use flashback_suite::Vocabulary;
+use hybrid_attention::dictionary::Entries;
 use hybrid_attention::thought::ThoughtModel;
 
 use crate::base::Base;
-use crate::entries;
+use crate::entries::OfDictionary;
 use crate::flashback::{self, Flashback};
-use crate::glossary;
-use crate::options::Options;
+use crate::glossary::OfGlossary;
+use crate::options::{Options, name};
 use crate::record::{Run, Saved};
 use crate::score::read;
-use crate::settings::{Settings, Suite};
+use crate::settings::{OfEntries, Settings, Suite};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::text::Text;
@@ -35,40 +36,51 @@ pub fn train(options: &Options) -> Result<()> {
         check_apart(&options.out, model)?;
     }
     let base = options.model.as_deref().map(Base::load).transpose()?;
-    match (base, &options.text) {
-        (Some(base), None) if options.entries.is_some() => {
-            let mut settings = options.settings(Some(&base), None);
-            settings.check(Some(base.config.num_hidden_layers))?;
-            let Some(path) = &options.entries else { return Ok(()) };
-            let (task, trainee) =
-                entries::begin(&mut settings, base, path, &options.out, options.stories)?;
-            teach(options, &settings, &task, &trainee)
-        }
-        (Some(base), Some(path)) => {
+    match (base, &options.text, &options.entries) {
+        (Some(base), Some(path), _) => {
             let text = Text::read(path, &base, options.tokens, options.passages)?;
             let settings = options.settings(Some(&base), Some((path.as_path(), &text)));
             settings.check(Some(base.config.num_hidden_layers))?;
             teach(options, &settings, &text, &Trainee::on(base, &settings, None)?)
         }
-        (base, _) => {
-            let (vocabulary, stories) = (Vocabulary::default(), options.stories);
+        (Some(base), None, Some(path)) => {
+            let mut settings = options.settings(Some(&base), None);
+            settings.check(Some(base.config.num_hidden_layers))?;
+            let entries = Entries::from_tsv(path)?;
+            settings.entries = Some(OfEntries { file: name(path), entries: entries.len() });
+            let begun =
+                OfDictionary::begin(&settings, base, &entries, &options.out, options.stories);
+            let (task, trainee) = begun?;
+            teach(options, &settings, &task, &trainee)
+        }
+        (base, ..) => {
             let settings = options.settings(base.as_ref(), None);
             settings.check(base.as_ref().map(|base| base.config.num_hidden_layers))?;
-            if settings.suite == Suite::Glossary {
-                let (task, trainee) = glossary::begin(&settings, base, stories)?;
-                return teach(options, &settings, &task, &trainee);
-            }
-            if settings.dictionary.is_some() {
-                return Err("--dictionary: for --entries or --suite glossary".into());
-            }
+            teach_suite(options, &settings, base)
+        }
+    }
+}
+
+fn teach_suite(options: &Options, settings: &Settings, base: Option<Base>) -> Result<()> {
+    let stories = options.stories;
+    match settings.suite {
+        Suite::Glossary => {
+            let (task, trainee) = OfGlossary::begin(settings, base, stories)?;
+            teach(options, settings, &task, &trainee)
+        }
+        Suite::Flashback if settings.dictionary.is_some() => {
+            Err("--dictionary: for --entries or --suite glossary".into())
+        }
+        Suite::Flashback => {
+            let vocabulary = Vocabulary::default();
             let trainee = match base {
-                None => Trainee::new(&settings, &vocabulary)?,
+                None => Trainee::new(settings, &vocabulary)?,
                 Some(base) => {
                     flashback::check_base(&base, &vocabulary)?;
-                    Trainee::on(base, &settings, Some(&vocabulary))?
+                    Trainee::on(base, settings, Some(&vocabulary))?
                 }
             };
-            teach(options, &settings, &Flashback { vocabulary, stories }, &trainee)
+            teach(options, settings, &Flashback { vocabulary, stories }, &trainee)
         }
     }
 }

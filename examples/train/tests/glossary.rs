@@ -195,10 +195,10 @@ fn what_cannot_be_learned_is_refused() -> Result {
     fs::write(&tsv, "cat\tthe cat\ndog\t\n")?;
     let few = folder.path().join("few.tsv").display().to_string();
     fs::write(&few, "cat\tthe cat\ndog\tthe dog\n")?;
-    let glossary = "--suite=glossary";
+    let (glossary, none) = ("--suite=glossary", "--arm=no-passes");
     for (args, expected) in [
         (vec![glossary], "without passes, for --arm no-passes"),
-        (vec![glossary, "--arm=no-passes", "--model", &model], "not the tokenizer of the suite"),
+        (vec![glossary, none, "--model", &model], "not the tokenizer of the suite"),
         (
             vec!["--dictionary=2", "--model", &model],
             "--dictionary: for --entries or --suite glossary",
@@ -213,9 +213,10 @@ fn what_cannot_be_learned_is_refused() -> Result {
         ),
         (
             vec!["--entries", &few, "--model", &model, "--dictionary=2"],
-            "expected at least 10 entries",
+            "--entries: expected at least 10, got 2",
         ),
         (vec!["--entries", &few, "--model", &model, glossary], "cannot be used with"),
+        (vec!["--entries", &few, "--model", &model, "--rank=2"], "--entries: without passes"),
     ] {
         let all = [vec!["--out", out.to_str().unwrap_or_default()], args].concat();
         fail(TRAIN, &all, expected)?;

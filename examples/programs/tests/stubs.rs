@@ -232,6 +232,7 @@ fn inspect_draws_who_was_dropped_when() -> Result {
 
     let (page, json) = inspect(&["--candidates=3", "--noise=0.4"])?;
     assert_eq!(json["settings"]["noise"]["sd"], 0.4);
+    assert!(page.contains("<dt>Noise</dt><dd>gaussian, 0.4 of each vector"), "{page}");
     assert!(page.contains("id=\"candidates\""));
     let (page, json) = inspect(&[])?;
     assert!(json.get("candidates").is_none() && !page.contains("id=\"candidates\""));

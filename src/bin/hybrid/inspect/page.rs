@@ -64,7 +64,7 @@ fn facts(inspection: &Inspection, passes: &Passes, settings: &Value) -> String {
     let trace = &passes.trace;
     let seconds: Vec<String> =
         trace.passes.iter().map(|pass| format!("{:.2}", pass.seconds)).collect();
-    let rows = [
+    let mut rows = vec![
         ("Model", inspection.model.clone()),
         ("Prompt", format!("{} tokens, {thinks} of them thought about", tokens.len())),
         ("Passes", format!("{} of at most {}", trace.passes.len(), settings["passes"])),
@@ -74,13 +74,31 @@ fn facts(inspection: &Inspection, passes: &Passes, settings: &Value) -> String {
         ("Hand-off", hand_off),
         ("Seconds", format!("{} for each pass", seconds.join(", "))),
     ];
-    let rows = rows.map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", text(&value)));
+    if !settings["noise"].is_null() {
+        rows.push(("Noise", noise(&settings["noise"])));
+    }
+    let rows = rows.into_iter();
+    let rows: String =
+        rows.map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", text(&value))).collect();
     format!(
         "<p>Before it answered, the model passed over the prompt several times. In a pass every token \
          of the context sees every other, also those after it, and its <em>thought</em>, the vector that enters the \
-         layers, is refined.</p>\n<dl>\n{}</dl>\n",
-        rows.concat(),
+         layers, is refined.</p>\n<dl>\n{rows}</dl>\n"
     )
+}
+
+/// `gaussian, of 0.1 of each vector's length, on what enters the first pass; seed 7`
+fn noise(noise: &Value) -> String {
+    let word = |key: &str, default| noise[key].as_str().unwrap_or(default).to_owned();
+    let of = match word("of", "coordinate").as_str() {
+        "length" => "of each vector's length",
+        "row" => "for each vector as a whole",
+        _ => "in each coordinate",
+    };
+    let verb = if noise["subtract"] == true { "taken off" } else { "on" };
+    let norm = if noise["keep_norm"] == true { ", whose length is kept" } else { "" };
+    let (shape, seed) = (word("shape", "gaussian"), noise["seed"].as_u64().unwrap_or(0));
+    format!("{shape}, {} {of}, {verb} what enters the first pass{norm}; seed {seed}", noise["sd"])
 }
 
 /// One end of the chosen layers, if any were chosen.

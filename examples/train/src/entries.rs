@@ -44,8 +44,8 @@ pub(crate) fn config(layers: Range<usize>, sees: Sees) -> DictionaryConfig {
     let config = DictionaryConfig::layers(layers).pooled(Pooled::Entry);
     match sees {
         Sees::BothWays => config,
-        // What is read last has seen all of it.
-        Sees::Causal => config.sight(Sight::Causal).pooling(Pooling::LastToken),
+        // What is read later has seen more of it.
+        Sees::Causal => config.sight(Sight::Causal).pooling(Pooling::WeightedMean),
     }
 }
 

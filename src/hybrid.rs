@@ -495,7 +495,8 @@ impl HybridModel {
             Sight::Bidirectional => self.source.model.thinker(),
         };
         reader.check_context(prompt.ids.len())?;
-        let (xs, batch) = (reader.embed_ids(&prompt.ids)?, prompt.batch()?);
+        let batch = prompt.batch()?.with_ids(&prompt.ids)?;
+        let xs = reader.embed_ids(&prompt.ids)?;
         let pass = Pass::uncached(&batch, sight);
         steps::of_pass(reader, &xs, 0, pass, (layer, head))?.pop().ok_or(Error::EmptyPrompt)
     }

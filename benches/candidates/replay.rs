@@ -11,7 +11,8 @@ use hybrid_attention::{GenerationConfig, HybridModel, Prompt};
 
 use crate::Result;
 
-/// Candidates after each token, all of them kept.
+/// Candidates after each token, all of them kept. What is dropped is found here by itself, not by the library, and so
+/// checks it.
 pub(crate) struct History(Vec<Vec<Stub>>);
 
 /// A way to choose among the first of them.

@@ -78,6 +78,10 @@ pub(crate) fn run(
     record: &mut Record,
 ) -> Result<()> {
     let seed = index as u64;
+    if timed {
+        let greedy = From::Greedy.config(task, seed);
+        task.model.generate(item.prompt.clone(), &greedy)?; // the first to run would be timed as it starts up
+    }
     let mut history: Option<(From, History)> = None;
     for way in all(task) {
         let known = record.get(&way.name, index);

@@ -75,6 +75,9 @@ fn name(layer: usize, half: &str) -> String {
 }
 
 impl DictionaryAdapter {
+    /// The name that its file has by default, beside a dictionary or a model.
+    pub const FILE: &str = "dictionary_adapter.safetensors";
+
     /// One that reads nothing yet, for vectors that are made as `config` says: as in an
     /// [`Adapter`](crate::Adapter), `A` is uniform in `±1 / sqrt(hidden)` and `B` zero. The same seed gives the same
     /// adapter.
@@ -112,7 +115,7 @@ impl DictionaryAdapter {
     /// what they were.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a layer that it does not read, or anything but such a vector.
+    /// [`Error::Parameter`] for a layer that it does not read, or anything but such a vector of finite numbers.
     pub fn with_generic(mut self, layer: usize, generic: &Tensor) -> Result<Self> {
         let Some(columns) = self.columns.get_mut(&layer) else {
             let expected = format!("one of the layers {:?}", self.config.chosen_layers());
@@ -123,7 +126,12 @@ impl DictionaryAdapter {
             let got = format!("{:?}", generic.dims());
             return Err(Error::parameter("generic", format!("a vector ({hidden})"), got));
         }
-        columns.generic = Some(generic.to_dtype(candle_core::DType::F32)?);
+        let generic = generic.to_dtype(candle_core::DType::F32)?;
+        if let Some(value) = generic.to_vec1::<f32>()?.into_iter().find(|value| !value.is_finite())
+        {
+            return Err(Error::parameter("generic", "finite numbers", value));
+        }
+        columns.generic = Some(generic);
         Ok(self)
     }
 
@@ -140,8 +148,8 @@ impl DictionaryAdapter {
         })
     }
 
-    /// A copy whose tensors are [`variables`](Self::variables): a model made with it sees an optimiser's changes to
-    /// them, and provides their gradients.
+    /// A copy whose tensors are [`variables`](Self::variables): a model made with it, whose stream is `f32`, sees an
+    /// optimiser's changes to them, and provides their gradients. One of another type has a copy of its own.
     ///
     /// # Errors
     /// When a device has no room.

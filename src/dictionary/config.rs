@@ -12,6 +12,9 @@ use crate::pooling::Pooling;
 const HEADWORD: &str = "{headword}";
 const DEFINITION: &str = "{definition}";
 
+/// More layers than any model has.
+const MOST_LAYERS: usize = 4096;
+
 /// How the entries of a [`Dictionary`](super::Dictionary) become vectors, and for which layers.
 ///
 /// ```
@@ -56,7 +59,7 @@ impl DictionaryConfig {
     /// For the MLPs of these layers, counted from 0: at least one.
     #[must_use]
     pub fn layers(layers: impl IntoIterator<Item = usize>) -> Self {
-        let mut layers: Vec<usize> = layers.into_iter().collect();
+        let mut layers: Vec<usize> = layers.into_iter().take(MOST_LAYERS + 1).collect();
         layers.sort_unstable();
         layers.dedup();
         Self {
@@ -132,6 +135,9 @@ impl DictionaryConfig {
         if self.layers.is_empty() || !self.layers.is_sorted_by(|a, b| a < b) {
             let got = format!("{:?}", self.layers);
             return Err(Error::parameter("layers", "at least one, ascending", got));
+        }
+        if self.layers.len() > MOST_LAYERS {
+            return Err(Error::parameter("layers", format!("at most {MOST_LAYERS}"), "more"));
         }
         self.parts()?;
         if self.max_tokens == Some(0) {

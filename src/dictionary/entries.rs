@@ -6,7 +6,10 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::load::read_text;
+use crate::load::read_bytes;
+
+/// Bytes of a file.
+const MOST: u64 = 1 << 30;
 
 /// What stands between the definitions of a headword that occurs several times.
 const BETWEEN: &str = "; ";
@@ -53,14 +56,15 @@ impl Entries {
     }
 
     /// Of a UTF-8 file: on each line a headword, a tab and its definition, in which further tabs are spaces. Empty
-    /// lines are skipped.
+    /// lines are skipped. At most 1 GiB.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Malformed`], with the line, for one without a tab, an empty headword or definition; and
     /// for no entries.
     pub fn from_tsv(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = read_text(path)?;
+        let text = String::from_utf8(read_bytes(path, MOST)?)
+            .map_err(|_| Error::malformed(path, "not UTF-8"))?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         let mut pairs = Vec::new();
         for (line, content) in (1..).zip(text.lines()).filter(|(_, it)| !it.trim().is_empty()) {

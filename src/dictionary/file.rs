@@ -26,7 +26,7 @@ use super::config::DictionaryConfig;
 use super::matcher::Matcher;
 use crate::error::{Error, Result};
 use crate::load::map;
-use crate::load::safetensors::{Header, StoredTensor, parse};
+use crate::load::safetensors::{Header, MAX_HEADER, StoredTensor, parse};
 use crate::replace::{appended, finish};
 use crate::statistics::Fingerprint;
 
@@ -110,6 +110,9 @@ impl Head {
         let header = Metadata::new(Some(about), tensors).map_err(|it| too_many(it.to_string()))?;
         let mut header =
             serde_json::to_vec(&header).map_err(|error| too_many(error.to_string()))?;
+        if header.len() as u64 > MAX_HEADER - 8 {
+            return Err(too_many(format!("headwords that take {} bytes", header.len())));
+        }
         header.resize(header.len().next_multiple_of(8), b' ');
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend(header);
@@ -149,8 +152,9 @@ pub(super) fn into_file(
     let io = |error| Error::io(&part)(error);
     let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
     let mut file = options.open(&part).map_err(io)?;
-    // A file system may know no locks.
-    if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+    // A file system may know no locks. Another run may have given the file its name since it was opened.
+    let taken = matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+    if taken || !is_at(&file, &part).map_err(io)? {
         let expected = "a file that nothing else compiles now";
         return Err(Error::parameter("path", expected, part.display()));
     }
@@ -163,8 +167,22 @@ pub(super) fn into_file(
         progress(done, head.entries);
     }
     file.sync_all().map_err(io)?;
-    drop(file);
-    finish(&part, path)
+    finish(&part, path) // while the file is locked
+}
+
+/// Whether this is still the file at the path.
+fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let own = file.metadata()?;
+        Ok(fs::metadata(path).is_ok_and(|it| (it.dev(), it.ino()) == (own.dev(), own.ino())))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        Ok(fs::exists(path)?)
+    }
 }
 
 impl Head {

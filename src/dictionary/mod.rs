@@ -205,12 +205,18 @@ impl Dictionary {
     /// # Errors
     /// [`Error::Parameter`] unless there is an entry for each.
     pub fn reordered(&self, order: &[u32]) -> Result<Self> {
-        let known = |entry: &u32| usize::try_from(*entry).is_ok_and(|entry| entry < self.len());
-        if order.len() != self.len() || !order.iter().all(known) {
-            let expected = format!("for each of {} entries one of them", self.len());
-            return Err(Error::parameter("order", expected, format!("{} others", order.len())));
+        let expected = || format!("for each of {} entries one of them", self.len());
+        if order.len() != self.len() {
+            return Err(Error::parameter("order", expected(), format!("{} entries", order.len())));
         }
-        Ok(Self { inner: Arc::clone(&self.inner), order: Some(order.into()) })
+        let from = |entry: &u32| match usize::try_from(*entry).ok().filter(|it| *it < self.len()) {
+            Some(index) => {
+                Ok(self.order.as_ref().and_then(|it| it.get(index).copied()).unwrap_or(*entry))
+            }
+            None => Err(Error::parameter("order", expected(), entry)),
+        };
+        let order = order.iter().map(from).collect::<Result<_>>()?;
+        Ok(Self { inner: Arc::clone(&self.inner), order: Some(order) })
     }
 
     fn entries(&self, seen: &Seen<'_>) -> Vec<Option<u32>> {

@@ -215,8 +215,10 @@ impl Decoder {
             self.took(id, conversation);
             return self.logits(&h);
         }
-        let text = EncodedBatch::new(self.transformer(), &[id], Batch::one(1)?)?;
-        let text = text.following(0, &self.ran())?;
+        let mut text = EncodedBatch::new(self.transformer(), &[id], Batch::one(1)?)?;
+        if self.transformer().has_side_source() {
+            text = text.following(0, &self.ran())?;
+        }
         let xs = self.mind.encode(&text, Pass::Cached(&mut conversation.cache))?;
         self.first.push(xs.clone());
         self.new.push(id);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use safetensors::tensor::{Dtype, Metadata};
 
 /// The safetensors crate refuses longer headers too.
-const MAX_HEADER: u64 = 100_000_000;
+pub(crate) const MAX_HEADER: u64 = 100_000_000;
 
 /// One entry of a header.
 #[derive(Debug)]

@@ -132,6 +132,18 @@ impl Attached {
         let texts = (0..batch.sequences()).map(|sequence| seen(batch, sequence, sight));
         let texts = texts.collect::<Option<Vec<_>>>();
         let texts = texts.ok_or_else(|| no_tokens("a batch without ids"))?;
+        if let Pass::Remembered { caches, .. } = pass {
+            for (cache, text) in caches.iter().zip(&texts) {
+                let (held, past) = (cache.position(layers)?, text.rows().start);
+                if held != past {
+                    let expected = format!(
+                        "the ids of the {held} tokens that the cache holds (Batch::following), for what is looked up \
+                         by them"
+                    );
+                    return Err(Error::parameter("pass", expected, past));
+                }
+            }
+        }
         self.source.signal(&texts, layers.clone()).map(Some)
     }
 }

@@ -79,8 +79,8 @@ impl Generic {
 
     /// That of vectors, `(texts, hidden)`, which the model with this fingerprint has made: of the states that enter
     /// `layer`, or, for `None`, of those that [`embed`](crate::HybridModel::embed) pools by default, behind the final
-    /// norm. A few hundred texts are enough, and the time that directions take grows with the cube of their number. Make
-    /// them as vectors will be made that it is taken off:
+    /// norm. A few hundred texts are enough. The time that directions take grows with the cube of their number, and of
+    /// the width from there on; it is on one thread. Make them as vectors will be made that it is taken off:
     ///
     /// ```
     /// # use candle_core::Device;

@@ -144,15 +144,6 @@ impl Glossary {
         }
         Self { split, entries }
     }
-
-    /// The same words, each with what another one means.
-    pub fn shuffled(&self, rng: &mut impl Rng) -> Self {
-        let mut meanings: Vec<_> = self.entries.iter().map(|entry| entry.meaning).collect();
-        meanings.shuffle(rng);
-        let words = self.entries.iter().map(|entry| entry.word);
-        let entries = words.zip(meanings).map(|(word, meaning)| Entry { word, meaning }).collect();
-        Self { split: self.split, entries }
-    }
 }
 
 /// What the things of a tale are called.
@@ -312,21 +303,5 @@ mod tests {
         let text: HashSet<String> =
             train.entries.iter().chain(&test.entries).map(|entry| entry.word.to_string()).collect();
         assert_eq!(text.len(), 4 * TEST_WORDS, "all spelled in their own way");
-    }
-
-    #[test]
-    fn a_shuffled_glossary_has_the_same_words_and_meanings() {
-        let mut rng = ChaCha8Rng::seed_from_u64(3);
-        let glossary = Glossary::draw(Split::Test, 96, &mut rng);
-        let shuffled = glossary.shuffled(&mut rng);
-        let same = glossary.entries.iter().zip(&shuffled.entries);
-        assert!(same.clone().all(|(a, b)| a.word == b.word));
-        assert!(same.filter(|(a, b)| a.meaning == b.meaning).count() < 12);
-        let sorted = |glossary: &Glossary| {
-            let mut meanings: Vec<_> = glossary.entries.iter().map(|entry| entry.meaning).collect();
-            meanings.sort_unstable();
-            meanings
-        };
-        assert_eq!(sorted(&glossary), sorted(&shuffled));
     }
 }

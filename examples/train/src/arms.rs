@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
-use flashback_suite::{Called, Glossary, Split, TALE_FACTS, Tale, Vocabulary};
+use flashback_suite::{Called, Glossary, Split, TALE_FACTS, TEST_WORDS, Tale, Vocabulary};
 use hybrid_attention::Config;
 use hybrid_attention::adapter::{Adapter, AdapterScope};
 use hybrid_attention::dictionary::DictionaryAdapter;
@@ -22,7 +22,6 @@ use crate::flashback::check_base;
 use crate::glossary::{TEMPLATE, answered, compile, tales};
 use crate::settings::Sees;
 use crate::terminal::{self, Result};
-use crate::trainee::READING;
 
 /// The seed of the glossaries.
 const SEED: u64 = 20_261_129;
@@ -44,7 +43,8 @@ pub struct Arms {
 
     /// Entries of the glossaries
     #[arg(long, value_delimiter = ',', default_value = "10,100,1000,10000")]
-    sizes: Vec<usize>,
+    #[arg(value_parser = clap::value_parser!(u64).range(TALE_FACTS as u64..=TEST_WORDS as u64))]
+    sizes: Vec<u64>,
 
     /// Tales for each glossary
     #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(2..=100_000))]
@@ -73,7 +73,6 @@ struct Row {
     bytes: usize,
 }
 
-/// Told and asked by names, of which a dictionary says nothing: nats of the right answer.
 #[derive(Debug, Serialize)]
 struct Report {
     /// Parameters of what reads the dictionary, and of the adapter.
@@ -81,8 +80,17 @@ struct Report {
     /// For each glossary, seconds that its dictionary takes to be compiled.
     compiled: Vec<f64>,
     rows: Vec<Row>,
-    /// Told and asked by names: right without and with the dictionary, and the difference.
-    without_words: [Estimate; 3],
+    without_words: Vec<WithoutWords>,
+}
+
+/// Told and asked by names, of which a dictionary says nothing: nats of the right answer.
+#[derive(Debug, Serialize)]
+struct WithoutWords {
+    entries: usize,
+    without: Estimate,
+    with: Estimate,
+    /// Tale by tale.
+    difference: Estimate,
 }
 
 /// Prints the table.
@@ -94,7 +102,8 @@ pub fn arms(arms: &Arms) -> Result<()> {
     let vocabulary = Vocabulary::of_glossary();
     check_base(&base, &vocabulary)?;
     let model = base.with_tokenizer()?;
-    let reading = DictionaryAdapter::open(arms.dictionary.join(READING), &Device::Cpu)?;
+    let reading =
+        DictionaryAdapter::open(arms.dictionary.join(DictionaryAdapter::FILE), &Device::Cpu)?;
     let adapter = Adapter::from_folder(&arms.adapter, &Device::Cpu)?;
     let adapted = model.thought_model().adapted(&adapter, AdapterScope::Both)?;
     let count = usize::try_from(arms.tales)?;
@@ -104,15 +113,15 @@ pub fn arms(arms: &Arms) -> Result<()> {
     let sees = sees.into_iter().find(|sees| way(*sees) == *reading.config());
     let sees = sees.ok_or("--dictionary: was not trained on the suite, in all layers")?;
 
-    let (mut rows, mut compiled, mut without_words) = (Vec::new(), Vec::new(), None);
+    let (mut rows, mut compiled, mut without_words) = (Vec::new(), Vec::new(), Vec::new());
     for &size in &arms.sizes {
+        let size = usize::try_from(size)?;
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
         let glossary = Glossary::draw(Split::Test, size, &mut rng);
         let start = Instant::now();
         let dictionary = compile(&model, &glossary, layers.clone(), sees)?;
         compiled.push(start.elapsed().as_secs_f64());
-        let mut order: Vec<u32> = (0..u32::try_from(dictionary.len())?).collect();
-        rand::seq::SliceRandom::shuffle(order.as_mut_slice(), &mut rng);
+        let order = entries::others(dictionary.len(), &mut rng)?;
         let beside = |dictionary| {
             model.thought_model().with_dictionary(dictionary, &reading, AdapterScope::Both)
         };
@@ -148,13 +157,15 @@ pub fn arms(arms: &Arms) -> Result<()> {
         let low_rank = 2.0 * parameters(adapter.tensors()) as f64;
         row("low-rank adapter", &told.run(&adapted, Called::Words, 0)?, (low_rank, 0));
         let [before, after] = [plain, &right].map(|it| told.run(it, Called::Names, 0));
-        if let (Some(before), Some(after)) = (before?.right, after?.right) {
-            let difference = Estimate::of_difference(&after, &before);
-            without_words = Some([Estimate::of(&before), Estimate::of(&after), difference]);
-        }
+        let (before, after) = (before?.nats, after?.nats);
+        without_words.push(WithoutWords {
+            entries: size,
+            without: Estimate::of(&before),
+            with: Estimate::of(&after),
+            difference: Estimate::of_difference(&after, &before),
+        });
     }
     let parameters = [parameters(reading.tensors()), parameters(adapter.tensors())];
-    let without_words = without_words.ok_or("--sizes: expected at least one")?;
     let report = Report { parameters, compiled, rows, without_words };
     write!(stdout(), "{}", table(&report, count))?;
     match &arms.out {
@@ -176,7 +187,10 @@ struct Told<'a> {
 
 /// What came of all tales.
 struct Run {
+    /// Nothing where the prompt does not fit.
     right: Option<Vec<f64>>,
+    /// Of the right answers.
+    nats: Vec<f64>,
     tokens: usize,
     seconds: Option<f64>,
 }
@@ -195,15 +209,15 @@ impl Told<'_> {
             ids.extend(tale.ask_ids(*fact, Called::Names, self.vocabulary));
             let tokens = ids.len();
             if tokens > model.decoder().config().max_position_embeddings {
-                return Ok(Run { right: None, tokens, seconds: None });
+                return Ok(Run { right: None, nats: Vec::new(), tokens, seconds: None });
             }
             asked.push((ids, tale.answer_id(*fact, self.vocabulary)));
         }
         let start = Instant::now();
-        let right = answered(model, &asked)?;
+        let [right, nats] = answered(model, &asked)?;
         let seconds = start.elapsed().as_secs_f64() / asked.len().max(1) as f64;
         let tokens = asked.first().map_or(0, |(ids, _)| ids.len());
-        Ok(Run { right: Some(right), tokens, seconds: Some(seconds) })
+        Ok(Run { right: Some(right), nats, tokens, seconds: Some(seconds) })
     }
 }
 
@@ -254,16 +268,16 @@ fn table(report: &Report, tales: usize) -> String {
             row.bytes / 1000
         );
     }
-    let [before, after, difference] = &report.without_words;
     table += &format!(
         "\nCompiling took {} s. {} parameters read the dictionary, the adapter has {}. Told in names, without any word of \
-         the dictionary: {} right without it and {} with it, {}.\n",
+         the dictionary, nats of the right answer:\n\n| entries | without it | with it | difference |\n|---|---|---|---|\n",
         report.compiled.iter().map(|it| format!("{it:.2}")).collect::<Vec<_>>().join(", "),
         report.parameters[0],
         report.parameters[1],
-        shown(before),
-        shown(after),
-        difference.signed()
     );
+    for WithoutWords { entries, without, with, difference } in &report.without_words {
+        let (without, with) = (shown(without), shown(with));
+        table += &format!("| {entries} | {without} | {with} | {} |\n", difference.signed());
+    }
     table
 }

@@ -49,6 +49,17 @@ pub(crate) fn config(layers: Range<usize>, sees: Sees) -> DictionaryConfig {
     }
 }
 
+/// For each of so many entries another one, by chance.
+pub(crate) fn others(entries: usize, rng: &mut impl Rng) -> Result<Vec<u32>> {
+    let mut round: Vec<u32> = (0..u32::try_from(entries)?).collect();
+    round.shuffle(rng);
+    let mut others = round.clone();
+    for (one, next) in round.iter().zip(round.iter().cycle().skip(1)) {
+        others[*one as usize] = *next;
+    }
+    Ok(others)
+}
+
 pub(crate) struct OfDictionary {
     tokenizer: Tokenizer,
     train: Vec<(String, String)>,
@@ -125,9 +136,7 @@ impl OfDictionary {
         let (file, model) = (out.join("dictionary.safetensors"), base.with_tokenizer()?);
         let dictionary = Dictionary::compile_to(file, &model, entries, &config, progress)?;
         bar.finish_and_clear();
-        let mut others: Vec<u32> = (0..u32::try_from(entries.len())?).collect();
-        others.shuffle(&mut rng);
-        task.shuffled = Some(dictionary.reordered(&others)?);
+        task.shuffled = Some(dictionary.reordered(&others(entries.len(), &mut rng)?)?);
         Ok((task, Trainee::reading(base, dictionary, settings)?))
     }
 

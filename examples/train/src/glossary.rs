@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use candle_core::{D, Tensor};
+use candle_nn::ops::log_softmax;
 use flashback_suite::{Called, Glossary, Split, TALE_FACTS, Tale, Vocabulary};
 use hybrid_attention::dictionary::{Dictionary, Entries};
 use hybrid_attention::evaluate::Estimate;
@@ -276,7 +277,8 @@ impl OfGlossary {
             ids.extend(tale.ask_ids(fact, Called::Names, &self.vocabulary));
             asked.push((ids, tale.answer_id(fact, &self.vocabulary)));
         }
-        answered(model, &asked)
+        let [right, _] = answered(model, &asked)?;
+        Ok(right)
     }
 }
 
@@ -287,9 +289,9 @@ pub(crate) fn tales(glossary: &Glossary, count: usize) -> Vec<(Tale, usize)> {
     (0..count).map(tale).collect()
 }
 
-/// For each prompt, all as long, whether what the model says next is right: 1 or 0.
-pub(crate) fn answered(model: &ThoughtModel, asked: &[(Vec<u32>, u32)]) -> Result<Vec<f64>> {
-    let mut right = Vec::with_capacity(asked.len());
+/// For each prompt, all as long, whether what the model says next is right, 1 or 0, and the nats of what is.
+pub(crate) fn answered(model: &ThoughtModel, asked: &[(Vec<u32>, u32)]) -> Result<[Vec<f64>; 2]> {
+    let (mut right, mut nats) = (Vec::with_capacity(asked.len()), Vec::with_capacity(asked.len()));
     let tokens = asked.first().map_or(0, |(ids, _)| ids.len());
     for some in asked.chunks((MOST_TOKENS / tokens.max(1)).max(1)) {
         let ids: Vec<u32> = some.iter().flat_map(|(ids, _)| ids).copied().collect();
@@ -297,9 +299,14 @@ pub(crate) fn answered(model: &ThoughtModel, asked: &[(Vec<u32>, u32)]) -> Resul
         let last: Vec<u32> = batch.all_rows().map(|rows| rows.end as u32 - 1).collect();
         let hidden = read(model, &Thinking::none(), &ids, batch)?; // (tokens, hidden)
         let last = hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?;
-        let said: Vec<u32> = model.decoder().logits(&last)?.argmax(D::Minus1)?.to_vec1()?;
+        let logits = model.decoder().logits(&last)?; // (prompts, vocab)
+        let said: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
         let both = said.iter().zip(some);
         right.extend(both.map(|(said, (_, answer))| f64::from(said == answer)));
+        let answers: Vec<u32> = some.iter().map(|(_, answer)| *answer).collect();
+        let answers = Tensor::new(answers, hidden.device())?.unsqueeze(1)?;
+        let logprobs = log_softmax(&logits, D::Minus1)?.gather(&answers, 1)?.squeeze(1)?;
+        nats.extend(logprobs.to_vec1::<f32>()?.into_iter().map(|logprob| -f64::from(logprob)));
     }
-    Ok(right)
+    Ok([right, nats])
 }

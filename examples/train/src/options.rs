@@ -74,20 +74,21 @@ pub struct Options {
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
-    /// Steps of the whole run [default: 6000; 300 for --text]
+    /// Steps of the whole run [default: 6000; 300 for --text, 600 for --entries]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
 
-    /// Texts in each step [default: 64; 4 for --text]
+    /// Texts in each step [default: 64; 4 for --text, 16 for --entries]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
 
-    /// The learning rate after the warm-up [default: 2e-3; 1e-3 for --rank; 3e-5 for a checkpoint]
+    /// The learning rate after the warm-up [default: 2e-3; 1e-3 for --rank and --dictionary; 3e-5 for a
+    /// checkpoint]
     #[arg(long)]
     lr: Option<f64>,
 
     /// The layers that a thought pass runs; a new model has one more [default: 1..3; the middle
-    /// third for --text]
+    /// third for --text; all for --entries, and for a model with --suite glossary]
     #[arg(long, value_name = "A..B", value_parser = parse_span)]
     span: Option<Range<usize>>,
 
@@ -96,11 +97,12 @@ pub struct Options {
     gradient_passes: Option<usize>,
 
     /// Steps between two saved states; a run that is killed does at most as many again [default: 100;
-    /// 10 for --rank]
+    /// 10 for --rank and --dictionary]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     save_every: Option<u64>,
 
-    /// Stories in the examination at the end, for each length of chain if there are chains
+    /// Stories in the examination at the end, for each length of chain if there are chains; or the most entries, of those
+    /// held out
     #[arg(long, default_value_t = 300, value_name = "N", conflicts_with = "text")]
     pub(crate) stories: usize,
 
@@ -112,11 +114,15 @@ pub struct Options {
 impl Options {
     pub(crate) fn settings(&self, base: Option<&Base>, text: Option<(&Path, &Text)>) -> Settings {
         let for_text = |of_text, other| if text.is_some() { of_text } else { other };
-        let batch = if self.entries.is_some() { 16 } else { for_text(4, 64) };
-        let steps = self.steps.unwrap_or(for_text(300, 6000));
+        let entries = self.entries.is_some();
+        let batch = if entries { 16 } else { for_text(4, 64) };
+        let steps = if entries { 600 } else { for_text(300, 6000) };
+        let steps = self.steps.unwrap_or(steps);
         let span = self.span.clone().unwrap_or_else(|| match base {
             Some(base) if text.is_some() => base.middle(),
-            Some(base) if self.dictionary.is_some() => 0..base.config.num_hidden_layers,
+            Some(base) if entries || self.suite == Suite::Glossary => {
+                0..base.config.num_hidden_layers
+            }
             _ => 1..3,
         });
         let lr = match (self.rank.or(self.dictionary), base) {
@@ -154,7 +160,8 @@ impl Options {
     }
 
     pub(crate) fn saves_every(&self) -> u64 {
-        self.save_every.unwrap_or(if self.rank.is_some() { 10 } else { 100 })
+        let small = self.rank.or(self.dictionary).is_some();
+        self.save_every.unwrap_or(if small { 10 } else { 100 })
     }
 }
 

@@ -43,9 +43,6 @@ enum Kind {
     Reading(Dictionary, DictionaryAdapter),
 }
 
-/// The file of what reads a dictionary.
-pub(crate) const READING: &str = "dictionary_adapter.safetensors";
-
 const GATE: &str = "thought.gate";
 
 /// The initial gate of a checkpoint that has none: a pass moves each channel by a twentieth of the way,
@@ -225,7 +222,7 @@ impl Trainee {
                 candle_core::safetensors::save(&self.weights(DType::F32, rng)?, weights)?;
             }
             Kind::Adapter(adapter, _) => adapter.save(folder)?,
-            Kind::Reading(_, adapter) => adapter.save(folder.join(READING))?,
+            Kind::Reading(_, adapter) => adapter.save(folder.join(DictionaryAdapter::FILE))?,
         }
         Ok(())
     }

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 use clap::{Args, Subcommand, ValueEnum};
+use hybrid_attention::Sight;
 use hybrid_attention::dictionary::{Dictionary, DictionaryConfig, Entries, Pooled};
-use hybrid_attention::{Pooling, Sight};
 
-use crate::options::{ModelArgs, parse_span};
+use crate::options::{ModelArgs, Pool, parse_span};
 use crate::terminal::{self, Result};
 
 #[derive(Args, Debug)]
@@ -76,13 +76,6 @@ enum Tokens {
     Headword,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Pool {
-    Mean,
-    WeightedMean,
-    Last,
-}
-
 impl CompileOptions {
     /// For a model of so many layers.
     fn config(&self, layers: usize) -> DictionaryConfig {
@@ -92,11 +85,7 @@ impl CompileOptions {
                 Tokens::Headword => Pooled::Headword,
                 Tokens::Entry => Pooled::Entry,
             })
-            .pooling(match self.pooling {
-                Pool::Mean => Pooling::Mean,
-                Pool::WeightedMean => Pooling::WeightedMean,
-                Pool::Last => Pooling::LastToken,
-            })
+            .pooling(self.pooling.into())
             .sight(if self.causal { Sight::Causal } else { Sight::Bidirectional })
             .dtype(if self.bf16 { DType::BF16 } else { DType::F32 });
         let config = self.template.iter().fold(config, DictionaryConfig::template);

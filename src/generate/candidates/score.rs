@@ -89,6 +89,23 @@ impl Score {
     }
 
     /// What the score of a stub cannot rise above in an answer of at most `max_tokens`, where that is known.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// # use hybrid_attention::generate::{Candidates, Score};
+    /// # use hybrid_attention::{GenerationConfig, HybridModel};
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// # let model = HybridModel::tiny(&Device::Cpu)?;
+    /// # let candidates = Candidates::samples(4).keep_all();
+    /// # let config = GenerationConfig::default().temperature(1.0).seed(1).max_tokens(3).candidates(candidates);
+    /// let stubs = model.generate("The coin is in the jar.", &config)?.candidates;
+    /// // A sum falls with each token: no whole answer has more than it has now.
+    /// let stub = &stubs[0];
+    /// assert_eq!(Score::SumLogprob.bound(stub, 3), Score::SumLogprob.of(&[stub]).pop());
+    /// assert_eq!(Score::Random.bound(stub, 3), None);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn bound(self, stub: &Stub, max_tokens: usize) -> Option<f64> {
         let most = max_tokens.max(1) as f64;

@@ -147,6 +147,12 @@ impl Generics {
             let got = format!("{:?}", self.counts);
             return Err(Error::parameter("counts", "at least one, each 1 or more", got));
         }
+        // Each passage has two vectors, and their mean is no direction.
+        let fewest = passages.iter().map(|passages| 2 * passages.len() - 1).min().unwrap_or(0);
+        if most > fewest {
+            let expected = format!("at most {fewest}, as there are passages for");
+            return Err(Error::parameter("counts", expected, most));
+        }
         Ok(most)
     }
 

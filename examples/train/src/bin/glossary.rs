@@ -3,8 +3,9 @@
 //! ```text
 //! R=target/runs
 //! cargo run --release --bin train -- --suite glossary --arm no-passes --out $R/base
-//! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --dictionary 8 --out $R/beside
-//! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --rank 3 --span 0..4 \
+//! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --dictionary 8 --steps 1000 \
+//!     --out $R/beside
+//! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --rank 3 --steps 1000 \
 //!     --target q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj --out $R/adapter
 //! cargo run --release --bin glossary -- arms --base $R/base --dictionary $R/beside --adapter $R/adapter
 //! ```

@@ -39,7 +39,7 @@ impl DictionaryArgs {
     /// Opens the files, if any were given.
     pub(super) fn open(&self, device: &Device) -> Result<Option<Opened>> {
         let Some(path) = &self.dictionary else { return Ok(None) };
-        let beside = path.with_file_name("dictionary_adapter.safetensors");
+        let beside = path.with_file_name(DictionaryAdapter::FILE);
         let adapter = self.dictionary_adapter.clone().or(beside.is_file().then_some(beside));
         let adapter = adapter.map(|path| DictionaryAdapter::open(path, device)).transpose()?;
         Ok(Some(Opened { dictionary: Dictionary::open(path)?, adapter }))

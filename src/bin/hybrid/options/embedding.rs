@@ -45,10 +45,20 @@ pub(crate) struct EmbedArgs {
 
 /// A pooling on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Pool {
+pub(crate) enum Pool {
     Mean,
     WeightedMean,
     Last,
+}
+
+impl From<Pool> for Pooling {
+    fn from(pool: Pool) -> Self {
+        match pool {
+            Pool::Mean => Self::Mean,
+            Pool::WeightedMean => Self::WeightedMean,
+            Pool::Last => Self::LastToken,
+        }
+    }
 }
 
 impl EmbedArgs {
@@ -56,11 +66,7 @@ impl EmbedArgs {
         let mut config = EmbedConfig::default();
         config = config.batch_tokens(usize::try_from(self.batch_tokens)?);
         if let Some(pooling) = self.pooling {
-            config = config.pooling(match pooling {
-                Pool::Mean => Pooling::Mean,
-                Pool::WeightedMean => Pooling::WeightedMean,
-                Pool::Last => Pooling::LastToken,
-            });
+            config = config.pooling(pooling.into());
         }
         if self.causal || self.both_ways {
             config = config.sight(if self.causal { Sight::Causal } else { Sight::Bidirectional });

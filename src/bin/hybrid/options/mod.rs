@@ -9,7 +9,7 @@ mod sampling;
 mod thinking;
 
 pub(crate) use candidates::CandidateArgs;
-pub(crate) use embedding::EmbedArgs;
+pub(crate) use embedding::{EmbedArgs, Pool};
 pub(crate) use model::{CacheArgs, ModelArgs, kept};
 pub(crate) use prompt::{PromptArgs, ThoughtPromptArgs, with_chat_template};
 pub(crate) use sampling::SamplingArgs;

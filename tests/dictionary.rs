@@ -325,6 +325,12 @@ fn settings_outside_their_range_are_refused() -> Result {
     refused(dictionary.reordered(&[0, 1, 2, 3, 5]), "order")?;
     let other = dictionary.reordered(&[1, 1, 4, 0, 3])?;
     assert_eq!(other.vector(2, 0)?, dictionary.vector(4, 0)?);
+    // In another order again, entries have the vectors that those of `other` have.
+    let again = other.reordered(&[2, 2, 0, 4, 1])?;
+    for (entry, from) in [(0, 4), (2, 1), (3, 3), (4, 1)] {
+        assert_eq!(again.vector(entry, 0)?, dictionary.vector(from, 0)?);
+    }
+    refused(DictionaryConfig::layers(0..usize::MAX).validate(), "at most 4096")?;
     assert_eq!(other.headwords(), dictionary.headwords());
     Ok(())
 }

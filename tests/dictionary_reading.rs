@@ -582,6 +582,41 @@ fn a_pass_without_ids_is_refused() -> Result {
     refused(own.following(1, &[1]), "sequence")
 }
 
+/// What a cache holds may end in the middle of a headword.
+#[test]
+fn a_pass_behind_tokens_that_it_does_not_know_is_refused() -> Result {
+    let base = model(KEPT[0], 1)?;
+    let dictionary = dictionary(&base)?;
+    let reading = base.with_dictionary(&dictionary, &trained(&dictionary)?, AdapterScope::Both)?;
+    let (transformer, ids) = (reading.transformer(), ids(TEXT)?);
+    let (first, second) = ids.split_at(ids.len() / 2);
+    let mut cache = transformer.new_cache(64)?;
+    let mut run = |ids: &[u32], batch: Batch| -> hybrid_attention::Result<Tensor> {
+        let (sight, caches) = (Sight::Causal, vec![&mut cache]);
+        let pass = Pass::Remembered { batch: &batch, sight, caches };
+        transformer.forward(&transformer.embed_ids(ids)?, transformer.all_layers(), pass)
+    };
+    run(first, one(first)?)?;
+    refused(run(second, one(second)?), "the ids of the")?;
+    refused(run(second, one(second)?.following(0, &first[1..])?), "the ids of the")?;
+    run(second, one(second)?.following(0, first)?)?;
+    Ok(())
+}
+
+#[test]
+fn attention_is_laid_open_beside_a_dictionary() -> Result {
+    let base = model(KEPT[0], 1)?;
+    let dictionary = dictionary(&base)?;
+    let reading = base.with_dictionary(&dictionary, &trained(&dictionary)?, AdapterScope::Both)?;
+    for sight in [Sight::Causal, Sight::Bidirectional] {
+        let before = base.attention_steps(TEXT, sight, 2, 1)?;
+        let after = reading.attention_steps(TEXT, sight, 2, 1)?;
+        assert_eq!(before.before.dims(), after.before.dims());
+        assert!(before.before.to_vec2::<f32>()? != after.before.to_vec2::<f32>()?);
+    }
+    Ok(())
+}
+
 #[test]
 fn what_does_not_fit_a_model_is_refused() -> Result {
     let (base, other) = (model(KEPT[0], 12)?, model(KEPT[0], 13)?);

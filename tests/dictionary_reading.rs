@@ -363,7 +363,8 @@ fn cached_decoding_is_full_recomputation() -> Result {
         }
     }
     // A packed batch is its sequences one by one, to the last bit.
-    let others = [ids.clone(), self::ids(OTHER)?, [&ids[3..], &ids].concat()];
+    let other = self::ids(OTHER)?;
+    let others = [ids.repeat(2), [other, ids.clone()].concat(), [&ids[3..], &ids].concat()];
     let lengths: Vec<usize> = others.iter().map(Vec::len).collect();
     let batch = Batch::ragged(&lengths)?.with_ids(&others.concat())?;
     for sight in [Sight::Causal, Sight::Bidirectional] {

@@ -614,6 +614,6 @@ fn what_it_is_worth_is_what_is_found_by_hand() -> Result {
     for counts in [vec![], vec![0, 1]] {
         refused(run(&Generics { counts, ..generics.clone() }, fit, &[one]), "counts");
     }
-    refused(run(&Generics { counts: vec![12], ..generics }, fit, &[one]), "k");
+    refused(run(&Generics { counts: vec![12], ..generics }, fit, &[one]), "counts");
     Ok(())
 }

@@ -181,7 +181,7 @@ fn ops_see_the_whole_text() -> Result {
     thinking.on(&model)?.think(&text, text.embeddings().clone(), |_, _| ())?;
     let whole = (9, model.decoder().config().hidden_size);
     let seen = seen.lock().map_err(|error| error.to_string())?.clone();
-    assert_eq!(seen, vec![(whole, whole, batch, 0.0); 2]);
+    assert_eq!(seen, vec![(whole, whole, text.batch().clone(), 0.0); 2]);
     Ok(())
 }
 

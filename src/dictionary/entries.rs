@@ -6,7 +6,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::load::read_bytes;
+use crate::load::read_text_of;
 
 /// Bytes of a file.
 const MOST: u64 = 1 << 30;
@@ -63,8 +63,7 @@ impl Entries {
     /// for no entries.
     pub fn from_tsv(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = String::from_utf8(read_bytes(path, MOST)?)
-            .map_err(|_| Error::malformed(path, "not UTF-8"))?;
+        let text = read_text_of(path, MOST)?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         let mut pairs = Vec::new();
         for (line, content) in (1..).zip(text.lines()).filter(|(_, it)| !it.trim().is_empty()) {

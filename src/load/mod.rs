@@ -358,7 +358,12 @@ fn or_a_name(path: &Path, error: std::io::Error) -> std::io::Error {
 /// A text of a checkpoint, of at most so many bytes: a file may claim more than were ever written.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     const MOST: u64 = 64 << 20; // the longest, an index of all shards, has some megabytes
-    let bytes = read_bytes(path, MOST)?;
+    read_text_of(path, MOST)
+}
+
+/// A UTF-8 text of at most `most` bytes.
+pub(crate) fn read_text_of(path: &Path, most: u64) -> Result<String> {
+    let bytes = read_bytes(path, most)?;
     let invalid =
         |_| std::io::Error::new(ErrorKind::InvalidData, "stream did not contain valid UTF-8");
     String::from_utf8(bytes).map_err(invalid).map_err(Error::io(path))

@@ -90,10 +90,10 @@ impl Generic {
     /// # fn main() -> hybrid_attention::Result<()> {
     /// let model = HybridModel::tiny(&Device::Cpu)?;
     /// let config = EmbedConfig::default().layer(1).pooling(Pooling::LastToken);
-    /// let vectors = model.embed(&["Leo has it.", "Ida had it."], &config.clone().normalize(false))?;
+    /// let vectors = model.embed(&["The coin is in the jar", "The key is in the hat"], &config.clone().normalize(false))?;
     /// let generic = Generic::fit(&vectors, 1, Fingerprint::of(model.transformer())?)?;
     /// let config = config.remove(generic.remove(0)?); // the mean alone
-    /// # model.embed(&["Max has it."], &config)?;
+    /// # model.embed(&["The cap is in the can"], &config)?;
     /// # Ok(())
     /// # }
     /// ```

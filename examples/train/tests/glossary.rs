@@ -209,11 +209,11 @@ fn what_cannot_be_learned_is_refused() -> Result {
         (vec!["--sees=causal"], "--dictionary <R>"),
         (vec!["--entries", &tsv], "--model <PATH>"),
         (
-            vec!["--entries", &tsv, "--model", &model, "--dictionary=2"],
+            vec![none, "--entries", &tsv, "--model", &model, "--dictionary=2"],
             "line 2: an empty definition",
         ),
         (
-            vec!["--entries", &few, "--model", &model, "--dictionary=2"],
+            vec![none, "--entries", &few, "--model", &model, "--dictionary=2"],
             "--entries: expected at least 10, got 2",
         ),
         (vec!["--entries", &few, "--model", &model, glossary], "cannot be used with"),

@@ -28,7 +28,7 @@ pub struct Near {
 ///
 /// SmolLM2's table, 49,152 rows of 576 (113 MB in `f32`), takes 14 MB. There the nearest row is that of exact
 /// search in all of 500 queries with noise of one or two standard deviations, and in 99.8 % at three. One query
-/// is found 3 to 4 times as fast as by a matrix product; sixteen at once are not (`cargo bench --bench codes`).
+/// is found 4 to 5 times as fast as by a matrix product; more than sixteen at once are not (`cargo bench --bench codes`).
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

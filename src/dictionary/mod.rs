@@ -7,7 +7,7 @@
 //! read       gate, up:  W x + U d                       with U = B A of low rank, zero at first
 //! ```
 //!
-//! So the text and its dictionary share no attention, and a token costs the same whatever the size of the dictionary.
+//! So the text and its dictionary share no attention, and a token takes the same products whatever the size of the dictionary.
 //! `d` is the very tensor that the MLP of that layer reads while the entry runs, pooled over its tokens: there it has
 //! the scale of the `x` that it stands beside. [`DictionaryAdapter`] holds `U`, which has to be trained; until then the
 //! model is what it was, bit for bit. ([Two hand-offs](HybridModel::with_dictionary) round differently where only one of

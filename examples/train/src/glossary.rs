@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::base::Base;
 use crate::entries;
 use crate::flashback::check_base;
-use crate::lessons::Lessons;
+use crate::lessons::{Lessons, Wording};
 use crate::score::read;
 use crate::settings::{Arm, Sees, Settings};
 use crate::task::{Exercise, Task};
@@ -40,16 +40,6 @@ const BY_WORDS: Telling = Telling { told: Called::Words, asked: Called::Words, d
 
 const fn defined(definitions: usize) -> Telling {
     Telling { told: Called::Words, asked: Called::Names, definitions }
-}
-
-/// Of the facts, and of definitions, only what they are about, or sentences.
-#[derive(Clone, Copy, PartialEq)]
-enum Wording {
-    /// Names and words alone: the binding of neighbours is learned first.
-    Terse,
-    /// Terse or full, at random.
-    Both,
-    Full,
 }
 
 struct Lesson {
@@ -149,11 +139,7 @@ impl Task for OfGlossary {
             None => &LESSONS[at.now()],
         };
         let telling = tellings[rng.random_range(0..tellings.len())];
-        let terse = match wording {
-            Wording::Terse => true,
-            Wording::Both => rng.random(),
-            Wording::Full => false,
-        };
+        let terse = wording.is_terse(rng);
         let definitions = match telling.definitions {
             0 => 0,
             most => rng.random_range(TALE_FACTS..=most),

@@ -12,12 +12,23 @@ use flashback_suite::{Plan, Split, Story, Vocabulary};
 
 /// How stories are told.
 #[derive(Clone, Copy, PartialEq)]
-enum Wording {
-    /// Two names for a fact, nothing else: the binding of neighbours is learned first.
+pub(crate) enum Wording {
+    /// Names alone, nothing else: the binding of neighbours is learned first.
     Terse,
     /// Terse or full, at random.
     Both,
     Full,
+}
+
+impl Wording {
+    /// Draws whether a batch is told in names alone.
+    pub(crate) fn is_terse(self, rng: &mut impl Rng) -> bool {
+        match self {
+            Self::Terse => true,
+            Self::Both => rng.random(),
+            Self::Full => false,
+        }
+    }
 }
 
 struct Lesson {
@@ -86,11 +97,7 @@ impl Lessons {
     ) -> Result<Exercise> {
         let Lesson { longest, wording, passes, .. } = &LESSONS[self.now];
         let passes = settings.draw_passes(*passes, rng);
-        let terse = match wording {
-            Wording::Terse => true,
-            Wording::Both => rng.random(),
-            Wording::Full => false,
-        };
+        let terse = wording.is_terse(rng);
         let facts = rng.random_range(longest + 2..=2 * longest + 4);
         let plan = Plan { split: Split::Train, facts, longest: *longest, one_of: None };
         let (mut ids, mut answers, mut context) = (Vec::new(), Vec::new(), 0);

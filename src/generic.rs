@@ -1,4 +1,5 @@
-//! What is generic in what a model makes of texts.
+//! `Generic::of`: the vectors of texts, as a model makes them, and what these have in common. What is found in vectors,
+//! and taken out of others, is in `statistics`, which embeds no texts.
 
 use crate::embed::EmbedConfig;
 use crate::error::{Error, Result};

@@ -1,20 +1,18 @@
 //! What vectors of many texts have in common.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::file;
 use super::principal::principal;
 use super::rows::rows_of;
 use super::solve::dot;
 use super::{Fingerprint, Subspace};
-use crate::adapter::{Values, serialize};
 use crate::error::{Error, Result};
 use crate::load::TensorFile;
 use crate::refine::Remove;
-use crate::replace::replace;
 
 /// What is generic in the vectors of texts: their mean, and the directions in which they differ most around it.
 ///
@@ -229,7 +227,6 @@ impl Generic {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
         let row = |values: &[f32]| Tensor::new(values, &Device::Cpu);
         let tensors = [
             ("directions", Tensor::new(self.directions.clone(), &Device::Cpu)?),
@@ -237,10 +234,7 @@ impl Generic {
             ("mean", row(&self.mean)?),
             ("variances", row(&self.variances)?),
         ];
-        let named = tensors.iter().map(|(name, it)| Ok((name.to_string(), Values::of(it)?)));
-        let about = serde_json::to_string(&self.about).map_err(|it| Error::malformed(path, it))?;
-        let metadata = HashMap::from([(Self::ABOUT.to_string(), about)]);
-        replace(path, &serialize(named.collect::<Result<Vec<_>>>()?, metadata, path)?)
+        file::save(path.as_ref(), (Self::ABOUT, &self.about), &tensors)
     }
 
     /// Reads one that was made with the model of this fingerprint.

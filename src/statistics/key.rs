@@ -1,17 +1,15 @@
 //! What the statistics of an input let one expect of those of its output.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::file;
 use super::held_out::Data;
 use super::{Distance, Fingerprint, Pairs, Summary};
-use crate::adapter::{Values, serialize};
 use crate::error::{Error, Result};
 use crate::load::TensorFile;
-use crate::replace::replace;
 
 /// An input and the output that belongs to it, as rows of states: `(tokens, hidden)` each.
 #[derive(Clone, Debug)]
@@ -301,7 +299,6 @@ impl Key {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
         let row = |values: &[f32]| Tensor::new(values, &Device::Cpu);
         let tensors = [
             ("directions", self.directions.clone()),
@@ -311,10 +308,7 @@ impl Key {
             ("output", row(&self.output)?),
             ("weights", self.weights.clone()),
         ];
-        let named = tensors.iter().map(|(name, it)| Ok((name.to_string(), Values::of(it)?)));
-        let about = serde_json::to_string(&self.about).map_err(|it| Error::malformed(path, it))?;
-        let metadata = HashMap::from([(Self::ABOUT.to_string(), about)]);
-        replace(path, &serialize(named.collect::<Result<Vec<_>>>()?, metadata, path)?)
+        file::save(path.as_ref(), (Self::ABOUT, &self.about), &tensors)
     }
 
     /// Reads one that was fitted on the model with this fingerprint.

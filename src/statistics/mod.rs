@@ -28,6 +28,7 @@
 //! ```
 
 mod distance;
+mod file;
 mod fingerprint;
 mod generic;
 mod held_out;

@@ -38,7 +38,13 @@ const BY_NAMES: Telling = Telling { told: Called::Names, asked: Called::Names, d
 
 const BY_WORDS: Telling = Telling { told: Called::Words, asked: Called::Words, definitions: 0 };
 
-const fn defined(definitions: usize) -> Telling {
+/// Told by names, asked about by words: the definition is looked up where the question is read.
+const fn asked(definitions: usize) -> Telling {
+    Telling { told: Called::Names, asked: Called::Words, definitions }
+}
+
+/// Told by words, asked about by names: each fact has to be read with its definition.
+const fn told(definitions: usize) -> Telling {
     Telling { told: Called::Words, asked: Called::Names, definitions }
 }
 
@@ -51,31 +57,28 @@ struct Lesson {
 }
 
 /// What is taught, one after the other.
-const LESSONS: [Lesson; 6] = {
+const LESSONS: [Lesson; 7] = {
     const fn lesson(tellings: &'static [Telling], wording: Wording, ends: f64) -> Lesson {
         Lesson { tellings, wording, ends }
     }
-    const DEFINED: &[Telling] = &[BY_NAMES, BY_WORDS, defined(TALE_FACTS), defined(TALE_FACTS)];
+    const ASKED: &[Telling] = &[BY_NAMES, BY_WORDS, asked(TALE_FACTS), asked(TALE_FACTS)];
+    const DEFINED: &[Telling] = &[BY_NAMES, asked(TALE_FACTS), told(TALE_FACTS), told(TALE_FACTS)];
     const AMONG: &[Telling] =
-        &[BY_NAMES, BY_WORDS, defined(2 * TALE_FACTS), defined(2 * TALE_FACTS)];
+        &[BY_NAMES, asked(2 * TALE_FACTS), told(2 * TALE_FACTS), told(2 * TALE_FACTS)];
     [
         lesson(&[BY_NAMES], Wording::Terse, 0.2),
-        lesson(&[BY_NAMES, BY_WORDS], Wording::Terse, 0.35),
-        lesson(DEFINED, Wording::Terse, 0.6),
-        lesson(DEFINED, Wording::Both, 0.7),
+        lesson(&[BY_NAMES, BY_WORDS], Wording::Terse, 0.3),
+        lesson(ASKED, Wording::Terse, 0.5),
+        lesson(DEFINED, Wording::Terse, 0.7),
+        lesson(DEFINED, Wording::Both, 0.75),
         lesson(DEFINED, Wording::Full, 0.8),
         lesson(AMONG, Wording::Full, 1.0),
     ]
 };
 
 /// What is read with a dictionary, or without one by a control that has as much to learn.
-const BESIDE: Lesson = Lesson {
-    tellings: &[BY_NAMES, UNDEFINED, UNDEFINED, UNDEFINED],
-    wording: Wording::Full,
-    ends: 1.0,
-};
-
-const UNDEFINED: Telling = Telling { told: Called::Words, asked: Called::Names, definitions: 0 };
+const BESIDE: Lesson =
+    Lesson { tellings: &[BY_NAMES, asked(0), told(0), told(0)], wording: Wording::Full, ends: 1.0 };
 
 /// Words of a dictionary to learn with.
 const LEARNED: usize = 10_000;

@@ -14,6 +14,7 @@ mod entries;
 mod flashback;
 mod glossary;
 mod lessons;
+mod lost_words;
 mod names;
 mod options;
 mod record;

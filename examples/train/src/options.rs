@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 
 use crate::base::Base;
-use crate::settings::{Arm, LowRank, MOST_PASSES, OfText, Reads, Sees, Settings, Suite};
-use crate::text::Text;
+use crate::settings::{
+    Arm, AskedAt, Lost, LowRank, MOST_PASSES, Mind, OfText, Reads, Sees, Settings, Suite,
+};
 
 /// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
 /// or on any text.
@@ -57,12 +58,36 @@ pub struct Options {
     #[arg(default_value = "q_proj,k_proj,v_proj,o_proj")]
     target: Vec<String>,
 
+    /// The layers that have an adapter [default: those of the span]
+    #[arg(long, value_name = "A..B", requires = "rank", value_parser = parse_span)]
+    adapter_layers: Option<Range<usize>>,
+
+    /// When the adapter is active [default: thinking, or decoding where there are no passes; both with --lost]
+    #[arg(long, value_enum, requires = "rank")]
+    adapter_for: Option<Mind>,
+
     /// A UTF-8 file of passages to learn from, one a line; those that are too short are skipped
     /// [default: learn the flashback suite]
     #[arg(long, value_name = "F", requires = "model")]
     pub(crate) text: Option<PathBuf>,
 
-    /// Tokens that are thought about, and as many to be predicted after them
+    /// Blank this share of a text's words, and learn to fill them where they stand
+    #[arg(long, value_name = "SHARE", requires = "text")]
+    lost: Option<f64>,
+
+    /// What stands for each token of a lost word: the text of one token
+    #[arg(long, value_name = "TEXT", requires = "lost", default_value = "_")]
+    blank: String,
+
+    /// Where a lost word is asked for
+    #[arg(long, value_enum, requires = "lost", default_value_t = AskedAt::Before)]
+    asked_at: AskedAt,
+
+    /// A file of passages that are held out, as --text [default: every fifth of those]
+    #[arg(long, value_name = "F", requires = "lost")]
+    pub(crate) held_out: Option<PathBuf>,
+
+    /// Tokens that are thought about, and as many to be predicted after them; with --lost, the most of a passage
     #[arg(long, default_value_t = 64, value_name = "N", requires = "text")]
     pub(crate) tokens: usize,
 
@@ -112,7 +137,25 @@ pub struct Options {
 }
 
 impl Options {
-    pub(crate) fn settings(&self, base: Option<&Base>, text: Option<(&Path, &Text)>) -> Settings {
+    /// What is lost of a text, if words are.
+    pub(crate) fn lost(&self) -> Option<Lost> {
+        let held_out = self.held_out.as_deref().map(name);
+        let lost = |share| Lost { share, blank: self.blank.clone(), at: self.asked_at, held_out };
+        self.lost.map(lost)
+    }
+
+    /// A text that has this fingerprint.
+    pub(crate) fn of_text(&self, path: &Path, fingerprint: &str) -> OfText {
+        OfText {
+            file: name(path),
+            fingerprint: fingerprint.to_string(),
+            tokens: self.tokens,
+            passes: self.passes,
+            lost: self.lost(),
+        }
+    }
+
+    pub(crate) fn settings(&self, base: Option<&Base>, text: Option<OfText>) -> Settings {
         let for_text = |of_text, other| if text.is_some() { of_text } else { other };
         let entries = self.entries.is_some();
         let batch = if entries { 16 } else { for_text(4, 64) };
@@ -134,12 +177,8 @@ impl Options {
             rank,
             alpha: self.alpha.unwrap_or(rank as f64),
             target: self.target.clone(),
-        };
-        let of_text = |(path, text): (&Path, &Text)| OfText {
-            file: name(path),
-            fingerprint: text.fingerprint.clone(),
-            tokens: self.tokens,
-            passes: self.passes,
+            layers: self.adapter_layers.as_ref().map(|layers| (layers.start, layers.end)),
+            mind: self.adapter_for.or(self.lost.map(|_| Mind::Both)),
         };
         Settings {
             arm: self.arm,
@@ -155,7 +194,7 @@ impl Options {
             suite: self.suite,
             dictionary: self.dictionary.map(|rank| Reads { rank, sees: self.sees }),
             entries: None,
-            text: text.map(of_text),
+            text,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{D, Tensor};
 use hybrid_attention::Result;
-use hybrid_attention::model::{Batch, Pass};
+use hybrid_attention::model::{Batch, ForwardContext, Pass};
 use hybrid_attention::thought::{EncodedBatch, Thinking, ThoughtModel};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -103,4 +103,15 @@ pub fn read(
     let first = mind.encode(&text, Pass::Causal(text.batch()))?;
     let thoughts = mind.think(&text, first, |_, _| ())?;
     mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))
+}
+
+/// One reading by all layers in which tokens of a context see each other both ways, by the mind that thinks; returns what
+/// leaves the last layer, `(tokens, hidden)`.
+///
+/// # Errors
+/// As the pass itself.
+pub(crate) fn read_both_ways(model: &ThoughtModel, ids: &[u32], batch: &Batch) -> Result<Tensor> {
+    let thinker = model.thinker();
+    let context = ForwardContext::from(Pass::Bidirectional(batch));
+    thinker.forward(&thinker.embed_ids(ids)?, thinker.all_layers(), context)
 }

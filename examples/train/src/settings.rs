@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use hybrid_attention::Thinking;
+use hybrid_attention::adapter::AdapterScope;
 use hybrid_attention::model::Sight;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -23,6 +24,12 @@ pub(crate) enum Arm {
     NoPasses,
     /// No passes, as many layers as four passes and the reading after them run
     Deep,
+    /// No passes, one reading by all layers that sees both ways; for --lost
+    Whole,
+    /// No passes, the text read twice, the second time with all of it before; for --lost
+    Twice,
+    /// No passes, the text written out again with its lost words; for --lost
+    Rewrite,
 }
 
 impl Arm {
@@ -67,6 +74,37 @@ impl Suite {
     }
 }
 
+/// When something that an adapter changes is active.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Mind {
+    /// In thought passes, and where a text is read both ways
+    Thinking,
+    /// Where a text is read causally
+    Decoding,
+    Both,
+}
+
+impl From<Mind> for AdapterScope {
+    fn from(mind: Mind) -> Self {
+        match mind {
+            Mind::Thinking => Self::Thinking,
+            Mind::Decoding => Self::Decoding,
+            Mind::Both => Self::Both,
+        }
+    }
+}
+
+/// Where a lost word is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum AskedAt {
+    /// At the token before, as the next one
+    Before,
+    /// At the blank itself
+    Blank,
+}
+
 /// Passes on the flashback suite are drawn from 0 to this many.
 pub(crate) const MOST_PASSES: usize = 4;
 
@@ -107,12 +145,18 @@ pub(crate) struct Settings {
     pub(crate) text: Option<OfText>,
 }
 
-/// A low-rank adapter in the layers of the span.
+/// A low-rank adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct LowRank {
     pub(crate) rank: usize,
     pub(crate) alpha: f64,
     pub(crate) target: Vec<String>,
+    /// The layers that have it; without any, those of the span.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) layers: Option<(usize, usize)>,
+    /// When it is active; without any, in thought passes, or where there are none in decoding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mind: Option<Mind>,
 }
 
 /// Columns that read a dictionary, in the layers of the span.
@@ -142,6 +186,22 @@ pub(crate) struct OfText {
     pub(crate) tokens: usize,
     /// The most passes.
     pub(crate) passes: usize,
+    /// What is lost of it; without any, its second half is predicted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) lost: Option<Lost>,
+}
+
+/// Words that are lost, to be filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Lost {
+    /// Of all words.
+    pub(crate) share: f64,
+    /// What stands for each token of a lost word.
+    pub(crate) blank: String,
+    pub(crate) at: AskedAt,
+    /// The name of the file of passages that are held out, if it is one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) held_out: Option<String>,
 }
 
 impl Settings {
@@ -159,7 +219,18 @@ impl Settings {
         if layers.is_some() && self.arm == Arm::Deep {
             return Err("--arm deep: it has layers of its own, so it is no checkpoint's".into());
         }
-        if let Some(LowRank { rank, alpha, .. }) = &self.adapter {
+        let lost = self.text.as_ref().is_some_and(|text| text.lost.is_some());
+        if matches!(self.arm, Arm::Whole | Arm::Twice | Arm::Rewrite) && !lost {
+            return Err(format!("--arm {}: for --text with --lost", self.arm.name()).into());
+        }
+        if let Some(LowRank { rank, alpha, layers: of, .. }) = &self.adapter {
+            if let Some((first, end)) = *of
+                && (first >= end || layers.is_some_and(|layers| end > layers))
+            {
+                let layers = layers.unwrap_or_default();
+                let message = format!("expected A..B with A < B <= {layers}, got {first}..{end}");
+                return Err(format!("--adapter-layers: {message}").into());
+            }
             if *rank == 0 {
                 return Err("--rank: expected at least 1".into());
             }
@@ -184,7 +255,7 @@ impl Settings {
         match self.arm {
             Arm::BothWays | Arm::Causal => self.text.as_ref().map_or(MOST_PASSES, |it| it.passes),
             Arm::OnePass => 1,
-            Arm::NoPasses | Arm::Deep => 0,
+            Arm::NoPasses | Arm::Deep | Arm::Whole | Arm::Twice | Arm::Rewrite => 0,
         }
     }
 

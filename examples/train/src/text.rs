@@ -20,11 +20,11 @@ use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
 
 /// One in this many passages is held out, the last of each group.
-const HELD_OUT: usize = 5;
+pub(crate) const HELD_OUT: usize = 5;
 
 /// How many tokens at the beginning are only read: models park their attention on the first (attention
 /// sinks, Xiao et al. 2023), and lose that when it changes.
-const ONLY_READ: usize = 1;
+pub(crate) const ONLY_READ: usize = 1;
 
 /// The fewest passages that leave enough held out for a standard error.
 const FEWEST: usize = 2 * HELD_OUT;
@@ -221,7 +221,7 @@ impl HeldOut {
 }
 
 /// FNV-1a (Fowler, Noll & Vo) over all tokens, with an end mark for each passage.
-fn fingerprint(passages: &[Vec<u32>]) -> String {
+pub(crate) fn fingerprint(passages: &[Vec<u32>]) -> String {
     let ended = passages.iter().flat_map(|ids| ids.iter().copied().chain([u32::MAX]));
     let hash = ended.flat_map(u32::to_le_bytes).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

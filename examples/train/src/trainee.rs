@@ -108,7 +108,7 @@ impl Trainee {
             None => Tensor::full(FIRST_GATE, config.hidden_size, &Device::Cpu)?,
         };
         let thinks = settings.most_passes() > 0;
-        let Some(LowRank { rank, alpha, target }) = &settings.adapter else {
+        let Some(LowRank { rank, alpha, target, layers, mind }) = &settings.adapter else {
             base::check_copyable(&path)?;
             if thinks {
                 weights.insert(GATE.to_string(), gate);
@@ -127,10 +127,11 @@ impl Trainee {
             });
         };
 
+        let (first, end) = layers.unwrap_or(settings.span);
         let how = AdapterConfig::rank(*rank)
             .alpha(*alpha)
             .target_modules(target)
-            .layers_to_transform(settings.span.0..settings.span.1);
+            .layers_to_transform(first..end);
         let how = settings.model.iter().fold(how, AdapterConfig::base_model);
         let mut adapter = Adapter::new(&config, &how, settings.seed, &Device::Cpu)?;
         if thinks {
@@ -140,7 +141,8 @@ impl Trainee {
         let tensors = adapter.tensors().map(|(name, _)| name);
         let gate = adapter.thought_gate().map(|_| GATE.to_string());
         let vars = tensors.chain(gate).zip(adapter.variables()?).collect();
-        let scope = if thinks { AdapterScope::Thinking } else { AdapterScope::Decoding };
+        let alone = if thinks { AdapterScope::Thinking } else { AdapterScope::Decoding };
+        let scope = mind.map_or(alone, Into::into);
         Ok(Self {
             config,
             vars,

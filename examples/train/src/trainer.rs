@@ -13,10 +13,11 @@ use crate::base::Base;
 use crate::entries::OfDictionary;
 use crate::flashback::{self, Flashback};
 use crate::glossary::OfGlossary;
+use crate::lost_words::LostWords;
 use crate::options::{Options, name};
 use crate::record::{Run, Saved};
-use crate::score::read;
-use crate::settings::{OfEntries, Settings, Suite};
+use crate::score::{read, read_both_ways};
+use crate::settings::{Arm, OfEntries, Settings, Suite};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::text::Text;
@@ -37,12 +38,7 @@ pub fn train(options: &Options) -> Result<()> {
     }
     let base = options.model.as_deref().map(Base::load).transpose()?;
     match (base, &options.text, &options.entries) {
-        (Some(base), Some(path), _) => {
-            let text = Text::read(path, &base, options.tokens, options.passages)?;
-            let settings = options.settings(Some(&base), Some((path.as_path(), &text)));
-            settings.check(Some(base.config.num_hidden_layers))?;
-            teach(options, &settings, &text, &Trainee::on(base, &settings, None)?)
-        }
+        (Some(base), Some(path), _) => teach_text(options, base, path),
         (Some(base), None, Some(path)) => {
             let mut settings = options.settings(Some(&base), None);
             settings.check(Some(base.config.num_hidden_layers))?;
@@ -59,6 +55,26 @@ pub fn train(options: &Options) -> Result<()> {
             teach_suite(options, &settings, base)
         }
     }
+}
+
+/// A text's second halves, or its lost words.
+fn teach_text(options: &Options, base: Base, path: &Path) -> Result<()> {
+    let layers = base.config.num_hidden_layers;
+    let settings = |fingerprint: &str| -> Result<Settings> {
+        let of_text = options.of_text(path, fingerprint);
+        let settings = options.settings(Some(&base), Some(of_text));
+        settings.check(Some(layers))?;
+        Ok(settings)
+    };
+    if let Some(lost) = options.lost() {
+        let sizes = (options.tokens, options.passages);
+        let task = LostWords::read(path, options.held_out.as_deref(), &base, sizes, &lost)?;
+        let settings = settings(&task.fingerprint)?;
+        return teach(options, &settings, &task, &Trainee::on(base, &settings, None)?);
+    }
+    let task = Text::read(path, &base, options.tokens, options.passages)?;
+    let settings = settings(&task.fingerprint)?;
+    teach(options, &settings, &task, &Trainee::on(base, &settings, None)?)
 }
 
 fn teach_suite(options: &Options, settings: &Settings, base: Option<Base>) -> Result<()> {
@@ -156,7 +172,10 @@ fn steps<T: Task>(
 /// How badly the answers of an exercise are predicted, in nats, and the share that is right.
 fn loss(model: &ThoughtModel, settings: &Settings, exercise: &Exercise) -> Result<(Tensor, f64)> {
     let thinking = settings.thinking(exercise.passes).gradient_passes(settings.gradient_passes);
-    let hidden = read(model, &thinking, &exercise.ids, exercise.batch.clone())?;
+    let hidden = match settings.arm {
+        Arm::Whole => read_both_ways(model, &exercise.ids, &exercise.batch)?,
+        _ => read(model, &thinking, &exercise.ids, exercise.batch.clone())?,
+    };
     let (at, answers): (Vec<u32>, Vec<u32>) = exercise.answers.iter().copied().unzip();
     let at = Tensor::new(at, hidden.device())?;
     let hidden = hidden.index_select(&at, 0)?; // (answers, hidden)

@@ -367,6 +367,125 @@ fn a_whole_checkpoint_learns_a_text() -> Result {
     assert_record(&out, base.path(), &model, &thinking)
 }
 
+// ---- lost words ----
+
+/// What a record says of a way.
+fn way<'r>(record: &'r Value, name: &str) -> Result<&'r Value> {
+    let ways = record["ways"].as_array().ok_or("no ways")?;
+    Ok(ways.iter().find(|way| way["name"] == name).ok_or("no such way")?)
+}
+
+#[test]
+fn every_arm_learns_to_fill_lost_words() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let plain = ["checkpoint, causal", "checkpoint, the text read twice"];
+    let plain = [plain[0], plain[1], "checkpoint, writing it out again"];
+    let mut untrained = None;
+    for (arm, same) in [
+        ("both-ways", None),
+        ("causal", None),
+        ("whole", None),
+        ("no-passes", Some(plain[0])),
+        ("twice", Some(plain[1])),
+        ("rewrite", Some(plain[2])),
+    ] {
+        for (lr, at) in [("1e-30", "before"), ("0.02", "blank")] {
+            let out = folder.path().join(format!("{arm}-{lr}"));
+            let args = ["--lost=0.4", "--blank=the", "--rank=2", "--adapter-layers=0..3"];
+            let more = ["--steps=3", "--arm", arm, "--lr", lr, "--asked-at", at];
+            let run = Run::on_text(base.path(), &[&args[..], &more].concat());
+            let (table, _) = run.succeed(&out)?;
+            let record = record(&out)?;
+            let adapter = Adapter::from_folder(&out, &Device::Cpu)?;
+            let layers = (0..3).map(|layer| format!("layers.{layer}."));
+            for layer in layers {
+                assert!(adapter.tensors().any(|(name, _)| name.contains(&layer)), "{layer}");
+            }
+            let losses = |name: &str| numbers(&way(&record, name)?["losses"]);
+            let trained: Vec<String> = match arm {
+                "both-ways" | "causal" => {
+                    [1, 2].map(|passes| format!("trained, {arm}, {passes} passes")).into()
+                }
+                _ => vec![format!("trained, {arm}")],
+            };
+            for name in &trained {
+                assert!(table.contains(&format!("| {name} | ")), "{table}");
+                assert!(losses(name)?.iter().all(|loss| loss.is_finite()));
+            }
+            // What is lost is the same in all runs, and so is what the checkpoint makes of it.
+            if at == "before" {
+                let known = plain.map(losses);
+                let [Ok(a), Ok(b), Ok(c)] = known else { return Err("no losses".into()) };
+                assert_eq!(
+                    untrained.get_or_insert_with(|| [a.clone(), b.clone(), c.clone()]),
+                    &[a, b, c]
+                );
+            }
+            if let Some(same) = same {
+                let pairs = losses(&trained[0])?.into_iter().zip(losses(same)?);
+                let apart = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                // What can be trained takes other kernels, which round in another way.
+                assert_eq!(apart < 1e-4, lr == "1e-30", "{arm}: {apart}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn passages_of_their_own_are_held_out() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let other = folder.path().join("other.txt");
+    fs::write(&other, "the dog sat on the mat about the cat\n".repeat(3))?;
+    let args = ["--lost=0.5", "--blank=the", "--rank=2", "--steps=1", "--arm=whole"];
+    let out = folder.path().join("out");
+    Run::on_text(base.path(), &args).with("--held-out", &other).succeed(&out)?;
+    let record = record(&out)?;
+    assert_eq!(
+        (&record["passages"], &record["settings"]["text"]["lost"]["held_out"]),
+        (&json!(3), &json!("other.txt"))
+    );
+    Ok(())
+}
+
+#[test]
+fn words_that_cannot_be_lost_are_refused() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let out = folder.path().join("out");
+    for (args, expected) in [
+        (vec!["--lost=0"], "--lost: expected a share between 0 and 1, got 0"),
+        (vec!["--lost=1"], "--lost: expected a share between 0 and 1, got 1"),
+        (vec!["--lost=nan"], "--lost: expected a share between 0 and 1, got NaN"),
+        (vec!["--lost=0.1", "--blank=the cat sat"], "--blank: expected the text of one token, got"),
+        (vec!["--lost=0.1", "--tokens=1"], "--tokens: expected 2 to "),
+        (vec!["--lost=0.1", "--tokens=1000000000"], "--tokens: expected 2 to "),
+        (vec!["--lost=0.1", "--tokens=99"], "too few passages of 50 tokens or more"),
+        (vec!["--lost=0.1", "--passages=1"], "--passages: expected at least 2, or 0"),
+        (
+            vec!["--lost=0.1", "--adapter-layers=1..9"],
+            "--adapter-layers: expected A..B with A < B <= 3",
+        ),
+        (vec!["--lost=0.1", "--held-out=/nowhere"], "/nowhere: "),
+        (vec!["--arm=twice"], "--arm twice: for --text with --lost"),
+        (vec!["--asked-at=blank"], "--lost <SHARE>"),
+    ] {
+        let given = |option: &str| args.iter().any(|arg| arg.starts_with(option));
+        let mut more = vec!["--rank=1"];
+        if given("--lost") && !given("--blank") {
+            more.push("--blank=the");
+        }
+        if !given("--tokens") {
+            more.push("--tokens=6");
+        }
+        let run = Run::new(&[&more[..], &args].concat()).with("--model", base.path());
+        let run = run.with("--text", &base.path().join("text.txt"));
+        let stderr = run.fail(&out)?;
+        assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{args:?}: {stderr}");
+    }
+    assert!(!out.exists(), "nothing is left of what was refused");
+    Ok(())
+}
+
 // ---- what it says ----
 
 #[test]
@@ -379,7 +498,9 @@ fn help_lists_every_option() -> Result {
     let more = ["--gradient-passes", "--save-every", "--stories", "both-ways"];
     let adapter = ["--rank", "--alpha", "--target"];
     let text = ["--text", "--tokens", "--passes", "--passages"];
-    for option in [&run[..], &more, &adapter, &text].concat() {
+    let lost = ["--lost", "--blank", "--asked-at", "--held-out"];
+    let minds = ["--adapter-layers", "--adapter-for"];
+    for option in [&run[..], &more, &adapter, &text, &lost, &minds].concat() {
         assert!(words.contains(&option), "{option}: {help}");
     }
     Ok(())

@@ -19,7 +19,7 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use crate::names::THINGS;
 use crate::{CONTAINMENT, Fact, Relation, Split, Vocabulary, name};
 
-/// Facts of a [`Tale`]: a guess is right one time in as many.
+/// Facts of a [`Tale`] of an examination: a guess is right one time in as many.
 pub const TALE_FACTS: usize = 6;
 
 /// Syllables that begin a word, and as many that end one.
@@ -164,11 +164,13 @@ pub struct Tale {
 }
 
 impl Tale {
-    /// Draws a tale with words of a glossary, which has to have some for [`TALE_FACTS`] different things.
-    pub fn draw(glossary: &Glossary, rng: &mut impl Rng) -> Self {
-        let mut entries: Vec<Entry> = Vec::with_capacity(TALE_FACTS);
+    /// Draws a tale of `facts` facts, at most [`TALE_FACTS`], with words of a glossary, which has to have some for as many
+    /// different things.
+    pub fn draw(glossary: &Glossary, facts: usize, rng: &mut impl Rng) -> Self {
+        let facts = facts.min(TALE_FACTS);
+        let mut entries: Vec<Entry> = Vec::with_capacity(facts);
         while let Some(&entry) = glossary.entries.choose(rng)
-            && entries.len() < TALE_FACTS
+            && entries.len() < facts
         {
             if entries.iter().all(|other| other.meaning != entry.meaning) {
                 entries.push(entry);
@@ -256,7 +258,8 @@ mod tests {
         for split in [Split::Train, Split::Test] {
             let glossary = Glossary::draw(split, 10, &mut rng);
             for _ in 0..50 {
-                let tale = Tale::draw(&glossary, &mut rng);
+                let tale = Tale::draw(&glossary, TALE_FACTS, &mut rng);
+                assert_eq!(Tale::draw(&glossary, 3, &mut rng).facts.len(), 3);
                 let all = tale.definitions(&glossary, 10, &mut rng);
                 assert_eq!(all.len(), 10);
                 assert_eq!(tale.definitions(&glossary, 0, &mut rng).len(), TALE_FACTS);

@@ -14,7 +14,7 @@ use hybrid_attention::evaluate::Estimate;
 use hybrid_attention::thought::ThoughtModel;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::base::Base;
 use crate::entries;
@@ -22,6 +22,7 @@ use crate::flashback::check_base;
 use crate::glossary::{TEMPLATE, answered, compile, tales};
 use crate::settings::Sees;
 use crate::terminal::{self, Result};
+use crate::ways::{shown, spread};
 
 /// The seed of the glossaries.
 const SEED: u64 = 20_261_129;
@@ -56,14 +57,15 @@ pub struct Arms {
 }
 
 /// What came of a way with a glossary.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Row {
     entries: usize,
-    way: &'static str,
-    /// Nothing where the prompt is longer than the model's context.
-    right: Option<Estimate>,
-    /// Tale by tale less those of the right definitions in the prompt.
-    less_defined: Option<Estimate>,
+    way: String,
+    /// For each tale told in words and asked about by a name 1 or 0; nothing where the prompt is longer than the model's
+    /// context.
+    told: Option<Vec<f64>>,
+    /// The same told in names, and asked about by a word.
+    asked: Option<Vec<f64>>,
     tokens: usize,
     /// For the prompt of a question, multiplications and additions.
     flops: f64,
@@ -73,8 +75,10 @@ struct Row {
     bytes: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Report {
+    /// Tales for each glossary.
+    tales: usize,
     /// Parameters of what reads the dictionary, and of the adapter.
     parameters: [usize; 2],
     /// For each glossary, seconds that its dictionary takes to be compiled.
@@ -83,15 +87,16 @@ struct Report {
     without_words: Vec<WithoutWords>,
 }
 
-/// Told and asked by names, of which a dictionary says nothing: nats of the right answer.
-#[derive(Debug, Serialize)]
+/// Told and asked by names, of which a dictionary says nothing: for each tale the nats of the right answer.
+#[derive(Debug, Serialize, Deserialize)]
 struct WithoutWords {
     entries: usize,
-    without: Estimate,
-    with: Estimate,
-    /// Tale by tale.
-    difference: Estimate,
+    without: Vec<f64>,
+    with: Vec<f64>,
 }
+
+/// The way that the others are compared with.
+const DEFINED: &str = "the right definitions in the prompt";
 
 /// Prints the table.
 ///
@@ -130,52 +135,53 @@ pub fn arms(arms: &Arms) -> Result<()> {
             Told { tales: tales(&glossary, count), glossary: &glossary, vocabulary: &vocabulary };
 
         let plain = model.thought_model();
-        let layers = model.config().num_hidden_layers;
-        let vectors = dictionary.len() * layers * model.config().hidden_size * 4;
+        let config = model.config();
+        let vectors = dictionary.len() * config.num_hidden_layers * config.hidden_size * 4;
         let read = reads(&reading);
-        let defined = told.run(plain, Called::Words, TALE_FACTS)?;
-        let mut row = |way, run: &Run, (more_flops, bytes): (f64, usize)| {
-            let right = run.right.as_deref();
-            rows.push(Row {
-                entries: size,
-                way,
-                right: right.map(Estimate::of),
-                less_defined: right
-                    .zip(defined.right.as_deref())
-                    .map(|(right, defined)| Estimate::of_difference(right, defined)),
-                tokens: run.tokens,
-                flops: flops(model.config(), run.tokens) + more_flops * run.tokens as f64,
-                seconds: run.seconds,
-                bytes: run.tokens * bytes_of_token(model.config()) + bytes,
-            });
-        };
-        row("nothing", &told.run(plain, Called::Words, 0)?, (0.0, 0));
-        row("all definitions in the prompt", &told.run(plain, Called::Words, size)?, (0.0, 0));
-        row("the right definitions in the prompt", &defined, (0.0, 0));
-        row("dictionary", &told.run(&right, Called::Words, 0)?, (read, vectors));
-        row("dictionary, shuffled", &told.run(&wrong, Called::Words, 0)?, (read, vectors));
+        let mut row =
+            |way: &str, model, definitions, (more_flops, bytes): (f64, usize)| -> Result<()> {
+                let run = told.run(model, [Called::Words, Called::Names], definitions)?;
+                let asked = told.run(model, [Called::Names, Called::Words], definitions)?;
+                rows.push(Row {
+                    entries: size,
+                    way: String::from(way),
+                    told: run.right,
+                    asked: asked.right,
+                    tokens: run.tokens,
+                    flops: flops(config, run.tokens) + more_flops * run.tokens as f64,
+                    seconds: run.seconds,
+                    bytes: run.tokens * bytes_of_token(config) + bytes,
+                });
+                Ok(())
+            };
+        row("nothing", plain, 0, (0.0, 0))?;
+        row("all definitions in the prompt", plain, size, (0.0, 0))?;
+        row(DEFINED, plain, TALE_FACTS, (0.0, 0))?;
+        row("dictionary", &right, 0, (read, vectors))?;
+        row("dictionary, shuffled", &wrong, 0, (read, vectors))?;
         let low_rank = 2.0 * parameters(adapter.tensors()) as f64;
-        row("low-rank adapter", &told.run(&adapted, Called::Words, 0)?, (low_rank, 0));
-        let [before, after] = [plain, &right].map(|it| told.run(it, Called::Names, 0));
-        let (before, after) = (before?.nats, after?.nats);
-        without_words.push(WithoutWords {
-            entries: size,
-            without: Estimate::of(&before),
-            with: Estimate::of(&after),
-            difference: Estimate::of_difference(&after, &before),
-        });
+        row("low-rank adapter", &adapted, 0, (low_rank, 0))?;
+        let [before, after] = [plain, &right].map(|it| told.run(it, [Called::Names; 2], 0));
+        let (without, with) = (before?.nats, after?.nats);
+        without_words.push(WithoutWords { entries: size, without, with });
     }
     let parameters = [parameters(reading.tensors()), parameters(adapter.tensors())];
-    let report = Report { parameters, compiled, rows, without_words };
-    write!(stdout(), "{}", table(&report, count))?;
-    match &arms.out {
-        Some(path) => write_json(path, &report),
-        None => Ok(()),
-    }
+    let report = Report { tales: count, parameters, compiled, rows, without_words };
+    write!(stdout(), "{}", table(std::slice::from_ref(&report)))?;
+    let Some(path) = &arms.out else { return Ok(()) };
+    terminal::write(path, |out| Ok(serde_json::to_writer(out, &report)?))
 }
 
-fn write_json(path: &Path, report: &Report) -> Result<()> {
-    terminal::write(path, |out| Ok(serde_json::to_writer_pretty(out, report)?))
+/// Prints the table of several such comparisons, of runs with other seeds.
+///
+/// # Errors
+/// When there are none in the folder, or one cannot be read.
+pub fn report_arms(runs: &Path) -> Result<()> {
+    let reports = terminal::records(runs)?;
+    let reports =
+        reports.iter().map(|path| terminal::read_record(path)).collect::<Result<Vec<_>>>()?;
+    write!(stdout(), "{}", table(&reports))?;
+    Ok(())
 }
 
 /// Tales about the words of a glossary.
@@ -196,27 +202,33 @@ struct Run {
 }
 
 impl Told<'_> {
-    /// After so many definitions, those of a tale's words among them, or after none.
-    fn run(&self, model: &ThoughtModel, called: Called, definitions: usize) -> Result<Run> {
+    /// Tales told and asked about in words or names, after so many definitions, those of a tale's words among them, or
+    /// after none.
+    fn run(
+        &self,
+        model: &ThoughtModel,
+        [told, asked]: [Called; 2],
+        definitions: usize,
+    ) -> Result<Run> {
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
-        let mut asked = Vec::with_capacity(self.tales.len());
+        let mut prompts = Vec::with_capacity(self.tales.len());
         for (tale, fact) in &self.tales {
             let given = match definitions {
                 0 => Vec::new(),
                 count => tale.definitions(self.glossary, count, &mut rng),
             };
-            let mut ids = tale.ids(called, &given, self.vocabulary);
-            ids.extend(tale.ask_ids(*fact, Called::Names, self.vocabulary));
+            let mut ids = tale.ids(told, &given, self.vocabulary);
+            ids.extend(tale.ask_ids(*fact, asked, self.vocabulary));
             let tokens = ids.len();
             if tokens > model.decoder().config().max_position_embeddings {
                 return Ok(Run { right: None, nats: Vec::new(), tokens, seconds: None });
             }
-            asked.push((ids, tale.answer_id(*fact, self.vocabulary)));
+            prompts.push((ids, tale.answer_id(*fact, self.vocabulary)));
         }
         let start = Instant::now();
-        let [right, nats] = answered(model, &asked)?;
-        let seconds = start.elapsed().as_secs_f64() / asked.len().max(1) as f64;
-        let tokens = asked.first().map_or(0, |(ids, _)| ids.len());
+        let [right, nats] = answered(model, &prompts)?;
+        let seconds = start.elapsed().as_secs_f64() / prompts.len().max(1) as f64;
+        let tokens = prompts.first().map_or(0, |(ids, _)| ids.len());
         Ok(Run { right: Some(right), nats, tokens, seconds: Some(seconds) })
     }
 }
@@ -246,38 +258,77 @@ fn bytes_of_token(config: &Config) -> usize {
     2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
 }
 
-fn table(report: &Report, tales: usize) -> String {
+/// The figures of one run, with their standard error, or of several, with their standard deviation over the runs. `of`
+/// gives those of a run, tale by tale.
+fn over_runs(reports: &[Report], of: impl Fn(&Report) -> Option<Vec<f64>>) -> Option<Estimate> {
+    let runs = reports.iter().map(of).collect::<Option<Vec<_>>>()?;
+    match runs.as_slice() {
+        [one] => Some(Estimate::of(one)),
+        several => {
+            let means: Vec<f64> = several.iter().map(|run| Estimate::of(run).mean).collect();
+            Some(spread(&means))
+        }
+    }
+}
+
+fn less(values: &[f64], base: &[f64]) -> Vec<f64> {
+    values.iter().zip(base).map(|(value, base)| value - base).collect()
+}
+
+fn table(reports: &[Report]) -> String {
+    let Some(first) = reports.first() else { return String::new() };
+    let spread = if reports.len() > 1 { "deviation over the runs" } else { "error" };
     let mut table = format!(
-        "{tales} tales for each glossary, words of the test split; right answers, mean ± standard error; a guess among \
-         the facts: {:.3}. Differences tale by tale.\n\n\
-         | entries | what explains the words | right | less the right definitions | tokens | MFLOP | ms | kB |\n\
-         |---|---|---|---|---|---|---|---|\n",
+        "{} tales for each glossary, words of the test split; runs: {}. Right answers, mean ± standard {spread}; a guess \
+         among the facts: {:.3}. Differences tale by tale.\n\n\
+         | entries | what explains the words | words in the tale | less the right definitions | a word in the question | \
+         less the right definitions | tokens | MFLOP | ms | kB |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
+        first.tales,
+        reports.len(),
         1.0 / TALE_FACTS as f64
     );
-    let shown = |it: &Estimate| format!("{:.3} ± {:.3}", it.mean, it.standard_error);
-    for row in &report.rows {
-        let ms = row.seconds.map_or_else(String::new, |it| format!("{:.2}", it * 1e3));
+    for Row { entries, way, tokens, flops, bytes, .. } in &first.rows {
+        let find = |report: &Report, way: &str| -> Option<Row> {
+            report.rows.iter().find(|row| row.entries == *entries && row.way == way).cloned()
+        };
+        let cells = [|row: &Row| row.told.clone(), |row: &Row| row.asked.clone()].map(|of| {
+            let right = over_runs(reports, |report| of(&find(report, way)?));
+            let difference = over_runs(reports, |report| {
+                Some(less(&of(&find(report, way)?)?, &of(&find(report, DEFINED)?)?))
+            });
+            let right = right.map_or_else(|| "does not fit".into(), |it| shown(&it));
+            format!("{right} | {}", difference.map_or_else(String::new, Estimate::signed))
+        });
+        let ms = over_runs(reports, |report| Some(vec![find(report, way)?.seconds? * 1e3]));
         table += &format!(
-            "| {} | {} | {} | {} | {} | {:.0} | {ms} | {} |\n",
-            row.entries,
-            row.way,
-            row.right.as_ref().map_or_else(|| "does not fit".into(), shown),
-            row.less_defined.map_or_else(String::new, Estimate::signed),
-            row.tokens,
-            row.flops / 1e6,
-            row.bytes / 1000
+            "| {entries} | {way} | {} | {tokens} | {:.0} | {} | {} |\n",
+            cells.join(" | "),
+            flops / 1e6,
+            ms.map_or_else(String::new, |it| format!("{:.2}", it.mean)),
+            bytes / 1000
         );
     }
     table += &format!(
         "\nCompiling took {} s. {} parameters read the dictionary, the adapter has {}. Told in names, without any word of \
          the dictionary, nats of the right answer:\n\n| entries | without it | with it | difference |\n|---|---|---|---|\n",
-        report.compiled.iter().map(|it| format!("{it:.2}")).collect::<Vec<_>>().join(", "),
-        report.parameters[0],
-        report.parameters[1],
+        first.compiled.iter().map(|it| format!("{it:.2}")).collect::<Vec<_>>().join(", "),
+        first.parameters[0],
+        first.parameters[1],
     );
-    for WithoutWords { entries, without, with, difference } in &report.without_words {
-        let (without, with) = (shown(without), shown(with));
-        table += &format!("| {entries} | {without} | {with} | {} |\n", difference.signed());
+    for WithoutWords { entries, .. } in &first.without_words {
+        let of = |values: fn(&WithoutWords) -> Vec<f64>| {
+            over_runs(reports, |report| {
+                report.without_words.iter().find(|it| it.entries == *entries).map(values)
+            })
+        };
+        let cells = [
+            of(|it| it.without.clone()).map(|it| shown(&it)),
+            of(|it| it.with.clone()).map(|it| shown(&it)),
+            of(|it| less(&it.with, &it.without)).map(Estimate::signed),
+        ];
+        let cells = cells.map(Option::unwrap_or_default);
+        table += &format!("| {entries} | {} |\n", cells.join(" | "));
     }
     table
 }

@@ -3,11 +3,11 @@
 use std::io::{Write, stdout};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use hybrid_attention::dictionary::{Dictionary, DictionaryConfig, Entries, Pooled};
-use hybrid_attention::evaluate::Estimate;
 use hybrid_attention::model::{Batch, Sight};
 use hybrid_attention::thought::ThoughtModel;
 use hybrid_attention::{Pooling, Thinking, Tokenizer};
@@ -23,6 +23,7 @@ use crate::settings::{Arm, Sees, Settings};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::trainee::Trainee;
+use crate::ways::{Way, Ways};
 
 /// One in this many entries is held out, by chance.
 const HELD_OUT: usize = 5;
@@ -75,19 +76,8 @@ pub(crate) struct OfDictionary {
 pub(crate) struct Examination {
     learned: usize,
     held_out: usize,
-    /// Nats of a token of the definitions of held-out entries.
-    ways: Vec<Way>,
-}
-
-#[derive(Debug, Serialize)]
-struct Way {
-    name: &'static str,
-    mean: Estimate,
-    /// Entry by entry less those of the checkpoint with nothing to go by.
-    difference: Estimate,
-    /// The share of definitions whose every token is the likeliest.
-    right: Estimate,
-    losses: Vec<f64>,
+    /// Nats of a token of the definitions of held-out entries, and those whose every token is the likeliest.
+    ways: Ways,
 }
 
 impl OfDictionary {
@@ -153,14 +143,16 @@ impl OfDictionary {
         Ok((prompt, answer))
     }
 
-    /// For each held-out entry the mean nats of its definition's tokens, and whether all of them are the likeliest.
-    fn losses(
+    /// What comes of the held-out entries.
+    fn way(
         &self,
+        name: &str,
         model: &ThoughtModel,
         defined: bool,
         progress: impl Fn(),
-    ) -> Result<[Vec<f64>; 2]> {
+    ) -> Result<Way> {
         let (mut losses, mut right) = (Vec::new(), Vec::new());
+        let (mut tokens, start) = (0, Instant::now());
         for entry in &self.held_out {
             let before = match defined {
                 true => format!("- {}: {}\n", entry.0, entry.1),
@@ -168,6 +160,7 @@ impl OfDictionary {
             };
             let (prompt, answer) = self.sentence(&before, SENTENCES[0], entry)?;
             let ids = [prompt.as_slice(), &answer].concat();
+            tokens += ids.len();
             let hidden = read(model, &Thinking::none(), &ids, Batch::one(ids.len())?)?;
             // Each token is predicted where the one before it is read.
             let hidden = hidden.narrow(0, prompt.len() - 1, answer.len())?;
@@ -178,7 +171,9 @@ impl OfDictionary {
             losses.push(f64::from(cross_entropy(&logits, &answer)?.to_scalar::<f32>()?));
             progress();
         }
-        Ok([losses, right])
+        let count = self.held_out.len() as f64;
+        let (tokens, seconds) = (tokens as f64 / count, start.elapsed().as_secs_f64() / count);
+        Ok(Way { name: name.to_string(), losses, right, tokens, seconds })
     }
 }
 
@@ -214,54 +209,29 @@ impl Task for OfDictionary {
         let bar = terminal::bar(count, "examination [{bar:30}] {pos}/{len}, {eta} to go");
         let before = Base::load(&self.model)?.model()?;
         let mut ways = vec![
-            ("nothing", self.losses(&before, false, || bar.inc(1))?),
-            ("the definition in the prompt", self.losses(&before, true, || bar.inc(1))?),
+            self.way("nothing", &before, false, || bar.inc(1))?,
+            self.way("the definition in the prompt", &before, true, || bar.inc(1))?,
         ];
         drop(before);
         let trained = trainee.model(&mut settings.rng(settings.steps))?;
-        let name = if self.shuffled.is_some() { "dictionary" } else { "low-rank adapter" };
-        ways.push((name, self.losses(&trained, false, || bar.inc(1))?));
+        let name = match &settings.dictionary {
+            Some(reads) => format!("dictionary, read {}", reads.sees.name()),
+            None => "low-rank adapter".to_string(),
+        };
+        ways.push(self.way(&name, &trained, false, || bar.inc(1))?);
         if let Some(shuffled) = &self.shuffled
             && let Some(model) = trainee.with_dictionary(shuffled)?
         {
-            let losses = self.losses(&model, false, || bar.inc(1))?;
-            ways.push(("dictionary, shuffled", losses));
+            ways.push(self.way(&format!("{name}, shuffled"), &model, false, || bar.inc(1))?);
         }
         bar.finish_and_clear();
-        let nothing = ways.first().map(|(_, [losses, _])| losses.clone()).unwrap_or_default();
-        let way = |(name, [losses, right]): (&'static str, [Vec<f64>; 2])| Way {
-            name,
-            mean: Estimate::of(&losses),
-            difference: Estimate::of_difference(&losses, &nothing),
-            right: Estimate::of(&right),
-            losses,
-        };
-        let ways = ways.into_iter().map(way).collect();
+        let ways = Ways::new(ways);
+        write!(
+            stdout(),
+            "{}",
+            ways.table("Nats per token of the definition, and those right to the letter")
+        )?;
         let (learned, held_out) = (self.train.len(), self.held_out.len());
-        let examination = Examination { learned, held_out, ways };
-        write!(stdout(), "{}", examination.table())?;
-        Ok(Some(examination))
-    }
-}
-
-impl Examination {
-    /// A Markdown table.
-    fn table(&self) -> String {
-        let mut table = format!(
-            "{} entries held out, {} learned. Nats per token of the definition, ± standard error.\n\n\
-             | what is known of the headword | loss | less nothing | right to the letter |\n|---|---|---|---|\n",
-            self.held_out, self.learned
-        );
-        for Way { name, mean, difference, right, .. } in &self.ways {
-            table += &format!(
-                "| {name} | {:.3} ± {:.3} | {} | {:.3} ± {:.3} |\n",
-                mean.mean,
-                mean.standard_error,
-                difference.signed(),
-                right.mean,
-                right.standard_error
-            );
-        }
-        table
+        Ok(Some(Examination { learned, held_out, ways }))
     }
 }

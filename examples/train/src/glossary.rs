@@ -30,55 +30,80 @@ use crate::trainee::Trainee;
 struct Telling {
     told: Called,
     asked: Called,
-    /// The most definitions before them; as many as there are facts at least, or none.
-    definitions: usize,
+    definitions: Definitions,
 }
 
-const BY_NAMES: Telling = Telling { told: Called::Names, asked: Called::Names, definitions: 0 };
+/// What stands before a tale.
+#[derive(Clone, Copy)]
+enum Definitions {
+    None,
+    /// Those of its words.
+    Own,
+    /// Up to as many others among them.
+    Among,
+}
 
-const BY_WORDS: Telling = Telling { told: Called::Words, asked: Called::Words, definitions: 0 };
+const BY_NAMES: Telling =
+    Telling { told: Called::Names, asked: Called::Names, definitions: Definitions::None };
 
-/// Told by names, asked about by words: the definition is looked up where the question is read.
-const fn asked(definitions: usize) -> Telling {
+const BY_WORDS: Telling =
+    Telling { told: Called::Words, asked: Called::Words, definitions: Definitions::None };
+
+/// Told by names, asked about by words: a definition is looked up where the question is read.
+const fn asked(definitions: Definitions) -> Telling {
     Telling { told: Called::Names, asked: Called::Words, definitions }
 }
 
-/// Told by words, asked about by names: each fact has to be read with its definition.
-const fn told(definitions: usize) -> Telling {
+/// Told by words, asked about by names: facts are read with their definitions, or these looked up the other way.
+const fn told(definitions: Definitions) -> Telling {
     Telling { told: Called::Words, asked: Called::Names, definitions }
 }
 
 struct Lesson {
     /// As often as each stands here.
     tellings: &'static [Telling],
+    /// The most facts; two at least.
+    facts: usize,
     wording: Wording,
     /// The share of the run by which it ends at the latest.
     ends: f64,
 }
 
-/// What is taught, one after the other.
-const LESSONS: [Lesson; 7] = {
-    const fn lesson(tellings: &'static [Telling], wording: Wording, ends: f64) -> Lesson {
-        Lesson { tellings, wording, ends }
+/// What is taught, one after the other. Two steps of reasoning are first found where there is little to choose from.
+const LESSONS: [Lesson; 10] = {
+    use Definitions::{Among, Own};
+    const fn lesson(
+        tellings: &'static [Telling],
+        facts: usize,
+        wording: Wording,
+        ends: f64,
+    ) -> Lesson {
+        Lesson { tellings, facts, wording, ends }
     }
-    const ASKED: &[Telling] = &[BY_NAMES, BY_WORDS, asked(TALE_FACTS), asked(TALE_FACTS)];
-    const DEFINED: &[Telling] = &[BY_NAMES, asked(TALE_FACTS), told(TALE_FACTS), told(TALE_FACTS)];
-    const AMONG: &[Telling] =
-        &[BY_NAMES, asked(2 * TALE_FACTS), told(2 * TALE_FACTS), told(2 * TALE_FACTS)];
+    const ASKED: &[Telling] = &[BY_NAMES, BY_WORDS, asked(Own), asked(Own)];
+    const DEFINED: &[Telling] = &[BY_NAMES, asked(Own), told(Own), told(Own)];
+    const AMONG: &[Telling] = &[BY_NAMES, asked(Among), told(Among), told(Among)];
     [
-        lesson(&[BY_NAMES], Wording::Terse, 0.2),
-        lesson(&[BY_NAMES, BY_WORDS], Wording::Terse, 0.3),
-        lesson(ASKED, Wording::Terse, 0.5),
-        lesson(DEFINED, Wording::Terse, 0.7),
-        lesson(DEFINED, Wording::Both, 0.75),
-        lesson(DEFINED, Wording::Full, 0.8),
-        lesson(AMONG, Wording::Full, 1.0),
+        lesson(&[BY_NAMES], 6, Wording::Terse, 0.15),
+        lesson(&[BY_NAMES, BY_WORDS], 6, Wording::Terse, 0.2),
+        lesson(ASKED, 2, Wording::Terse, 0.35),
+        lesson(ASKED, 4, Wording::Terse, 0.45),
+        lesson(ASKED, 6, Wording::Terse, 0.5),
+        lesson(DEFINED, 3, Wording::Terse, 0.65),
+        lesson(DEFINED, 6, Wording::Terse, 0.7),
+        lesson(DEFINED, 6, Wording::Both, 0.75),
+        lesson(DEFINED, 6, Wording::Full, 0.8),
+        lesson(AMONG, 6, Wording::Full, 1.0),
     ]
 };
 
 /// What is read with a dictionary, or without one by a control that has as much to learn.
-const BESIDE: Lesson =
-    Lesson { tellings: &[BY_NAMES, asked(0), told(0), told(0)], wording: Wording::Full, ends: 1.0 };
+const BESIDE: Lesson = Lesson {
+    tellings: &[BY_NAMES, asked(Definitions::None), told(Definitions::None)],
+    facts: TALE_FACTS,
+    wording: Wording::Full,
+    ends: 1.0,
+};
 
 /// Words of a dictionary to learn with.
 const LEARNED: usize = 10_000;
@@ -114,6 +139,8 @@ pub(crate) struct Examination {
     defined: Estimate,
     /// The same after the definitions of four others, too.
     among: Estimate,
+    /// Told in names and asked by a word, after the definitions of the tale's words; where a dictionary is learned, without.
+    asked: Estimate,
 }
 
 /// How an entry is read.
@@ -137,15 +164,20 @@ impl Task for OfGlossary {
     const STEPS_PER_POINT: usize = 50;
 
     fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
-        let Lesson { tellings, wording, .. } = match self.beside {
+        let Lesson { tellings, facts: most, wording, .. } = match self.beside {
             Some(_) => &BESIDE,
             None => &LESSONS[at.now()],
         };
         let telling = tellings[rng.random_range(0..tellings.len())];
         let terse = wording.is_terse(rng);
+        let facts = match self.beside {
+            Some(_) => *most,
+            None => rng.random_range(2..=*most),
+        };
         let definitions = match telling.definitions {
-            0 => 0,
-            most => rng.random_range(TALE_FACTS..=most),
+            Definitions::None => 0,
+            Definitions::Own => facts,
+            Definitions::Among => rng.random_range(facts..=2 * facts),
         };
         let (mut ids, mut answers) = (Vec::new(), Vec::new());
         for _ in 0..settings.batch {
@@ -155,12 +187,12 @@ impl Task for OfGlossary {
                 None => Some(Glossary::draw(Split::Train, definitions.max(WORDS), rng)),
             };
             let Some(glossary) = own.as_ref().or(self.beside.as_ref()) else { continue };
-            let tale = Tale::draw(glossary, rng);
+            let tale = Tale::draw(glossary, facts, rng);
             let told = self.told(&tale, glossary, telling.told, definitions, rng);
             ids.extend(told.filter(|id| !terse || self.vocabulary.is_name(*id)));
-            let mut facts: Vec<usize> = (0..TALE_FACTS).collect();
-            facts.shuffle(rng);
-            for fact in facts {
+            let mut order: Vec<usize> = (0..facts).collect();
+            order.shuffle(rng);
+            for fact in order {
                 let mut asked = tale.ask_ids(fact, telling.asked, &self.vocabulary);
                 asked.truncate(asked.len() - usize::from(terse));
                 ids.extend(asked);
@@ -188,18 +220,21 @@ impl Task for OfGlossary {
             return Ok(None);
         }
         let model = trainee.model(&mut settings.rng(settings.steps))?;
-        let bar = terminal::bar(4, "examination [{bar:30}] {pos}/{len}");
-        let share = |told, definitions| -> Result<Estimate> {
-            let right = self.right(&model, told, definitions)?;
+        let bar = terminal::bar(5, "examination [{bar:30}] {pos}/{len}");
+        let share = |told, asked, definitions| -> Result<Estimate> {
+            let right = self.right(&model, [told, asked], definitions)?;
             bar.inc(1);
             Ok(Estimate::of(&right))
         };
+        let (words, names) = (Called::Words, Called::Names);
+        let given = if self.beside.is_some() { 0 } else { TALE_FACTS };
         let examination = Examination {
             tales: self.tales,
-            names: share(Called::Names, 0)?,
-            undefined: share(Called::Words, 0)?,
-            defined: share(Called::Words, TALE_FACTS)?,
-            among: share(Called::Words, WORDS)?,
+            names: share(names, names, 0)?,
+            undefined: share(words, names, 0)?,
+            defined: share(words, names, TALE_FACTS)?,
+            among: share(words, names, WORDS)?,
+            asked: share(names, words, given)?,
         };
         bar.finish_and_clear();
         Ok(Some(examination))
@@ -254,19 +289,24 @@ impl OfGlossary {
         tale.ids(called, &definitions, &self.vocabulary).into_iter()
     }
 
-    /// For each tale of the examination, whether what it is asked by name is answered right.
-    fn right(&self, model: &ThoughtModel, told: Called, definitions: usize) -> Result<Vec<f64>> {
+    /// For each tale of the examination, whether what it is asked is answered right.
+    fn right(
+        &self,
+        model: &ThoughtModel,
+        [told, asked]: [Called; 2],
+        definitions: usize,
+    ) -> Result<Vec<f64>> {
         let mut rng = ChaCha8Rng::seed_from_u64(EXAMINATION);
         let own = Glossary::draw(Split::Test, WORDS, &mut rng);
         let glossary = self.beside.as_ref().unwrap_or(&own);
-        let mut asked = Vec::with_capacity(self.tales);
+        let mut prompts = Vec::with_capacity(self.tales);
         for (tale, fact) in tales(glossary, self.tales) {
             let mut ids: Vec<u32> =
                 self.told(&tale, glossary, told, definitions, &mut rng).collect();
-            ids.extend(tale.ask_ids(fact, Called::Names, &self.vocabulary));
-            asked.push((ids, tale.answer_id(fact, &self.vocabulary)));
+            ids.extend(tale.ask_ids(fact, asked, &self.vocabulary));
+            prompts.push((ids, tale.answer_id(fact, &self.vocabulary)));
         }
-        let [right, _] = answered(model, &asked)?;
+        let [right, _] = answered(model, &prompts)?;
         Ok(right)
     }
 }
@@ -274,7 +314,7 @@ impl OfGlossary {
 /// Tales of an examination, and the fact that each is asked about.
 pub(crate) fn tales(glossary: &Glossary, count: usize) -> Vec<(Tale, usize)> {
     let mut rng = ChaCha8Rng::seed_from_u64(EXAMINATION);
-    let tale = |_| (Tale::draw(glossary, &mut rng), rng.random_range(0..TALE_FACTS));
+    let tale = |_| (Tale::draw(glossary, TALE_FACTS, &mut rng), rng.random_range(0..TALE_FACTS));
     (0..count).map(tale).collect()
 }
 

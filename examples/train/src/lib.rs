@@ -27,14 +27,16 @@ mod text;
 mod tokenizer;
 mod trainee;
 mod trainer;
+mod ways;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
 pub use adamw::AdamW;
-pub use arms::{Arms, arms};
+pub use arms::{Arms, arms, report_arms};
 pub use options::Options;
 pub use report::report;
 pub use score::{Scores, read, score};
 pub use trainer::train;
+pub use ways::report_ways;

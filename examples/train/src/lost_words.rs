@@ -16,7 +16,6 @@ use std::time::Instant;
 use candle_core::{D, Tensor};
 use candle_nn::ops::log_softmax;
 use hybrid_attention::Tokenizer;
-use hybrid_attention::evaluate::Estimate;
 use hybrid_attention::model::Batch;
 use hybrid_attention::thought::ThoughtModel;
 use rand::{Rng, SeedableRng};
@@ -31,6 +30,7 @@ use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
 use crate::text::{HELD_OUT, ONLY_READ, fingerprint};
 use crate::trainee::Trainee;
+use crate::ways::{Way, Ways};
 
 /// Stands before the text that [`Arm::Rewrite`] writes out again.
 const AGAIN: &str = "\n\nThe same text without blanks:\n";
@@ -81,24 +81,8 @@ struct Laid {
 pub(crate) struct Examination {
     /// Pieces of text that were trained on.
     trained_on: usize,
-    passages: usize,
-    ways: Vec<Way>,
-}
-
-/// Nats of a lost word.
-#[derive(Debug, Serialize)]
-struct Way {
-    name: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    passes: Option<usize>,
-    mean: Estimate,
-    /// Passage by passage less those of the checkpoint that reads causally.
-    difference: Estimate,
-    /// Tokens of a passage that are read, and seconds.
-    tokens: f64,
-    seconds: f64,
-    /// Those of each passage.
-    losses: Vec<f64>,
+    /// Nats of a lost word.
+    ways: Ways,
 }
 
 impl LostWords {
@@ -222,14 +206,15 @@ impl LostWords {
         }
     }
 
-    /// For each passage held out, the nats of a lost word; then tokens and seconds of a passage.
-    fn nats(
+    /// The nats of a lost word of each passage held out.
+    fn way(
         &self,
+        name: &str,
         model: &ThoughtModel,
         settings: &Settings,
         (arm, passes): (Arm, usize),
         progress: impl Fn(),
-    ) -> Result<(Vec<f64>, f64, f64)> {
+    ) -> Result<Way> {
         let (mut losses, mut tokens, start) = (Vec::new(), 0, Instant::now());
         for puzzle in &self.held_out {
             let Laid { ids, context, answers } = self.lay_out(arm, puzzle);
@@ -253,7 +238,8 @@ impl LostWords {
             progress();
         }
         let count = self.held_out.len() as f64;
-        Ok((losses, tokens as f64 / count, start.elapsed().as_secs_f64() / count))
+        let (tokens, seconds) = (tokens as f64 / count, start.elapsed().as_secs_f64() / count);
+        Ok(Way { name: name.to_string(), losses, right: Vec::new(), tokens, seconds })
     }
 }
 
@@ -301,60 +287,24 @@ impl Task for LostWords {
         ];
         let count = (untrained.len() + trained.clone().count()) * self.held_out.len();
         let bar = terminal::bar(count as u64, "examination [{bar:30}] {pos}/{len}, {eta} to go");
-        let mut measured = Vec::new();
         let model = Base::load(&self.model)?.model()?;
+        let mut ways = Vec::new();
         for (name, arm) in untrained {
-            let figures = self.nats(&model, settings, (arm, 0), || bar.inc(1))?;
-            measured.push((name.to_string(), None, figures));
+            ways.push(self.way(name, &model, settings, (arm, 0), || bar.inc(1))?);
         }
         drop(model);
         let model = trainee.model(&mut settings.rng(settings.steps))?;
         for passes in trained {
-            let figures = self.nats(&model, settings, (settings.arm, passes), || bar.inc(1))?;
-            let shown = (least > 0).then_some(passes);
-            let name = match shown {
-                Some(passes) => format!("trained, {}, {passes} passes", settings.arm.name()),
-                None => format!("trained, {}", settings.arm.name()),
+            let name = match least {
+                0 => format!("trained, {}", settings.arm.name()),
+                _ => format!("trained, {}, {passes} passes", settings.arm.name()),
             };
-            measured.push((name, shown, figures));
+            ways.push(self.way(&name, &model, settings, (settings.arm, passes), || bar.inc(1))?);
         }
         bar.finish_and_clear();
-        let plain = measured.first().map(|(_, _, (losses, ..))| losses.clone()).unwrap_or_default();
-        let way = |(name, passes, (losses, tokens, seconds)): (_, _, (Vec<f64>, _, _))| Way {
-            name,
-            passes,
-            mean: Estimate::of(&losses),
-            difference: Estimate::of_difference(&losses, &plain),
-            tokens,
-            seconds,
-            losses,
-        };
-        let ways = measured.into_iter().map(way).collect();
-        let (trained_on, passages) = (self.train.len(), self.held_out.len());
-        let examination = Examination { trained_on, passages, ways };
-        write!(stdout(), "{}", examination.table())?;
-        Ok(Some(examination))
-    }
-}
-
-impl Examination {
-    /// A Markdown table.
-    fn table(&self) -> String {
-        let mut table = format!(
-            "{} passages held out. Nats per lost word, ± standard error.\n\n\
-             | | loss | less the checkpoint's, causal | tokens | ms |\n|---|---|---|---|---|\n",
-            self.passages
-        );
-        for Way { name, mean, difference, tokens, seconds, .. } in &self.ways {
-            table += &format!(
-                "| {name} | {:.3} ± {:.3} | {} | {tokens:.0} | {:.0} |\n",
-                mean.mean,
-                mean.standard_error,
-                difference.signed(),
-                seconds * 1e3
-            );
-        }
-        table
+        let ways = Ways::new(ways);
+        write!(stdout(), "{}", ways.table("Nats per lost word"))?;
+        Ok(Some(Examination { trained_on: self.train.len(), ways }))
     }
 }
 

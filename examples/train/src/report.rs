@@ -44,23 +44,14 @@ type Seeds = Vec<Vec<f64>>;
 /// When there are no records, or a file cannot be read or written.
 pub fn report(runs: &Path, figure: &Path) -> Result<()> {
     terminal::check_folder(figure)?;
-    let with_path = |error: std::io::Error| format!("{}: {error}", runs.display());
     let mut by_arm = BTreeMap::<(String, usize), Seeds>::new();
     let mut chances = Vec::new();
-    for entry in std::fs::read_dir(runs).map_err(with_path)? {
-        let path = entry.map_err(with_path)?.path();
-        if path.extension().is_none_or(|extension| extension != "json") {
-            continue;
-        }
-        let record: Record = serde_json::from_str(&terminal::read_text(&path)?)
-            .map_err(|error| format!("{}: {error}", path.display()))?;
+    for path in terminal::records(runs)? {
+        let record: Record = terminal::read_record(&path)?;
         for (&passes, right) in record.test.passes.iter().zip(record.test.right) {
             by_arm.entry((record.settings.arm.clone(), passes)).or_default().push(right);
         }
         chances.push(record.test.chance);
-    }
-    if chances.is_empty() {
-        return Err(format!("{}: no records of runs", runs.display()).into());
     }
     let chance = means(&chances);
     write!(stdout(), "{}", table(&by_arm, &chance))?;

@@ -67,6 +67,13 @@ pub(crate) enum Sees {
     Causal,
 }
 
+impl Sees {
+    /// Its spelling on the command line.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
 impl Suite {
     #[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
     fn is_default(&self) -> bool {

@@ -3,10 +3,11 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::{BufWriter, Write, stderr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::de::DeserializeOwned;
 
 /// Any error: all of them end on the terminal.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -41,6 +42,27 @@ pub(crate) fn bar(length: u64, template: &str) -> ProgressBar {
 /// The content of a text file, which must be UTF-8.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     Ok(std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?)
+}
+
+/// The records of runs in a folder, in the order of their names; at least one.
+pub(crate) fn records(folder: &Path) -> Result<Vec<PathBuf>> {
+    let with_path = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(with_path)? {
+        let path = entry.map_err(with_path)?.path();
+        paths.extend(Some(path).filter(|path| path.extension().is_some_and(|it| it == "json")));
+    }
+    if paths.is_empty() {
+        return Err(format!("{}: no records of runs", folder.display()).into());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// What is written in a record.
+pub(crate) fn read_record<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let record = serde_json::from_str(&read_text(path)?);
+    Ok(record.map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
 /// Whether the file could be written there: checked before the work on its content.

@@ -91,7 +91,7 @@ impl Runs {
 fn right<'a>(report: &'a Value, entries: usize, way: &str) -> &'a Value {
     let rows = report["rows"].as_array().map(Vec::as_slice).unwrap_or_default();
     let row = rows.iter().find(|row| row["entries"] == entries && row["way"] == way);
-    row.map_or(&Value::Null, |row| &row["right"])
+    row.map_or(&Value::Null, |row| &row["told"])
 }
 
 #[test]
@@ -108,9 +108,19 @@ fn what_explains_words_is_compared() -> Result {
         fs::remove_dir_all(runs.path("again"))?;
 
         let (table, report) = runs.arms(sees, "6,1000")?;
+        // A comparison that is recorded, alone, and twice.
+        let recorded = tempfile::tempdir()?;
+        let runs_of = ["--runs", recorded.path().to_str().unwrap_or_default()];
+        fail(GLOSSARY, &[&["report"], &runs_of[..]].concat(), "no records of runs")?;
+        for (copy, spread) in [("1.json", "error"), ("2.json", "deviation")] {
+            fs::copy(runs.path("arms.json"), recorded.path().join(copy))?;
+            let again = succeed(GLOSSARY, &[&["report"], &runs_of[..]].concat())?;
+            assert_eq!(again == table, spread == "error", "{again}");
+            assert!(again.contains(&format!("mean ± standard {spread}")), "{again}");
+        }
         for way in ["nothing", "dictionary", "dictionary, shuffled", "low-rank adapter"] {
             assert!(table.contains(&format!("| 6 | {way} | ")), "{table}");
-            assert!(right(&report, 1000, way)["mean"].is_number());
+            assert_eq!(right(&report, 1000, way).as_array().map(Vec::len), Some(4));
         }
         // All of six are those of the tale; more than the context is refused, not cut.
         let (all, defined) =
@@ -136,8 +146,12 @@ fn what_has_learned_nothing_answers_as_the_model_does() -> Result {
     let nothing = right(&report, 30, "nothing");
     assert_eq!(right(&report, 30, "dictionary"), nothing);
     assert_eq!(right(&report, 30, "dictionary, shuffled"), nothing);
-    let difference = report["without_words"][0]["difference"]["mean"].as_f64();
-    assert!(difference.is_some_and(|it| it.abs() < 1e-5), "{report}");
+    let nats = |name: &str| -> Result<Vec<f64>> {
+        Ok(serde_json::from_value(report["without_words"][0][name].clone())?)
+    };
+    for (with, without) in nats("with")?.into_iter().zip(nats("without")?) {
+        assert!((with - without).abs() < 1e-5, "{report}");
+    }
     Ok(())
 }
 
@@ -159,13 +173,17 @@ fn the_entries_of_a_file_are_learned_and_others_examined() -> Result {
     };
     let common =
         ["--arm=no-passes", "--batch=2", "--stories=2", "--model", &model, "--entries", &entries];
+    let recorded = tempfile::tempdir()?;
     for (sees, lr) in [("both-ways", "1e-30"), ("causal", "1e-1")] {
         let out = path(sees);
         let more = ["--dictionary=2", "--sees", sees, "--steps=3", "--lr", lr, "--out", &out];
         let table = succeed(TRAIN, &[&common[..], &more].concat())?;
-        assert!(table.contains("| dictionary, shuffled | "), "{table}");
+        assert!(table.contains(&format!("| dictionary, read {sees}, shuffled | ")), "{table}");
+        let record_path = folder.path().join(sees).join("record.json");
+        fs::copy(record_path, recorded.path().join(format!("{sees}.json")))?;
         let record = json(&folder.path().join(sees).join("record.json"))?;
-        let (nothing, dictionary) = (way(&record, "nothing")?, way(&record, "dictionary")?);
+        let (nothing, dictionary) =
+            (way(&record, "nothing")?, way(&record, &format!("dictionary, read {sees}"))?);
         assert_eq!(nothing.len(), 2);
         // What can be trained takes other kernels, which round in another way.
         let apart = nothing.iter().zip(&dictionary).map(|(a, b)| (a - b).abs());
@@ -177,6 +195,11 @@ fn the_entries_of_a_file_are_learned_and_others_examined() -> Result {
     let table =
         succeed(TRAIN, &[&common[..], &["--rank=2", ALL, "--steps=2", "--out", &out]].concat())?;
     assert!(table.contains("| low-rank adapter | ") && !table.contains("shuffled"), "{table}");
+    let runs_of = recorded.path().to_str().unwrap_or_default();
+    let report = succeed(GLOSSARY, &["entries", "--runs", runs_of])?;
+    for row in ["| nothing | 2 | ", "| dictionary, read causal | 1 | "] {
+        assert!(report.contains(row), "{report}");
+    }
     Ok(())
 }
 

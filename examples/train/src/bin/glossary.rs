@@ -11,12 +11,13 @@
 //! ```
 
 use std::io::{Write, stdout};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use flashback_suite::{Called, Glossary, Split, TALE_FACTS, Tale};
 use hybrid_attention_train::terminal::{self, Result};
-use hybrid_attention_train::{Arms, arms};
+use hybrid_attention_train::{Arms, arms, report_arms, report_ways};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -38,19 +39,35 @@ enum Command {
 
     /// Compare what explains the words: definitions in the prompt, a dictionary beside it, an adapter, or nothing
     Arms(Arms),
+
+    /// Print the table of comparisons that are recorded, of several seeds
+    Report {
+        /// Where they are: what `arms --out` writes
+        #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/runs/glossary"))]
+        runs: PathBuf,
+    },
+
+    /// Print the table of recorded runs of `train --entries`
+    Entries {
+        /// Where the records are
+        #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/runs/entries"))]
+        runs: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     terminal::main(|| match Cli::parse().command {
         Command::Story { seed } => tell(seed),
         Command::Arms(how) => arms(&how),
+        Command::Report { runs } => report_arms(&runs),
+        Command::Entries { runs } => report_ways(&runs),
     })
 }
 
 fn tell(seed: u64) -> Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let glossary = Glossary::draw(Split::Test, TALE_FACTS, &mut rng);
-    let tale = Tale::draw(&glossary, &mut rng);
+    let tale = Tale::draw(&glossary, TALE_FACTS, &mut rng);
     let definitions = tale.definitions(&glossary, TALE_FACTS, &mut rng);
     writeln!(stdout(), "{}.", tale.text(Called::Words, &definitions))?;
     Ok(())

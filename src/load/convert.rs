@@ -161,6 +161,16 @@ impl Source<'_> {
     /// The matrix in Hugging Face order in blocks of `to`, of which its rows are a multiple: its own
     /// blocks unchanged, anything else rounded.
     pub(super) fn blocks(&self, to: GgmlDType, device: &Device) -> Result<QTensor, Refusal> {
+        if self.stored == Stored::Blocks(to.into()) && self.rows == Rows::InOrder {
+            let rows = self.shape.first().copied().unwrap_or_default();
+            let rows_per_task = TASK.div_ceil(self.row_len());
+            let tasks = (0..rows).into_par_iter().step_by(rows_per_task);
+            tasks.try_for_each(|start| {
+                (start..rows.min(start + rows_per_task)).try_for_each(|row| self.check_finite(row))
+            })?;
+            let storage = QStorage::from_data(Cow::Borrowed(self.bytes), device, to)?;
+            return Ok(QTensor::new(storage, self.shape)?);
+        }
         // A mapping, because candle asserts that blocks are aligned.
         let map = MmapMut::map_anon(self.packed_len(to.into()));
         let mut packed = map.map_err(|error| Error::io("memory")(error))?;
@@ -201,18 +211,20 @@ impl Source<'_> {
     fn pack(&self, rows: Range<usize>, to: BlockType, packed: &mut [u8]) -> Result<(), Refusal> {
         let row_len = self.row_len();
         let row_bytes = Stored::Blocks(to).row_bytes(row_len);
+        if self.stored == Stored::Blocks(to) {
+            for (row, packed) in rows.zip(packed.chunks_exact_mut(row_bytes)) {
+                let row = self.rows.source(row);
+                self.check_finite(row)?;
+                packed.copy_from_slice(self.row(row).bytes);
+            }
+            return Ok(());
+        }
         let mut wide = vec![0f32; rows.len() * row_len];
         for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(row_len)) {
             let row = self.rows.source(row);
             if !f32::read(self.row(row), wide) {
                 return Err(self.not_finite::<f32>(row));
             }
-        }
-        if self.stored == Stored::Blocks(to) {
-            for (row, packed) in rows.zip(packed.chunks_exact_mut(row_bytes)) {
-                packed.copy_from_slice(self.row(self.rows.source(row)).bytes);
-            }
-            return Ok(());
         }
         let BlockType::Candle(blocks) = to else {
             return Err(Error::unsupported("rounding", format!("to {}", to.name())).into());
@@ -230,6 +242,19 @@ impl Source<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Refuses a stored row of blocks with a weight that is not finite.
+    fn check_finite(&self, row: usize) -> Result<(), Refusal> {
+        if let Stored::Blocks(blocks) = self.stored
+            && blocks.are_surely_finite(self.row(row).bytes)
+        {
+            return Ok(());
+        }
+        match f32::read(self.row(row), &mut vec![0.0; self.row_len()]) {
+            true => Ok(()),
+            false => Err(self.not_finite::<f32>(row)),
+        }
     }
 
     /// A vector is one row; in anything else, the first dimension counts the rows.

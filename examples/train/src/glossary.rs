@@ -80,7 +80,7 @@ const LESSONS: [Lesson; 10] = {
     ) -> Lesson {
         Lesson { tellings, facts, wording, ends }
     }
-    const ASKED: &[Telling] = &[BY_NAMES, BY_WORDS, asked(Own), asked(Own)];
+    const ASKED: &[Telling] = &[BY_NAMES, asked(Own), asked(Own), asked(Own)];
     const DEFINED: &[Telling] = &[BY_NAMES, asked(Own), told(Own), told(Own)];
     const AMONG: &[Telling] = &[BY_NAMES, asked(Among), told(Among), told(Among)];
     [
@@ -180,7 +180,9 @@ impl Task for OfGlossary {
             Definitions::Among => rng.random_range(facts..=2 * facts),
         };
         let (mut ids, mut answers) = (Vec::new(), Vec::new());
-        for _ in 0..settings.batch {
+        // As many questions in each step, and so about as many tokens.
+        let stories = settings.batch * TALE_FACTS / facts;
+        for _ in 0..stories {
             // What a word meant in one tale says nothing of the next.
             let own = match self.beside {
                 Some(_) => None,
@@ -199,7 +201,7 @@ impl Task for OfGlossary {
                 answers.push((ids.len() as u32 - 1, tale.answer_id(fact, &self.vocabulary)));
             }
         }
-        let batch = Batch::dense(settings.batch, ids.len() / settings.batch)?;
+        let batch = Batch::dense(stories, ids.len() / stories)?;
         Ok(Exercise { ids, batch, answers, passes: 0, end: None })
     }
 

@@ -17,6 +17,7 @@ mod lessons;
 mod lost_words;
 mod names;
 mod options;
+mod pairs;
 mod record;
 mod report;
 mod score;

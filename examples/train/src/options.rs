@@ -7,7 +7,8 @@ use clap::Parser;
 
 use crate::base::Base;
 use crate::settings::{
-    Arm, AskedAt, Lost, LowRank, MOST_PASSES, Mind, OfText, Reads, Sees, Settings, Suite,
+    Arm, AskedAt, Lost, LowRank, MOST_PASSES, Mind, OfPairs, OfText, Pool, Reads, Sees, Settings,
+    Suite,
 };
 
 /// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
@@ -23,7 +24,7 @@ pub struct Options {
     arm: Arm,
 
     /// What to learn without --text
-    #[arg(long, value_enum, default_value_t, conflicts_with = "text")]
+    #[arg(long, value_enum, default_value_t, conflicts_with = "reads")]
     suite: Suite,
 
     /// A checkpoint to train: a folder with safetensors, or a .gguf file [default: a new small model]
@@ -41,7 +42,7 @@ pub struct Options {
 
     /// Train how MLPs read a dictionary, at this rank, in the layers of the span: that of --entries, or of --suite
     /// glossary
-    #[arg(long, value_name = "R", requires = "model", conflicts_with_all = ["rank", "text"])]
+    #[arg(long, value_name = "R", requires = "model", conflicts_with_all = ["rank", "reads"])]
     dictionary: Option<usize>,
 
     /// How the entries of the dictionary are read
@@ -50,7 +51,7 @@ pub struct Options {
 
     /// A file of headwords and definitions, a tab between them: learn to say what held-out ones mean, with
     /// --dictionary, or with --rank alone
-    #[arg(long, value_name = "TSV", requires = "model", conflicts_with_all = ["text", "suite"])]
+    #[arg(long, value_name = "TSV", requires = "model", conflicts_with_all = ["reads", "suite"])]
     pub(crate) entries: Option<PathBuf>,
 
     /// The projections that have an adapter
@@ -62,14 +63,27 @@ pub struct Options {
     #[arg(long, value_name = "A..B", requires = "rank", value_parser = parse_span)]
     adapter_layers: Option<Range<usize>>,
 
-    /// When the adapter is active [default: thinking, or decoding where there are no passes; both with --lost]
+    /// When the adapter is active [default: thinking, or decoding where there are no passes; both with --lost and --pairs]
     #[arg(long, value_enum, requires = "rank")]
     adapter_for: Option<Mind>,
 
     /// A UTF-8 file of passages to learn from, one a line; those that are too short are skipped
     /// [default: learn the flashback suite]
-    #[arg(long, value_name = "F", requires = "model")]
+    #[arg(long, value_name = "F", requires = "model", group = "reads")]
     pub(crate) text: Option<PathBuf>,
+
+    /// A file of queries and the passages that answer them, a tab between them: learn vectors by which those of --held-out
+    /// are found
+    #[arg(long, value_name = "TSV", requires_all = ["model", "held_out"], group = "reads")]
+    pub(crate) pairs: Option<PathBuf>,
+
+    /// What the cosines of --pairs are divided by
+    #[arg(long, value_name = "T", requires = "pairs", default_value_t = 0.05)]
+    temperature: f64,
+
+    /// How the vectors of a text's tokens become one [default: weighted-mean where the last ones have seen most, else mean]
+    #[arg(long, value_enum, requires = "pairs")]
+    pooling: Option<Pool>,
 
     /// Blank this share of a text's words, and learn to fill them where they stand
     #[arg(long, value_name = "SHARE", requires = "text")]
@@ -83,27 +97,28 @@ pub struct Options {
     #[arg(long, value_enum, requires = "lost", default_value_t = AskedAt::Before)]
     asked_at: AskedAt,
 
-    /// A file of passages that are held out, as --text [default: every fifth of those]
-    #[arg(long, value_name = "F", requires = "lost")]
+    /// A file of what is held out, as --text with --lost [default: every fifth line of that], or as --pairs
+    #[arg(long, value_name = "F", requires = "reads")]
     pub(crate) held_out: Option<PathBuf>,
 
-    /// Tokens that are thought about, and as many to be predicted after them; with --lost, the most of a passage
-    #[arg(long, default_value_t = 64, value_name = "N", requires = "text")]
+    /// Tokens that are thought about, and as many to be predicted after them; with --lost or --pairs,
+    /// the most of a text
+    #[arg(long, default_value_t = 64, value_name = "N", requires = "reads")]
     pub(crate) tokens: usize,
 
     /// The most passes to think about a text with
-    #[arg(long, default_value_t = 2, value_name = "N", requires = "text")]
+    #[arg(long, default_value_t = 2, value_name = "N", requires = "reads")]
     passes: usize,
 
     /// Decides the first weights and every text
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
-    /// Steps of the whole run [default: 6000; 300 for --text, 600 for --entries]
+    /// Steps of the whole run [default: 6000; 300 for --text, 500 for --pairs, 600 for --entries]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
 
-    /// Texts in each step [default: 64; 4 for --text, 16 for --entries]
+    /// Texts in each step [default: 64; 4 for --text, 16 for --entries; 32 for --pairs, and as many passages]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
 
@@ -113,7 +128,7 @@ pub struct Options {
     lr: Option<f64>,
 
     /// The layers that a thought pass runs; a new model has one more [default: 1..3; the middle
-    /// third for --text; all for --entries, and for a model with --suite glossary]
+    /// third for --text and --pairs; all for --entries, and for a model with --suite glossary]
     #[arg(long, value_name = "A..B", value_parser = parse_span)]
     span: Option<Range<usize>>,
 
@@ -128,11 +143,11 @@ pub struct Options {
 
     /// Stories in the examination at the end, for each length of chain if there are chains; or the most entries, of those
     /// held out
-    #[arg(long, default_value_t = 300, value_name = "N", conflicts_with = "text")]
+    #[arg(long, default_value_t = 300, value_name = "N", conflicts_with = "reads")]
     pub(crate) stories: usize,
 
-    /// The most passages in the examination at the end, of those held out
-    #[arg(long, default_value_t = 60, value_name = "N", requires = "text")]
+    /// The most passages in the examination at the end, or queries, of those held out
+    #[arg(long, default_value_t = 60, value_name = "N", requires = "reads")]
     pub(crate) passages: usize,
 }
 
@@ -155,14 +170,31 @@ impl Options {
         }
     }
 
+    /// Pairs, as they are read.
+    pub(crate) fn of_pairs(&self, path: &Path, held_out: &Path) -> OfPairs {
+        OfPairs {
+            file: name(path),
+            held_out: name(held_out),
+            fingerprint: String::new(),
+            tokens: self.tokens,
+            passes: self.passes,
+            temperature: self.temperature,
+            pooling: self.pooling.map(Into::into),
+        }
+    }
+
     pub(crate) fn settings(&self, base: Option<&Base>, text: Option<OfText>) -> Settings {
-        let for_text = |of_text, other| if text.is_some() { of_text } else { other };
         let entries = self.entries.is_some();
-        let batch = if entries { 16 } else { for_text(4, 64) };
-        let steps = if entries { 600 } else { for_text(300, 6000) };
+        let reads = text.is_some() || self.pairs.is_some();
+        let (batch, steps) = match (&text, &self.pairs, &self.entries) {
+            (Some(_), ..) => (4, 300),
+            (_, Some(_), _) => (32, 500),
+            (.., Some(_)) => (16, 600),
+            (None, None, None) => (64, 6000),
+        };
         let steps = self.steps.unwrap_or(steps);
         let span = self.span.clone().unwrap_or_else(|| match base {
-            Some(base) if text.is_some() => base.middle(),
+            Some(base) if reads => base.middle(),
             Some(base) if entries || self.suite == Suite::Glossary => {
                 0..base.config.num_hidden_layers
             }
@@ -178,7 +210,9 @@ impl Options {
             alpha: self.alpha.unwrap_or(rank as f64),
             target: self.target.clone(),
             layers: self.adapter_layers.as_ref().map(|layers| (layers.start, layers.end)),
-            mind: self.adapter_for.or(self.lost.map(|_| Mind::Both)),
+            mind: self
+                .adapter_for
+                .or((self.lost.is_some() || self.pairs.is_some()).then_some(Mind::Both)),
         };
         Settings {
             arm: self.arm,
@@ -186,7 +220,7 @@ impl Options {
             steps,
             batch: self.batch.unwrap_or(batch),
             lr: self.lr.unwrap_or(lr),
-            warm_up: for_text(steps / 10, 100),
+            warm_up: if reads { steps / 10 } else { 100 },
             span: (span.start, span.end),
             gradient_passes: self.gradient_passes.unwrap_or(MOST_PASSES.max(self.passes)),
             model: base.map(|base| name(&base.path)),
@@ -195,6 +229,7 @@ impl Options {
             dictionary: self.dictionary.map(|rank| Reads { rank, sees: self.sees }),
             entries: None,
             text,
+            pairs: None,
         }
     }
 

@@ -1,9 +1,9 @@
 //! Everything that determines the outcome of a run: two runs with the same settings end alike.
 
 use clap::ValueEnum;
-use hybrid_attention::Thinking;
 use hybrid_attention::adapter::AdapterScope;
 use hybrid_attention::model::Sight;
+use hybrid_attention::{Pooling, Thinking};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -102,6 +102,25 @@ impl From<Mind> for AdapterScope {
     }
 }
 
+/// How the vectors of a text's tokens become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Pool {
+    Mean,
+    /// Later tokens count more
+    WeightedMean,
+    Last,
+}
+
+impl From<Pool> for Pooling {
+    fn from(pool: Pool) -> Self {
+        match pool {
+            Pool::Mean => Self::Mean,
+            Pool::WeightedMean => Self::WeightedMean,
+            Pool::Last => Self::LastToken,
+        }
+    }
+}
+
 /// Where a lost word is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -150,6 +169,9 @@ pub(crate) struct Settings {
     /// What it learns; without any, the suite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) text: Option<OfText>,
+    /// The pairs whose vectors it learns to make alike, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pairs: Option<OfPairs>,
 }
 
 /// A low-rank adapter.
@@ -180,6 +202,35 @@ pub(crate) struct OfEntries {
     pub(crate) file: String,
     /// How many it has.
     pub(crate) entries: usize,
+}
+
+/// Files of pairs, and how they are read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfPairs {
+    /// The names of the files.
+    pub(crate) file: String,
+    pub(crate) held_out: String,
+    /// Tells their tokens from those of others.
+    pub(crate) fingerprint: String,
+    /// The most tokens of a text.
+    pub(crate) tokens: usize,
+    /// The most passes.
+    pub(crate) passes: usize,
+    /// What cosines are divided by.
+    pub(crate) temperature: f64,
+    /// How the vectors of a text's tokens become one, if it is chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pooling: Option<Pooling>,
+}
+
+impl OfPairs {
+    /// The pooling of an arm: where the last tokens have seen most, they count most, unless another is chosen.
+    pub(crate) fn pooling(&self, arm: Arm) -> Pooling {
+        self.pooling.unwrap_or(match arm {
+            Arm::Causal | Arm::NoPasses => Pooling::WeightedMean,
+            _ => Pooling::Mean,
+        })
+    }
 }
 
 /// A text, and how it is read.
@@ -227,8 +278,16 @@ impl Settings {
             return Err("--arm deep: it has layers of its own, so it is no checkpoint's".into());
         }
         let lost = self.text.as_ref().is_some_and(|text| text.lost.is_some());
-        if matches!(self.arm, Arm::Whole | Arm::Twice | Arm::Rewrite) && !lost {
-            return Err(format!("--arm {}: for --text with --lost", self.arm.name()).into());
+        let pairs = self.pairs.is_some();
+        let name = self.arm.name();
+        match self.arm {
+            Arm::Whole | Arm::Twice if !lost && !pairs => {
+                return Err(format!("--arm {name}: for --text with --lost, or --pairs").into());
+            }
+            Arm::Rewrite if !lost => {
+                return Err(format!("--arm {name}: for --text with --lost").into());
+            }
+            _ => {}
         }
         if let Some(LowRank { rank, alpha, layers: of, .. }) = &self.adapter {
             if let Some((first, end)) = *of
@@ -245,7 +304,7 @@ impl Settings {
                 return Err(format!("--alpha: expected a number above 0, got {alpha}").into());
             }
         }
-        if self.text.as_ref().is_some_and(|text| text.passes == 0) {
+        if self.chosen_passes() == Some(0) {
             return Err("--passes: expected at least one; for none there is --arm no-passes".into());
         }
         if self.gradient_passes == 0 {
@@ -257,10 +316,16 @@ impl Settings {
         Ok(())
     }
 
+    /// The most passes, where they are chosen.
+    fn chosen_passes(&self) -> Option<usize> {
+        let of_text = self.text.as_ref().map(|text| text.passes);
+        of_text.or(self.pairs.as_ref().map(|pairs| pairs.passes))
+    }
+
     /// The most passes that it trains with.
     pub(crate) fn most_passes(&self) -> usize {
         match self.arm {
-            Arm::BothWays | Arm::Causal => self.text.as_ref().map_or(MOST_PASSES, |it| it.passes),
+            Arm::BothWays | Arm::Causal => self.chosen_passes().unwrap_or(MOST_PASSES),
             Arm::OnePass => 1,
             Arm::NoPasses | Arm::Deep | Arm::Whole | Arm::Twice | Arm::Rewrite => 0,
         }

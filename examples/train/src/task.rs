@@ -1,11 +1,15 @@
 //! What is taught: where the texts of a step come from, and what is asked at the end.
 
+use candle_core::{D, Tensor};
+use candle_nn::loss::cross_entropy;
 use hybrid_attention::model::Batch;
+use hybrid_attention::thought::ThoughtModel;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::lessons::Lessons;
-use crate::settings::Settings;
+use crate::score::{read, read_both_ways};
+use crate::settings::{Arm, Settings};
 use crate::terminal::Result;
 use crate::trainee::Trainee;
 
@@ -19,6 +23,28 @@ pub(crate) trait Task {
 
     /// Draws the texts of one step.
     fn draw(&self, settings: &Settings, at: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise>;
+
+    /// How badly an exercise was done, in nats, and the share that is right: by default of its answers.
+    fn loss(
+        &self,
+        model: &ThoughtModel,
+        settings: &Settings,
+        exercise: &Exercise,
+    ) -> Result<(Tensor, f64)> {
+        let thinking = settings.thinking(exercise.passes).gradient_passes(settings.gradient_passes);
+        let hidden = match settings.arm {
+            Arm::Whole => read_both_ways(model, &exercise.ids, &exercise.batch)?,
+            _ => read(model, &thinking, &exercise.ids, exercise.batch.clone())?,
+        };
+        let (at, answers): (Vec<u32>, Vec<u32>) = exercise.answers.iter().copied().unzip();
+        let at = Tensor::new(at, hidden.device())?;
+        let hidden = hidden.index_select(&at, 0)?; // (answers, hidden)
+        let logits = model.decoder().logits(&hidden)?; // (answers, vocab)
+        let said: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
+        let asked = exercise.asked(&said);
+        let loss = cross_entropy(&logits, &Tensor::new(answers, hidden.device())?)?;
+        Ok((loss, asked))
+    }
 
     /// Records how a step went: its number of passes, the share of right answers, and the share of the
     /// run that is done. By default there is only one lesson.

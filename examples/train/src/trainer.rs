@@ -3,11 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use candle_core::{D, Tensor};
-use candle_nn::loss::cross_entropy;
 use flashback_suite::Vocabulary;
 use hybrid_attention::dictionary::Entries;
-use hybrid_attention::thought::ThoughtModel;
 
 use crate::base::Base;
 use crate::entries::OfDictionary;
@@ -15,10 +12,10 @@ use crate::flashback::{self, Flashback};
 use crate::glossary::OfGlossary;
 use crate::lost_words::LostWords;
 use crate::options::{Options, name};
+use crate::pairs::Pairs;
 use crate::record::{Run, Saved};
-use crate::score::{read, read_both_ways};
-use crate::settings::{Arm, OfEntries, Settings, Suite};
-use crate::task::{Exercise, Task};
+use crate::settings::{OfEntries, OfPairs, Settings, Suite};
+use crate::task::Task;
 use crate::terminal::{self, Result};
 use crate::text::Text;
 use crate::trainee::Trainee;
@@ -37,9 +34,10 @@ pub fn train(options: &Options) -> Result<()> {
         check_apart(&options.out, model)?;
     }
     let base = options.model.as_deref().map(Base::load).transpose()?;
-    match (base, &options.text, &options.entries) {
-        (Some(base), Some(path), _) => teach_text(options, base, path),
-        (Some(base), None, Some(path)) => {
+    match (base, &options.text, &options.pairs, &options.entries) {
+        (Some(base), Some(path), ..) => teach_text(options, base, path),
+        (Some(base), None, Some(path), _) => teach_pairs(options, base, path),
+        (Some(base), None, None, Some(path)) => {
             let mut settings = options.settings(Some(&base), None);
             settings.check(Some(base.config.num_hidden_layers))?;
             let entries = Entries::from_tsv(path)?;
@@ -72,8 +70,22 @@ fn teach_text(options: &Options, base: Base, path: &Path) -> Result<()> {
         let settings = settings(&task.fingerprint)?;
         return teach(options, &settings, &task, &Trainee::on(base, &settings, None)?);
     }
+    if options.held_out.is_some() {
+        return Err("--held-out: for --lost or --pairs".into());
+    }
     let task = Text::read(path, &base, options.tokens, options.passages)?;
     let settings = settings(&task.fingerprint)?;
+    teach(options, &settings, &task, &Trainee::on(base, &settings, None)?)
+}
+
+/// Vectors of queries and passages.
+fn teach_pairs(options: &Options, base: Base, path: &Path) -> Result<()> {
+    let held_out = options.held_out.as_deref().ok_or("--pairs: give --held-out")?;
+    let how = options.of_pairs(path, held_out);
+    let task = Pairs::read(path, held_out, &base, &how, options.passages)?;
+    let mut settings = options.settings(Some(&base), None);
+    settings.pairs = Some(OfPairs { fingerprint: task.fingerprint.clone(), ..how });
+    settings.check(Some(base.config.num_hidden_layers))?;
     teach(options, &settings, &task, &Trainee::on(base, &settings, None)?)
 }
 
@@ -144,7 +156,7 @@ fn steps<T: Task>(
         let mut rng = settings.rng(saved.step);
         let exercise = task.draw(settings, &saved.lessons, &mut rng)?;
         let model = trainee.model(&mut rng)?;
-        let (loss, right) = loss(&model, settings, &exercise)?;
+        let (loss, right) = task.loss(&model, settings, &exercise)?;
         let value = loss.to_scalar::<f32>()?;
         if !value.is_finite() {
             let step = saved.step + 1;
@@ -167,21 +179,4 @@ fn steps<T: Task>(
     }
     bar.finish_and_clear();
     Ok(saved)
-}
-
-/// How badly the answers of an exercise are predicted, in nats, and the share that is right.
-fn loss(model: &ThoughtModel, settings: &Settings, exercise: &Exercise) -> Result<(Tensor, f64)> {
-    let thinking = settings.thinking(exercise.passes).gradient_passes(settings.gradient_passes);
-    let hidden = match settings.arm {
-        Arm::Whole => read_both_ways(model, &exercise.ids, &exercise.batch)?,
-        _ => read(model, &thinking, &exercise.ids, exercise.batch.clone())?,
-    };
-    let (at, answers): (Vec<u32>, Vec<u32>) = exercise.answers.iter().copied().unzip();
-    let at = Tensor::new(at, hidden.device())?;
-    let hidden = hidden.index_select(&at, 0)?; // (answers, hidden)
-    let logits = model.decoder().logits(&hidden)?; // (answers, vocab)
-    let said: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
-    let asked = exercise.asked(&said);
-    let loss = cross_entropy(&logits, &Tensor::new(answers, hidden.device())?)?;
-    Ok((loss, asked))
 }

@@ -1,7 +1,7 @@
 //! The program `train`, run as a person would run it, and its optimiser.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,9 @@ use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
 use hybrid_attention::adapter::AdapterScope;
 use hybrid_attention::model::Sight;
-use hybrid_attention::{Adapter, GenerationConfig, HybridModel, Prompt, Thinking};
+use hybrid_attention::{
+    Adapter, EmbedConfig, GenerationConfig, HybridModel, Pooling, Prompt, Thinking,
+};
 use hybrid_attention_testing::Result;
 use hybrid_attention_train::AdamW;
 use rand::{Rng, SeedableRng};
@@ -464,8 +466,9 @@ fn words_that_cannot_be_lost_are_refused() -> Result {
             "--adapter-layers: expected A..B with A < B <= 3",
         ),
         (vec!["--lost=0.1", "--held-out=/nowhere"], "/nowhere: "),
-        (vec!["--arm=twice"], "--arm twice: for --text with --lost"),
+        (vec!["--arm=twice"], "--arm twice: for --text with --lost, or --pairs"),
         (vec!["--asked-at=blank"], "--lost <SHARE>"),
+        (vec!["--held-out=/nowhere"], "--held-out: for --lost or --pairs"),
     ] {
         let given = |option: &str| args.iter().any(|arg| arg.starts_with(option));
         let mut more = vec!["--rank=1"];
@@ -484,6 +487,125 @@ fn words_that_cannot_be_lost_are_refused() -> Result {
     Ok(())
 }
 
+// ---- pairs ----
+
+/// Queries and passages to learn from and to be examined on, `train.tsv` and `test.tsv`: a query is some words of its
+/// passage.
+fn pairs(folder: &Path) -> Result<[PathBuf; 2]> {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let words = ["the", "cat", "sat", "on", "mat", "about", "dog", "and", "was", "with"];
+    let mut pair = || {
+        let passage: Vec<&str> = (0..8).map(|_| words[rng.random_range(0..words.len())]).collect();
+        format!("{}\t{}\n", passage[2..5].join(" "), passage.join(" "))
+    };
+    let mut files = ["train.tsv", "test.tsv"].map(|name| folder.join(name));
+    for (file, count) in files.iter_mut().zip([30, 6]) {
+        fs::write(file, (0..count).map(|_| pair()).collect::<String>())?;
+    }
+    Ok(files)
+}
+
+/// For each query of `test`, 1 over the place of its passage among all of both files, by the library's own vectors.
+fn places(model: &HybridModel, files: &[PathBuf; 2], pooling: Pooling) -> Result<Vec<f64>> {
+    let [train, test] = [fs::read_to_string(&files[0])?, fs::read_to_string(&files[1])?];
+    fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
+        text.lines().filter_map(|line| line.split_once('\t'))
+    }
+    let mut passages: Vec<&str> = Vec::new();
+    for (_, passage) in lines(&train).chain(lines(&test)) {
+        if !passages.contains(&passage) {
+            passages.push(passage);
+        }
+    }
+    let config = EmbedConfig::default().pooling(pooling).sight(Sight::Causal);
+    let of_passages = model.embed(&passages, &config)?;
+    let queries: Vec<&str> = lines(&test).map(|(query, _)| query).collect();
+    let scores: Vec<Vec<f32>> =
+        model.embed(&queries, &config)?.matmul(&of_passages.t()?)?.to_vec2()?;
+    let place = |(scores, (_, own)): (Vec<f32>, (&str, &str))| {
+        let own = scores[passages.iter().position(|it| *it == own).unwrap_or(usize::MAX)];
+        1.0 / scores.iter().filter(|score| **score >= own).count() as f64
+    };
+    Ok(scores.into_iter().zip(lines(&test)).map(place).collect())
+}
+
+#[test]
+fn every_arm_learns_vectors_of_pairs() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let files = pairs(folder.path())?;
+    let model = HybridModel::from_folder(base.path(), None, &Device::Cpu)?;
+    for (arm, same) in [
+        ("both-ways", None),
+        ("causal", None),
+        ("whole", None),
+        ("no-passes", Some("checkpoint, causal, weighted-mean")),
+        ("twice", Some("checkpoint, the text read twice")),
+    ] {
+        for (lr, steps) in [("1e-30", 2), ("0.02", 40)] {
+            let out = folder.path().join(format!("{arm}-{lr}"));
+            let args =
+                ["--rank=2", "--adapter-layers=0..3", "--batch=6", "--tokens=32", "--arm", arm];
+            let how = ["--lr", lr, "--passes=1", "--steps", &steps.to_string()];
+            let run = Run::new(&[&args[..], &how].concat()).with("--model", base.path());
+            let run = run.with("--pairs", &files[0]).with("--held-out", &files[1]);
+            let (table, _) = run.succeed(&out)?;
+            assert!(table.starts_with("6 queries among "), "{table}");
+            let record = record(&out)?;
+            let found = record["found"].as_array().ok_or("nothing found")?;
+            let of = |name: &str| -> Result<Vec<f64>> {
+                let found = found.iter().find(|it| it["name"] == name).ok_or(name.to_string())?;
+                numbers(&found["reciprocal"])
+            };
+            assert_eq!(of("checkpoint, causal, mean")?, places(&model, &files, Pooling::Mean)?);
+            let weighted = places(&model, &files, Pooling::WeightedMean)?;
+            assert_eq!(of("checkpoint, causal, weighted-mean")?, weighted);
+            let last = places(&model, &files, Pooling::LastToken)?;
+            assert_eq!(of("checkpoint, causal, last-token")?, last);
+            let trained = found.last().and_then(|it| it["name"].as_str()).ok_or("no name")?;
+            assert!(trained.starts_with(&format!("trained, {arm}, ")), "{trained}");
+            if let (Some(same), "1e-30") = (same, lr) {
+                assert_eq!(of(trained)?, of(same)?);
+            }
+            let curve = record["curve"].as_array().ok_or("no curve")?;
+            if let [first, .., last] = curve.as_slice() {
+                let losses = [first, last].map(|point| point["loss"].as_f64());
+                assert!(losses[1] < losses[0], "{arm}: {losses:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn pairs_that_cannot_be_learned_are_refused() -> Result {
+    let (base, folder) = (checkpoint()?, tempfile::tempdir()?);
+    let [train, test] = pairs(folder.path())?;
+    let (out, bad) = (folder.path().join("out"), folder.path().join("bad.tsv"));
+    for (content, args, expected) in [
+        ("the cat\n", vec![], "bad.tsv: line 1: expected a query, a tab and a passage"),
+        ("the\tcat\n\tcat\n", vec![], "bad.tsv: line 2: an empty query or passage"),
+        ("the\tcat\na\tcat\n", vec![], "bad.tsv: expected at least 2 of each, got 1 passages"),
+        ("", vec!["--temperature=0"], "--temperature: expected a number above 0, got 0"),
+        ("", vec!["--temperature=nan"], "--temperature: expected a number above 0, got NaN"),
+        ("", vec!["--tokens=1"], "--tokens: expected 2 to 128"),
+        ("", vec!["--tokens=1000000000"], "--tokens: expected 2 to 128"),
+        ("", vec!["--passages=1"], "--passages: expected at least 2, or 0"),
+        ("", vec!["--passes=0"], "--passes: expected at least one"),
+        ("", vec!["--arm=rewrite"], "--arm rewrite: for --text with --lost"),
+    ] {
+        fs::write(&bad, content)?;
+        let pairs = if content.is_empty() { &train } else { &bad };
+        let run = Run::new(&[&["--rank=1"], &args[..]].concat()).with("--model", base.path());
+        let run = run.with("--pairs", pairs).with("--held-out", &test);
+        let stderr = run.fail(&out)?;
+        assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{args:?}: {stderr}");
+    }
+    let run = Run::new(&["--rank=1"]).with("--model", base.path()).with("--pairs", &train);
+    assert!(run.fail(&out)?.contains("--held-out <F>"));
+    assert!(!out.exists(), "nothing is left of what was refused");
+    Ok(())
+}
+
 // ---- what it says ----
 
 #[test]
@@ -496,7 +618,7 @@ fn help_lists_every_option() -> Result {
     let more = ["--gradient-passes", "--save-every", "--stories", "both-ways"];
     let adapter = ["--rank", "--alpha", "--target"];
     let text = ["--text", "--tokens", "--passes", "--passages"];
-    let lost = ["--lost", "--blank", "--asked-at", "--held-out"];
+    let lost = ["--lost", "--blank", "--asked-at", "--held-out", "--pairs", "--temperature"];
     let minds = ["--adapter-layers", "--adapter-for"];
     for option in [&run[..], &more, &adapter, &text, &lost, &minds].concat() {
         assert!(words.contains(&option), "{option}: {help}");

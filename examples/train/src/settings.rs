@@ -3,6 +3,8 @@
 use clap::ValueEnum;
 use hybrid_attention::adapter::AdapterScope;
 use hybrid_attention::model::Sight;
+use hybrid_attention::refine::Interpolate;
+use hybrid_attention::thought::HandOff;
 use hybrid_attention::{Pooling, Thinking};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -20,6 +22,8 @@ pub(crate) enum Arm {
     Causal,
     /// One pass that sees both ways, never more
     OnePass,
+    /// A prefix-LM: what is thought about is read both ways by the span, and its keys and values kept, with no pass before
+    Prefix,
     /// No passes, the same layers
     NoPasses,
     /// No passes, as many layers as four passes and the reading after them run
@@ -326,7 +330,7 @@ impl Settings {
     pub(crate) fn most_passes(&self) -> usize {
         match self.arm {
             Arm::BothWays | Arm::Causal => self.chosen_passes().unwrap_or(MOST_PASSES),
-            Arm::OnePass => 1,
+            Arm::OnePass | Arm::Prefix => 1,
             Arm::NoPasses | Arm::Deep | Arm::Whole | Arm::Twice | Arm::Rewrite => 0,
         }
     }
@@ -343,7 +347,11 @@ impl Settings {
         // An adapter for thought passes learns nothing without one.
         let least = usize::from(self.adapter.is_some()).min(self.most_passes());
         let most = self.most_passes().min(most).max(least);
-        if self.arm == Arm::OnePass { most } else { rng.random_range(least..=most) }
+        if matches!(self.arm, Arm::OnePass | Arm::Prefix) {
+            most
+        } else {
+            rng.random_range(least..=most)
+        }
     }
 
     /// The learning rate of a step: it rises linearly, stays constant, and after the share `HOLD` of the
@@ -359,6 +367,19 @@ impl Settings {
     /// How to think with this many passes.
     pub(crate) fn thinking(&self, passes: usize) -> Thinking {
         let thinking = Thinking::new(passes).sight(self.arm.sight());
-        if passes == 0 { thinking } else { thinking.span(self.span.0..self.span.1) }
+        match (passes, self.arm) {
+            (0, _) => thinking,
+            // The pass that thinking takes at least leaves the thoughts as they are.
+            (_, Arm::Prefix) => {
+                let thinking = thinking.span(self.span.0..self.span.1);
+                thinking.refine(Interpolate::new(0.0)).hand_off(HandOff::KeyValue)
+            }
+            _ => thinking.span(self.span.0..self.span.1),
+        }
+    }
+
+    /// Whether the new state of a pass goes through a gate.
+    pub(crate) fn has_gate(&self) -> bool {
+        self.most_passes() > 0 && self.arm != Arm::Prefix
     }
 }

@@ -64,7 +64,7 @@ impl Trainee {
         let config = Config::from_json(&config_json(vocabulary, layers))?;
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         let gate = (GATE.to_string(), vec![config.hidden_size]);
-        let gate = (settings.most_passes() > 0).then_some(gate);
+        let gate = settings.has_gate().then_some(gate);
         let mut vars = Vec::new();
         for (name, shape) in config.weights().chain(gate) {
             let count: usize = shape.iter().product();
@@ -107,10 +107,10 @@ impl Trainee {
             Some(gate) => gate.clone(),
             None => Tensor::full(FIRST_GATE, config.hidden_size, &Device::Cpu)?,
         };
-        let thinks = settings.most_passes() > 0;
+        let (thinks, has_gate) = (settings.most_passes() > 0, settings.has_gate());
         let Some(LowRank { rank, alpha, target, layers, mind }) = &settings.adapter else {
             base::check_copyable(&path)?;
-            if thinks {
+            if has_gate {
                 weights.insert(GATE.to_string(), gate);
             }
             let mut vars = Vec::with_capacity(weights.len());
@@ -134,7 +134,7 @@ impl Trainee {
             .layers_to_transform(first..end);
         let how = settings.model.iter().fold(how, AdapterConfig::base_model);
         let mut adapter = Adapter::new(&config, &how, settings.seed, &Device::Cpu)?;
-        if thinks {
+        if has_gate {
             adapter = adapter.with_thought_gate(&gate)?;
         }
         let adapter = adapter.trainable()?;

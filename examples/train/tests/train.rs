@@ -9,6 +9,8 @@ use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
 use hybrid_attention::adapter::AdapterScope;
 use hybrid_attention::model::Sight;
+use hybrid_attention::refine::Interpolate;
+use hybrid_attention::thought::HandOff;
 use hybrid_attention::{
     Adapter, EmbedConfig, GenerationConfig, HybridModel, Pooling, Prompt, Thinking,
 };
@@ -177,7 +179,7 @@ fn a_run_that_is_killed_ends_as_if_it_had_not_been() -> Result {
 #[test]
 fn every_arm_starts() -> Result {
     let folder = tempfile::tempdir()?;
-    for arm in ["causal", "one-pass", "no-passes", "deep"] {
+    for arm in ["causal", "one-pass", "prefix", "no-passes", "deep"] {
         let out = folder.path().join(arm);
         Run::new(&["--steps=1", "--batch=1", "--stories=1", "--arm", arm]).succeed(&out)?;
         let thinks = !["no-passes", "deep"].contains(&arm);
@@ -342,14 +344,18 @@ fn every_arm_learns_a_text() -> Result {
     for (arm, mind, passes, sight) in [
         ("causal", AdapterScope::Thinking, 3, Sight::Causal),
         ("one-pass", AdapterScope::Thinking, 1, Sight::Bidirectional),
+        ("prefix", AdapterScope::Thinking, 1, Sight::Bidirectional),
         ("no-passes", AdapterScope::Decoding, 0, Sight::Bidirectional),
     ] {
         let out = folder.path().join(arm);
         let args = ["--rank=2", "--steps=6", "--lr=0.02", "--passes=3", "--arm", arm];
         Run::on_text(base.path(), &args).succeed(&out)?;
         let adapter = Adapter::from_folder(&out, &Device::Cpu)?;
-        assert_eq!(adapter.thought_gate().is_some(), passes > 0, "{arm}");
-        let thinking = Thinking::new(passes).sight(sight).span(1..2);
+        assert_eq!(adapter.thought_gate().is_some(), passes > 0 && arm != "prefix", "{arm}");
+        let mut thinking = Thinking::new(passes).sight(sight).span(1..2);
+        if arm == "prefix" {
+            thinking = thinking.refine(Interpolate::new(0.0)).hand_off(HandOff::KeyValue);
+        }
         assert_record(&out, base.path(), &load()?.with_adapter(&adapter, mind)?, &thinking)?;
         let trained = record(&out)?["held_out"]["trained"].as_array().map(Vec::len);
         assert_eq!(trained, Some(passes + 1), "{arm}");

@@ -165,6 +165,29 @@ fn a_seed_decides_the_tokens() -> Result {
 }
 
 proptest! {
+    /// Taking the likeliest by its logit is what the distribution says, ties and errors included.
+    #[test]
+    fn the_likeliest_is_that_of_the_distribution(
+        logits in prop::collection::vec(
+            prop_oneof![
+                4 => prop::sample::select(vec![-1.5f32, -0.0, 0.0, 2.0, 2.5]),
+                2 => -3f32..3.0,
+                1 => Just(f32::NEG_INFINITY),
+                1 => prop::sample::select(vec![f32::NAN, f32::INFINITY, -1.0, -1.0, -1.0, -1.0]),
+            ],
+            0..40,
+        ),
+    ) {
+        let config = GenerationConfig::default().temperature(0.0);
+        let mut sampler = Sampler::new(&config, &[1, 2])?;
+        let expected = sampler.distribution(&logits);
+        match (sampler.sample(&logits), expected) {
+            (Ok(id), Ok(expected)) => prop_assert_eq!(vec![(id, 1.0)], expected),
+            (Err(got), Err(expected)) => prop_assert_eq!(got.to_string(), expected.to_string()),
+            (got, expected) => prop_assert!(false, "{got:?} {expected:?}"),
+        }
+    }
+
     /// A sampler never draws what it does not list, and what it lists sums to 1.
     #[test]
     fn a_distribution_is_one(

@@ -212,6 +212,13 @@ impl GenerationConfig {
         self
     }
 
+    /// Whether the likeliest token is taken by its logit alone.
+    pub(super) fn takes_likeliest(&self) -> bool {
+        let penalties =
+            [self.repetition_penalty - 1.0, self.frequency_penalty, self.presence_penalty];
+        self.temperature == 0.0 && penalties == [0.0; 3]
+    }
+
     /// Checks every value that does not depend on the model; generation does so by itself.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::config::GenerationConfig;
 use crate::error::{Error, Result};
+use crate::kernels::log_sum_exp;
 
 /// Draws tokens as a [`GenerationConfig`] says, in the order of transformers' logits processors:
 /// penalties, temperature, top-k, top-p, min-p.
@@ -48,8 +49,34 @@ impl Sampler {
     /// [`Error::NotFinite`] when no token has a finite logit, or one is NaN; [`Error::Parameter`] for
     /// penalties that make a finite logit infinite.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        let id = match self.config.takes_likeliest() {
+            true => self.likeliest(logits)?,
+            false => self.draw(logits)?,
+        };
+        *self.seen.entry(id).or_insert(0) += 1;
+        self.position += 1;
+        Ok(id)
+    }
+
+    /// What [`draw`](Self::draw) comes to where there is neither a temperature nor a penalty, without a list of all tokens.
+    fn likeliest(&self, logits: &[f32]) -> Result<u32> {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sound = logits.iter().fold(true, |sound, logit| sound & (*logit < f32::INFINITY));
+        if !sound || !max.is_finite() {
+            return Err(self.no_distribution());
+        }
+        let equals = (0u32..).zip(logits).filter(|(_, logit)| **logit == max);
+        let best = equals.map(|(id, logit)| (id, f64::from(*logit))).min_by(likelier);
+        best.map(|(id, _)| id).ok_or_else(|| self.no_distribution())
+    }
+
+    fn no_distribution(&self) -> Error {
+        Error::NotFinite { what: "logits", position: self.position }
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Result<u32> {
         let mut candidates = self.distribution(logits)?;
-        let id = match candidates.as_slice() {
+        Ok(match candidates.as_slice() {
             [(only, _)] => *only,
             _ => {
                 // Sorted by id, so that a draw does not depend on how candidates were selected.
@@ -62,10 +89,7 @@ impl Sampler {
                 // Rounding can leave a tiny remainder: it goes to the last candidate.
                 drawn.or(candidates.last()).map_or(0, |&(id, _)| id)
             }
-        };
-        *self.seen.entry(id).or_insert(0) += 1;
-        self.position += 1;
-        Ok(id)
+        })
     }
 
     /// The tokens that [`sample`](Self::sample) would draw from and their probabilities, which sum
@@ -82,7 +106,7 @@ impl Sampler {
         let best = candidates().min_by(likelier);
         let finite = logits.iter().all(|logit| !logit.is_nan() && *logit < f64::INFINITY);
         let Some((best, max)) = best.filter(|(_, max)| finite && max.is_finite()) else {
-            return Err(Error::NotFinite { what: "logits", position: self.position });
+            return Err(self.no_distribution());
         };
         if config.temperature == 0.0 {
             return Ok(vec![(best, 1.0)]);
@@ -176,9 +200,7 @@ pub(super) struct LogProbs<'a> {
 
 impl<'a> LogProbs<'a> {
     pub(super) fn new(logits: &'a [f32], position: usize) -> Result<Self> {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
-        let log_sum = f64::from(max) + sum.ln();
+        let log_sum = log_sum_exp(logits);
         if !log_sum.is_finite() {
             return Err(Error::NotFinite { what: "logits", position });
         }

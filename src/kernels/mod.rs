@@ -34,6 +34,7 @@ pub(crate) use dense::products;
 pub(crate) use door::{
     Input, attend, fits_kernels, log_softmax, mix, rms_norm, rotate, softmax, split_heads, swiglu,
 };
+pub(crate) use elementwise::log_sum_exp;
 pub(crate) use fresh::Fresh;
 pub(crate) use input_rows::FEW_ROWS;
 pub(crate) use memory::FreedMemory;

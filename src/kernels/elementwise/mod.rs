@@ -2,6 +2,7 @@
 
 mod add;
 mod exp;
+mod log_sum_exp;
 mod mix;
 mod rms_norm;
 mod softmax;
@@ -10,6 +11,7 @@ mod swiglu;
 
 pub(super) use add::AddTo;
 pub(super) use exp::exp;
+pub(crate) use log_sum_exp::log_sum_exp;
 pub(super) use mix::Mix;
 pub(super) use rms_norm::RmsNorm;
 pub(super) use softmax::softmax_in_place;

@@ -26,7 +26,7 @@ pub(in crate::kernels) fn softmax_in_place(scores: &mut [f32]) {
 
 /// The largest score; NaN is skipped here, and shows up in the sum.
 #[inline(always)]
-fn largest(scores: &[f32]) -> f32 {
+pub(super) fn largest(scores: &[f32]) -> f32 {
     let larger = |max: f32, score: f32| if score > max { score } else { max };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = scores.as_chunks::<LANES>();

@@ -33,8 +33,7 @@ fn projection(kept: Option<GgmlDType>, out: usize, width: usize) -> Result<(Line
     })
 }
 
-/// Weights of every kind that it knows, with the largest that a number of the input is moved by: of itself, or
-/// of the largest of 32.
+/// Weights of every kind that it knows: `bf16`, and blocks.
 const KINDS: [Option<GgmlDType>; 11] = [
     None,
     Some(GgmlDType::Q4_0),
@@ -58,7 +57,7 @@ fn check_bound(kind: Option<GgmlDType>, xs: &Tensor, wide: &Tensor, ys: &Tensor)
     let (xs, wide, ys) = (rows_of(xs)?, rows_of(wide)?, rows_of(ys)?);
     for (x, ys) in xs.iter().zip(&ys) {
         let moved: Vec<f64> = match kind {
-            None => x.iter().map(|x| f64::from(x.abs()) / 256.0).collect(),
+            None => x.iter().map(|x| f64::from(x.abs()) / 255.0).collect(),
             Some(_) => {
                 let largest = |x: &[f32]| x.iter().fold(0f32, |most, x| most.max(x.abs()));
                 let of = |x: &[f32]| vec![f64::from(largest(x)) / 250.0; x.len()];

@@ -79,9 +79,9 @@ pub(crate) use crate::kernels::{Codebook, CodebookMatrix, reads_blocks};
 /// The weights of a Mistral or a Mixtral, and the forward passes over them.
 ///
 /// On the CPU the residual stream is `f32` whatever type the weights are kept in, and so is all arithmetic,
-/// unless [`with_compute`](Self::with_compute) says otherwise; on other devices the stream has the type of the weights. It is a tensor with a row of `hidden` numbers for each token of all
-/// sequences, one after the other: `(tokens, hidden)`, or with any other leading dimensions that have as
-/// many rows, which a pass keeps.
+/// unless [`with_compute`](Self::with_compute) says otherwise; on other devices the stream has the type of
+/// the weights. It is a tensor with a row of `hidden` numbers for each token of all sequences, one after the
+/// other: `(tokens, hidden)`, or with any other leading dimensions that have as many rows, which a pass keeps.
 ///
 /// Every pass is differentiable in its input, unless weights are quantised on a device other than the
 /// CPU, and in its weights where these are not quantised: in those of a router through the shares of the

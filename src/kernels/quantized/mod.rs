@@ -6,8 +6,9 @@
 //! simd          what a vector simd does with both                   reads chunk, fixed_point
 //! blocks        the formats                                         reads chunk, simd, codebook
 //! codebook      those that candle lacks, and matrices in them       reads chunk, blocks
-//! many_rows     products of many, where that need not be exact      reads all but fixed_point, and whole_simd
-//! whole_simd    what a vector unit does with whole numbers          reads simd
+//! few_rows      products of a few rows                              reads all of them
+//! whole_simd    what a vector unit does with bytes                  reads simd
+//! many_rows     products of many that need not be exact             reads chunk, simd, blocks, whole_simd
 //! digits        sums over digits of 4 bits, of no block             reads simd
 //! ```
 

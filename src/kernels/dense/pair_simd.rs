@@ -40,7 +40,9 @@ pub(super) fn on_pair_simd(task: impl OnPairSimd) {
 /// Whether that is one which multiplies pairs.
 pub(in crate::kernels) fn multiplies_pairs() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return x86::Bf16::try_new().is_some();
+    {
+        x86::Bf16::try_new().is_some()
+    }
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

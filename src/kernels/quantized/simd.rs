@@ -126,7 +126,9 @@ pub(super) fn on_quant_simd_for_chunks<S: Simd, T: OnQuantSimd>(simd: S, task: T
 /// size. Others add up pairs in 16 bits.
 pub(in crate::kernels) fn adds_all_bytes() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return Vnni::here().is_some();
+    {
+        Vnni::here().is_some()
+    }
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

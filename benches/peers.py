@@ -29,6 +29,10 @@ def this_crate(folder, kind):
     return [float(figure) for figure in out.split()]
 
 
+def this_crate_fast(folder, kind):
+    return this_crate(folder, f"{kind} fast")
+
+
 def llama_cpp(folder, kind):
     import llama_cpp
 
@@ -99,6 +103,8 @@ def main(folder, *kinds):
     print("| engine | weights | prefill 512 | prefill 2048 | decode |\n|---|---|---|---|---|")
     for kind in kinds or KINDS:
         engines = {"this crate": this_crate, "llama.cpp": llama_cpp}
+        if kind != "f32":
+            engines["this crate, fast"] = this_crate_fast
         if kind in ("f32", "bf16"):
             engines["torch"] = torch
         figures = {name: [0.0] * 3 for name in engines}

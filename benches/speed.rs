@@ -23,7 +23,7 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::llama;
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::{Batch, Linear, Mask, Pass, Sight, Transformer, Weights, attend};
-use hybrid_attention::{Config, WeightType};
+use hybrid_attention::{Compute, Config, WeightType};
 use hybrid_attention_testing::smollm2;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -38,11 +38,17 @@ const SIDE_BY_SIDE: usize = 8;
 /// The best of this many runs counts: disturbances only ever make a run slower.
 const RUNS: usize = 3;
 
-const KINDS: [(&str, WeightType); 4] = [
-    ("f32", WeightType::Dense(DType::F32)),
-    ("bf16", WeightType::Dense(DType::BF16)),
-    ("q8_0", WeightType::Quantized(GgmlDType::Q8_0)),
-    ("q4_k", WeightType::Quantized(GgmlDType::Q4K)),
+/// What weights are kept in, and how exactly products are computed.
+type Kind = (WeightType, Compute);
+
+const KINDS: [(&str, Kind); 7] = [
+    ("f32", (WeightType::Dense(DType::F32), Compute::Exact)),
+    ("bf16", (WeightType::Dense(DType::BF16), Compute::Exact)),
+    ("bf16 fast", (WeightType::Dense(DType::BF16), Compute::Fast)),
+    ("q8_0", (WeightType::Quantized(GgmlDType::Q8_0), Compute::Exact)),
+    ("q8_0 fast", (WeightType::Quantized(GgmlDType::Q8_0), Compute::Fast)),
+    ("q4_k", (WeightType::Quantized(GgmlDType::Q4K), Compute::Exact)),
+    ("q4_k fast", (WeightType::Quantized(GgmlDType::Q4K), Compute::Fast)),
 ];
 
 /// One block of Mistral 7B.
@@ -71,7 +77,7 @@ fn main() -> Result<()> {
     if let Some(at) = arguments.iter().position(|argument| argument == "--only") {
         let kind = arguments.get(at + 1).and_then(|it| KINDS.iter().find(|(name, _)| name == it));
         let (Some((_, kind)), Some(folder)) = (kind, arguments.get(at + 2)) else {
-            return Err("--only needs f32, bf16, q8_0 or q4_k, and a folder".into());
+            return Err("--only needs f32, bf16, q8_0 or q4_k, all but f32 also as \"bf16 fast\", and a folder".into());
         };
         let [short, long, decode] = ours(Path::new(folder), *kind)?;
         println!("{short} {long} {decode}");
@@ -97,7 +103,8 @@ fn main() -> Result<()> {
 
     println!("\nDecoding sequences of {} tokens in one pass, tokens/s\n", PROMPTS[0]);
     println!("| weights | one | {SIDE_BY_SIDE} | ratio |\n|---|---|---|---|");
-    for (name, kind) in KINDS {
+    // Fast products are of many rows.
+    for (name, kind) in KINDS.into_iter().filter(|(_, (_, compute))| *compute == Compute::Exact) {
         let (one, many) =
             (decoding(folder.path(), kind, 1)?, decoding(folder.path(), kind, SIDE_BY_SIDE)?);
         println!("| {name} | {one:.1} | {many:.1} | {:.2} |", many / one);
@@ -148,10 +155,10 @@ fn best(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
 }
 
 /// Prefill of both prompts and decoding after the first, in tokens a second.
-fn ours(folder: &Path, kind: WeightType) -> Result<[f64; 3]> {
+fn ours(folder: &Path, (kind, compute): Kind) -> Result<[f64; 3]> {
     let checkpoint = Checkpoint::open(folder)?;
     let mut weights = checkpoint.weights(kind, &Device::Cpu);
-    let model = Transformer::new(checkpoint.config(), &mut weights)?;
+    let model = Transformer::new(checkpoint.config(), &mut weights)?.with_compute(compute);
     weights.finish()?;
     let most = PROMPTS[1] + DECODE;
     let mut cache = model.new_cache(most)?;
@@ -175,9 +182,10 @@ fn ours(folder: &Path, kind: WeightType) -> Result<[f64; 3]> {
 
 /// Tokens a second of `count` sequences that continue side by side from one prompt, whose keys they
 /// share.
-fn decoding(folder: &Path, kind: WeightType, count: usize) -> Result<f64> {
+fn decoding(folder: &Path, (kind, compute): Kind, count: usize) -> Result<f64> {
     let checkpoint = Checkpoint::open(folder)?;
     let model = Transformer::new(checkpoint.config(), &mut checkpoint.weights(kind, &Device::Cpu))?;
+    let model = model.with_compute(compute);
     let mut prompt = model.new_cache(PROMPTS[0] + DECODE)?;
     let xs = model.embed_ids(&ids(PROMPTS[0]))?;
     model.forward(&xs, model.all_layers(), Pass::Cached(&mut prompt))?;
@@ -244,8 +252,9 @@ impl Weights for Random {
 }
 
 /// One block of Mistral 7B: GFLOP/s over 512 tokens, and GB/s of weights read for one.
-fn block(kind: WeightType) -> Result<(f64, f64)> {
+fn block((kind, compute): Kind) -> Result<(f64, f64)> {
     let model = Transformer::new(&Config::from_json(BLOCK)?, &mut Random(kind))?;
+    let model = model.with_compute(compute);
     let run = |tokens: usize| -> Result<f64> {
         let xs = Tensor::randn(0f32, 1.0, (1, tokens, 4096), &Device::Cpu)?;
         let layout = Batch::one(tokens)?;

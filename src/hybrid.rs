@@ -14,6 +14,7 @@ use crate::generate::{
     Answer, Answers, Conversation, GenerationConfig, Prompt, Source, TokenStream,
 };
 use crate::hub::Pretrained;
+use crate::kernels::Compute;
 use crate::load::{Checkpoint, WeightType};
 use crate::model::{Pass, Sight, Transformer};
 use crate::steps::{self, AttentionSteps};
@@ -361,6 +362,24 @@ impl HybridModel {
     /// The same with another model of the same checkpoint, whose keys and values differ.
     pub(crate) fn with_thought_model(&self, model: ThoughtModel) -> Result<Self> {
         Ok(Self { source: Arc::new(self.source.with_model(model)?) })
+    }
+
+    /// The same model, computed as exactly as `compute` says; no weights are copied. Default:
+    /// [`Compute::Exact`].
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use hybrid_attention::{Compute, HybridModel};
+    ///
+    /// let model = HybridModel::from_folder("Mistral-7B-v0.3", DType::BF16, &Device::Cpu)?;
+    /// let model = model.with_compute(Compute::Fast)?;
+    /// # Ok::<_, hybrid_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// None at present.
+    pub fn with_compute(&self, compute: Compute) -> Result<Self> {
+        self.with_thought_model(self.source.model.with_compute(compute)?)
     }
 
     /// The same model with caches that keep keys and values as `dtype`, both those of its conversations

@@ -40,7 +40,7 @@ pub use generate::{
     TokenStream,
 };
 pub use hybrid::HybridModel;
-pub use kernels::keep_freed_memory;
+pub use kernels::{Compute, keep_freed_memory};
 pub use load::WeightType;
 pub use model::Sight;
 pub use pooling::Pooling;

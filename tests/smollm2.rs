@@ -12,7 +12,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use hybrid_attention::load::Checkpoint;
 use hybrid_attention::model::Weights;
-use hybrid_attention::{GenerationConfig, HybridModel, Message, Prompt, WeightType};
+use hybrid_attention::{Compute, GenerationConfig, HybridModel, Message, Prompt, WeightType};
 use serde::Deserialize;
 
 use common::{Result, fixture, smollm2};
@@ -130,6 +130,17 @@ fn passages(model: &HybridModel, count: usize, length: usize) -> Result<Vec<Vec<
     Ok(passages)
 }
 
+/// The model as a folder, in `f32`.
+fn unpacked(path: &Path) -> Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    let checkpoint = Checkpoint::open(path)?;
+    let mut weights = checkpoint.weights(DType::F32, &Device::Cpu);
+    let named = checkpoint.config().weights();
+    let named = named.map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
+    common::write_hugging_face(folder.path(), checkpoint.config(), &named.collect::<Result<_>>()?)?;
+    Ok(folder)
+}
+
 /// Narrow weights cost no more perplexity than their rounding should: 20 passages of 90 tokens of the
 /// licence. What is rounded here was rounded to Q4_1 before, and most rows have no place for blocks of
 /// Q4K, so that Q5_0 stands in: hence the width of the last bound.
@@ -138,13 +149,7 @@ fn narrow_weights_keep_the_perplexity() -> Result {
     let Some((path, model, _)) = subject()? else { return Ok(()) };
     let passages = passages(model, 20, 90)?;
 
-    let folder = tempfile::tempdir()?;
-    let checkpoint = Checkpoint::open(&path)?;
-    let mut weights = checkpoint.weights(DType::F32, &Device::Cpu);
-    let named = checkpoint.config().weights();
-    let named = named.map(|(name, shape)| Ok((name.clone(), weights.tensor(&name, &shape)?)));
-    common::write_hugging_face(folder.path(), checkpoint.config(), &named.collect::<Result<_>>()?)?;
-
+    let folder = unpacked(&path)?;
     let wide = loss(folder.path(), DType::F32, &passages)?;
     eprintln!("f32: perplexity {:.3}", wide.exp());
     for (kept, at_most) in [
@@ -156,6 +161,26 @@ fn narrow_weights_keep_the_perplexity() -> Result {
     ] {
         let more = (loss(folder.path(), kept, &passages)? - wide).exp() - 1.0;
         eprintln!("{kept:?}: {:+.2} % of it", 100.0 * more);
+        assert!(more.abs() < at_most, "{kept:?}: {more}");
+    }
+    Ok(())
+}
+
+/// Products that are not exact cost no more perplexity than it says: 20 passages of 90 tokens of the licence.
+#[test]
+fn fast_products_keep_the_perplexity() -> Result {
+    let Some((path, model, _)) = subject()? else { return Ok(()) };
+    let passages = passages(model, 20, 90)?;
+    let folder = unpacked(&path)?;
+    for (kept, at_most) in [
+        (WeightType::Dense(DType::BF16), 0.001),
+        (WeightType::Quantized(GgmlDType::Q8_0), 0.003),
+        (WeightType::Quantized(GgmlDType::Q4K), 0.003),
+    ] {
+        let exact = HybridModel::from_folder(folder.path(), kept, &Device::Cpu)?;
+        let fast = exact.with_compute(Compute::Fast)?;
+        let more = (loss_of(&fast, &passages)? - loss_of(&exact, &passages)?).exp() - 1.0;
+        eprintln!("{kept:?}: {:+.3} % of perplexity", 100.0 * more);
         assert!(more.abs() < at_most, "{kept:?}: {more}");
     }
     Ok(())

@@ -11,11 +11,12 @@ use candle_core::{D, DType, Module, Tensor};
 use candle_nn::ops;
 
 use super::attention::{self, Attend, KeyValues, Spans, gather};
+use super::compute::Arithmetic;
 use super::elementwise::{AddTo, Mix, RmsNorm, SplitHeads, SwiGlu};
 use super::fresh::Fresh;
 use super::gradients::{Frozen, Product};
 use super::input_rows::InputRows;
-use super::weight::Weight;
+use super::weight::{Kept, Weight};
 use crate::error::{Error, Result};
 
 /// Whether this crate's CPU kernels read `xs`.
@@ -158,9 +159,11 @@ impl Input {
     /// [`new`](Self::new) of some of `all` rows. On the CPU, unless a gradient for the weight is wanted, the
     /// product of each is the same, to the last bit, as if all were there.
     pub(crate) fn among(all: usize, xs: &Tensor, weights: &[&Weight]) -> Result<Self> {
-        let rows = match weights.iter().any(|weight| is_frozen(weight, xs, all)) {
-            true => Some(input_rows(xs, all)?),
-            false => None,
+        let frozen = weights.iter().filter(|weight| is_frozen(weight, xs, all));
+        let ways: Vec<_> = frozen.map(|weight| way(weight, xs)).collect();
+        let rows = match ways.as_slice() {
+            [] => None,
+            ways => Some(input_rows(xs, all, ways)?),
         };
         Ok(Self { xs: xs.clone(), rows, among: all })
     }
@@ -177,14 +180,19 @@ impl Input {
 
     /// `x Wᵀ`, `(…, out_features)`, in the type of `x`.
     pub(crate) fn times(&self, weight: &Weight) -> Result<Fresh> {
-        let ys = match weight {
-            weight if is_frozen(weight, &self.xs, self.among) => match &self.rows {
-                Some(rows) => frozen(&self.xs, rows, weight)?,
-                None => frozen(&self.xs, &input_rows(&self.xs, self.among)?, weight)?,
-            },
-            Weight::Dense(weight) => dense(&self.xs, weight)?,
-            Weight::Quantized(weight) => quantized(&self.xs, weight)?,
-            Weight::Codebook(weight) => dense(&self.xs, &weight.rows(0..weight.shape().0)?)?,
+        let ys = match &weight.kept {
+            _ if is_frozen(weight, &self.xs, self.among) => {
+                let way = way(weight, &self.xs);
+                match self.rows.as_ref().filter(|rows| rows.fit(way)) {
+                    Some(rows) => frozen(&self.xs, rows, weight, way)?,
+                    None => {
+                        frozen(&self.xs, &input_rows(&self.xs, self.among, &[way])?, weight, way)?
+                    }
+                }
+            }
+            Kept::Dense(weight) => dense(&self.xs, weight)?,
+            Kept::Quantized(weight) => quantized(&self.xs, weight)?,
+            Kept::Codebook(weight) => dense(&self.xs, &weight.rows(0..weight.shape().0)?)?,
         };
         Ok(Fresh::new(ys))
     }
@@ -195,23 +203,28 @@ impl Input {
 /// `among` others by how many there are.
 fn is_frozen(weight: &Weight, xs: &Tensor, among: usize) -> bool {
     fits_kernels(xs)
-        && match weight {
-            Weight::Dense(weight) => {
+        && match &weight.kept {
+            Kept::Dense(weight) => {
                 let tracked = xs.track_op() || weight.track_op();
                 !tracked || !weight.track_op() && (weight.dtype() != DType::F32 || among > 0)
             }
-            Weight::Quantized(_) | Weight::Codebook(_) => true,
+            Kept::Quantized(_) | Kept::Codebook(_) => true,
         }
 }
 
-fn input_rows(xs: &Tensor, among: usize) -> Result<InputRows> {
-    Ok(InputRows::new(&xs.detach().reshape(((), xs.dim(D::Minus1)?))?, among)?)
+/// What many rows are multiplied in. A gradient is wanted of the product itself, not of a rounded one.
+fn way(weight: &Weight, xs: &Tensor) -> Arithmetic {
+    if xs.track_op() { Arithmetic::Numbers } else { weight.arithmetic() }
+}
+
+fn input_rows(xs: &Tensor, among: usize, ways: &[Arithmetic]) -> Result<InputRows> {
+    Ok(InputRows::new(&xs.detach().reshape(((), xs.dim(D::Minus1)?))?, among, ways)?)
 }
 
 /// On the CPU, with a gradient for `x` alone.
-fn frozen(xs: &Tensor, rows: &InputRows, weight: &Weight) -> Result<Tensor> {
+fn frozen(xs: &Tensor, rows: &InputRows, weight: &Weight, way: Arithmetic) -> Result<Tensor> {
     let (out_features, _) = weight.dims()?;
-    let ys = rows.times(weight)?.reshape(with_last(xs, out_features))?;
+    let ys = rows.times(weight, way)?.reshape(with_last(xs, out_features))?;
     if !xs.track_op() {
         return Ok(ys);
     }

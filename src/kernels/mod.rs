@@ -5,6 +5,7 @@
 //! ```text
 //! door         which form of an operation runs: the only place that asks
 //! fresh        a tensor that nobody else holds
+//! compute      how exactly, and what is fastest here
 //! weight, input_rows, gradients      both sides of a product, and its gradient
 //! dense        products with numbers         quantized    products with blocks
 //! attention    over packed sequences         elementwise  norms, gates, rotations, sums
@@ -15,6 +16,7 @@
 //! Nothing here knows about models.
 
 mod attention;
+mod compute;
 mod dense;
 mod door;
 mod elementwise;
@@ -30,6 +32,7 @@ mod weight;
 pub(crate) use attention::{
     HeldBlocks, KV_BLOCK, KeyValues, SequenceSpans, Spans, gather, scores, shares, write_block,
 };
+pub use compute::Compute;
 pub(crate) use dense::products;
 pub(crate) use door::{
     Input, attend, fits_kernels, log_softmax, mix, rms_norm, rotate, softmax, split_heads, swiglu,
@@ -43,4 +46,4 @@ pub(crate) use quantized::{
     Codebook, CodebookMatrix, DIGIT_ROWS, DigitRun, DigitTable, reads_blocks, sum_digits,
 };
 pub(crate) use storage::{f32s, gradient_for, values};
-pub(crate) use weight::Weight;
+pub(crate) use weight::{Kept, Weight};

@@ -8,9 +8,9 @@ use super::convert::Stored;
 use crate::error::{Error, Result};
 
 /// The type that weights are kept in, in memory. On the CPU all computing is in `f32`, whatever the
-/// weights are kept in; up to 16 tokens at a time are multiplied with blocks in integers of 21 bits and
-/// a sign, nearly as fine as `f32` among numbers of similar size (`Q8_0` only where the processor has
-/// VNNI).
+/// weights are kept in, unless [`Compute`](crate::Compute) says otherwise; up to 16 tokens at a time are
+/// multiplied with blocks in integers of 21 bits and a sign, nearly as fine as `f32` among numbers of similar
+/// size (`Q8_0` only where the processor has VNNI).
 ///
 /// A [`DType`], an `Option` of one (`None` is the default) and a [`GgmlDType`] convert into it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

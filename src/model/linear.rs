@@ -8,7 +8,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::kernels::{CodebookMatrix, Fresh, Input, Weight};
+use crate::kernels::{CodebookMatrix, Compute, Fresh, Input, Kept, Weight};
 
 /// `y = x Wᵀ`, with `W` of shape `(out_features, in_features)`.
 #[derive(Clone, Debug)]
@@ -53,7 +53,18 @@ impl Linear {
     /// A projection by a weight in blocks of a type that candle does not have, on the CPU.
     pub(crate) fn codebook(weight: CodebookMatrix) -> Self {
         let shape = weight.shape();
-        Self { weight: Weight::Codebook(Arc::new(weight)), shape, low_rank: Vec::new() }
+        Self { weight: Kept::Codebook(Arc::new(weight)).into(), shape, low_rank: Vec::new() }
+    }
+
+    /// The same projection, computed as exactly as this says. Adapters are computed in `f32` either way.
+    #[must_use]
+    pub fn with_compute(mut self, compute: Compute) -> Self {
+        self.set_compute(compute);
+        self
+    }
+
+    pub(super) fn set_compute(&mut self, compute: Compute) {
+        self.weight.compute = compute;
     }
 
     /// `(out_features, in_features)`
@@ -67,20 +78,20 @@ impl Linear {
 
     /// The type that products are computed in on devices other than the CPU.
     pub(crate) fn dtype(&self) -> DType {
-        match &self.weight {
-            Weight::Dense(weight) => weight.dtype(),
-            Weight::Quantized(_) | Weight::Codebook(_) => DType::F32,
+        match &self.weight.kept {
+            Kept::Dense(weight) => weight.dtype(),
+            Kept::Quantized(_) | Kept::Codebook(_) => DType::F32,
         }
     }
 
     /// The type of the weight, in the spelling of GGUF tools, and its bytes.
     fn kept(&self) -> (String, usize) {
-        match &self.weight {
-            Weight::Dense(weight) => {
+        match &self.weight.kept {
+            Kept::Dense(weight) => {
                 let dtype = weight.dtype();
                 (dtype.as_str().to_string(), weight.elem_count() * dtype.size_in_bytes())
             }
-            Weight::Quantized(weight) => {
+            Kept::Quantized(weight) => {
                 let name = format!("{:?}", weight.dtype()).to_lowercase(); // q8_0, q4k
                 let name = match name.strip_suffix('k') {
                     Some(stem) => format!("{stem}_k"),
@@ -88,7 +99,7 @@ impl Linear {
                 };
                 (name, weight.storage_size_in_bytes())
             }
-            Weight::Codebook(weight) => {
+            Kept::Codebook(weight) => {
                 let (codebook, blocks) = weight.blocks();
                 (codebook.name().to_lowercase(), blocks.len())
             }
@@ -104,10 +115,10 @@ impl Linear {
     /// Rows of the weight by index: `(n)` of `u32` to `(n, in_features)`, in [`dtype`](Self::dtype).
     /// Adapters are left out.
     pub(crate) fn rows(&self, rows: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Dense(weight) => Ok(weight.index_select(rows, 0)?),
-            Weight::Quantized(weight) => Ok(weight.embedding(rows)?),
-            Weight::Codebook(weight) => Ok(weight.select(rows)?),
+        match &self.weight.kept {
+            Kept::Dense(weight) => Ok(weight.index_select(rows, 0)?),
+            Kept::Quantized(weight) => Ok(weight.embedding(rows)?),
+            Kept::Codebook(weight) => Ok(weight.select(rows)?),
         }
     }
 
@@ -119,13 +130,14 @@ impl Linear {
     /// The same with `change` multiplied out and added to the weight, computed in `f32` and rounded to
     /// the weight's own type. No gradient flows through it.
     pub(crate) fn merged(&self, change: &LowRank) -> Result<Self> {
-        let Weight::Dense(weight) = &self.weight else {
+        let Kept::Dense(weight) = &self.weight.kept else {
             return Err(Error::unsupported("merge", "into quantised weights"));
         };
         let of = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
         let product = (of(&change.b)?.matmul(&of(&change.a)?)? * change.scale)?; // (out, in)
         let sum = (of(weight)? + product)?.to_dtype(weight.dtype())?;
-        Ok(Self { weight: Weight::Dense(sum), ..self.clone() })
+        let weight = Weight { kept: Kept::Dense(sum), ..self.weight };
+        Ok(Self { weight, ..self.clone() })
     }
 
     /// `(…, in_features) -> (…, out_features)`, in the type of `xs`.

@@ -57,7 +57,7 @@ use self::block::RmsNorm;
 use self::stack::in_pool;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::FreedMemory;
+use crate::kernels::{Compute, FreedMemory};
 
 pub use self::attention::attend;
 pub use self::context::{ForwardContext, Pass, SideSignal};
@@ -78,10 +78,10 @@ pub(crate) use crate::kernels::{Codebook, CodebookMatrix, reads_blocks};
 
 /// The weights of a Mistral or a Mixtral, and the forward passes over them.
 ///
-/// On the CPU the residual stream is `f32` whatever type the weights are kept in; on other devices it
-/// has the type of the weights. It is a tensor with a row of `hidden` numbers for each token of all
-/// sequences, one after the other: `(tokens, hidden)`, or with any other leading dimensions that have as
-/// many rows, which a pass keeps.
+/// On the CPU the residual stream is `f32` whatever type the weights are kept in, and so is all arithmetic,
+/// unless [`with_compute`](Self::with_compute) says otherwise; on other devices the stream has the type of
+/// the weights. It is a tensor with a row of `hidden` numbers for each token of all sequences, one after the
+/// other: `(tokens, hidden)`, or with any other leading dimensions that have as many rows, which a pass keeps.
 ///
 /// Every pass is differentiable in its input, unless weights are quantised on a device other than the
 /// CPU, and in its weights where these are not quantised: in those of a router through the shares of the
@@ -361,6 +361,18 @@ impl Transformer {
         let mut variant = self.variant();
         variant.stack.attach(source, columns)?;
         Ok(variant)
+    }
+
+    /// This transformer, computed as exactly as `compute` says. All tensors are shared. On other devices than
+    /// the CPU that makes no difference.
+    #[must_use]
+    pub fn with_compute(&self, compute: Compute) -> Self {
+        let mut variant = self.variant();
+        variant.stack.set_compute(compute);
+        if let Some(head) = &mut variant.lm_head {
+            head.set_compute(compute);
+        }
+        variant
     }
 
     /// Whether it looks something up by the tokens of a pass, which has to have them.

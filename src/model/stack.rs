@@ -19,8 +19,9 @@ use super::tap::{Site, Tap};
 use super::weights::Weights;
 use crate::batch::{Batch, flat};
 use crate::cancel::Cancel;
-use crate::config::Config;
+use crate::config::{Config, ROUTER};
 use crate::error::{Error, Result};
+use crate::kernels::Compute;
 
 /// A stack of transformer blocks: what turns one residual stream into another.
 ///
@@ -252,6 +253,15 @@ impl Stack {
     /// will differ, too.
     pub(crate) fn variant(&self) -> Self {
         Self { id: next_id(), ..self.clone() }
+    }
+
+    /// Computes products as exactly as this says; but those of a router, where rounding sends tokens
+    /// elsewhere, in `f32`.
+    pub(crate) fn set_compute(&mut self, compute: Compute) {
+        let projections = self.blocks.iter_mut().flat_map(Block::projections_mut);
+        for (_, linear) in projections.filter(|(name, _)| *name != ROUTER) {
+            linear.set_compute(compute);
+        }
     }
 
     /// What takes keys from their positions to as many from `to` on.

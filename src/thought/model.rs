@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use crate::adapter::{Adapter, AdapterScope};
 use crate::config::Config;
 use crate::error::Result;
+use crate::kernels::Compute;
 use crate::model::{Batch, ForwardContext, Pass, Sight, Stack, Transformer, Weights};
 use crate::refine::{Codes, Digits};
 
@@ -177,6 +178,22 @@ impl ThoughtModel {
             self.changed(AdapterScope::Both, |transformer| transformer.merged(adapter))?;
         let gate = adapter.gate_for(&self.decoder)?;
         Ok(Self { thought_gate: gate.or_else(|| self.thought_gate.clone()), ..changed })
+    }
+
+    /// This model, computed as exactly as `compute` says: what decodes, what thinks, and the thought layers. All
+    /// tensors are shared.
+    ///
+    /// # Errors
+    /// None at present.
+    pub fn with_compute(&self, compute: Compute) -> Result<Self> {
+        let changed =
+            self.changed(AdapterScope::Both, |transformer| Ok(transformer.with_compute(compute)))?;
+        let thought_layers = self.thought_layers.as_ref().map(|layers| {
+            let mut layers = layers.variant();
+            layers.set_compute(compute);
+            Arc::new(layers)
+        });
+        Ok(Self { thought_layers, ..changed })
     }
 
     /// This model with `change` made to what decodes, to what thinks, or to both.

@@ -13,7 +13,8 @@ use hybrid_attention::statistics::{Fingerprint, Generic, Subspace};
 use hybrid_attention::steps::{AttentionSteps, CosineSteps, SoftmaxSteps};
 use hybrid_attention::thought::{Detail, EncodedBatch, HandOff};
 use hybrid_attention::{
-    Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking, WeightType,
+    Compute, Config, EmbedConfig, GenerationConfig, HybridModel, Message, Prompt, Thinking,
+    WeightType,
 };
 use hybrid_attention_testing::{CONFIG, Result, smollm2};
 use serde_json::Value;
@@ -59,7 +60,8 @@ fn help(name: &str) -> Result<String> {
 
 #[test]
 fn help_lists_every_option() -> Result {
-    let model = ["--model", "--dtype", "--quantize", "--device", "--adapter", "--adapter-for"];
+    let model =
+        ["--model", "--dtype", "--quantize", "--compute", "--device", "--adapter", "--adapter-for"];
     let thinking =
         ["--passes", "--span", "--weight", "--halt-drift", "--hand-off", "--rethink-every"];
     let shared = [&model[..], &thinking].concat();
@@ -375,6 +377,34 @@ fn generate_and_chat_keep_keys_and_values_as_they_are_told() -> Result {
     for name in ["generate", "chat"] {
         let stderr = fail(name, folder.path(), &["--kv-cache=q8_0"])?;
         assert!(stderr.contains("possible values: f32, bf16, f16"), "{stderr}");
+    }
+    Ok(())
+}
+
+#[test]
+fn generate_computes_as_exactly_as_it_is_told() -> Result {
+    let folder = checkpoint(true)?;
+    let config = GenerationConfig::default().max_tokens(2).prompt_logprobs(true);
+    let ids: Vec<u32> = (0..30).map(|at| 1 + at % 7).collect(); // many rows
+    let listed = ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let exact = HybridModel::from_folder(folder.path(), DType::BF16, &Device::Cpu)?;
+    for (args, compute) in [
+        (vec![], Compute::Exact),
+        (vec!["--compute=exact"], Compute::Exact),
+        (vec!["--compute=fast"], Compute::Fast),
+    ] {
+        let answer = exact.with_compute(compute)?.generate(ids.as_slice(), &config)?;
+        let all =
+            ["--dtype=bf16", "--ids", &listed, "--max-tokens=2", "--json", "--prompt-logprobs"];
+        let (stdout, _) = succeed("generate", folder.path(), &[&all[..], &args].concat(), "")?;
+        let report: Value = serde_json::from_str(&stdout)?;
+        for (key, expected) in [
+            ("ids", serde_json::json!(answer.ids)),
+            ("logprobs", serde_json::json!(answer.logprobs)),
+            ("prompt_logprobs", serde_json::json!(answer.prompt_logprobs)),
+        ] {
+            assert_eq!(report[key], expected, "{args:?}: {key}");
+        }
     }
     Ok(())
 }

@@ -13,24 +13,17 @@
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::element::{Element, RUN};
-
-/// The most rows of the weight that one task multiplies. Widened they are 96 KiB, which the second-level
-/// cache holds beside a tile of `x`.
-const PANEL: usize = 48;
+use super::panels::{PANEL, SIDE, by_panels, with_room};
 
 /// Rows that share the loads of a tile: their sums, two registers each, and the tile itself leave one of
 /// 32 registers free, or of 16.
 const MICRO_PANEL: usize = 12;
 const SMALL_MICRO_PANEL: usize = 6;
-
-/// Rows and columns that are transposed at a time: a cache line.
-const SIDE: usize = 16;
 
 /// Rows of input, packed.
 pub(in crate::kernels) struct Tiles {
@@ -46,86 +39,33 @@ impl Tiles {
         Self { rows: x.len() / len, len, packed: Arch::new().dispatch(Pack { x, len }) }
     }
 
+    /// So many rows of ones, a multiple of every tile's, to measure speed with.
+    pub(in crate::kernels) fn ones(rows: usize, len: usize) -> Self {
+        Self { rows, len, packed: vec![1.0; rows * len] }
+    }
+
     /// `x Wᵀ` for `w` of `(out, len)`: `(rows, out)`.
     pub(in crate::kernels) fn product<T: Element>(&self, w: &[T]) -> Vec<f32> {
-        let Self { rows, len, packed } = self;
-        let (rows, row_len) = (*rows, len / T::LEN);
-        let (out, padded) = (w.len() / row_len, packed.len() / len);
-        let arch = Arch::new();
-        let threads = rayon::current_num_threads();
-        let panel = out.div_ceil(threads).next_multiple_of(MICRO_PANEL).clamp(MICRO_PANEL, PANEL);
-        // Not zeroed, as all of it is written.
-        let mut y: Vec<f32> = Vec::with_capacity(rows * out);
-        let columns_of_y = Columns { first: y.as_mut_ptr(), rows, out };
-        w.par_chunks(panel * row_len).enumerate().for_each(|(task, w)| {
-            let of_panel = task * panel..out.min((task + 1) * panel);
-            let wide = if T::NARROW { PANEL * RUN } else { 0 };
-            with_room(wide + of_panel.len() * padded, |room| {
-                let (wide, columns) = room.split_at_mut(wide);
-                arch.dispatch(Panel { x: packed, w, len: *len, wide, columns });
-                // SAFETY: `y` lives, has room for `rows · out` elements and is not touched otherwise
-                // while this runs, and no other task has these columns.
-                unsafe { columns_of_y.write(of_panel, columns, padded) };
-            });
+        let row_len = self.len / T::LEN;
+        by_panels((self.rows, self.padded()), w.len() / row_len, |of, columns| {
+            self.panel(&w[of.start * row_len..of.end * row_len], columns);
+        })
+    }
+
+    /// The columns of at most [`PANEL`] rows of a weight, on the calling thread: `(rows of w, padded)`.
+    pub(in crate::kernels) fn panel<T: Element>(&self, w: &[T], columns: &mut [f32]) {
+        thread_local! {
+            static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        let (x, len) = (self.packed.as_slice(), self.len);
+        with_room(&WIDE, if T::NARROW { PANEL * RUN } else { 0 }, |wide| {
+            Arch::new().dispatch(Panel { x, w, len, wide, columns });
         });
-        // SAFETY: there is room for them, and the panels, each of which has written all of its columns,
-        // are all rows of `w`, which are all columns of `y`.
-        unsafe { y.set_len(rows * out) };
-        y
     }
-}
 
-/// Lends a buffer that this thread keeps from one product to the next, with its old contents.
-fn with_room<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    thread_local! {
-        static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
-    ROOM.with_borrow_mut(|room| {
-        if room.len() < len {
-            room.resize(len, 0.0);
-        }
-        work(&mut room[..len])
-    })
-}
-
-/// The columns of `y`, `(rows, out)`, of which each task writes its own.
-struct Columns {
-    first: *mut f32,
-    rows: usize,
-    out: usize,
-}
-
-// SAFETY: it is only used for writing, by `write`, whose callers keep to columns of their own.
-unsafe impl Sync for Columns {}
-
-impl Columns {
-    /// `y[r][of[c]] = columns[c][r]`. By squares, so that whole cache lines are read and whole lines
-    /// are written: rows often lie a power of two apart, where a cache has no room for one line of
-    /// each.
-    ///
-    /// # Safety
-    /// `y` has room for `rows · out` elements, lives, and nobody else reads or writes columns `of` of it.
-    unsafe fn write(&self, of: Range<usize>, columns: &[f32], padded: usize) {
-        assert!(of.end <= self.out && self.rows <= padded && of.len() * padded <= columns.len());
-        for top in (0..self.rows).step_by(SIDE) {
-            let height = SIDE.min(self.rows - top);
-            for left in (0..of.len()).step_by(SIDE) {
-                let width = SIDE.min(of.len() - left);
-                let mut square = [[0f32; SIDE]; SIDE];
-                for column in 0..width {
-                    let from = &columns[(left + column) * padded + top..][..height];
-                    for (row, from) in square.iter_mut().zip(from) {
-                        row[column] = *from;
-                    }
-                }
-                for (row, square) in square[..height].iter().enumerate() {
-                    let at = (top + row) * self.out + of.start + left;
-                    // SAFETY: `top + row < rows` and `of.start + left + width <= of.end <= out`, so
-                    // these elements are in `y`, and in its columns `of`.
-                    unsafe { self.first.add(at).copy_from_nonoverlapping(square.as_ptr(), width) };
-                }
-            }
-        }
+    /// Rows, and those that fill up the last tile.
+    fn padded(&self) -> usize {
+        self.packed.len() / self.len
     }
 }
 

@@ -22,6 +22,12 @@ pub(in crate::kernels) trait QuantBlock: Copy + Send + Sync {
     /// added. Otherwise they are 0 to 63, and it is 0.
     const LIFT: u8 = 0;
 
+    /// What is subtracted from its numbers, where minima are that many scales; `None` for minima of their own.
+    const CENTRE: Option<u8>;
+
+    /// Groups of a part that have a scale of their own: 1, where both have the same, or 2.
+    const GROUPS: usize = 1;
+
     /// The numbers of a part of a chunk.
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], part: usize) -> U::Bytes;
 
@@ -126,12 +132,14 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
 /// `$scales` sets the scales `$d` and minima `$m` of its groups.
 macro_rules! large_block {
     (
-        $name:ty, |$simd:ident, $block:ident|
+        $name:ty, centre $centre:expr, groups $groups:literal, |$simd:ident, $block:ident|
         $part:ident => $numbers:expr,
         ($d:ident, $m:ident) => $scales:block
     ) => {
         impl QuantBlock for $name {
             const LEN: usize = CHUNK;
+            const CENTRE: Option<u8> = $centre;
+            const GROUPS: usize = $groups;
 
             #[inline(always)]
             fn numbers<U: QuantSimd>($simd: U, chunk: &[Self], $part: usize) -> U::Bytes {
@@ -166,12 +174,14 @@ fn pairs_of_scales<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]], at: 
 /// `$minima` are those of a `$chunk` with the scales `$d`.
 macro_rules! small_block {
     (
-        $name:ty, |$simd:ident, $block:ident| $numbers:expr,
-        |$chunk:ident, $d:ident| $minima:expr, lift $lift:literal
+        $name:ty, centre $centre:expr, lift $lift:literal,
+        |$simd:ident, $block:ident| $numbers:expr,
+        |$chunk:ident, $d:ident| $minima:expr
     ) => {
         impl QuantBlock for $name {
             const LEN: usize = PART;
             const LIFT: u8 = $lift;
+            const CENTRE: Option<u8> = $centre;
 
             #[inline(always)]
             fn numbers<U: QuantSimd>($simd: U, chunk: &[Self], part: usize) -> U::Bytes {
@@ -194,15 +204,20 @@ fn minima<const N: usize>(simd: impl QuantSimd, chunk: &[[u8; N]]) -> PerGroup {
     pairs_of_scales(simd, chunk, 2).map(|m| -m)
 }
 
-small_block!(Q8_0, |simd, block| simd.load(part(block, 2)), |chunk, d| [0.0; 16], lift 128);
-small_block!(Q4_0, |simd, block| simd.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d), lift 0);
-small_block!(Q4_1, |simd, block| simd.nibbles(part(block, 4)), |chunk, d| minima(simd, chunk), lift 0);
-small_block!(Q5_0, |simd, block| fives(simd, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d), lift 0);
-small_block!(Q5_1, |simd, block| fives(simd, block, 4, 8), |chunk, d| minima(simd, chunk), lift 0);
+small_block!(Q8_0, centre Some(0), lift 128,
+    |simd, block| simd.load(part(block, 2)), |chunk, d| [0.0; 16]);
+small_block!(Q4_0, centre Some(8), lift 0,
+    |simd, block| simd.nibbles(part(block, 2)), |chunk, d| d.map(|d| 8.0 * d));
+small_block!(Q4_1, centre None, lift 0,
+    |simd, block| simd.nibbles(part(block, 4)), |chunk, d| minima(simd, chunk));
+small_block!(Q5_0, centre Some(16), lift 0,
+    |simd, block| fives(simd, block, 2, 6), |chunk, d| d.map(|d| 16.0 * d));
+small_block!(Q5_1, centre None, lift 0,
+    |simd, block| fives(simd, block, 4, 8), |chunk, d| minima(simd, chunk));
 
 // The parts of a large block have their bits at the same place in 32 bytes, which other parts share.
 
-large_block!(Q2K, |simd, block| n => {
+large_block!(Q2K, centre None, groups 2, |simd, block| n => {
     let qs = simd.load(part(block, 16 + n / 4 * 32));
     simd.and(simd.shift_down(qs, n % 4 * 2), 3)
 }, (d, m) => {
@@ -212,7 +227,7 @@ large_block!(Q2K, |simd, block| n => {
     *m = packed.map(|both| m_of_all * f32::from(both >> 4));
 });
 
-large_block!(Q3K, |simd, block| n => {
+large_block!(Q3K, centre Some(4), groups 2, |simd, block| n => {
     let (thirds, qs) = (simd.load(part(block, 0)), simd.load(part(block, 32 + n / 4 * 32)));
     let low = simd.and(simd.shift_down(qs, n % 4 * 2), 3);
     let third = simd.and(simd.shift_down(thirds, n), 1);
@@ -248,13 +263,13 @@ fn scales_and_minima(simd: impl QuantSimd, block: &[u8], d: &mut PerGroup, m: &m
     }
 }
 
-large_block!(Q4K, |simd, block| n => {
+large_block!(Q4K, centre None, groups 1, |simd, block| n => {
     simd.and(simd.shift_down(simd.load(part(block, 16 + n / 2 * 32)), n % 2 * 4), 15)
 }, (d, m) => {
     scales_and_minima(simd, block, d, m);
 });
 
-large_block!(Q5K, |simd, block| n => {
+large_block!(Q5K, centre None, groups 1, |simd, block| n => {
     let (fifths, qs) = (simd.load(part(block, 16)), simd.load(part(block, 48 + n / 2 * 32)));
     let low = simd.and(simd.shift_down(qs, n % 2 * 4), 15);
     let fifth = simd.and(simd.shift_down(fifths, n), 1);
@@ -263,7 +278,7 @@ large_block!(Q5K, |simd, block| n => {
     scales_and_minima(simd, block, d, m);
 });
 
-large_block!(Q6K, |simd, block| n => {
+large_block!(Q6K, centre Some(32), groups 2, |simd, block| n => {
     let (half, quarter) = (n / 4, n % 4);
     let low = simd.load(part(block, half * 64 + quarter % 2 * 32));
     let low = simd.and(simd.shift_down(low, quarter / 2 * 4), 15);
@@ -281,6 +296,7 @@ large_block!(Q6K, |simd, block| n => {
 impl QuantBlock for Iq4Nl {
     const LEN: usize = PART;
     const LIFT: u8 = 128;
+    const CENTRE: Option<u8> = Some(0);
 
     #[inline(always)]
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
@@ -298,6 +314,7 @@ impl QuantBlock for Iq4Nl {
 impl QuantBlock for Mxfp4 {
     const LEN: usize = PART;
     const LIFT: u8 = 12;
+    const CENTRE: Option<u8> = Some(0);
 
     #[inline(always)]
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {
@@ -317,6 +334,7 @@ impl QuantBlock for Mxfp4 {
 impl QuantBlock for Iq4Xs {
     const LEN: usize = CHUNK;
     const LIFT: u8 = 128;
+    const CENTRE: Option<u8> = Some(0);
 
     #[inline(always)]
     fn numbers<U: QuantSimd>(simd: U, chunk: &[Self], n: usize) -> U::Bytes {

@@ -188,15 +188,8 @@ fn total(lanes: &Lanes) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::GgmlDType;
-    use rand::{RngCore, SeedableRng};
-    use rand_chacha::ChaCha8Rng;
-
     use super::super::super::dense::{Element, FewRows};
-    use super::super::blocks::{
-        Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0,
-    };
-    use super::super::codebook::Codebook;
+    use super::super::every_block::{OnBlocks, every_block};
     use super::*;
 
     /// Three rows of weights, widened, and their products with two rows of `x`, in `whole` numbers or
@@ -226,45 +219,16 @@ mod tests {
         (wide, columns)
     }
 
-    fn check<const SIZE: usize>(dtype: GgmlDType)
-    where
-        [u8; SIZE]: QuantBlock,
-    {
-        check_blocks(
-            &format!("{dtype:?}"),
-            |bytes| bytes.as_chunks::<SIZE>().0.to_vec(),
-            |bytes, out| {
-                let values = dtype.from_data(bytes.into()).dequantize(out.len());
-                let values = values.and_then(|it| Ok(it.as_slice::<f32>()?.to_vec()));
-                out.copy_from_slice(&values.unwrap_or_default());
-            },
-        );
-    }
+    struct Check;
 
-    /// `blocks` are those in some bytes, and `dequantize` is their plain twin.
-    fn check_blocks<B: QuantBlock>(
-        name: &str,
-        blocks: impl Fn(&[u8]) -> Vec<B>,
-        dequantize: impl Fn(&[u8], &mut [f32]),
-    ) {
-        let mut random = ChaCha8Rng::seed_from_u64(3);
-        for len in [256, 768, 1280, 32, 576, 1056] {
-            if len % B::LEN != 0 {
-                continue;
-            }
+    impl OnBlocks for Check {
+        fn run<B: QuantBlock>(&self, name: &str, w: &[B], expected: &[f32], len: usize) {
             let whole = B::LIFT != 128;
-            let mut w = vec![0u8; 3 * len / B::LEN * size_of::<B>()];
-            random.fill_bytes(&mut w);
-            // Scales, wherever they are, that are neither infinite nor NaN.
-            w.iter_mut().for_each(|byte| *byte &= 0xbf);
             let value = |i: usize| ((i * 7919 + 13) % 201) as f32 / 100.0 - 1.0;
             let x: Vec<f32> = (0..2 * len).map(value).collect();
-            let mut expected = vec![f32::NAN; 3 * len];
-            dequantize(&w, &mut expected);
-            let w = blocks(&w);
             let check = |unit: &str, (wide, columns): (Vec<f32>, Vec<f32>)| {
                 let same = |(a, b): (&f32, &f32)| a == b;
-                assert!(wide.len() == expected.len() && wide.iter().zip(&expected).all(same));
+                assert!(wide.len() == expected.len() && wide.iter().zip(expected).all(same));
                 let pairs = expected.chunks_exact(len).flat_map(|w| {
                     x.chunks_exact(len).map(move |x| x.iter().zip(w).map(|(x, w)| (*x, *w)))
                 });
@@ -276,16 +240,16 @@ mod tests {
                     assert!(apart <= 2e-6 * size, "{name} {unit}: {got}, not {sum} of {size}");
                 }
             };
-            check("scalar", run(pulp::Scalar::new(), &x, &w, len, whole));
+            check("scalar", run(pulp::Scalar::new(), &x, w, len, whole));
             #[cfg(target_arch = "x86_64")]
             {
                 use pulp::x86::{V3, V4};
-                let v3 = V3::try_new().map(|simd| run(simd, &x, &w, len, whole));
-                let v4 = V4::try_new().map(|simd| run(simd, &x, &w, len, whole));
+                let v3 = V3::try_new().map(|simd| run(simd, &x, w, len, whole));
+                let v4 = V4::try_new().map(|simd| run(simd, &x, w, len, whole));
                 v3.into_iter().for_each(|got| check("AVX2", got));
                 v4.into_iter().for_each(|got| check("AVX-512", got));
                 if let (Some(simd), true) = (V4::try_new(), adds_all_bytes()) {
-                    check("VNNI", run(simd, &x, &w, len, true));
+                    check("VNNI", run(simd, &x, w, len, true));
                 }
             }
         }
@@ -294,21 +258,6 @@ mod tests {
     /// A processor takes only one of these paths; others take the others.
     #[test]
     fn every_vector_unit_reads_every_block() {
-        check::<{ size_of::<Q4_0>() }>(GgmlDType::Q4_0);
-        check::<{ size_of::<Q4_1>() }>(GgmlDType::Q4_1);
-        check::<{ size_of::<Q5_0>() }>(GgmlDType::Q5_0);
-        check::<{ size_of::<Q5_1>() }>(GgmlDType::Q5_1);
-        check::<{ size_of::<Q8_0>() }>(GgmlDType::Q8_0);
-        check::<{ size_of::<Q2K>() }>(GgmlDType::Q2K);
-        check::<{ size_of::<Q3K>() }>(GgmlDType::Q3K);
-        check::<{ size_of::<Q4K>() }>(GgmlDType::Q4K);
-        check::<{ size_of::<Q5K>() }>(GgmlDType::Q5K);
-        check::<{ size_of::<Q6K>() }>(GgmlDType::Q6K);
-        let nl = |bytes: &[u8]| bytes.as_chunks::<2>().0.as_chunks::<9>().0.to_vec();
-        let xs = |bytes: &[u8]| bytes.as_chunks::<136>().0.to_vec();
-        let fp4 = |bytes: &[u8]| bytes.as_chunks::<17>().0.to_vec();
-        check_blocks::<Iq4Nl>("IQ4_NL", nl, |bytes, out| Codebook::Iq4Nl.dequantize(bytes, out));
-        check_blocks::<Iq4Xs>("IQ4_XS", xs, |bytes, out| Codebook::Iq4Xs.dequantize(bytes, out));
-        check_blocks::<Mxfp4>("MXFP4", fp4, |bytes, out| Codebook::Mxfp4.dequantize(bytes, out));
+        every_block(3, &[256, 768, 1280, 32, 576, 1056], &Check);
     }
 }

@@ -6,7 +6,9 @@
 //! simd          what a vector simd does with both                   reads chunk, fixed_point
 //! blocks        the formats                                         reads chunk, simd, codebook
 //! codebook      those that candle lacks, and matrices in them       reads chunk, blocks
-//! few_rows      products                                            reads all of them
+//! few_rows      products of a few rows                              reads all of them
+//! whole_simd    what a vector unit does with bytes                  reads simd
+//! many_rows     products of many that need not be exact             reads chunk, simd, blocks, whole_simd
 //! digits        sums over digits of 4 bits, of no block             reads simd
 //! ```
 
@@ -14,9 +16,13 @@ pub(super) mod blocks;
 mod chunk;
 mod codebook;
 mod digits;
+#[cfg(test)]
+mod every_block;
 mod few_rows;
 mod fixed_point;
+mod many_rows;
 mod simd;
+mod whole_simd;
 
 use std::ops::Range;
 
@@ -26,12 +32,14 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::dense::Element;
-pub(super) use blocks::{QuantBlock, for_blocks};
+pub(super) use blocks::{Q8_0, QuantBlock, for_blocks};
 pub(super) use codebook::for_codebook;
 pub(crate) use codebook::{Codebook, CodebookMatrix};
 pub(crate) use digits::{DIGIT_ROWS, DigitRun, DigitTable, sum_digits};
 pub(super) use few_rows::{few_rows, to_fixed_point};
 pub(super) use fixed_point::FixedPoint;
+pub(super) use many_rows::ByteTiles;
+pub(super) use simd::adds_all_bytes;
 
 /// Whether there are kernels for blocks of this type.
 pub(crate) fn reads_blocks(dtype: GgmlDType) -> bool {

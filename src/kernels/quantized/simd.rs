@@ -30,6 +30,11 @@ pub(in crate::kernels) trait QuantSimd: Copy {
     /// Adds the same to every byte, without a carry into the one above.
     fn add(self, bytes: Self::Bytes, byte: u8) -> Self::Bytes;
 
+    /// As numbers with a sign.
+    fn signed(self, bytes: Self::Bytes) -> [i8; PART];
+    /// The sums of both halves of these.
+    fn signed_sums(self, bytes: Self::Bytes) -> [i32; 2];
+
     /// The numbers that bytes up to 15 choose out of codebooks: the first 16 out of the first, the others out of the
     /// second.
     fn look_up(self, codebooks: &[[i8; 16]; 2], bytes: Self::Bytes) -> Self::Bytes;
@@ -110,7 +115,7 @@ pub(super) fn on_quant_simd_for_chunks<S: Simd, T: OnQuantSimd>(simd: S, task: T
     {
         let simd: &dyn Any = &simd;
         let v4 = simd.downcast_ref::<pulp::x86::V4>();
-        if let Some(simd) = v4.and_then(|v4| x86::Vnni::try_new(*v4)) {
+        if let Some(simd) = v4.and_then(|v4| Vnni::try_new(*v4)) {
             return simd.run(task);
         }
     }
@@ -119,15 +124,17 @@ pub(super) fn on_quant_simd_for_chunks<S: Simd, T: OnQuantSimd>(simd: S, task: T
 
 /// Whether [`on_quant_simd_for_chunks`] finds a vector unit here that multiplies unsigned bytes of any
 /// size. Others add up pairs in 16 bits.
-pub(super) fn adds_all_bytes() -> bool {
+pub(in crate::kernels) fn adds_all_bytes() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        let v4 = pulp::x86::V4::try_new();
-        v4.and_then(x86::Vnni::try_new).is_some()
+        Vnni::here().is_some()
     }
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::Vnni;
 
 /// Any processor: eight bytes at a time, as a `u64`.
 #[derive(Clone, Copy)]
@@ -182,6 +189,18 @@ impl QuantSimd for Plain {
             let lower = (eight & all(0x7f)) + all(byte & 0x7f);
             lower ^ (eight ^ all(byte)) & all(0x80)
         })
+    }
+
+    #[inline(always)]
+    fn signed(self, bytes: [u64; 4]) -> [i8; PART] {
+        numbers(bytes)
+    }
+
+    #[inline(always)]
+    fn signed_sums(self, bytes: [u64; 4]) -> [i32; 2] {
+        let numbers = numbers(bytes).map(i32::from);
+        let (first, second) = numbers.split_at(SCALE_GROUP);
+        [first.iter().sum(), second.iter().sum()]
     }
 
     #[inline(always)]
@@ -329,6 +348,20 @@ mod x86 {
             #[inline(always)]
             fn add(self, bytes: __m256i, byte: u8) -> __m256i {
                 self.avx2._mm256_add_epi8(bytes, self.avx._mm256_set1_epi8(byte as i8))
+            }
+
+            #[inline(always)]
+            fn signed(self, bytes: __m256i) -> [i8; PART] {
+                cast(bytes)
+            }
+
+            #[inline(always)]
+            fn signed_sums(self, bytes: __m256i) -> [i32; 2] {
+                const LIFTED: i32 = 128 * PART as i32 / 2;
+                let zero = self.avx._mm256_setzero_si256();
+                let sums: [[i32; 2]; 4] =
+                    cast(self.avx2._mm256_sad_epu8(self.add(bytes, 128), zero)); // of 8 bytes each
+                [sums[0][0] + sums[1][0] - LIFTED, sums[2][0] + sums[3][0] - LIFTED]
             }
 
             #[inline(always)]
@@ -493,11 +526,15 @@ mod x86 {
 
     /// AVX-512 with instructions that add up four products of bytes.
     #[derive(Clone, Copy)]
-    pub(super) struct Vnni {
+    pub(in super::super) struct Vnni {
         v4: V4,
     }
 
     impl Vnni {
+        pub(in super::super) fn here() -> Option<Self> {
+            V4::try_new().and_then(Self::try_new)
+        }
+
         pub(super) fn try_new(v4: V4) -> Option<Self> {
             is_x86_feature_detected!("avx512vnni").then_some(Self { v4 })
         }

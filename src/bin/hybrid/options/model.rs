@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use hybrid_attention::hub::{Fetched, Pretrained};
 use hybrid_attention::load::Checkpoint;
-use hybrid_attention::{Adapter, AdapterScope, HybridModel, WeightType};
+use hybrid_attention::{Adapter, AdapterScope, Compute, HybridModel, WeightType};
 use indicatif::HumanBytes;
 
 use super::dictionary::DictionaryArgs;
@@ -35,6 +35,11 @@ pub(crate) struct ModelArgs {
     /// Quantise matrices while loading, to blocks of this GGUF type
     #[arg(long, value_enum, value_name = "TYPE", requires = "model", conflicts_with = "dtype")]
     pub(crate) quantize: Option<Blocks>,
+
+    /// How exactly products are computed on the CPU; fast rounds what many tokens are multiplied with to what the
+    /// processor multiplies fastest, where it has something faster than f32 for the weights' type
+    #[arg(long, value_enum, default_value_t = ComputeAs::Exact, requires = "model", hide_short_help = true)]
+    pub(crate) compute: ComputeAs,
 
     /// Read the files whole instead of mapping them, as for a network share where one might be cut short
     /// meanwhile; needs memory for them beside the weights
@@ -144,6 +149,22 @@ impl From<KeptIn> for WeightType {
     }
 }
 
+/// How exactly, on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ComputeAs {
+    Exact,
+    Fast,
+}
+
+impl From<ComputeAs> for Compute {
+    fn from(compute: ComputeAs) -> Self {
+        match compute {
+            ComputeAs::Exact => Self::Exact,
+            ComputeAs::Fast => Self::Fast,
+        }
+    }
+}
+
 /// A device on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum RunOn {
@@ -191,7 +212,7 @@ impl ModelArgs {
                 };
                 let model = HybridModel::from_checkpoint(&checkpoint, weights, &device, progress)?;
                 bar.finish_and_clear();
-                model
+                model.with_compute(self.compute.into())?
             }
         };
         if let Some(adapter) = adapter {

@@ -53,7 +53,7 @@ fn check_passes(
     prompt: usize,
     lengths: &[usize],
 ) -> Result {
-    let new = lengths.iter().sum();
+    let new: usize = lengths.iter().sum();
     let ids = tiny::tokens(model.config(), 3, prompt + new);
     let pool = model.new_pool(dtype, usize::MAX)?;
     let mut cache = pool.new_cache(prompt + new)?;

@@ -142,12 +142,12 @@ struct Odds {
 
 impl Odds {
     /// What the last guess counts less with each one after it.
-    const FADE: f64 = 0.96;
+    const FADE: f64 = 0.98;
 
     /// Those after a run of so many tokens before anything is known: as if a few guesses had come out so.
     fn before(length: usize) -> Self {
-        let (length, all) = (length as f64, 4.0);
-        Self { right: all * length / (length + 3.0), all }
+        let (length, all) = (length as f64, 8.0);
+        Self { right: all * length / (length + 5.0), all }
     }
 
     fn learn(&mut self, right: bool) {
@@ -262,7 +262,7 @@ mod tests {
         let (how, cost) = (PromptLookup::default().tokens(15), Cost { some: 0.3, each: 0.18 });
         let phrase = [1, 2, 3, 4, 5, 6];
         let mut right = Guesser::new(&how, cost, &[phrase, phrase].concat());
-        (0..60).for_each(|at| right.push(phrase[at % 6]));
+        (0..120).for_each(|at| right.push(phrase[at % 6]));
         assert_eq!(right.draft(99).len(), 15);
         assert_eq!(right.draft(4), phrase[..4]);
 

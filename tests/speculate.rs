@@ -261,6 +261,7 @@ fn every_way_to_draw_and_to_end_is_the_same() -> Result {
     let plain = GenerationConfig::default().max_tokens(50).thinking(Thinking::none());
     let endless = plain.clone().eos_ids([]);
     let sampled = endless.clone().temperature(0.7).seed(5);
+    let mut all = Vec::new();
     for (name, config) in [
         ("greedy", endless.clone()),
         ("sampled", sampled.clone()),
@@ -269,8 +270,10 @@ fn every_way_to_draw_and_to_end_is_the_same() -> Result {
         ("greedy penalties", endless.clone().frequency_penalty(0.3).presence_penalty(-0.5)),
         ("logprobs", endless.clone().top_logprobs(4).prompt_logprobs(true)),
     ] {
-        assert_mixed(name, check(name, &model, &stories(), &config)?);
+        all.push(check(name, &model, &stories(), &config)?);
     }
+    assert!(all.iter().all(|fared| fared.accepted > 0), "{all:?}");
+    assert!(all.iter().any(|fared| fared.accepted < fared.drafted), "{all:?}");
     for (name, config) in [
         ("its own end", plain.clone()),
         ("its own end, sampled", plain.clone().temperature(1.0).seed(1)),
@@ -599,24 +602,29 @@ fn a_chat_says_the_same() -> Result {
 fn what_is_cancelled_ends_at_once() -> Result {
     let config = Config { vocab_size: 12, ..tiny::config() };
     let model = tiny::hybrid(&config, 5)?;
-    let ahead = GenerationConfig::default().max_tokens(40).speculate(PromptLookup::default());
+    let plain = GenerationConfig::default().max_tokens(40);
+    let ahead = plain.clone().speculate(PromptLookup::default());
     let prompt = phrases(&config, 1, 40);
     let whole = model.generate(prompt.clone(), &ahead)?;
     let speculated = whole.speculated.ok_or("nothing was guessed")?;
     assert!(speculated.accepted > 5, "{speculated:?}");
     for after in 1..40 {
-        let (mut conversation, cancel) = (model.conversation(200)?, Cancel::default());
-        let stream = model.stream_in(&mut conversation, prompt.clone(), &ahead)?;
-        let mut stream = stream.cancel(cancel.clone());
-        let ids: Vec<u32> =
-            stream.by_ref().take(after).map(|it| Ok(it?.id)).collect::<Result<_>>()?;
-        assert_eq!(ids, whole.ids[..after]);
-        cancel.cancel();
-        assert!(matches!(stream.next(), Some(Err(Error::Cancelled))), "after {after}");
-        assert!(stream.next().is_none());
-        drop(stream);
-        let again = model.stream_in(&mut conversation, prompt.clone(), &ahead)?.collect_answer()?;
-        assert_eq!((again.ids, again.logprobs), (whole.ids.clone(), whole.logprobs.clone()));
+        let mut goes_on = Vec::new();
+        for how in [&plain, &ahead] {
+            let (mut conversation, cancel) = (model.conversation(200)?, Cancel::default());
+            let stream = model.stream_in(&mut conversation, prompt.clone(), how)?;
+            let mut stream = stream.cancel(cancel.clone());
+            let ids: Vec<u32> =
+                stream.by_ref().take(after).map(|it| Ok(it?.id)).collect::<Result<_>>()?;
+            assert_eq!(ids, whole.ids[..after]);
+            cancel.cancel();
+            assert!(matches!(stream.next(), Some(Err(Error::Cancelled))), "after {after}");
+            assert!(stream.next().is_none());
+            drop(stream);
+            let (again, _) = came(model.stream_in(&mut conversation, prompt.clone(), how)?);
+            goes_on.push((again, held(&conversation)));
+        }
+        assert_eq!(goes_on[0], goes_on[1], "after {after}");
     }
     let stream = model.stream(prompt, &ahead)?.cancel(Cancel::after(Duration::ZERO));
     assert!(matches!(stream.collect_answer(), Err(Error::Cancelled)));
@@ -696,7 +704,7 @@ fn draws_with_guesses_follow_the_distribution() -> Result {
 
     let (counts, fared) = draw(1.0)?;
     // Guesses are tried in many of the draws, and many of them are wrong.
-    assert!(fared.drafted > DRAWS / 2 && fared.accepted > DRAWS / 20, "{fared:?}");
+    assert!(fared.drafted > DRAWS / 5 && fared.accepted > DRAWS / 30, "{fared:?}");
     assert!(fared.accepted < fared.drafted / 2, "{fared:?}");
     // Wilson & Hilferty (1931): the cube root is nearly normal; 4.75 deviations are met by chance once in 10⁶.
     let bound = |freedom: f64| {

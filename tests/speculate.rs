@@ -553,7 +553,7 @@ fn a_conversation_goes_on_as_without() -> Result {
                     for (conversation, how) in [(&mut plain, &how), (&mut quick, &ahead)] {
                         let stream = model.stream_in(conversation, prompt, how)?;
                         assert_eq!(
-                            stream.take(dropped_after).filter(|it| it.is_ok()).count(),
+                            stream.take(dropped_after).filter(std::result::Result::is_ok).count(),
                             dropped_after
                         );
                     }

@@ -239,7 +239,7 @@ impl Decoder {
     ) -> Result<Vec<Vec<f32>>> {
         let ids = [&[id], guesses].concat();
         let (xs, layers) = (self.transformer().embed_ids(&ids)?, self.transformer().all_layers());
-        let h = self.run(&xs, &ids, layers, conversation, |pass| pass.one_by_one())?; // (1 + guesses, hidden)
+        let h = self.run(&xs, &ids, layers, conversation, true)?; // (1 + guesses, hidden)
         self.took(id, conversation);
         conversation.guessed(guesses.len());
         Ok(self.transformer().logits(&h)?.to_dtype(DType::F32)?.to_vec2()?)
@@ -293,29 +293,34 @@ impl Decoder {
         layers: Range<usize>,
         conversation: &mut Conversation,
     ) -> Result<Tensor> {
-        self.run(xs, ids, layers, conversation, |pass| pass)
+        self.run(xs, ids, layers, conversation, false)
     }
 
-    /// [`forward`](Self::forward) by a pass that is changed in some `way`.
+    /// [`forward`](Self::forward), where tokens may go [one by one](ForwardContext::one_by_one).
     fn run(
         &self,
         xs: &Tensor,
         ids: &[u32],
         layers: Range<usize>,
         conversation: &mut Conversation,
-        way: impl for<'a> FnOnce(ForwardContext<'a>) -> ForwardContext<'a>,
+        one_by_one: bool,
     ) -> Result<Tensor> {
         let (transformer, cache) = (self.transformer(), &mut conversation.cache);
-        if !transformer.has_side_source() {
-            let pass = ForwardContext::from(Pass::Cached(cache));
-            return transformer.forward(xs, layers, way(pass.cancel(&self.cancel)));
+        let batch;
+        let pass = if transformer.has_side_source() {
+            let (mut past, held) = (self.ran(), cache.position(&layers)?);
+            past.truncate(held);
+            batch = Batch::one(ids.len())?.with_ids(ids)?.following(0, &past)?;
+            let caches = std::iter::once(cache).collect();
+            Pass::Remembered { batch: &batch, sight: Sight::Causal, caches }
+        } else {
+            Pass::Cached(cache)
+        };
+        let mut context = ForwardContext::from(pass).cancel(&self.cancel);
+        if one_by_one {
+            context = context.one_by_one();
         }
-        let (mut past, held) = (self.ran(), cache.position(&layers)?);
-        past.truncate(held);
-        let batch = Batch::one(ids.len())?.with_ids(ids)?.following(0, &past)?;
-        let caches = std::iter::once(cache).collect();
-        let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
-        transformer.forward(xs, layers, way(ForwardContext::from(pass).cancel(&self.cancel)))
+        transformer.forward(xs, layers, context)
     }
 
     /// Fits the output nudge, if there is one, to the last layer's output, `(tokens, hidden)`.

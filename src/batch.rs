@@ -334,6 +334,12 @@ impl Batch {
         (Self { sequences: cut.collect() }, from..to)
     }
 
+    /// The same rows, each a sequence of its own, at the position that it has.
+    pub(crate) fn one_by_one(&self) -> Self {
+        let row = |(row, first)| Sequence { first, ..Sequence::whole(row..row + 1) };
+        Self { sequences: self.positions().enumerate().map(row).collect() }
+    }
+
     /// The positions that each sequence reaches: one more than its last.
     pub(crate) fn ends(&self) -> Vec<usize> {
         let end = |this: &Sequence| this.first.saturating_add(this.rows.len());

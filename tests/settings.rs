@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use candle_core::quantized::GgmlDType;
-use hybrid_attention::generate::{Candidates, Extract, Score};
+use hybrid_attention::generate::{Candidates, Extract, PromptLookup, Score};
 use hybrid_attention::model::Sight;
 use hybrid_attention::refine::{
     Among, Anchor, CosineReweight, Focus, ForwardNudge, GradientNudge, Interpolate, Noise,
@@ -423,9 +423,9 @@ fn generations() -> impl Strategy<Value = GenerationConfig> {
     let ids = || prop::collection::vec(0u32..32, 0..3);
     let stops = (prop::collection::vec(".{1,5}", 0..3), ids(), prop::option::of(ids()));
     let given = (0usize..9, any::<bool>(), 0usize..9, prop::option::of(thinkings()));
-    let given = (given, prop::option::of(candidates()));
+    let given = (given, prop::option::of(candidates()), prop::option::of(lookups()));
     (penalties, sampling, stops, given).prop_map(|(penalties, sampling, stops, given)| {
-        let ((max_tokens, prompt_logprobs, top_logprobs, thinking), candidates) = given;
+        let ((max_tokens, prompt_logprobs, top_logprobs, thinking), candidates, lookup) = given;
         let config = GenerationConfig::default()
             .max_tokens(max_tokens)
             .prompt_logprobs(prompt_logprobs)
@@ -442,6 +442,7 @@ fn generations() -> impl Strategy<Value = GenerationConfig> {
         let config = stops.1.into_iter().fold(config, GenerationConfig::stop_id);
         let config = stops.2.into_iter().fold(config, GenerationConfig::eos_ids);
         let config = candidates.into_iter().fold(config, GenerationConfig::candidates);
+        let config = lookup.into_iter().fold(config, GenerationConfig::speculate);
         thinking.into_iter().fold(config, GenerationConfig::thinking)
     })
 }
@@ -463,6 +464,12 @@ fn candidates() -> impl Strategy<Value = Candidates> {
         let of = if thoughts { Candidates::thoughts(count) } else { Candidates::samples(count) };
         let of = keep.map_or(of.clone().keep_all(), |share| of.keep(share));
         within.into_iter().fold(of.score(score).every(every), Candidates::within)
+    })
+}
+
+fn lookups() -> impl Strategy<Value = PromptLookup> {
+    (0usize..20, 0usize..9, 0usize..80).prop_map(|(tokens, shortest, longest)| {
+        PromptLookup::default().tokens(tokens).shortest(shortest).longest(longest)
     })
 }
 
@@ -589,7 +596,8 @@ fn settings_are_spelled_plainly() -> Result {
                 .every(3)
                 .score(Score::Agreement(Extract::LastNumber))
                 .within(1.5),
-        );
+        )
+        .speculate(PromptLookup::default().tokens(7).shortest(3).longest(5));
     let expected = json!({
         "thinking": written, "max_tokens": 1, "temperature": 2.0, "top_k": 3, "top_p": 0.4,
         "min_p": 0.5, "repetition_penalty": 1.6, "frequency_penalty": 0.7,
@@ -599,6 +607,7 @@ fn settings_are_spelled_plainly() -> Result {
             "count": 9, "differ": "thoughts", "keep": 0.25, "every": 3, "within": 1.5,
             "score": {"agreement": "last_number"},
         },
+        "speculate": {"tokens": 7, "shortest": 3, "longest": 5},
     });
     assert_eq!(serde_json::to_value(&config)?, expected);
     survives(&config)?;

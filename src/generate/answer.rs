@@ -48,6 +48,9 @@ pub struct Answer {
     /// where there was only the answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub candidates: Vec<Stub>,
+    /// How the guesses fared; `None` where nothing was [guessed ahead](super::GenerationConfig::speculate).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speculated: Option<Speculated>,
     /// Where the time went.
     pub seconds: Seconds,
 }
@@ -58,6 +61,15 @@ impl Answer {
     pub fn drift(&self) -> Vec<f64> {
         self.traces.first().map(Trace::drift).unwrap_or_default()
     }
+}
+
+/// How many tokens of an answer were guessed before they were said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Speculated {
+    /// Guesses that the model has run over.
+    pub drafted: usize,
+    /// Those of them that it then said itself.
+    pub accepted: usize,
 }
 
 /// Where the time of an answer went, in seconds.

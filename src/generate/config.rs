@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::candidates::Candidates;
+use super::lookup::PromptLookup;
 use crate::error::{Error, Result};
 use crate::thought::Thinking;
 
@@ -57,6 +58,8 @@ pub struct GenerationConfig {
     pub prompt_logprobs: bool,
     /// Several candidates to choose from; see the method of the same name.
     pub candidates: Option<Candidates>,
+    /// How to guess ahead; see the method of the same name.
+    pub speculate: Option<PromptLookup>,
 }
 
 impl Default for GenerationConfig {
@@ -78,6 +81,7 @@ impl Default for GenerationConfig {
             top_logprobs: 0,
             prompt_logprobs: false,
             candidates: None,
+            speculate: None,
         }
     }
 }
@@ -212,6 +216,19 @@ impl GenerationConfig {
         self
     }
 
+    /// Guesses what comes next from what the text says already, and lets the model run over several guesses in one
+    /// pass; see [`PromptLookup`]. The answer is the same, and comes sooner where it repeats the prompt or itself.
+    ///
+    /// Nothing is guessed where a step is more than one token through the model or several answers step together:
+    /// with [`rethink_every`](Thinking::rethink_every), an [output nudge](Thinking::output_nudge) or
+    /// [candidates](Self::candidates), and in [`HybridModel::generate_many`](crate::HybridModel::generate_many).
+    /// [`Answer::speculated`](super::Answer::speculated) is then `None`. Default: one token at a time.
+    #[must_use]
+    pub fn speculate(mut self, how: PromptLookup) -> Self {
+        self.speculate = Some(how);
+        self
+    }
+
     /// Whether the likeliest token is taken by its logit alone.
     pub(super) fn takes_likeliest(&self) -> bool {
         let penalties =
@@ -241,6 +258,7 @@ impl GenerationConfig {
             return Err(Error::parameter("stop", "a text that is not empty", "\"\""));
         }
         self.candidates.as_ref().map_or(Ok(()), |candidates| candidates.validate(self))?;
+        self.speculate.as_ref().map_or(Ok(()), PromptLookup::validate)?;
         self.thinking.as_ref().map_or(Ok(()), Thinking::validate)
     }
 }

@@ -30,12 +30,16 @@ pub struct Conversation {
     /// The tokens whose plain keys and values are in the cache; empty when its contents came from
     /// thinking, because then they depend on the whole prompt.
     pub(super) ids: Vec<u32>,
+    /// How many tokens at the end of the cache are guesses of which it is not known yet whether they are right. An
+    /// answer that is dropped in the middle may leave some.
+    guesses: usize,
     pub(super) messages: Vec<Message>,
 }
 
 impl Conversation {
     pub(crate) fn new(pool: &KvPool, capacity: usize) -> Result<Self> {
-        Ok(Self { cache: pool.new_cache(capacity)?, ids: Vec::new(), messages: Vec::new() })
+        let (ids, messages) = (Vec::new(), Vec::new());
+        Ok(Self { cache: pool.new_cache(capacity)?, ids, guesses: 0, messages })
     }
 
     /// What has been said so far: in [`HybridModel::say`](crate::HybridModel::say) and its answers, and
@@ -54,18 +58,18 @@ impl Conversation {
     /// of them writes to it.
     #[must_use]
     pub fn fork(&self) -> Self {
-        let (ids, messages) = (self.ids.clone(), self.messages.clone());
-        Self { cache: self.cache.fork(), ids, messages }
+        Self { messages: self.messages.clone(), ..self.bare_fork() }
     }
 
     /// A [`fork`](Self::fork) that has heard no messages.
     pub(super) fn bare_fork(&self) -> Self {
-        Self { cache: self.cache.fork(), ids: self.ids.clone(), messages: Vec::new() }
+        let (cache, ids, guesses) = (self.cache.fork(), self.ids.clone(), self.guesses);
+        Self { cache, ids, guesses, messages: Vec::new() }
     }
 
     /// Goes on from where a [`bare_fork`](Self::bare_fork) has come to.
     pub(super) fn continue_as(&mut self, fork: Self) {
-        (self.cache, self.ids) = (fork.cache, fork.ids);
+        (self.cache, self.ids, self.guesses) = (fork.cache, fork.ids, fork.guesses);
     }
 
     /// The tokens it remembers.
@@ -96,11 +100,39 @@ impl Conversation {
     pub(super) fn forget(&mut self) {
         self.cache.reset();
         self.ids.clear();
+        self.guesses = 0;
     }
 
     /// Whether there is room to run another token.
     pub(super) fn has_room(&self) -> bool {
-        self.cache.len() < self.cache.capacity()
+        self.room() > 0
+    }
+
+    /// How many more tokens there is room to run.
+    pub(super) fn room(&self) -> usize {
+        self.cache.capacity().saturating_sub(self.known())
+    }
+
+    /// How many tokens of the cache are no guesses.
+    fn known(&self) -> usize {
+        self.cache.len().saturating_sub(self.guesses)
+    }
+
+    /// Records that the last tokens that have run are guesses.
+    pub(super) fn guessed(&mut self, guesses: usize) {
+        self.guesses = guesses;
+    }
+
+    /// Records that the first of the guesses is right.
+    pub(super) fn confirm(&mut self) {
+        self.guesses = self.guesses.saturating_sub(1);
+    }
+
+    /// Forgets the guesses. No window has dropped what the next token would see: the token before them ran with them.
+    pub(super) fn drop_guesses(&mut self) -> Result<()> {
+        self.cache.truncate(self.known())?;
+        self.guesses = 0;
+        Ok(())
     }
 
     /// Keeps the tokens that `prompt` begins with too, all but its last token at most, and forgets the
@@ -108,6 +140,7 @@ impl Conversation {
     pub(super) fn rewind(&mut self, prompt: &[u32]) -> usize {
         let same = self.ids.iter().zip(prompt).take_while(|(old, new)| old == new).count();
         let keep = same.min(prompt.len().saturating_sub(1));
+        self.guesses = 0; // as they come after all of `ids`
         if self.cache.truncate(keep).is_err() {
             // The window has dropped what would be needed: start over.
             self.forget();

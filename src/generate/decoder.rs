@@ -229,6 +229,22 @@ impl Decoder {
         self.think_again(conversation, traces, seconds)
     }
 
+    /// Runs a generated token and guesses of those after it, and returns the logits after each of them: those of as
+    /// many [steps](Self::step), of which only the first is sure to be one. It [steps plainly](Self::steps_plainly).
+    pub(super) fn step_ahead(
+        &mut self,
+        id: u32,
+        guesses: &[u32],
+        conversation: &mut Conversation,
+    ) -> Result<Vec<Vec<f32>>> {
+        let ids = [&[id], guesses].concat();
+        let (xs, layers) = (self.transformer().embed_ids(&ids)?, self.transformer().all_layers());
+        let h = self.run(&xs, &ids, layers, conversation, true)?; // (1 + guesses, hidden)
+        self.took(id, conversation);
+        conversation.guessed(guesses.len());
+        Ok(self.transformer().logits(&h)?.to_dtype(DType::F32)?.to_vec2()?)
+    }
+
     /// Records a generated token that has run.
     pub(super) fn took(&mut self, id: u32, conversation: &mut Conversation) {
         self.new.push(id);
@@ -277,17 +293,34 @@ impl Decoder {
         layers: Range<usize>,
         conversation: &mut Conversation,
     ) -> Result<Tensor> {
+        self.run(xs, ids, layers, conversation, false)
+    }
+
+    /// [`forward`](Self::forward), where tokens may go [one by one](ForwardContext::one_by_one).
+    fn run(
+        &self,
+        xs: &Tensor,
+        ids: &[u32],
+        layers: Range<usize>,
+        conversation: &mut Conversation,
+        one_by_one: bool,
+    ) -> Result<Tensor> {
         let (transformer, cache) = (self.transformer(), &mut conversation.cache);
-        if !transformer.has_side_source() {
-            let pass = ForwardContext::from(Pass::Cached(cache));
-            return transformer.forward(xs, layers, pass.cancel(&self.cancel));
+        let batch;
+        let pass = if transformer.has_side_source() {
+            let (mut past, held) = (self.ran(), cache.position(&layers)?);
+            past.truncate(held);
+            batch = Batch::one(ids.len())?.with_ids(ids)?.following(0, &past)?;
+            let caches = std::iter::once(cache).collect();
+            Pass::Remembered { batch: &batch, sight: Sight::Causal, caches }
+        } else {
+            Pass::Cached(cache)
+        };
+        let mut context = ForwardContext::from(pass).cancel(&self.cancel);
+        if one_by_one {
+            context = context.one_by_one();
         }
-        let (mut past, held) = (self.ran(), cache.position(&layers)?);
-        past.truncate(held);
-        let batch = Batch::one(ids.len())?.with_ids(ids)?.following(0, &past)?;
-        let caches = std::iter::once(cache).collect();
-        let pass = Pass::Remembered { batch: &batch, sight: Sight::Causal, caches };
-        transformer.forward(xs, layers, ForwardContext::from(pass).cancel(&self.cancel))
+        transformer.forward(xs, layers, context)
     }
 
     /// Fits the output nudge, if there is one, to the last layer's output, `(tokens, hidden)`.
@@ -320,7 +353,7 @@ impl Decoder {
     /// Whether each of its steps is one token through all layers and the head, and so can run beside
     /// those of others.
     pub(super) fn steps_plainly(&self) -> bool {
-        !self.thinks_again() && self.output_nudge.is_none()
+        !self.thinks_again() && !self.fits_output()
     }
 
     /// The logits after the last position of `h`, `(tokens, hidden)`.

@@ -24,7 +24,8 @@ use crate::error::{Error, Result};
 /// Each prompt is thought about and read by itself; then the next tokens of up to
 /// [`side_by_side`](Self::side_by_side) answers run in one pass. Every answer is the one that
 /// [`HybridModel::generate`](crate::HybridModel::generate) gives for its prompt alone, to the last bit:
-/// its numbers do not depend on what runs beside it. An error in one prompt affects no other.
+/// its numbers do not depend on what runs beside it. An error in one prompt affects no other. Nothing is
+/// [guessed ahead](GenerationConfig::speculate): the rows of a pass are those of other answers.
 ///
 /// When the memory that caches may take in total is used up, the answer begun last is dropped, and
 /// started over when another has ended.

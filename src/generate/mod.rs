@@ -1,11 +1,15 @@
-//! From a prompt to an answer: settings, sampling, stopping, streaming, and choosing among candidates.
+//! From a prompt to an answer: settings, sampling, stopping, streaming, guessing ahead, and choosing among
+//! candidates.
 
+mod ahead;
 mod answer;
 mod candidates;
 mod config;
 mod conversation;
 mod decoder;
+mod guesser;
 mod lane;
+mod lookup;
 mod many;
 mod progress;
 mod prompt;
@@ -15,10 +19,11 @@ mod stop;
 mod stream;
 mod writer;
 
-pub use self::answer::{Answer, Seconds, Token};
+pub use self::answer::{Answer, Seconds, Speculated, Token};
 pub use self::candidates::{Candidates, Extract, Reason, Score, Stub};
 pub use self::config::GenerationConfig;
 pub use self::conversation::Conversation;
+pub use self::lookup::PromptLookup;
 pub use self::many::Answers;
 pub use self::progress::Progress;
 pub use self::prompt::Prompt;

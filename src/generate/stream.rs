@@ -5,7 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::answer::{Answer, Seconds, Token};
+use super::ahead::Ahead;
+use super::answer::{Answer, Seconds, Speculated, Token};
 use super::candidates::{Race, Start, Stub};
 use super::config::GenerationConfig;
 use super::conversation::Conversation;
@@ -41,10 +42,10 @@ impl Held<'_> {
 /// An answer as it is generated: an iterator of [`Token`]s.
 ///
 /// The stream is returned at once; the first call of `next` thinks about the prompt and reads it, and
-/// each further one runs the model once. It owns what it needs (`'static`, unless it belongs to a
-/// [`Conversation`]), so it can be sent to another thread. To cancel it, drop it, or use its [`Cancel`]
-/// from elsewhere: the current call then ends with [`Error::Cancelled`] before the next layer. After an
-/// error the stream ends.
+/// each further one runs the model once, unless its token was [guessed](GenerationConfig::speculate) before.
+/// It owns what it needs (`'static`, unless it belongs to a [`Conversation`]), so it can be sent to another
+/// thread. To cancel it, drop it, or use its [`Cancel`] from elsewhere: the current call then ends with
+/// [`Error::Cancelled`] before the next layer. After an error the stream ends.
 ///
 /// Of [candidates](GenerationConfig::candidates) the stream is the one that wins: its first token comes when it can no
 /// longer be overtaken, and with it, one by one, what it has said meanwhile.
@@ -75,6 +76,8 @@ pub struct TokenStream<'c> {
     progress: Box<dyn FnMut(Progress) + Send + 'c>,
     /// The candidates, if there are several.
     race: Option<Box<Race<'c>>>,
+    /// What guesses ahead, if anything does.
+    ahead: Option<Ahead>,
     /// What the user said, for a turn of a conversation.
     said: Option<Message>,
 }
@@ -107,7 +110,7 @@ impl<'c> TokenStream<'c> {
     ) -> Result<Self> {
         let transformer = source.model.decoder();
         let prompt = source.encode(prompt)?;
-        let writer = Writer::new(source, config, &prompt.ids)?;
+        let mut writer = Writer::new(source, config, &prompt.ids)?;
         let (mind, total) = (source.mind(config, &prompt)?, prompt.ids.len());
         transformer.check_context(total)?;
         transformer.check_ids(&prompt.ids)?;
@@ -136,10 +139,17 @@ impl<'c> TokenStream<'c> {
                 Some(Box::new(Race::new(candidates, config)))
             }
         };
+        let decoder = Decoder::new(mind, prompt);
+        let ahead = match &config.speculate {
+            Some(how) if race.is_none() => Ahead::new(how, &decoder, &writer.answer.prompt_ids),
+            _ => None,
+        };
+        writer.answer.speculated = ahead.is_some().then(Speculated::default);
         Ok(Self {
             conversation,
             race,
-            decoder: Decoder::new(mind, prompt),
+            ahead,
+            decoder,
             writer,
             next: Next::Prompt,
             kept: 0,
@@ -305,6 +315,12 @@ impl<'c> TokenStream<'c> {
         }
     }
 
+    /// How guesses have fared so far; see [`Answer::speculated`].
+    #[must_use]
+    pub fn speculated(&self) -> Option<Speculated> {
+        self.writer.answer.speculated
+    }
+
     /// Where the time has gone so far.
     #[must_use]
     pub fn seconds(&self) -> Seconds {
@@ -358,25 +374,35 @@ impl<'c> TokenStream<'c> {
         }
         let logits = match std::mem::replace(&mut self.next, Next::Nothing) {
             Next::Logits(logits) => logits,
-            Next::Token(id) => {
-                let Answer { traces, seconds, .. } = &mut self.writer.answer;
-                self.decoder.step(id, self.conversation.get(), traces, seconds)?
-            }
+            Next::Token(id) => self.step(id)?,
             Next::Said(mut said) => {
                 let token = said.pop_front().ok_or(Error::StreamFailed)?;
                 self.next = match said.is_empty() {
                     true => Next::Token(token.id),
                     false => Next::Said(said),
                 };
-                self.end_turn();
+                self.end_turn()?;
                 return Ok(token);
             }
             Next::Prompt | Next::Nothing | Next::Race => return Err(Error::StreamFailed),
         };
         let token = self.writer.write(&logits, self.conversation.get().has_room())?;
         self.next = Next::Token(token.id);
-        self.end_turn();
+        self.end_turn()?;
         Ok(token)
+    }
+
+    /// The logits after a token that was drawn.
+    fn step(&mut self, id: u32) -> Result<Vec<f32>> {
+        let Self { conversation, decoder, writer, ahead, .. } = self;
+        let (conversation, left) = (conversation.get(), writer.left());
+        let Answer { traces, seconds, speculated, .. } = &mut writer.answer;
+        if let Some(ahead) = ahead
+            && let Some(logits) = ahead.step(id, left, decoder, conversation, speculated)?
+        {
+            return Ok(logits);
+        }
+        decoder.step(id, conversation, traces, seconds)
     }
 
     /// Lets the candidates write until one has won, which takes the place of the answer. Returns what it has said.
@@ -393,10 +419,11 @@ impl<'c> TokenStream<'c> {
     }
 
     /// What is left to be done when the answer has ended.
-    fn end_turn(&mut self) {
+    fn end_turn(&mut self) -> Result<()> {
         if self.stop().is_none() {
-            return;
+            return Ok(());
         }
+        self.conversation.get().drop_guesses()?;
         if let Some(race) = &mut self.race {
             race.complete(&self.writer);
         }
@@ -404,6 +431,7 @@ impl<'c> TokenStream<'c> {
             let answer = Message::assistant(self.writer.answer.text.clone());
             self.conversation.get().messages.extend([said, answer]);
         }
+        Ok(())
     }
 }
 

@@ -54,6 +54,7 @@ impl Writer {
                 stop: StopReason::MaxTokens,
                 traces: Vec::new(),
                 candidates: Vec::new(),
+                speculated: None,
                 seconds: Seconds::default(),
             },
         })
@@ -133,6 +134,11 @@ impl Writer {
         } else {
             None
         }
+    }
+
+    /// The most tokens that may still come.
+    pub(super) fn left(&self) -> usize {
+        self.max_tokens.saturating_sub(self.answer.ids.len())
     }
 
     /// The last token that was drawn.

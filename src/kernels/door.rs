@@ -268,7 +268,7 @@ fn with_last(xs: &Tensor, last: usize) -> Vec<usize> {
 ///
 /// On the CPU no bit of a query's result depends on what else is in the pass, on the number of threads,
 /// or on whether keys lie packed or in blocks. Only a sequence's last query rounds differently when it
-/// comes alone than when it comes with others.
+/// comes alone than when it comes with others, unless the spans say that all go one by one.
 ///
 /// With the feature `flash-attn`, on a CUDA device, candle's flash attention computes it where all
 /// three are `f16` or all `bf16`, nothing tracks a gradient, a head has a multiple of 8 numbers, at most

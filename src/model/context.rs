@@ -59,7 +59,7 @@ impl<'a> Pass<'a> {
 }
 
 /// A [`Pass`] with what else a caller may add: a [side signal](SideSignal), a [tap](Tap), a way to
-/// [cancel](Cancel) it. A plain pass has none of these.
+/// [cancel](Cancel) it, tokens that go [one by one](ForwardContext::one_by_one). A plain pass has none of these.
 ///
 /// ```
 /// # use candle_core::Device;
@@ -94,11 +94,12 @@ pub struct ForwardContext<'a> {
     pub(super) side: Option<&'a SideSignal>,
     pub(super) tap: Option<&'a mut dyn Tap>,
     pub(super) cancel: Option<&'a Cancel>,
+    pub(super) one_by_one: bool,
 }
 
 impl<'a> From<Pass<'a>> for ForwardContext<'a> {
     fn from(pass: Pass<'a>) -> Self {
-        Self { pass, side: None, tap: None, cancel: None }
+        Self { pass, side: None, tap: None, cancel: None, one_by_one: false }
     }
 }
 
@@ -123,6 +124,40 @@ impl<'a> ForwardContext<'a> {
         self.cancel = Some(cancel);
         self
     }
+
+    /// With each token computed as decoding computes it, after those before it and one by one: on the CPU, the
+    /// numbers of up to 16 tokens are then, to the last bit, those of as many passes of one token. For a causal pass
+    /// over caches; attention over many keys takes longer so. Default: several tokens of a sequence share the keys
+    /// that they read, and round differently from one.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// use hybrid_attention::HybridModel;
+    /// use hybrid_attention::model::{ForwardContext, Pass};
+    ///
+    /// # fn main() -> hybrid_attention::Result<()> {
+    /// let model = HybridModel::tiny(&Device::Cpu)?;
+    /// let transformer = model.transformer();
+    /// let (layers, ids) = (transformer.all_layers(), [11, 150, 12]);
+    ///
+    /// let mut cache = transformer.new_cache(64)?;
+    /// let together = ForwardContext::from(Pass::Cached(&mut cache)).one_by_one();
+    /// let together = transformer.forward(&transformer.embed_ids(&ids)?, layers.clone(), together)?;
+    ///
+    /// let mut cache = transformer.new_cache(64)?;
+    /// for (row, id) in ids.into_iter().enumerate() {
+    ///     let xs = transformer.embed_ids(&[id])?;
+    ///     let alone = transformer.forward(&xs, layers.clone(), Pass::Cached(&mut cache))?;
+    ///     assert_eq!(alone.to_vec2::<f32>()?, together.narrow(0, row, 1)?.to_vec2::<f32>()?);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn one_by_one(mut self) -> Self {
+        self.one_by_one = true;
+        self
+    }
 }
 
 impl std::fmt::Debug for ForwardContext<'_> {
@@ -132,6 +167,7 @@ impl std::fmt::Debug for ForwardContext<'_> {
             .field("side", &self.side)
             .field("tap", &self.tap.is_some())
             .field("cancel", &self.cancel)
+            .field("one_by_one", &self.one_by_one)
             .finish()
     }
 }

@@ -84,7 +84,13 @@ impl Mask {
             sequences.push(SequenceSpans { queries, keys, from, sees });
             from += held;
         }
-        Ok(Self { spans: Arc::new(Spans { sequences }) })
+        Ok(Self { spans: Arc::new(Spans { sequences, one_by_one: false }) })
+    }
+
+    /// The same, with every query rounded as if it came alone.
+    pub(super) fn one_by_one(&self) -> Self {
+        let sequences = self.spans.sequences.clone();
+        Self { spans: Arc::new(Spans { sequences, one_by_one: true }) }
     }
 
     /// The positions that a query of a sequence sees; an empty range for a query or sequence that does

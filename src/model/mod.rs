@@ -95,7 +95,8 @@ pub(crate) use crate::kernels::{Codebook, CodebookMatrix, reads_blocks};
 /// from those of more, and so does attention of one query from that of several. So the numbers of a
 /// sequence are the same to the last bit, whatever sequences run beside it, as long as all together have
 /// at most 16 tokens both times, or more than 16 both times. (A causal pass over caches is several: one
-/// for each chunk of 512 tokens.)
+/// for each chunk of 512 tokens. Up to 16 tokens of one sequence have the numbers that they have alone where
+/// they go [one by one](ForwardContext::one_by_one).)
 #[derive(Debug)]
 pub struct Transformer {
     config: Config,

@@ -45,6 +45,7 @@ struct Running<'p> {
     sight: Sight,
     side: Option<&'p SideSignal>,
     cancel: Option<&'p Cancel>,
+    one_by_one: bool,
 }
 
 /// The tap of a pass.
@@ -107,9 +108,15 @@ impl Stack {
         layers: Range<usize>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let ForwardContext { pass, side, tap, cancel } = context;
+        let ForwardContext { pass, side, tap, cancel, one_by_one } = context;
         let tokens = self.check_stream(xs)?;
         self.check_layers(&layers)?;
+        let continues =
+            matches!(pass, Pass::Cached(_) | Pass::Remembered { sight: Sight::Causal, .. });
+        if one_by_one && !continues {
+            let expected = "a causal one over caches, for tokens that go one by one";
+            return Err(Error::parameter("pass", expected, "another"));
+        }
         if layers.is_empty() {
             return Ok(xs.clone());
         }
@@ -132,7 +139,7 @@ impl Stack {
                 }
             }
         }
-        let mut running = Running { layers, sight: Sight::Causal, side, cancel };
+        let mut running = Running { layers, sight: Sight::Causal, side, cancel, one_by_one };
         let flat = flat(xs)?; // (tokens, hidden)
         let ys = match pass {
             Pass::Causal(batch) => self.uncached(&flat, batch, &running, tap)?,
@@ -214,9 +221,16 @@ impl Stack {
         for (rows, (piece, which)) in pieces {
             open.reserve(&which, &piece.lengths())?;
             let oldest = open.oldest(&which);
+            let mask = Mask::with_past(&piece, running.sight, self.window, &oldest)?;
+            let (rotation, mask) = if running.one_by_one {
+                let each = piece.one_by_one();
+                (self.rope.at(&each, &each.ends())?, mask.one_by_one())
+            } else {
+                (self.rope.at(&piece, ends.get(which.clone()).unwrap_or_default())?, mask)
+            };
             let context = BlockContext {
-                rotation: self.rope.at(&piece, ends.get(which.clone()).unwrap_or_default())?,
-                mask: Mask::with_past(&piece, running.sight, self.window, &oldest)?,
+                rotation,
+                mask,
                 rows: rows.clone(),
                 caches: Some((&mut open, which)),
                 side: running.side,

@@ -146,7 +146,8 @@ impl<'a> Attended<'a> {
         let alone = SequenceSpans { queries: 0..count, from: 0, ..this.clone() };
         let q = self.queries.narrow(1, this.queries.start, count)?;
         let scale = 1.0 / (q.dim(2)? as f64).sqrt();
-        kernels::scores(&q, &keys, &Spans { sequences: vec![alone] }, 0, head, queries, scale)
+        let spans = Spans { sequences: vec![alone], ..Spans::default() };
+        kernels::scores(&q, &keys, &spans, 0, head, queries, scale)
     }
 
     /// The weights of one head over one sequence, for some of its queries: the softmax of

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use hybrid_attention::adapter::{Adapter, AdapterConfig, AdapterScope};
+use hybrid_attention::generate::PromptLookup;
 use hybrid_attention::model::{Batch, Pass, Sight};
 use hybrid_attention::refine::Interpolate;
 use hybrid_attention::statistics::{Fingerprint, Generic, Subspace};
@@ -69,8 +70,9 @@ fn help_lists_every_option() -> Result {
     let prompt = ["--prompt", "--prompt-file", "--ids", "--chat", "--system", "--chat-template"];
     let candidates =
         ["--candidates", "--keep", "--every", "--score", "--noise", "--key", "--within"];
-    let generate = ["--json", "--prompt-logprobs", "--kv-cache", "--prompts", "--stop"];
-    let chat = ["--system", "--chat-template", "--context", "--kv-cache"];
+    let generate =
+        ["--json", "--prompt-logprobs", "--kv-cache", "--prompts", "--stop", "--speculate"];
+    let chat = ["--system", "--chat-template", "--context", "--kv-cache", "--speculate"];
     let embed = [
         "--file",
         "--pooling",
@@ -232,6 +234,50 @@ fn generate_reports_one_json_object_as_the_library_answers() -> Result {
         for key in ["load", "think", "prefill", "decode"] {
             assert!(report["seconds"][key].as_f64().is_some_and(|s| s >= 0.0), "{key}");
         }
+    }
+    Ok(())
+}
+
+/// The answer is the one without guesses, and what is said beside it is how these fared.
+#[test]
+fn generate_guesses_ahead_as_the_library_does() -> Result {
+    let folder = checkpoint(true)?;
+    let model = HybridModel::from_folder(folder.path(), None, &Device::Cpu)?;
+    let (ids, base) = ([5, 6, 7, 5, 6, 7, 5, 6], GenerationConfig::default().max_tokens(60));
+    let lookup = PromptLookup::default;
+    for (option, lookup) in [
+        ("--speculate", lookup()),
+        ("--speculate=3", lookup().tokens(3)),
+        ("--speculate=15", lookup().tokens(15)),
+    ] {
+        let args = ["--ids=5,6,7,5,6,7,5,6", "--max-tokens=60", option];
+        let (plain, ahead) =
+            (model.generate(ids, &base)?, model.generate(ids, &base.clone().speculate(lookup))?);
+        let (stdout, _) =
+            succeed("generate", folder.path(), &[&args[..], &["--json"]].concat(), "")?;
+        let report: Value = serde_json::from_str(&stdout)?;
+        assert_eq!(report["ids"], serde_json::json!(plain.ids));
+        assert_eq!(report["speculated"], serde_json::json!(ahead.speculated));
+        let (stdout, stderr) = succeed("generate", folder.path(), &args, "")?;
+        assert_eq!(stdout, format!("{}\n", plain.text));
+        let fared = ahead.speculated.ok_or("nothing was guessed")?;
+        let fared = format!(", {} of {} guesses right, stopped by", fared.accepted, fared.drafted);
+        assert!(stderr.contains(&fared), "{stderr}");
+    }
+    let input = "the cat sat on the cat sat on\nthe cat sat on\n";
+    let (plain, _) = succeed("chat", folder.path(), &["--max-tokens=30"], input)?;
+    let ahead = ["--max-tokens=30", "--speculate=4"];
+    let (stdout, stderr) = succeed("chat", folder.path(), &ahead, input)?;
+    assert_eq!((stdout, stderr.matches(" guesses right; ").count()), (plain, 2));
+
+    for (args, expected) in [
+        (["--ids=1", "--speculate=0"], "parameter speculate: tokens: expected 1 to 15, got 0"),
+        (["--ids=1", "--speculate=16"], "parameter speculate: tokens: expected 1 to 15, got 16"),
+        (["--ids=1", "--speculate=x"], "invalid value 'x' for '--speculate [<N>]'"),
+        (["--prompts=file", "--speculate"], "cannot be used with '--speculate [<N>]'"),
+    ] {
+        let stderr = fail("generate", folder.path(), &args)?;
+        assert!(stderr.contains(expected), "{stderr}");
     }
     Ok(())
 }

@@ -12,7 +12,10 @@ use hybrid_attention::{
 };
 
 use crate::input::{Input, Said};
-use crate::options::{CacheArgs, ModelArgs, SamplingArgs, ThinkingArgs, kept, with_chat_template};
+use crate::options::{
+    CacheArgs, ModelArgs, SamplingArgs, SpeculationArgs, ThinkingArgs, fared, kept,
+    with_chat_template,
+};
 use crate::terminal::{self, Result, say};
 
 #[derive(Args, Debug)]
@@ -32,6 +35,16 @@ pub(crate) struct Options {
 
     #[command(flatten)]
     sampling: SamplingArgs,
+
+    #[command(flatten)]
+    speculation: SpeculationArgs,
+}
+
+impl Options {
+    /// `config` with what was given on the command line.
+    fn config(&self, config: GenerationConfig) -> GenerationConfig {
+        self.speculation.apply(self.sampling.apply(self.thinking.apply(config)))
+    }
 }
 
 /// What is said of the keys at the end of the long help.
@@ -66,8 +79,7 @@ struct ChatArgs {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let config = options.sampling.apply(GenerationConfig::default());
-    options.thinking.apply(config).validate()?; // before waiting for the weights
+    options.config(GenerationConfig::default()).validate()?; // before waiting for the weights
     options.thinking.warn();
     let (model, load) = options.model.load()?;
     let model = options.cache.apply(model)?;
@@ -148,7 +160,7 @@ impl<'a> Chat<'a> {
         Ok(Self {
             model,
             tokenizer,
-            config: options.sampling.apply(options.thinking.apply(config)),
+            config: options.config(config),
             conversation: model.conversation(context)?,
             answer_room: options.chat.max_tokens.min(context / 4),
             system: options.chat.system.as_ref().map(Message::system),
@@ -206,8 +218,9 @@ impl<'a> Chat<'a> {
         }
         let seconds = stream.seconds();
         say(&format!(
-            "[{count} tokens, {:.1} a second; {} of {} prompt tokens known, the rest read in {:.1} s, thought {:.1} s]",
+            "[{count} tokens, {:.1} a second{}; {} of {} prompt tokens known, the rest read in {:.1} s, thought {:.1} s]",
             f64::from(count) / seconds.decode.max(1e-9),
+            fared(stream.speculated()),
             stream.kept(),
             stream.prompt_ids().len(),
             seconds.prefill,

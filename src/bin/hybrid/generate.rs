@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 
 use crate::files::read_text;
 use crate::options::{
-    CacheArgs, CandidateArgs, ModelArgs, PromptArgs, SamplingArgs, ThinkingArgs, kept,
+    CacheArgs, CandidateArgs, ModelArgs, PromptArgs, SamplingArgs, SpeculationArgs, ThinkingArgs,
+    fared, kept,
 };
 use crate::stubs;
 use crate::terminal::{self, Result};
@@ -31,7 +32,7 @@ pub(crate) struct Options {
     ///
     /// Prints a JSON object a line, in the order of the prompts. Each answer is what it would be alone.
     #[arg(long, value_name = "F", group = "input", help_heading = "Prompt")]
-    #[arg(conflicts_with = "candidates")]
+    #[arg(conflicts_with_all = ["candidates", "speculate"])]
     prompts: Option<PathBuf>,
 
     #[command(flatten)]
@@ -42,6 +43,9 @@ pub(crate) struct Options {
 
     #[command(flatten)]
     candidates: CandidateArgs,
+
+    #[command(flatten)]
+    speculation: SpeculationArgs,
 
     #[command(flatten)]
     answer: AnswerArgs,
@@ -93,6 +97,7 @@ impl Options {
         let config = config.max_tokens(*max_tokens).prompt_logprobs(*prompt_logprobs);
         let config = self.sampling.apply(self.thinking.apply(config));
         let config = self.candidates.apply(config, self.sampling.temperature);
+        let config = self.speculation.apply(config);
         stop.iter().fold(config, GenerationConfig::stop)
     }
 }
@@ -131,8 +136,9 @@ pub(crate) fn tell(model: &HybridModel, mut stream: TokenStream<'_>, load: f64) 
     writeln!(stdout())?;
     let seconds = stream.seconds();
     terminal::say(&format!(
-        "[{count} tokens, {:.1} a second, stopped by {}; loaded in {load:.1} s as {}, thought {:.1} s, read the prompt in {:.1} s]",
+        "[{count} tokens, {:.1} a second{}, stopped by {}; loaded in {load:.1} s as {}, thought {:.1} s, read the prompt in {:.1} s]",
         f64::from(count) / seconds.decode.max(1e-9),
+        fared(stream.speculated()),
         terminal::stopped_by(stream.stop()),
         kept(model),
         seconds.think,
@@ -208,6 +214,9 @@ pub(crate) fn report(model: &HybridModel, answer: &Answer, load: f64) -> Value {
     }
     if !answer.candidates.is_empty() {
         report["candidates"] = stubs::report(&answer.candidates);
+    }
+    if let Some(speculated) = &answer.speculated {
+        report["speculated"] = json!(speculated);
     }
     report
 }

@@ -226,7 +226,7 @@ impl<T: Element> Job<'_, T> {
         let (mut tasks, mut rest) = (Vec::new(), ys.as_mut_slice());
         for (spans, &keys) in self.spans.sequences.iter().zip(self.keys) {
             // A single query is shared out by key heads, several by blocks of queries.
-            let alone = spans.sees.len() == 1;
+            let alone = self.spans.one_by_one || spans.sees.len() == 1;
             let step = if alone { 1 } else { block };
             for start in (0..spans.sees.len()).step_by(step) {
                 let queries = start..spans.sees.len().min(start + step);
@@ -241,6 +241,9 @@ impl<T: Element> Job<'_, T> {
                     false => tasks.push(task(None, of_queries)),
                 }
             }
+        }
+        if self.spans.one_by_one {
+            tasks.sort_by_key(|task| task.head); // queries of one sequence read the same keys
         }
         let arch = Arch::new();
         tasks.into_par_iter().for_each_init(Room::default, |room, task| match task.head {
@@ -283,7 +286,7 @@ struct Room {
     wide: [Vec<f32>; 2],
 }
 
-/// The one query of a sequence, against the keys of a head: the cost of decoding a token. So few rows
+/// One query of a sequence, against the keys of a head: the cost of decoding a token. So few rows
 /// would leave most of a tile empty, so vectors run along the channels here.
 struct OneQuery<'a, T> {
     job: &'a Job<'a, T>,
@@ -297,7 +300,7 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Task { spans, keys, ys, .. } = self.task;
+        let Task { spans, keys, queries: Range { start: query, .. }, ys, .. } = self.task;
         let Sizes { group, queries, head_dim, .. } = self.job.sizes;
         let Room { scores, wide: [wide, q], .. } = self.room;
         if T::NARROW {
@@ -305,10 +308,10 @@ impl<T: Element> WithSimd for OneQuery<'_, T> {
         }
         q.clear(); // (group, head_dim)
         for head in self.head * group..(self.head + 1) * group {
-            let from = (head * queries + spans.queries.start) * head_dim;
+            let from = (head * queries + spans.queries.start + query) * head_dim;
             q.extend_from_slice(&self.job.q[from..from + head_dim]);
         }
-        let Some(seen) = spans.sees.first() else { return };
+        let Some(seen) = spans.sees.get(query) else { return };
         scores.resize(group * seen.len(), 0.0); // (group, seen)
         let mut rest = seen.clone();
         while !rest.is_empty() {

@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 pub(crate) struct Spans {
     /// In the order of the queries, which they cover completely.
     pub(crate) sequences: Vec<SequenceSpans>,
+    /// Whether each query is rounded as if it came alone, however many of its sequence come with it.
+    pub(crate) one_by_one: bool,
 }
 
 /// One sequence of a pass.

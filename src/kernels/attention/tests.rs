@@ -366,6 +366,37 @@ proptest! {
         prop_assert!(differences.iter().all(|it| *it < 1e-5), "{differences:?}");
     }
 
+    /// Queries that go one by one are those that come alone.
+    #[test]
+    fn one_by_one_is_alone(
+        cases in prop::collection::vec(any_case(), 1..4),
+        kv_heads in 1usize..4, group in 1usize..4, head_dim in 1usize..12,
+        dtype in prop_oneof![Just(DType::F32), Just(DType::BF16), Just(DType::F16)],
+    ) {
+        let run = || -> Result<()> {
+            let spans = Arc::new(Spans { one_by_one: true, ..Spans::of(&cases) });
+            let q = random(kv_heads * group, spans.queries(), head_dim)?;
+            let k = random(kv_heads, spans.keys(), head_dim)?.to_dtype(dtype)?;
+            let v = random(kv_heads, spans.keys(), head_dim)?.to_dtype(dtype)?;
+            let held = in_blocks(&k, &v, &spans, dtype)?;
+            let got = attend(&q, &KeyValues::Blocks(&held), &spans, 0.4)?.into_tensor();
+            assert_eq!(bits(&got)?, bits(&attend_packed([&q, &k, &v], &spans, 0.4)?)?);
+            for (sequence, held) in spans.sequences.iter().zip(&held) {
+                for (query, sees) in sequence.queries.clone().zip(&sequence.sees) {
+                    let alone = SequenceSpans {
+                        queries: 0..1, keys: sequence.keys.clone(), from: 0, sees: vec![sees.clone()],
+                    };
+                    let alone = Arc::new(Spans { sequences: vec![alone], ..Spans::default() });
+                    let held = KeyValues::Blocks(std::slice::from_ref(held));
+                    let alone = attend(&q.narrow(1, query, 1)?, &held, &alone, 0.4)?;
+                    assert_eq!(bits(&got.narrow(0, query, 1)?)?, bits(alone.tensor())?, "{query}");
+                }
+            }
+            Ok(())
+        };
+        run().map_err(|error| TestCaseError::fail(error.to_string()))?;
+    }
+
     /// No bit of a query's result depends on the number of threads, on what else is in the pass, on
     /// where its keys lie, or on the chunks that its sequence comes in.
     #[test]
@@ -415,7 +446,7 @@ proptest! {
                         keys: come.clone(),
                         from: 0,
                         sees: sees.to_vec(),
-                    }] });
+                    }], ..Spans::default() });
                     let q = q.narrow(1, start, end - start)?;
                     let (k, v) = (k.narrow(1, 0, come.len())?, v.narrow(1, 0, come.len())?);
                     let expected = &expected[start * width..end * width];

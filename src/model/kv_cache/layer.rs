@@ -259,7 +259,8 @@ pub(in crate::model) fn gather(
 ) -> Result<(Tensor, Tensor)> {
     let (keys, from) = (range.clone(), 0);
     let only = SequenceSpans { queries: 0..0, keys, from, sees: Vec::new() };
-    kernels::gather(std::slice::from_ref(held), &Spans { sequences: vec![only] }, dtype)
+    let spans = Spans { sequences: vec![only], ..Spans::default() };
+    kernels::gather(std::slice::from_ref(held), &spans, dtype)
 }
 
 /// `xs`, rounded as if it were kept as `dtype`. Its gradient is that of `xs`: the slope of rounding is 0

@@ -121,7 +121,7 @@ mod tests {
             let (blocks, mut rng) = (TYPES[which], rand_chacha::ChaCha8Rng::seed_from_u64(seed));
             let kind = BlockType::from(blocks);
             // A mapping, because candle asserts that blocks are aligned.
-            let mut bytes = MmapMut::map_anon(blocks.type_size()).unwrap();
+            let mut bytes = MmapMut::map_anon(blocks.type_size())?;
             rng.fill_bytes(&mut bytes);
             if largest {
                 for at in kind.halves().unwrap_or_default() {
@@ -129,8 +129,8 @@ mod tests {
                 }
             }
             let stored = blocks.from_data(Cow::Borrowed(&bytes));
-            let CpuStorage::F32(weights) = stored.dequantize(blocks.block_size()).unwrap() else {
-                panic!("not f32");
+            let CpuStorage::F32(weights) = stored.dequantize(blocks.block_size())? else {
+                return Err(TestCaseError::fail("not f32"));
             };
             let finite = weights.iter().all(|weight| weight.is_finite());
             prop_assert!(finite || !kind.are_surely_finite(&bytes), "{blocks:?}");

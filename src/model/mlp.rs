@@ -20,7 +20,8 @@ pub(super) struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
-    side: Option<SideProjection>,
+    /// Boxed, as few have one.
+    side: Option<Box<SideProjection>>,
 }
 
 /// The columns of an MLP's projections that read a [side signal](super::SideSignal): with
@@ -65,7 +66,7 @@ impl Mlp {
                 return Err(Error::parameter("side projection", expected, got));
             }
         }
-        self.side = side;
+        self.side = side.map(Box::new);
         Ok(())
     }
 

@@ -124,7 +124,7 @@ impl LostWords {
         for (index, line) in terminal::read_text(path)?.lines().enumerate() {
             match held_out {
                 None if index % HELD_OUT + 1 == HELD_OUT => {
-                    examination.push(words(tokenizer, line)?)
+                    examination.push(words(tokenizer, line)?);
                 }
                 _ => train.extend(pieces(words(tokenizer, line)?, tokens)),
             }

@@ -383,19 +383,23 @@ mod tests {
             prop_assume!(long(&queries) && long(&passages));
             let var = |rows: &[Vec<f64>]| {
                 let values: Vec<f32> = rows.concat().into_iter().map(|it| it as f32).collect();
-                Var::from_vec(values, (pairs, WIDTH), &Device::Cpu).unwrap()
+                Var::from_vec(values, (pairs, WIDTH), &Device::Cpu)
             };
-            let [q, p] = [&queries, &passages].map(|rows| var(rows));
-            let (loss, found) = contrast(&q, &p, temperature).unwrap();
+            let (q, p) = (var(&queries)?, var(&passages)?);
+            let (loss, found) = contrast(&q, &p, temperature)
+                .map_err(|error| TestCaseError::fail(error.to_string()))?;
             let expected = by_definition(&queries, &passages, temperature);
-            let got = f64::from(loss.to_scalar::<f32>().unwrap());
+            let got = f64::from(loss.to_scalar::<f32>()?);
             prop_assert!((got - expected).abs() < 1e-4, "{got} {expected}");
             prop_assert!((0.0..=1.0).contains(&found) && (pairs > 1 || found == 1.0));
 
-            let gradients = loss.backward().unwrap();
+            let gradients = loss.backward()?;
             const STEP: f64 = 1e-5;
             for (which, var) in [(0, &q), (1, &p)] {
-                let gradient: Vec<Vec<f32>> = gradients.get(var).unwrap().to_vec2().unwrap();
+                let Some(gradient) = gradients.get(var) else {
+                    return Err(TestCaseError::fail("no gradient"));
+                };
+                let gradient: Vec<Vec<f32>> = gradient.to_vec2()?;
                 for row in 0..pairs {
                     for column in 0..WIDTH {
                         let at = |step: f64| {

@@ -20,8 +20,7 @@ pub(super) struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
-    /// Boxed, as few have one.
-    side: Option<Box<SideProjection>>,
+    side: Option<SideProjection>,
 }
 
 /// The columns of an MLP's projections that read a [side signal](super::SideSignal): with
@@ -66,7 +65,7 @@ impl Mlp {
                 return Err(Error::parameter("side projection", expected, got));
             }
         }
-        self.side = side.map(Box::new);
+        self.side = side;
         Ok(())
     }
 

@@ -166,16 +166,17 @@ fn narrow_weights_keep_the_perplexity() -> Result {
     Ok(())
 }
 
-/// Products that are not exact cost no more perplexity than it says: 20 passages of 90 tokens of the licence.
+/// Products that are not exact cost no more perplexity than rounding should: 20 passages of 90 tokens of the
+/// licence. Of so few tokens, rounding at random moves it by about 0.1 %.
 #[test]
 fn fast_products_keep_the_perplexity() -> Result {
     let Some((path, model, _)) = subject()? else { return Ok(()) };
     let passages = passages(model, 20, 90)?;
     let folder = unpacked(&path)?;
     for (kept, at_most) in [
-        (WeightType::Dense(DType::BF16), 0.001),
-        (WeightType::Quantized(GgmlDType::Q8_0), 0.003),
-        (WeightType::Quantized(GgmlDType::Q4K), 0.003),
+        (WeightType::Dense(DType::BF16), 0.002),
+        (WeightType::Quantized(GgmlDType::Q8_0), 0.005),
+        (WeightType::Quantized(GgmlDType::Q4K), 0.005),
     ] {
         let exact = HybridModel::from_folder(folder.path(), kept, &Device::Cpu)?;
         let fast = exact.with_compute(Compute::Fast)?;

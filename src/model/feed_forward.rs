@@ -17,14 +17,14 @@ const MLP: [&str; 3] = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
 
 #[derive(Clone, Debug)]
 pub(super) enum FeedForward {
-    Mlp(Mlp),
+    Mlp(Box<Mlp>),
     Experts(Mixture),
 }
 
 impl FeedForward {
     pub(super) fn new(config: &Config, prefix: &str, weights: &mut impl Weights) -> Result<Self> {
         match &config.experts {
-            None => Ok(Self::Mlp(Mlp::new(config, prefix, MLP, weights)?)),
+            None => Ok(Self::Mlp(Box::new(Mlp::new(config, prefix, MLP, weights)?))),
             Some(of) => Ok(Self::Experts(Mixture::new(config, of, prefix, weights)?)),
         }
     }

@@ -167,7 +167,7 @@ fn narrow_weights_keep_the_perplexity() -> Result {
 }
 
 /// Products that are not exact cost no more perplexity than rounding should: 20 passages of 90 tokens of the
-/// licence. Of so few tokens, rounding at random moves it by about 0.1 %.
+/// licence. At `bf16` it was 0.11 % on a Zen 4.
 #[test]
 fn fast_products_keep_the_perplexity() -> Result {
     let Some((path, model, _)) = subject()? else { return Ok(()) };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! R=target/runs
-//! cargo run --release --bin train -- --suite glossary --arm no-passes --out $R/base
+//! cargo run --release --bin train -- --suite glossary --arm no-passes --span 1..5 --out $R/base
 //! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --dictionary 8 --steps 1000 \
 //!     --out $R/beside
 //! cargo run --release --bin train -- --suite glossary --arm no-passes --model $R/base --rank 3 --steps 1000 \

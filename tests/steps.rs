@@ -47,6 +47,12 @@ fn largest(a: &Matrix) -> f64 {
     finite.fold(f64::MIN_POSITIVE, f64::max)
 }
 
+/// The length of the longest row.
+fn longest(a: &Matrix) -> f64 {
+    let lengths = a.iter().map(|row| row.iter().map(|a| a * a).sum::<f64>().sqrt());
+    lengths.fold(0.0, f64::max)
+}
+
 /// How far two are apart; what is infinite in one must be so in the other.
 fn apart(a: &Matrix, b: &Matrix) -> f64 {
     assert_eq!((a.len(), a.concat().len()), (b.len(), b.concat().len()));
@@ -159,7 +165,10 @@ fn check(config: &Config, witness: &Witness, of_heads: &[Vec<AttentionSteps>]) -
                         it.key_positions.clone().zip(row).map(score).collect()
                     })
                     .collect();
-                assert_near("scores", &matrix(&softmax.scores)?, &scores);
+                // A sum of products rounds as these do, however small it is.
+                let terms = longest(&matrix(&it.queries)?) * longest(&matrix(&it.keys)?);
+                let scale = (terms / (width as f64).sqrt()).max(f64::MIN_POSITIVE);
+                assert_near_as("scores", &matrix(&softmax.scores)?, &scores, scale);
                 check_softmax(softmax)?;
                 let weights = matrix(&softmax.weights)?;
                 let (values, context) = (matrix(&it.values)?, matrix(&it.context)?);

@@ -23,6 +23,8 @@ pub enum Compute {
     /// - with weights in blocks, each 32 numbers to bytes, by at most 1/254 of the largest of them: AVX-512 with
     ///   VNNI.
     ///
+    /// On 1800 tokens of SmolLM2-135M that adds 0.11 % to the perplexity at `bf16`, 0.39 % at `Q8_0` and 1.03 % at `Q4_K`.
+    ///
     /// Sums are in `f32`; of 32 bytes, they are exact. Whether that takes less time is measured when first asked
     /// for, in about a millisecond. On all other processors, and for weights in other types, this is
     /// [`Exact`](Self::Exact); so is every product that a gradient is wanted of, as for nudges and for training,

@@ -22,7 +22,7 @@ use crate::flashback::check_base;
 use crate::glossary::{TEMPLATE, answered, compile, tales};
 use crate::settings::Sees;
 use crate::terminal::{self, Result};
-use crate::ways::{shown, spread};
+use crate::ways::{less, over_runs, shown};
 
 /// The seed of the glossaries.
 const SEED: u64 = 20_261_129;
@@ -258,21 +258,9 @@ fn bytes_of_token(config: &Config) -> usize {
     2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
 }
 
-/// The figures of one run, with their standard error, or of several, with their standard deviation over the runs. `of`
-/// gives those of a run, tale by tale.
-fn over_runs(reports: &[Report], of: impl Fn(&Report) -> Option<Vec<f64>>) -> Option<Estimate> {
-    let runs = reports.iter().map(of).collect::<Option<Vec<_>>>()?;
-    match runs.as_slice() {
-        [one] => Some(Estimate::of(one)),
-        several => {
-            let means: Vec<f64> = several.iter().map(|run| Estimate::of(run).mean).collect();
-            Some(spread(&means))
-        }
-    }
-}
-
-fn less(values: &[f64], base: &[f64]) -> Vec<f64> {
-    values.iter().zip(base).map(|(value, base)| value - base).collect()
+/// The figures of all runs, which `of` gives tale by tale; nothing where one has none.
+fn figures(reports: &[Report], of: impl Fn(&Report) -> Option<Vec<f64>>) -> Option<Estimate> {
+    Some(over_runs(&reports.iter().map(of).collect::<Option<Vec<_>>>()?))
 }
 
 fn table(reports: &[Report]) -> String {
@@ -293,14 +281,14 @@ fn table(reports: &[Report]) -> String {
             report.rows.iter().find(|row| row.entries == *entries && row.way == way).cloned()
         };
         let cells = [|row: &Row| row.told.clone(), |row: &Row| row.asked.clone()].map(|of| {
-            let right = over_runs(reports, |report| of(&find(report, way)?));
-            let difference = over_runs(reports, |report| {
+            let right = figures(reports, |report| of(&find(report, way)?));
+            let difference = figures(reports, |report| {
                 Some(less(&of(&find(report, way)?)?, &of(&find(report, DEFINED)?)?))
             });
             let right = right.map_or_else(|| "does not fit".into(), |it| shown(&it));
             format!("{right} | {}", difference.map_or_else(String::new, Estimate::signed))
         });
-        let ms = over_runs(reports, |report| Some(vec![find(report, way)?.seconds? * 1e3]));
+        let ms = figures(reports, |report| Some(vec![find(report, way)?.seconds? * 1e3]));
         table += &format!(
             "| {entries} | {way} | {} | {tokens} | {:.0} | {} | {} |\n",
             cells.join(" | "),
@@ -318,7 +306,7 @@ fn table(reports: &[Report]) -> String {
     );
     for WithoutWords { entries, .. } in &first.without_words {
         let of = |values: fn(&WithoutWords) -> Vec<f64>| {
-            over_runs(reports, |report| {
+            figures(reports, |report| {
                 report.without_words.iter().find(|it| it.entries == *entries).map(values)
             })
         };

@@ -84,16 +84,16 @@ const LESSONS: [Lesson; 10] = {
     const DEFINED: &[Telling] = &[BY_NAMES, asked(Own), told(Own), told(Own)];
     const AMONG: &[Telling] = &[BY_NAMES, asked(Among), told(Among), told(Among)];
     [
-        lesson(&[BY_NAMES], 6, Wording::Terse, 0.15),
-        lesson(&[BY_NAMES, BY_WORDS], 6, Wording::Terse, 0.2),
+        lesson(&[BY_NAMES], TALE_FACTS, Wording::Terse, 0.15),
+        lesson(&[BY_NAMES, BY_WORDS], TALE_FACTS, Wording::Terse, 0.2),
         lesson(ASKED, 2, Wording::Terse, 0.35),
         lesson(ASKED, 4, Wording::Terse, 0.45),
-        lesson(ASKED, 6, Wording::Terse, 0.5),
+        lesson(ASKED, TALE_FACTS, Wording::Terse, 0.5),
         lesson(DEFINED, 3, Wording::Terse, 0.65),
-        lesson(DEFINED, 6, Wording::Terse, 0.7),
-        lesson(DEFINED, 6, Wording::Both, 0.75),
-        lesson(DEFINED, 6, Wording::Full, 0.8),
-        lesson(AMONG, 6, Wording::Full, 1.0),
+        lesson(DEFINED, TALE_FACTS, Wording::Terse, 0.7),
+        lesson(DEFINED, TALE_FACTS, Wording::Both, 0.75),
+        lesson(DEFINED, TALE_FACTS, Wording::Full, 0.8),
+        lesson(AMONG, TALE_FACTS, Wording::Full, 1.0),
     ]
 };
 

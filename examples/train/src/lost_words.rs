@@ -13,8 +13,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::{D, Tensor};
-use candle_nn::ops::log_softmax;
+use candle_core::Tensor;
+use candle_nn::loss::cross_entropy;
 use hybrid_attention::Tokenizer;
 use hybrid_attention::model::Batch;
 use hybrid_attention::thought::ThoughtModel;
@@ -24,7 +24,7 @@ use serde::Serialize;
 
 use crate::base::Base;
 use crate::lessons::Lessons;
-use crate::score::{read, read_both_ways};
+use crate::score::read_by;
 use crate::settings::{Arm, AskedAt, Lost, Settings};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
@@ -212,29 +212,23 @@ impl LostWords {
         name: &str,
         model: &ThoughtModel,
         settings: &Settings,
-        (arm, passes): (Arm, usize),
+        how: (Arm, usize),
         progress: impl Fn(),
     ) -> Result<Way> {
         let (mut losses, mut tokens, start) = (Vec::new(), 0, Instant::now());
         for puzzle in &self.held_out {
-            let Laid { ids, context, answers } = self.lay_out(arm, puzzle);
+            let Laid { ids, context, answers } = self.lay_out(how.0, puzzle);
             tokens += ids.len();
-            let mut batch = Batch::one(ids.len())?;
-            if passes > 0 || arm == Arm::Whole {
-                batch = batch.with_context(0, std::slice::from_ref(&context))?;
-            }
-            let hidden = match arm {
-                Arm::Whole => read_both_ways(model, &ids, &batch)?,
-                _ => read(model, &settings.thinking(passes), &ids, batch)?,
-            };
+            let batch = Batch::one(ids.len())?.with_context(0, std::slice::from_ref(&context))?;
+            let hidden = read_by(model, settings, how, &ids, batch)?;
             let (at, answers): (Vec<u32>, Vec<u32>) =
                 answers.into_iter().map(|(at, id)| (at as u32, id)).unzip();
             let hidden = hidden.index_select(&Tensor::new(at, hidden.device())?, 0)?;
             let logits = model.decoder().logits(&hidden)?; // (answers, vocab)
-            let answers = Tensor::new(answers, hidden.device())?.unsqueeze(1)?;
-            let logprobs = log_softmax(&logits, D::Minus1)?.gather(&answers, 1)?;
-            let sum = logprobs.sum_all()?.to_scalar::<f32>()?;
-            losses.push(-f64::from(sum) / puzzle.words as f64);
+            let of_word = answers.len() as f64 / puzzle.words as f64; // tokens
+            let answers = Tensor::new(answers, hidden.device())?;
+            let loss = cross_entropy(&logits, &answers)?.to_scalar::<f32>()?;
+            losses.push(f64::from(loss) * of_word);
             progress();
         }
         let count = self.held_out.len() as f64;
@@ -263,9 +257,7 @@ impl Task for LostWords {
         }
         let mut batch = Batch::ragged(&lengths)?;
         for (sequence, context) in contexts.iter().enumerate() {
-            if passes > 0 || settings.arm == Arm::Whole {
-                batch = batch.with_context(sequence, std::slice::from_ref(context))?;
-            }
+            batch = batch.with_context(sequence, std::slice::from_ref(context))?;
         }
         Ok(Exercise { ids, batch, answers, passes, end: None })
     }

@@ -4,11 +4,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use hybrid_attention::Pooling;
+use hybrid_attention::adapter::AdapterScope;
+use serde::de::DeserializeOwned;
 
 use crate::base::Base;
 use crate::settings::{
-    Arm, AskedAt, Lost, LowRank, MOST_PASSES, Mind, OfPairs, OfText, Pool, Reads, Sees, Settings,
-    Suite,
+    Arm, AskedAt, Lost, LowRank, MOST_PASSES, OfPairs, OfText, Reads, Sees, Settings, Suite,
 };
 
 /// Teach a model to think: a new small one, a checkpoint, or an adapter on it, on the flashback suite
@@ -63,9 +65,10 @@ pub struct Options {
     #[arg(long, value_name = "A..B", requires = "rank", value_parser = parse_span)]
     adapter_layers: Option<Range<usize>>,
 
-    /// When the adapter is active [default: thinking, or decoding where there are no passes; both with --lost and --pairs]
-    #[arg(long, value_enum, requires = "rank")]
-    adapter_for: Option<Mind>,
+    /// When the adapter is active: thinking, decoding or both [default: thinking, or decoding where there are no passes; both
+    /// with --lost and --pairs]
+    #[arg(long, value_name = "WHEN", requires = "rank", value_parser = parse_named::<AdapterScope>)]
+    adapter_for: Option<AdapterScope>,
 
     /// A UTF-8 file of passages to learn from, one a line; those that are too short are skipped
     /// [default: learn the flashback suite]
@@ -81,9 +84,10 @@ pub struct Options {
     #[arg(long, value_name = "T", requires = "pairs", default_value_t = 0.05)]
     temperature: f64,
 
-    /// How the vectors of a text's tokens become one [default: weighted-mean where the last ones have seen most, else mean]
-    #[arg(long, value_enum, requires = "pairs")]
-    pooling: Option<Pool>,
+    /// How the vectors of a text's tokens become one: mean, weighted-mean or last-token [default: weighted-mean where the last
+    /// ones have seen most, else mean]
+    #[arg(long, value_name = "HOW", requires = "pairs", value_parser = parse_named::<Pooling>)]
+    pooling: Option<Pooling>,
 
     /// Blank this share of a text's words, and learn to fill them where they stand
     #[arg(long, value_name = "SHARE", requires = "text")]
@@ -179,7 +183,7 @@ impl Options {
             tokens: self.tokens,
             passes: self.passes,
             temperature: self.temperature,
-            pooling: self.pooling.map(Into::into),
+            pooling: self.pooling,
         }
     }
 
@@ -212,7 +216,7 @@ impl Options {
             layers: self.adapter_layers.as_ref().map(|layers| (layers.start, layers.end)),
             mind: self
                 .adapter_for
-                .or((self.lost.is_some() || self.pairs.is_some()).then_some(Mind::Both)),
+                .or((self.lost.is_some() || self.pairs.is_some()).then_some(AdapterScope::Both)),
         };
         Settings {
             arm: self.arm,
@@ -249,4 +253,9 @@ pub(crate) fn name(path: &Path) -> String {
 fn parse_span(text: &str) -> Result<Range<usize>, String> {
     let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
     ends.map(|(a, b)| a..b).ok_or_else(|| "expected two layer numbers like 14..18".to_string())
+}
+
+/// A setting of the library by its name, `weighted-mean` for `weighted_mean`.
+fn parse_named<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(text.replace('-', "_").into()).map_err(|error| error.to_string())
 }

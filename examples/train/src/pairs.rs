@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::base::Base;
 use crate::lessons::Lessons;
-use crate::score::{read, read_both_ways};
+use crate::score::read_by;
 use crate::settings::{Arm, OfPairs, Settings};
 use crate::task::{Exercise, Task};
 use crate::terminal::{self, Result};
@@ -37,6 +37,8 @@ pub(crate) struct Pairs {
     held_out: Vec<(Vec<u32>, usize)>,
     /// Each once.
     passages: Vec<Vec<u32>>,
+    /// How many of them there are to learn from.
+    learned: usize,
     how: OfPairs,
     /// Tells these tokens from those of other pairs.
     pub(crate) fingerprint: String,
@@ -119,13 +121,10 @@ impl Pairs {
         let train = pairs_of(path)?;
         let mut held_out = pairs_of(held_out)?;
         held_out.truncate(examined);
-        let distinct: HashSet<usize> = train.iter().map(|(_, passage)| *passage).collect();
-        if distinct.len() < 2 || held_out.len() < examined.min(2) {
-            let found = format!(
-                "{} passages to learn from, {} pairs held out",
-                distinct.len(),
-                held_out.len()
-            );
+        let learned = train.iter().map(|(_, passage)| *passage).collect::<HashSet<_>>().len();
+        if learned < 2 || held_out.len() < examined.min(2) {
+            let found =
+                format!("{} passages to learn from, {} pairs held out", learned, held_out.len());
             return Err(
                 format!("{}: expected at least 2 of each, got {found}", path.display()).into()
             );
@@ -133,7 +132,7 @@ impl Pairs {
         let queries = train.iter().chain(&held_out).map(|(query, _)| query);
         let fingerprint = fingerprint(&queries.chain(&passages).cloned().collect::<Vec<_>>());
         let model = base.path.clone();
-        Ok(Self { train, held_out, passages, how: how.clone(), fingerprint, model })
+        Ok(Self { train, held_out, passages, learned, how: how.clone(), fingerprint, model })
     }
 
     /// One vector for each text, `(texts, hidden)`.
@@ -141,7 +140,7 @@ impl Pairs {
         &self,
         model: &ThoughtModel,
         settings: &Settings,
-        (arm, passes): (Arm, usize),
+        how: (Arm, usize),
         pooling: Pooling,
         texts: &[&[u32]],
     ) -> Result<Tensor> {
@@ -151,28 +150,20 @@ impl Pairs {
         for text in texts {
             let before = ids.len();
             ids.extend_from_slice(text);
-            if arm == Arm::Twice {
+            if how.0 == Arm::Twice {
                 ids.extend_from_slice(text.get(ONLY_READ..).unwrap_or_default());
             }
-            let own = if arm == Arm::Twice { text.len() - ONLY_READ } else { text.len() };
+            let own = if how.0 == Arm::Twice { text.len() - ONLY_READ } else { text.len() };
             pooled.extend((ids.len() - own..ids.len()).map(|row| row as u32));
             lengths.push((ids.len() - before, own));
         }
         let of =
             |which: fn(&(usize, usize)) -> usize| lengths.iter().map(which).collect::<Vec<_>>();
         let mut batch = Batch::ragged(&of(|(all, _)| *all))?;
-        if passes > 0 || arm == Arm::Whole {
-            for (sequence, (all, _)) in lengths.iter().enumerate() {
-                batch = batch.with_context(sequence, std::slice::from_ref(&(ONLY_READ..*all)))?;
-            }
+        for (sequence, (all, _)) in lengths.iter().enumerate() {
+            batch = batch.with_context(sequence, std::slice::from_ref(&(ONLY_READ..*all)))?;
         }
-        let hidden = match arm {
-            Arm::Whole => read_both_ways(model, &ids, &batch)?,
-            _ => {
-                let thinking = settings.thinking(passes).gradient_passes(settings.gradient_passes);
-                read(model, &thinking, &ids, batch)?
-            }
-        };
+        let hidden = read_by(model, settings, how, &ids, batch)?;
         let hidden = hidden.index_select(&Tensor::new(pooled, hidden.device())?, 0)?;
         let normed = model.decoder().norm(&hidden)?;
         Ok(pooling.pool(&normed, &Batch::ragged(&of(|(_, own)| *own))?)?)
@@ -241,8 +232,7 @@ impl Task for Pairs {
     /// The queries of a batch, then their passages, no two of which are the same: all `ids` one after the other, and how
     /// long each text is in its `batch`.
     fn draw(&self, settings: &Settings, _: &Lessons, rng: &mut ChaCha8Rng) -> Result<Exercise> {
-        let distinct: HashSet<usize> = self.train.iter().map(|(_, passage)| *passage).collect();
-        let count = settings.batch.min(distinct.len());
+        let count = settings.batch.min(self.learned);
         let (mut taken, mut queries, mut passages) = (HashSet::new(), Vec::new(), Vec::new());
         while queries.len() < count {
             let (query, passage) = &self.train[rng.random_range(0..self.train.len())];

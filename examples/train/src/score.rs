@@ -8,6 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::settings::{Arm, Settings};
 use flashback_suite::{LONGEST, Plan, Split, Story, Vocabulary};
 
 /// The share of right answers over stories of one split.
@@ -105,13 +106,23 @@ pub fn read(
     mind.hand_off(&text, &thoughts, Pass::Causal(text.batch()))
 }
 
-/// One reading by all layers in which tokens of a context see each other both ways, by the mind that thinks; returns what
-/// leaves the last layer, `(tokens, hidden)`.
+/// Reads as an arm does, with so many passes: what leaves the last layer, `(tokens, hidden)`. [`Arm::Whole`] is one reading
+/// by all layers of the mind that thinks, in which the tokens of a context see each other both ways.
 ///
 /// # Errors
-/// As the pass itself.
-pub(crate) fn read_both_ways(model: &ThoughtModel, ids: &[u32], batch: &Batch) -> Result<Tensor> {
-    let thinker = model.thinker();
-    let context = ForwardContext::from(Pass::Bidirectional(batch));
-    thinker.forward(&thinker.embed_ids(ids)?, thinker.all_layers(), context)
+/// As the passes themselves.
+pub(crate) fn read_by(
+    model: &ThoughtModel,
+    settings: &Settings,
+    (arm, passes): (Arm, usize),
+    ids: &[u32],
+    batch: Batch,
+) -> Result<Tensor> {
+    if arm == Arm::Whole {
+        let thinker = model.thinker();
+        let context = ForwardContext::from(Pass::Bidirectional(&batch));
+        return thinker.forward(&thinker.embed_ids(ids)?, thinker.all_layers(), context);
+    }
+    let thinking = settings.thinking(passes).gradient_passes(settings.gradient_passes);
+    read(model, &thinking, ids, batch)
 }

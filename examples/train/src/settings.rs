@@ -85,46 +85,6 @@ impl Suite {
     }
 }
 
-/// When something that an adapter changes is active.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Mind {
-    /// In thought passes, and where a text is read both ways
-    Thinking,
-    /// Where a text is read causally
-    Decoding,
-    Both,
-}
-
-impl From<Mind> for AdapterScope {
-    fn from(mind: Mind) -> Self {
-        match mind {
-            Mind::Thinking => Self::Thinking,
-            Mind::Decoding => Self::Decoding,
-            Mind::Both => Self::Both,
-        }
-    }
-}
-
-/// How the vectors of a text's tokens become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Pool {
-    Mean,
-    /// Later tokens count more
-    WeightedMean,
-    Last,
-}
-
-impl From<Pool> for Pooling {
-    fn from(pool: Pool) -> Self {
-        match pool {
-            Pool::Mean => Self::Mean,
-            Pool::WeightedMean => Self::WeightedMean,
-            Pool::Last => Self::LastToken,
-        }
-    }
-}
-
 /// Where a lost word is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -189,7 +149,7 @@ pub(crate) struct LowRank {
     pub(crate) layers: Option<(usize, usize)>,
     /// When it is active; without any, in thought passes, or where there are none in decoding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) mind: Option<Mind>,
+    pub(crate) mind: Option<AdapterScope>,
 }
 
 /// Columns that read a dictionary, in the layers of the span.

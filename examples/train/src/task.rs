@@ -8,8 +8,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::lessons::Lessons;
-use crate::score::{read, read_both_ways};
-use crate::settings::{Arm, Settings};
+use crate::score::read_by;
+use crate::settings::Settings;
 use crate::terminal::Result;
 use crate::trainee::Trainee;
 
@@ -31,11 +31,8 @@ pub(crate) trait Task {
         settings: &Settings,
         exercise: &Exercise,
     ) -> Result<(Tensor, f64)> {
-        let thinking = settings.thinking(exercise.passes).gradient_passes(settings.gradient_passes);
-        let hidden = match settings.arm {
-            Arm::Whole => read_both_ways(model, &exercise.ids, &exercise.batch)?,
-            _ => read(model, &thinking, &exercise.ids, exercise.batch.clone())?,
-        };
+        let how = (settings.arm, exercise.passes);
+        let hidden = read_by(model, settings, how, &exercise.ids, exercise.batch.clone())?;
         let (at, answers): (Vec<u32>, Vec<u32>) = exercise.answers.iter().copied().unzip();
         let at = Tensor::new(at, hidden.device())?;
         let hidden = hidden.index_select(&at, 0)?; // (answers, hidden)

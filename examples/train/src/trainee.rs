@@ -142,7 +142,7 @@ impl Trainee {
         let gate = adapter.thought_gate().map(|_| GATE.to_string());
         let vars = tensors.chain(gate).zip(adapter.variables()?).collect();
         let alone = if thinks { AdapterScope::Thinking } else { AdapterScope::Decoding };
-        let scope = mind.map_or(alone, Into::into);
+        let scope = mind.unwrap_or(alone);
         Ok(Self {
             config,
             vars,

@@ -1,7 +1,7 @@
 //! Ways to do a task, side by side: what each came to item by item, and what it took; of one run, or of several.
 
 use std::io::{Write, stdout};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use hybrid_attention::evaluate::Estimate;
 use serde::{Deserialize, Serialize};
@@ -26,17 +26,6 @@ pub(crate) struct Way {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Ways(Vec<Way>);
 
-/// What a table says of a way.
-struct Row {
-    name: String,
-    seeds: usize,
-    loss: Estimate,
-    less: Estimate,
-    right: Option<Estimate>,
-    tokens: f64,
-    seconds: f64,
-}
-
 impl Ways {
     pub(crate) fn new(ways: Vec<Way>) -> Self {
         Self(ways)
@@ -44,25 +33,14 @@ impl Ways {
 
     /// A Markdown table; `losses` says what they are of.
     pub(crate) fn table(&self, losses: &str) -> String {
-        let rows: Vec<Row> = self.rows().collect();
         let items = self.0.first().map_or(0, |way| way.losses.len());
-        format!("{items} items. {losses}, mean ± standard error.\n\n{}", table(&rows))
+        let table = table(std::slice::from_ref(self));
+        format!("{items} items. {losses}, mean ± standard error.\n\n{table}")
     }
 
-    fn rows(&self) -> impl Iterator<Item = Row> {
-        let first = self.0.first();
-        self.0.iter().map(move |way| Row {
-            name: way.name.clone(),
-            seeds: 1,
-            loss: Estimate::of(&way.losses),
-            less: Estimate::of_difference(
-                &way.losses,
-                first.map_or(&[], |first| first.losses.as_slice()),
-            ),
-            right: (!way.right.is_empty()).then(|| Estimate::of(&way.right)),
-            tokens: way.tokens,
-            seconds: way.seconds,
-        })
+    /// A way by its name, and the first one.
+    fn find(&self, name: &str) -> Option<(&Way, &Way)> {
+        Some((self.0.iter().find(|way| way.name == name)?, self.0.first()?))
     }
 }
 
@@ -76,46 +54,26 @@ pub fn report_ways(runs: &Path) -> Result<()> {
     struct Record {
         ways: Ways,
     }
-    let mut rows = Vec::<Vec<Row>>::new();
-    for path in terminal::records(runs)? {
-        let record: Record = terminal::read_record(&path)?;
-        for row in record.ways.rows() {
-            match rows.iter_mut().find(|rows| rows.iter().any(|other| other.name == row.name)) {
-                Some(same) => same.push(row),
-                None => rows.push(vec![row]),
-            }
-        }
-    }
-    let rows: Vec<Row> = rows.into_iter().filter_map(over_seeds).collect();
-    write!(stdout(), "{}", table(&rows))?;
+    let read = |path: &PathBuf| Ok(terminal::read_record::<Record>(path)?.ways);
+    let runs = terminal::records(runs)?.iter().map(read).collect::<Result<Vec<_>>>()?;
+    write!(stdout(), "{}", table(&runs))?;
     Ok(())
 }
 
-/// Of rows of the same way, their means and how far these lie apart.
-fn over_seeds(rows: Vec<Row>) -> Option<Row> {
-    let [first, others @ ..] = rows.as_slice() else { return None };
-    if others.is_empty() {
-        return rows.into_iter().next();
+/// The mean of one run, item by item, and its standard error; of several the mean of their means, and the standard deviation
+/// of these in its place.
+pub(crate) fn over_runs(runs: &[Vec<f64>]) -> Estimate {
+    if let [one] = runs {
+        return Estimate::of(one);
     }
-    let of = |value: &dyn Fn(&Row) -> f64| -> Estimate {
-        spread(&rows.iter().map(value).collect::<Vec<_>>())
-    };
-    let right = rows.iter().filter_map(|row| Some(row.right?.mean)).collect::<Vec<_>>();
-    Some(Row {
-        name: first.name.clone(),
-        seeds: rows.len(),
-        loss: of(&|row| row.loss.mean),
-        less: of(&|row| row.less.mean),
-        right: (right.len() == rows.len()).then(|| spread(&right)),
-        tokens: of(&|row| row.tokens).mean,
-        seconds: of(&|row| row.seconds).mean,
-    })
+    let means: Vec<f64> = runs.iter().map(|run| Estimate::of(run).mean).collect();
+    let Estimate { mean, standard_error } = Estimate::of(&means);
+    Estimate { mean, standard_error: standard_error * (means.len() as f64).sqrt() }
 }
 
-/// The mean of some runs, and the standard deviation in the place of the standard error.
-pub(crate) fn spread(values: &[f64]) -> Estimate {
-    let Estimate { mean, standard_error } = Estimate::of(values);
-    Estimate { mean, standard_error: standard_error * (values.len() as f64).sqrt() }
+/// Item by item.
+pub(crate) fn less(values: &[f64], base: &[f64]) -> Vec<f64> {
+    values.iter().zip(base).map(|(value, base)| value - base).collect()
 }
 
 /// `0.312 ± 0.004`
@@ -123,23 +81,44 @@ pub(crate) fn shown(it: &Estimate) -> String {
     format!("{:.3} ± {:.3}", it.mean, it.standard_error)
 }
 
-fn table(rows: &[Row]) -> String {
-    let counts = rows.iter().any(|row| row.right.is_some());
+/// The ways of all runs, each where it first occurs.
+fn table(runs: &[Ways]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for way in runs.iter().flat_map(|run| &run.0) {
+        if !names.contains(&way.name.as_str()) {
+            names.push(&way.name);
+        }
+    }
+    let counts = runs.iter().flat_map(|run| &run.0).any(|way| !way.right.is_empty());
     let right = if counts { " right |" } else { "" };
-    let first = rows.first().map_or("", |row| row.name.as_str());
     let mut table = format!(
-        "| | seeds | loss | less {first} |{right} tokens | ms |\n|{}\n",
+        "| | seeds | loss | less {} |{right} tokens | ms |\n|{}\n",
+        names.first().unwrap_or(&""),
         "---|".repeat(6 + usize::from(counts))
     );
-    for Row { name, seeds, loss, less, right, tokens, seconds } in rows {
-        let (loss, less, ms) = (shown(loss), less.signed(), seconds * 1e3);
-        let right = match (counts, right) {
-            (true, Some(right)) => format!(" {} |", shown(right)),
-            (true, None) => " |".to_string(),
-            (false, _) => String::new(),
+    for name in names {
+        let found: Vec<(&Way, &Way)> = runs.iter().filter_map(|run| run.find(name)).collect();
+        let of = |figures: fn(&(&Way, &Way)) -> Vec<f64>| {
+            over_runs(&found.iter().map(figures).collect::<Vec<_>>())
         };
-        table +=
-            &format!("| {name} | {seeds} | {loss} | {less} |{right} {tokens:.0} | {ms:.0} |\n");
+        let mean = |figure: fn(&Way) -> f64| {
+            found.iter().map(|(way, _)| figure(way)).sum::<f64>() / found.len() as f64
+        };
+        let right = match counts {
+            true if found.iter().all(|(way, _)| !way.right.is_empty()) => {
+                format!(" {} |", shown(&of(|(way, _)| way.right.clone())))
+            }
+            true => " |".to_string(),
+            false => String::new(),
+        };
+        table += &format!(
+            "| {name} | {} | {} | {} |{right} {:.0} | {:.0} |\n",
+            found.len(),
+            shown(&of(|(way, _)| way.losses.clone())),
+            of(|(way, first)| less(&way.losses, &first.losses)).signed(),
+            mean(|way| way.tokens),
+            mean(|way| way.seconds * 1e3)
+        );
     }
     table
 }
@@ -161,22 +140,23 @@ mod tests {
             let record = serde_json::json!({ "ways": ways, "seconds": 1.0 });
             std::fs::write(folder.path().join(file), record.to_string())?;
         }
-        let mut rows = Vec::new();
-        for seed in [[1.0, 3.0], [3.0, 5.0]] {
-            let ways = Ways::new(vec![way("nothing", &[4.0, 6.0]), way("trained", &seed)]);
-            rows.extend(ways.rows().nth(1));
-        }
-        let row = over_seeds(rows).ok_or("no row")?;
+        let runs = [[1.0, 3.0], [3.0, 5.0]]
+            .map(|trained| Ways::new(vec![way("nothing", &[4.0, 6.0]), way("trained", &trained)]));
         // The means of the seeds are 2 and 4, of which 1.414 is the standard deviation.
-        assert_eq!((row.loss.mean, row.less.mean, row.seeds), (3.0, -2.0, 2));
-        assert!((row.loss.standard_error - 2f64.sqrt()).abs() < 1e-12);
+        let both = table(&runs);
+        assert!(
+            both.contains("| trained | 2 | 3.000 ± 1.414 | -2.000 ± 1.414 | 10 | 2 |"),
+            "{both}"
+        );
+        assert!(
+            both.contains("| nothing | 2 | 5.000 ± 0.000 | +0.000 ± 0.000 | 10 | 2 |"),
+            "{both}"
+        );
+        let [one, _] = runs;
+        let one = one.table("Nats");
+        assert!(one.contains("| trained | 1 | 2.000 ± 1.000 | -3.000 ± 0.000 | 10 | 2 |"), "{one}");
         report_ways(folder.path())?;
         assert!(report_ways(&folder.path().join("none")).is_err());
-        let table = table(&[row]);
-        assert!(
-            table.contains("| trained | 2 | 3.000 ± 1.414 | -2.000 ± 1.414 | 10 | 2 |"),
-            "{table}"
-        );
         Ok(())
     }
 }

@@ -43,14 +43,14 @@ enum Command {
     /// Print the table of comparisons that are recorded, of several seeds
     Report {
         /// Where they are: what `arms --out` writes
-        #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/runs/glossary"))]
+        #[arg(long, value_name = "DIR")]
         runs: PathBuf,
     },
 
     /// Print the table of recorded runs of `train --entries`
     Entries {
-        /// Where the records are
-        #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/runs/entries"))]
+        /// Where their records are, copied together under names of their own
+        #[arg(long, value_name = "DIR")]
         runs: PathBuf,
     },
 }

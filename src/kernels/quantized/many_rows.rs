@@ -465,7 +465,8 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_is_further_off_than_half_a_step(
-            x in prop::collection::vec(-1f32..1.0, PART), exponent in -149i32..127,
+            // Up to where the sum of a group is still a number.
+            x in prop::collection::vec(-1f32..1.0, PART), exponent in -149i32..124,
         ) {
             let mut scaled = [0.0; PART];
             scaled.iter_mut().zip(&x).for_each(|(scaled, x)| *scaled = x * 2f32.powi(exponent));

@@ -48,7 +48,7 @@ pub struct Answer {
     /// where there was only the answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub candidates: Vec<Stub>,
-    /// How the guesses fared; `None` where nothing was [guessed ahead](super::GenerationConfig::speculate).
+    /// How the guesses fared; `None` where none could be made or wanted, see [guessing ahead](super::GenerationConfig::speculate).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speculated: Option<Speculated>,
     /// Where the time went.
@@ -68,7 +68,7 @@ impl Answer {
 pub struct Speculated {
     /// Guesses that the model has run over.
     pub drafted: usize,
-    /// Those of them that it then said itself.
+    /// Those of them that it then said itself and went on from: each saved a pass. The last token of an answer needs none.
     pub accepted: usize,
 }
 

@@ -217,7 +217,7 @@ impl GenerationConfig {
     }
 
     /// Guesses what comes next from what the text says already, and lets the model run over several guesses in one
-    /// pass; see [`PromptLookup`]. The answer is the same, and comes sooner where it repeats the prompt or itself.
+    /// pass; see [`PromptLookup`]. On the CPU the answer is the same, and it comes sooner where it repeats the prompt or itself.
     ///
     /// Nothing is guessed where a step is more than one token through the model or several answers step together:
     /// with [`rethink_every`](Thinking::rethink_every), an [output nudge](Thinking::output_nudge) or

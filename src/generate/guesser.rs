@@ -169,8 +169,9 @@ pub(super) struct Cost {
 }
 
 impl Cost {
-    /// As measured with SmolLM2-135M on two cores with AVX-512 (`benches/README.md`, sequences side by side). On more
-    /// cores a guess costs less, as these wait for memory longer; then a few are left out that would have paid.
+    /// As measured at `bf16` and in blocks with SmolLM2-135M on two cores with AVX-512 (`benches/README.md`, sequences side by
+    /// side). At `f32`, on more cores and on other devices a guess costs less; then some are left out that would have
+    /// paid.
     pub(super) fn of_model(transformer: &Transformer) -> Self {
         let bytes = transformer.weight_bytes();
         let numbers = |kind: &str| matches!(kind, "f32" | "bf16" | "f16");

@@ -1,4 +1,5 @@
-//! How to guess ahead.
+//! Settings of prompt lookup: how far to guess ahead, and after how long a run of known tokens. The guesses themselves are
+//! in `guesser`, what becomes of them in `ahead`.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,16 +13,18 @@ use crate::error::{Error, Result};
 /// such run the latest. The model then runs over the last token and the guesses in one pass, and each token is drawn
 /// from the logits in its place, as it is without guesses. As long as that is the token that was guessed, the logits after
 /// it are there already; the first other one is kept, and the guesses after it are forgotten. A guess that is certain, as
-/// these are, is accepted by speculative sampling (Leviathan et al. 2023; Chen et al. 2023) in just these cases.
+/// these are, is accepted by speculative sampling (Leviathan et al. 2023; Chen et al. 2023) with just this probability.
 ///
-/// So on the CPU an answer is the same to the last bit, sampled or not, with its log-probabilities, stops and
+/// So on the CPU a single answer is the same to the last bit, sampled or not, with its log-probabilities, stops and
 /// penalties, and the same seed draws the same tokens. On other devices a pass of several tokens may round differently
-/// from one of one, as it does for a prompt.
+/// from one of one, as it does for a prompt. What is left in the cache may be a block longer under a sliding window, so that
+/// a conversation that goes on may keep more of it, and round otherwise, than without guesses; and guesses take room
+/// of the caches' budget, and are looked up by a [side source](crate::model::SideSource), though they may never be said.
 ///
 /// | the text | what it brings |
 /// |---|---|
 /// | rewrites, quotes, corrects, or goes on like what it has read: code, tables, answers from documents | several tokens a pass |
-/// | says nothing twice | nothing, and costs next to nothing |
+/// | says nothing twice | nothing; few guesses are then tried |
 ///
 /// How often guesses were right after a run of each length is learned as the answer goes on, whether they are tried
 /// or not, and as many are tried as promise to pay, up to [`tokens`](Self::tokens): on the CPU a pass over several tokens takes

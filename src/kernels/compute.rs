@@ -26,12 +26,12 @@ pub enum Compute {
     /// On 1800 tokens of SmolLM2-135M that adds 0.11 % to the perplexity at `bf16`, 0.39 % at `Q8_0` and 1.03 % at `Q4_K`.
     ///
     /// Sums are in `f32`; of 32 bytes, they are exact. Whether that takes less time is measured when first asked
-    /// for, in about a millisecond. On all other processors, and for weights in other types, this is
-    /// [`Exact`](Self::Exact); so is every product that a gradient is wanted of, as for nudges and for training,
-    /// and the router of a mixture of experts.
+    /// for, in about a millisecond, once per process and with `Q8_0` for all blocks; a build with debug assertions takes it
+    /// wherever the instructions are. On all other processors, and for weights in other types, this is
+    /// [`Exact`](Self::Exact); so is every product of an input that carries a gradient, and the router of a mixture of experts.
     ///
-    /// So numbers depend on the processor. On one processor they depend neither on the number of threads nor on
-    /// what else is in a pass, as little as those of [`Exact`](Self::Exact).
+    /// So numbers depend on the processor, and on what was measured there. Within a process they depend neither on the number
+    /// of threads nor on what else is in a pass, as little as those of [`Exact`](Self::Exact).
     Fast,
 }
 

@@ -47,7 +47,7 @@ pub(in crate::kernels) fn multiplies_pairs() -> bool {
     false
 }
 
-/// Any processor. What is fast is used instead of it; with its steps inlined, a compiler would be busy with hundreds
+/// Any processor, for tests: products in pairs are only chosen where there are instructions for them. With its steps inlined, a compiler would be busy with hundreds
 /// of variables.
 #[derive(Clone, Copy)]
 pub(super) struct Plain;
